@@ -1,0 +1,62 @@
+// rope_ext._C: what this build is, for people and for tests. The operators need no binding: loading
+// this library registers torch.ops.rope.* (ops.cpp).
+//
+// The ROPE_EXT_* macros come from setup.py.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "compiler.h"
+#include "cpu/capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string stable_abi_target() {
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;  // one byte each: major, minor, ...
+  return std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = ROPE_EXT_VERSION;
+#ifdef ROPE_EXT_CUDA
+  info["cuda"] = true;
+  info["cuda_version"] = ROPE_EXT_CUDA_VERSION;
+  info["cuda_archs"] = py::str(ROPE_EXT_CUDA_ARCHS).attr("split")();
+  info["cudart"] = ROPE_EXT_CUDART;
+  info["no_cuda_reason"] = py::none();
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::list();
+  info["cudart"] = py::none();
+  info["no_cuda_reason"] = ROPE_EXT_NO_CUDA_REASON;
+#endif
+  info["cpu_capability"] = rope::cpu::name(rope::cpu::capability());
+  info["stable_abi_target"] = stable_abi_target();
+  info["compiler"] = ROPE_COMPILER;
+  return info;
+}
+
+void set_cpu_capability(const std::string& name) {
+  const auto wanted = rope::cpu::find_capability(name);
+  if (!wanted) {
+    throw py::value_error("set_cpu_capability: expected 'portable' or 'avx2', got '" + name + "'");
+  }
+  if (!rope::cpu::set_capability(*wanted)) {
+    throw std::runtime_error("set_cpu_capability: this processor does not support '" + name + "'");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  rope::cpu::capability();  // refuse a wrong ROPE_EXT_CPU_CAPABILITY at import, not at the first
+                            // call
+  m.def("build_info", &build_info,
+        "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
+  m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
+        "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
+}

@@ -1,0 +1,80 @@
+// What every check is made of. Each names the operator and the argument when it refuses.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "refusal.h"
+
+namespace rope {
+
+using torch::stable::Tensor;
+
+inline std::optional<DType> dtype_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::Half: return DType::Float16;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    default: return std::nullopt;
+  }
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         a.get_device_index() == b.get_device_index();
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+inline DType check_floating(const char* op, const char* name, const Tensor& t) {
+  const auto dtype = dtype_of(t.scalar_type());
+  if (!dtype) {
+    refuse(op, text(name, " to be float64, float32, float16 or bfloat16"),
+           dtype_text(t.scalar_type()));
+  }
+  return *dtype;
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                  const Tensor& other) {
+  if (!same_device(t, other)) {
+    refuse(op, text(name, " on the device of ", other_name, ", ", device_text(other)),
+           device_text(t));
+  }
+}
+
+inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1 && t.numel() > 0) {
+    refuse(op, text(name, " to have stride 1 in its last dimension"),
+           text("strides ", shape_text(t.strides())));
+  }
+}
+
+inline void check_dtype_like(const char* op, const char* name, const Tensor& t, const char* other_name,
+                      const Tensor& other) {
+  if (t.scalar_type() != other.scalar_type()) {
+    refuse(op, text(name, " of ", other_name, "'s dtype ", dtype_text(other.scalar_type())),
+           dtype_text(t.scalar_type()));
+  }
+}
+
+inline void check_sizes_like(const char* op, const char* name, const Tensor& t, const char* other_name,
+                      const Tensor& other) {
+  if (!same_sizes(t, other)) {
+    refuse(op, text(name, " of ", other_name, "'s shape ", shape_text(other)), shape_text(t));
+  }
+}
+
+inline void check_int(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != torch::headeronly::ScalarType::Int && t.scalar_type() != torch::headeronly::ScalarType::Long) {
+    refuse(op, text(name, " to be int32 or int64"), dtype_text(t.scalar_type()));
+  }
+}
+
+}  // namespace rope

@@ -1,0 +1,348 @@
+#include "checks.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "check_parts.h"
+#include "overlap.h"
+
+namespace rope {
+
+using torch::headeronly::ScalarType;
+
+namespace {
+
+// x: [B, S, H, D] or [T, H, D], of a supported dtype, last stride 1.
+DType check_rotated(const char* op, const char* name, const Tensor& x) {
+  if (x.dim() != 3 && x.dim() != 4) {
+    refuse(op, text(name, " to have shape [B, S, H, D] or [T, H, D]"), shape_text(x));
+  }
+  const DType dtype = check_floating(op, name, x);
+  check_last_stride(op, name, x);
+  return dtype;
+}
+
+// k beside q: the same but for the number of heads.
+void check_k(const char* op, const Tensor& q, const Tensor& k) {
+  check_rotated(op, "k", k);
+  bool same = k.dim() == q.dim();
+  for (int64_t d = 0; same && d < q.dim(); ++d) {
+    same = d == q.dim() - 2 || k.size(d) == q.size(d);
+  }
+  if (!same) {
+    auto expected = shape_text(q);
+    refuse(op, text("k to have q's shape ", expected, " in all but the number of heads"),
+           shape_text(k));
+  }
+  check_dtype_like(op, "k", k, "q", q);
+  check_device(op, "k", k, "q", q);
+}
+
+// rotary_dim R for a table of width W: 2 W, or as given.
+int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t width,
+                         int64_t head_dim) {
+  const int64_t rotary_dim = given.value_or(2 * width);
+  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > head_dim) {
+    refuse(op,
+           text(given ? "rotary_dim" : "rotary_dim, twice the width of cos,",
+                " to be even, at least 2 and at most head_dim ", head_dim),
+           text(rotary_dim));
+  }
+  return rotary_dim;
+}
+
+struct Sizes {
+  int64_t batch, seq, head_dim;
+  bool packed;
+};
+
+Sizes sizes_of(const Tensor& x) {
+  if (x.dim() == 3) return {1, x.size(0), x.size(2), true};
+  return {x.size(0), x.size(1), x.size(3), false};
+}
+
+// Strides of [B, S, H, D] or [T, H, D].
+template <class Pointer>
+Heads<Pointer> heads_of(const Tensor& x, Pointer data) {
+  const auto strides = x.strides();
+  if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
+  return {data, strides[0], strides[1], strides[2]};
+}
+
+Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& x,
+                  const char* x_name, const Sizes& sizes, bool has_positions,
+                  std::optional<int64_t> given_rotary_dim, int64_t& rotary_dim) {
+  const DType dtype = check_floating(op, "cos", cos);
+  check_dtype_like(op, "sin", sin, "cos", cos);
+  check_sizes_like(op, "sin", sin, "cos", cos);
+  check_device(op, "cos", cos, x_name, x);
+  check_device(op, "sin", sin, x_name, x);
+
+  const int64_t rank = cos.dim();
+  const int64_t width = rank > 0 ? cos.size(rank - 1) : 0;
+  // Without rotary_dim, W itself says how many channels rotate.
+  rotary_dim = given_rotary_dim || rank > 0
+                   ? check_rotary_dim(op, given_rotary_dim, width, sizes.head_dim)
+                   : 0;
+  const int64_t half = rotary_dim / 2;
+  const bool full_width = given_rotary_dim && width == rotary_dim;
+  const bool width_fits = width == half || full_width;
+
+  const bool is_table = rank == 2;
+  const bool is_rows = rank == 3 && !sizes.packed && !has_positions &&
+                       (cos.size(0) == 1 || cos.size(0) == sizes.batch) &&
+                       cos.size(1) == sizes.seq;
+  if (!width_fits || (!is_table && !is_rows)) {
+    const std::string w = given_rotary_dim ? text(half, "|", rotary_dim) : text(half);
+    refuse(op,
+           sizes.packed || has_positions
+               ? text("cos to have shape [L, ", w, "]")
+               : text("cos to have shape [L, ", w, "] or [1|B, S, ", w, "] with B = ", sizes.batch,
+                      ", S = ", sizes.seq),
+           shape_text(cos));
+  }
+  check_last_stride(op, "cos", cos);
+  check_last_stride(op, "sin", sin);
+  if (is_table && !has_positions && cos.size(0) < sizes.seq) {
+    refuse(op,
+           text("cos to have a row for each of the ", sizes.seq,
+                " positions (no position_ids were given)"),
+           shape_text(cos));
+  }
+
+  Table table{};
+  table.cos = cos.const_data_ptr();
+  table.sin = sin.const_data_ptr();
+  table.dtype = dtype;
+  table.rows = cos.size(rank - 2);
+  table.cos_stride_row = cos.stride(rank - 2);
+  table.sin_stride_row = sin.stride(rank - 2);
+  if (is_rows && cos.size(0) > 1) {
+    table.cos_stride_b = cos.stride(0);
+    table.sin_stride_b = sin.stride(0);
+  }
+  table.full_width = full_width;
+  return table;
+}
+
+int64_t position_at(const PositionIds& ids, int64_t b, int64_t s) {
+  const int64_t at = b * ids.stride_b + s * ids.stride_s;
+  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
+                   : static_cast<const int32_t*>(ids.data)[at];
+}
+
+// Every position in [0, rows), for position_ids in host memory.
+void check_positions(const char* op, const PositionIds& ids, int64_t batch, int64_t seq,
+                     int64_t rows, bool packed) {
+  const int64_t distinct_batch = ids.stride_b == 0 ? std::min<int64_t>(batch, 1) : batch;
+  for (int64_t b = 0; b < distinct_batch; ++b) {
+    bool all_inside = true;
+    for (int64_t s = 0; s < seq; ++s) {
+      all_inside &= static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows);
+    }
+    if (all_inside) continue;
+    int64_t s = 0;
+    while (static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
+    const std::string index = packed ? text("[", s, "]") : text("[", b, ", ", s, "]");
+    refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
+           text(position_at(ids, b, s), " at index ", index));
+  }
+}
+
+PositionIds position_ids_of(const Tensor& ids, bool packed) {
+  PositionIds out{};
+  out.data = ids.const_data_ptr();
+  out.int64 = ids.scalar_type() == ScalarType::Long;
+  const int64_t rank = ids.dim();
+  out.stride_s = ids.stride(rank - 1);
+  if (!packed && rank == 2 && ids.size(0) > 1) out.stride_b = ids.stride(0);
+  return out;
+}
+
+// CUDA positions are looked at on the host only on demand: it waits for the device.
+bool checks_on_device() {
+  const char* value = std::getenv("ROPE_EXT_CHECK");
+  return value != nullptr && value[0] == '1';
+}
+
+PositionIds check_position_ids(const char* op, const Tensor& ids, const Tensor& x,
+                               const char* x_name, const Sizes& sizes, int64_t rows) {
+  check_int(op, "position_ids", ids);
+  check_device(op, "position_ids", ids, x_name, x);
+  const int64_t rank = ids.dim();
+  const bool fits = (rank == 1 && ids.size(0) == sizes.seq) ||
+                    (rank == 2 && !sizes.packed && ids.size(1) == sizes.seq &&
+                     (ids.size(0) == 1 || ids.size(0) == sizes.batch));
+  if (!fits) {
+    refuse(op,
+           sizes.packed ? text("position_ids to have shape [T] with T = ", sizes.seq)
+                        : text("position_ids to have shape [S] or [1|B, S] with B = ", sizes.batch,
+                               ", S = ", sizes.seq),
+           shape_text(ids));
+  }
+  if (ids.is_cpu()) {
+    check_positions(op, position_ids_of(ids, sizes.packed), sizes.batch, sizes.seq, rows,
+                    sizes.packed);
+  } else if (checks_on_device()) {
+    const Tensor on_host =
+        torch::stable::to(ids, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    check_positions(op, position_ids_of(on_host, sizes.packed), sizes.batch, sizes.seq, rows,
+                    sizes.packed);
+  }
+  return position_ids_of(ids, sizes.packed);
+}
+
+RotatedHeads rotated_heads(const Tensor& x) {
+  void* const data = const_cast<void*>(x.const_data_ptr());
+  return {heads_of<const void*>(x, data), heads_of<void*>(x, data), x.size(x.dim() - 2)};
+}
+
+GradHeads grad_heads(const Tensor& grad, const Tensor& x) {
+  return {heads_of(grad, grad.const_data_ptr()), heads_of(x, x.const_data_ptr()),
+          x.size(x.dim() - 2)};
+}
+
+// A tensor whose last stride is 1.
+Footprint footprint_of(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  const size_t last = sizes.size() - 1;
+  const bool runs = strides[last] == 1 || sizes[last] == 1;
+  Footprint out(t.const_data_ptr(), bytes * (runs ? sizes[last] : 1));
+  for (size_t d = 0; d < sizes.size() - (runs ? 1 : 0); ++d) {
+    out.add_dim(sizes[d], strides[d] * bytes);
+  }
+  return out;
+}
+
+}  // namespace
+
+RotaryArgs check_apply_rotary(const RotaryInputs& in) {
+  const char* const q_name = in.k ? "q" : "x";
+  RotaryArgs args{};
+  args.op = in.op;
+  args.dtype = check_rotated(in.op, q_name, in.q);
+  if (in.k) check_k(in.op, in.q, *in.k);
+
+  const Sizes sizes = sizes_of(in.q);
+  args.batch = sizes.batch;
+  args.seq = sizes.seq;
+  args.head_dim = sizes.head_dim;
+  args.interleaved = in.interleaved;
+  args.inverse = in.inverse;
+  args.table = check_table(in.op, in.cos, in.sin, in.q, q_name, sizes, in.position_ids.has_value(),
+                           in.rotary_dim, args.rotary_dim);
+  if (in.position_ids) {
+    args.position_ids =
+        check_position_ids(in.op, *in.position_ids, in.q, q_name, sizes, args.table.rows);
+  }
+  args.q = rotated_heads(in.q);
+  if (in.k) args.k = rotated_heads(*in.k);
+  return args;
+}
+
+void check_in_place(const RotaryInputs& in) {
+  const char* const q_name = in.k ? "q" : "x";
+  struct Written {
+    const char* name;
+    const Tensor* t;
+  };
+  const Written written[] = {{q_name, &in.q}, {"k", in.k}};
+  for (const Written& w : written) {
+    if (w.t == nullptr || w.t->numel() == 0) continue;
+    const Footprint bytes = footprint_of(*w.t);
+    if (overlaps_itself(bytes)) {
+      refuse(in.op, text(w.name, " to have no two elements in one place, as it is written"),
+             text("strides ", shape_text(w.t->strides()), " for shape ", shape_text(*w.t)));
+    }
+    const OptionalTensor& ids = in.position_ids;
+    const Written read[] = {
+        {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", ids ? &*ids : nullptr}};
+    for (const Written& r : read) {
+      if (r.t != nullptr && r.t->numel() > 0 && overlap(bytes, footprint_of(*r.t))) {
+        refuse(in.op, text(r.name, " to share no memory with ", w.name, ", which is written"),
+               "overlapping tensors");
+      }
+    }
+  }
+  if (in.k && in.q.numel() > 0 && in.k->numel() > 0 &&
+      overlap(footprint_of(in.q), footprint_of(*in.k))) {
+    refuse(in.op, "q and k to share no memory, as both are written", "overlapping tensors");
+  }
+}
+
+void set_output(RotatedHeads& heads, const Tensor& out) {
+  heads.out = heads_of<void*>(out, out.mutable_data_ptr());
+}
+
+RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
+  RotaryTableGradArgs args{};
+  args.dtype = check_rotated(in.op, "q", in.q);
+  const auto check_grad = [&](const char* name, const Tensor& grad, const char* x_name,
+                              const Tensor& x) {
+    check_sizes_like(in.op, name, grad, x_name, x);
+    check_dtype_like(in.op, name, grad, x_name, x);
+    check_device(in.op, name, grad, x_name, x);
+    check_last_stride(in.op, name, grad);
+  };
+  check_grad("grad_q", in.grad_q, "q", in.q);
+  if (in.k.has_value() != in.grad_k.has_value()) {
+    refuse(in.op, "k and grad_k together", in.k ? "k alone" : "grad_k alone");
+  }
+  if (in.k) {
+    check_k(in.op, in.q, *in.k);
+    check_grad("grad_k", *in.grad_k, "k", *in.k);
+  }
+
+  const Sizes sizes = sizes_of(in.q);
+  args.batch = sizes.batch;
+  args.seq = sizes.seq;
+  args.interleaved = in.interleaved;
+  args.inverse = in.inverse;
+  const Table table = check_table(in.op, in.cos, in.cos, in.q, "q", sizes,
+                                  in.token_order.has_value(), in.rotary_dim, args.rotary_dim);
+  args.table_dtype = table.dtype;
+  args.full_width = table.full_width;
+  args.rows = table.rows;
+  args.grad_batch = in.cos.dim() == 3 ? in.cos.size(0) : 1;
+
+  if (in.token_order.has_value() != in.row_offsets.has_value()) {
+    refuse(in.op, "token_order and row_offsets together", "one of them");
+  }
+  const auto check_index = [&](const char* name, const Tensor& t, int64_t length) {
+    if (t.scalar_type() != ScalarType::Long || t.dim() != 1 || t.size(0) != length ||
+        !t.is_contiguous()) {
+      refuse(in.op, text(name, " to be contiguous int64 of shape [", length, "]"),
+             text(dtype_text(t.scalar_type()), " ", shape_text(t)));
+    }
+    check_device(in.op, name, t, "q", in.q);
+    return static_cast<const int64_t*>(t.const_data_ptr());
+  };
+  if (in.token_order) {
+    const int64_t tokens = args.batch * args.seq;
+    args.token_order = check_index("token_order", *in.token_order, tokens);
+    args.row_offsets = check_index("row_offsets", *in.row_offsets, args.rows + 1);
+    if (in.q.is_cpu()) {
+      for (int64_t i = 0; i < tokens; ++i) {
+        if (args.token_order[i] < 0 || args.token_order[i] >= tokens) {
+          refuse(in.op, text("token_order in [0, ", tokens, ")"), text(args.token_order[i]));
+        }
+      }
+      int64_t last = 0;
+      for (int64_t i = 0; i <= args.rows; ++i) {
+        if (args.row_offsets[i] < last || args.row_offsets[i] > tokens) {
+          refuse(in.op, text("row_offsets to rise from 0 to at most ", tokens),
+                 text(args.row_offsets[i]));
+        }
+        last = args.row_offsets[i];
+      }
+    }
+  }
+  args.q = grad_heads(in.grad_q, in.q);
+  if (in.k) args.k = grad_heads(*in.grad_k, *in.k);
+  return args;
+}
+
+}  // namespace rope

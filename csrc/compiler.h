@@ -1,0 +1,42 @@
+// What differs between compilers: GCC and Clang on the host, nvcc on the device.
+#pragma once
+
+#if defined(__CUDACC__)
+#define ROPE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ROPE_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+// A lambda with this is inlined into the function around it, and takes its instruction set.
+#define ROPE_ALWAYS_INLINE __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define ROPE_X86 1
+#else
+#define ROPE_X86 0
+#endif
+
+// Functions between BEGIN and END are compiled for AVX2, FMA and F16C, whatever the command line says.
+#if defined(__clang__)
+#define ROPE_BEGIN_AVX2                                                                       \
+  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to=function)")
+#define ROPE_END_AVX2 _Pragma("clang attribute pop")
+#else
+#define ROPE_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define ROPE_END_AVX2 _Pragma("GCC pop_options")
+#endif
+
+// Lanes of two vectors by index: 0 .. N-1 are those of `a`, N .. 2N-1 those of `b`.
+// Index is GCC's vector type of the indices.
+#if defined(__clang__)
+#define ROPE_SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ROPE_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
+// The compiler's name and version, for build_info().
+#if defined(__clang__)
+#define ROPE_COMPILER __VERSION__  // "Clang 14.0.6"
+#else
+#define ROPE_COMPILER "GCC " __VERSION__
+#endif

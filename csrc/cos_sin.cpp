@@ -1,0 +1,75 @@
+// The operators that make cos and sin, and their gradient to inv_freq: checks, outputs, kernel.
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "check_parts.h"
+#include "checks.h"
+#include "device.h"
+#include "operators.h"
+
+namespace rope {
+
+namespace {
+
+// Small beside the tables: copied where its elements do not lie one after the other.
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::tuple<Tensor, Tensor> make(const char* op, const Tensor& inv_freq, const Angles& angles,
+                                std::vector<int64_t> shape, std::optional<ScalarType> dtype) {
+  const ScalarType type = check_table_dtype(op, inv_freq, dtype);
+  shape.push_back(angles.pairs);
+  Tensor cos = torch::stable::new_empty(inv_freq, shape, type);
+  Tensor sin = torch::stable::new_empty(inv_freq, shape, type);
+  const CosSinArgs args{angles, cos.mutable_data_ptr(), sin.mutable_data_ptr(), *dtype_of(type)};
+  run(inv_freq, args, &cpu::cos_sin, &cuda::cos_sin);
+  return {cos, sin};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
+                                         double attention_scaling,
+                                         std::optional<ScalarType> dtype) {
+  const char* const op = "cos_sin_cache";
+  check_device_supported(op, inv_freq);
+  const Tensor frequencies = packed(inv_freq);
+  const Angles angles = check_angles(op, frequencies, nullptr, length, start, attention_scaling);
+  return make(op, frequencies, angles, {length}, dtype);
+}
+
+std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& position_ids,
+                                   double attention_scaling, std::optional<ScalarType> dtype) {
+  const char* const op = "cos_sin";
+  check_device_supported(op, inv_freq);
+  const Tensor frequencies = packed(inv_freq), positions = packed(position_ids);
+  const Angles angles = check_angles(op, frequencies, &positions, 0, 0, attention_scaling);
+  const auto sizes = positions.sizes();
+  return make(op, frequencies, angles, {sizes.begin(), sizes.end()}, dtype);
+}
+
+Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Tensor& inv_freq,
+                        const OptionalTensor& position_ids, int64_t start,
+                        double attention_scaling) {
+  constexpr int64_t kChunkTokens = 256;
+  const char* const op = "cos_sin_backward";
+  check_device_supported(op, inv_freq);
+  const Tensor dcos = packed(grad_cos), dsin = packed(grad_sin), frequencies = packed(inv_freq);
+  OptionalTensor positions;
+  if (position_ids) positions = packed(*position_ids);
+  CosSinGradArgs args = check_cos_sin_grad(op, dcos, dsin, frequencies,
+                                           positions ? &*positions : nullptr, start,
+                                           attention_scaling);
+  args.chunk_tokens = kChunkTokens;
+  args.chunks = (args.angles.tokens + kChunkTokens - 1) / kChunkTokens;
+  const std::vector<int64_t> partial_shape{args.chunks, args.angles.pairs};
+  const std::vector<int64_t> shape{args.angles.pairs};
+  Tensor partial = torch::stable::new_empty(inv_freq, partial_shape, ScalarType::Double);
+  Tensor grad = torch::stable::new_empty(inv_freq, shape);
+  args.partial = static_cast<double*>(partial.mutable_data_ptr());
+  args.grad_inv_freq = grad.mutable_data_ptr();
+  run(inv_freq, args, &cpu::cos_sin_grad, &cuda::cos_sin_grad);
+  return grad;
+}
+
+}  // namespace rope

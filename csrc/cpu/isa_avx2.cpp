@@ -1,0 +1,29 @@
+// The CPU kernels for AVX2, FMA and F16C.
+#include "../compiler.h"
+
+#if ROPE_X86
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "isa.h"
+
+ROPE_BEGIN_AVX2
+#include "../angle.h"
+#include "../rotation.h"
+#define ROPE_ISA_F16C
+
+namespace rope::cpu {
+namespace {
+#include "isa_body.h"
+}  // namespace
+
+const Isa kAvx2{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+
+}  // namespace rope::cpu
+ROPE_END_AVX2
+#endif

@@ -1,0 +1,51 @@
+// All that a thread runs, for one instruction set: included once by each isa_*.cpp, inside the
+// region that selects the instructions and in a namespace of its own. Standard headers come before
+// that region, so that no function of theirs is compiled for instructions the machine may lack.
+
+#include "vec.h"
+
+// A value in double or float as storage type T, rounded once, to nearest, ties to even.
+template <class T, class A>
+ROPE_HOST_DEVICE T narrow(A value) {
+  if constexpr (sizeof(T) >= 4) {
+    return static_cast<T>(value);
+  } else {
+    float f = static_cast<float>(value);
+    if constexpr (sizeof(A) == 8) {
+      // Round to odd, so that the rounding to T that follows sees on which side of f the value was.
+      if (static_cast<A>(f) != value && value == value) {
+        uint32_t bits = bit_cast<uint32_t>(f);
+        if (std::fabs(static_cast<A>(f)) > std::fabs(value)) bits -= 1;
+        f = bit_cast<float>(bits | 1u);
+      }
+    }
+    Float8 lanes = {};
+    lanes[0] = f;
+    T out[8];
+    Lanes<T>::store(out, lanes);
+    return out[0];
+  }
+}
+
+// Calls f with a value of the storage type of dtype.
+template <class F>
+ROPE_HOST_DEVICE void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::Float64: return f(double{});
+    case DType::Float32: return f(float{});
+    case DType::Float16: return f(Half{});
+    case DType::BFloat16: return f(BFloat16{});
+  }
+}
+
+// Writes entry `at` of an output of the given dtype.
+template <class A>
+ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {
+  dispatch(dtype, [&](auto storage) {
+    static_cast<decltype(storage)*>(to)[at] = narrow<decltype(storage)>(value);
+  });
+}
+
+#include "apply_rotary_body.h"
+#include "cos_sin_body.h"
+#include "rotary_table_grad_body.h"

@@ -1,0 +1,19 @@
+// The CPU kernels for any processor: SSE2, NEON or whatever the compiler's baseline offers.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "../angle.h"
+#include "../rotation.h"
+#include "isa.h"
+
+namespace rope::cpu {
+namespace {
+#include "isa_body.h"
+}  // namespace
+
+const Isa kPortable{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+
+}  // namespace rope::cpu

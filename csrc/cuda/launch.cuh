@@ -1,0 +1,48 @@
+// Launching a kernel, with its error check.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "geometry.h"
+
+namespace rope::cuda {
+
+inline void check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("rope::") + op + ": CUDA error: " +
+                           cudaGetErrorString(error));
+}
+
+// The error is that of the launch itself; what goes wrong inside the kernel shows at a later call.
+template <class... Args>
+void launch(const char* op, void (*kernel)(Args...), Grid grid, int block_threads, void* stream,
+            const Args&... args) {
+  kernel<<<dim3(grid.x, grid.y), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError(), op);
+}
+
+// Kernels count the heads and the channels of one token in 32 bits.
+inline void check_counts(const char* op, int64_t heads, int64_t head_dim) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (heads <= kMost && head_dim <= kMost) return;
+  throw std::runtime_error(std::string("rope::") + op + ": expected at most 2^30 heads and 2^30 " +
+                           "channels a head on CUDA, got " + std::to_string(heads) + " and " +
+                           std::to_string(head_dim));
+}
+
+// Multiprocessors of the current device.
+inline int sm_count(const char* op) {
+  int device, count;
+  check(cudaGetDevice(&device), op);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op);
+  return count;
+}
+
+__device__ __forceinline__ int64_t block_index() {
+  return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+}
+
+}  // namespace rope::cuda

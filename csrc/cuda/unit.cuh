@@ -1,0 +1,93 @@
+// A unit: the channels of one head that one thread holds at a time.
+#pragma once
+
+#include "../rotation.h"
+#include "vector.cuh"
+
+namespace rope::cuda {
+
+// Where the units of a head [D] lie: unit u begins at channel u * step, and its second vector, if it
+// has one, `second` channels further. The same for every head, so it is computed on the host.
+struct UnitLayout {
+  int step, second;
+};
+
+// N > 1: half-split, N channels of the first half and their partners in the second; interleaved, N
+// neighbouring channels. N == 1: one pair of either layout, chosen at run time.
+template <class E, int N, bool kInterleaved>
+struct Unit {
+  static constexpr bool kNeighbours = kInterleaved && N > 1;  // both channels of a pair in a vector
+  static constexpr int kVectors = kNeighbours ? 1 : 2;
+  static constexpr int kPairs = kVectors * N / 2;
+  using C = ArithmeticOf<E>;
+
+  Vector<E, N> vectors[kVectors];
+
+  static UnitLayout layout(int64_t rotary_dim, bool interleaved) {
+    const bool pair_by_pair = N == 1 && interleaved;
+    return {pair_by_pair ? 2 : N, pair_by_pair ? 1 : static_cast<int>(rotary_dim / 2)};
+  }
+
+  // from, to: the unit's first channel.
+  __device__ __forceinline__ void load_from(const E* from, UnitLayout layout) {
+    load(vectors[0], from);
+    if constexpr (kVectors == 2) load(vectors[1], from + layout.second);
+  }
+
+  __device__ __forceinline__ void store_to(E* to, UnitLayout layout) const {
+    store(vectors[0], to);
+    if constexpr (kVectors == 2) store(vectors[1], to + layout.second);
+  }
+
+  __device__ __forceinline__ void unpack_to(C (&x1)[kPairs], C (&x2)[kPairs]) const {
+    C x[kVectors * N];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) unpack(vectors[i], x + i * N);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      x1[j] = x[kNeighbours ? 2 * j : j];
+      x2[j] = x[kNeighbours ? 2 * j + 1 : j + N];
+    }
+  }
+
+  __device__ __forceinline__ void pack_from(const C (&x1)[kPairs], const C (&x2)[kPairs]) {
+    C x[kVectors * N];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      x[kNeighbours ? 2 * j : j] = x1[j];
+      x[kNeighbours ? 2 * j + 1 : j + N] = x2[j];
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) pack(vectors[i], x + i * N);
+  }
+};
+
+// Widest vectors that the addresses allow, on the host.
+class Alignment {
+ public:
+  explicit Alignment(int64_t element_bytes) : element_bytes_(element_bytes) {}
+
+  void add_address(const void* data) { bits_ |= reinterpret_cast<uintptr_t>(data); }
+  // A stride, or the length of a run, in elements.
+  void add_elements(int64_t count) { bits_ |= static_cast<uint64_t>(count * element_bytes_); }
+
+  // The strides of axes of length 1 are never used.
+  template <class Pointer>
+  void add(const Heads<Pointer>& x, int64_t batch, int64_t seq, int64_t heads) {
+    add_address(x.data);
+    if (batch > 1) add_elements(x.stride_b);
+    if (seq > 1) add_elements(x.stride_s);
+    if (heads > 1) add_elements(x.stride_h);
+  }
+
+  bool allows(int64_t bytes) const { return bits_ % bytes == 0; }
+
+  // 16 or 8, or else one element.
+  int64_t widest() const { return allows(16) ? 16 : allows(8) ? 8 : element_bytes_; }
+
+ private:
+  int64_t element_bytes_;
+  uint64_t bits_ = 0;
+};
+
+}  // namespace rope::cuda

@@ -1,0 +1,45 @@
+// The operators as C++ functions, one a schema of ops.cpp and with its arguments, for every device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace rope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+
+// apply_rotary.cpp
+Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                    const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                    bool inverse);
+std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                           const Tensor& sin, const OptionalTensor& position_ids,
+                                           OptionalInt rotary_dim, bool interleaved, bool inverse);
+void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                   const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                   bool inverse);
+void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                      const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                      bool inverse);
+std::tuple<Tensor, Tensor> apply_rotary_table_backward(
+    const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
+    const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,
+    OptionalInt rotary_dim, bool interleaved, bool inverse);
+
+// cos_sin.cpp
+std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
+                                         double attention_scaling,
+                                         std::optional<ScalarType> dtype);
+std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& position_ids,
+                                   double attention_scaling, std::optional<ScalarType> dtype);
+Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Tensor& inv_freq,
+                        const OptionalTensor& position_ids, int64_t start,
+                        double attention_scaling);
+
+}  // namespace rope

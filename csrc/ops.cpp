@@ -1,0 +1,69 @@
+// The whole surface of torch.ops.rope, on one screen.
+//
+//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16; any strides
+//                  with the last one 1
+//   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
+//                  W = P = rotary_dim / 2, one angle a pair; or, with rotary_dim given, W = rotary_dim
+//   position_ids   rows of the table: int32 or int64 [S], [1|B, S] or [T]; None: 0, 1, 2, ...
+//   inv_freq       [P], radians per token
+//
+// (a!): written in place.
+#include <torch/csrc/stable/library.h>
+
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY(rope, m) {
+  // -> x rotated, of x's shape, dtype and order of dimensions
+  m.def(
+      "apply_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> Tensor");
+  m.def(
+      "apply_rotary_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> (Tensor, Tensor)");
+  m.def(
+      "apply_rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> ()");
+  m.def(
+      "apply_rotary_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, "
+      "Tensor? position_ids=None, *, int? rotary_dim=None, bool interleaved=False, "
+      "bool inverse=False) -> ()");
+
+  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
+  m.def(
+      "cos_sin_cache(Tensor inv_freq, int length, *, int start=0, float attention_scaling=1.0, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+  m.def(
+      "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+
+  // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the gradient
+  // of the rotated q (and k); token_order, row_offsets: the tokens of each row, where positions were
+  // given (int64 [B * S], [L + 1])
+  m.def(
+      "apply_rotary_table_backward(Tensor grad_q, Tensor q, Tensor? grad_k, Tensor? k, Tensor cos, "
+      "Tensor? token_order=None, Tensor? row_offsets=None, *, int? rotary_dim=None, "
+      "bool interleaved=False, bool inverse=False) -> (Tensor, Tensor)");
+  // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
+  m.def(
+      "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
+      "Tensor? position_ids=None, *, int start=0, float attention_scaling=1.0) -> Tensor");
+}
+
+namespace {
+
+// Each function works on every device, and refuses those that this build has no kernels for.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("apply_rotary", TORCH_BOX(&rope::apply_rotary));
+  m.impl("apply_rotary_qk", TORCH_BOX(&rope::apply_rotary_qk));
+  m.impl("apply_rotary_", TORCH_BOX(&rope::apply_rotary_));
+  m.impl("apply_rotary_qk_", TORCH_BOX(&rope::apply_rotary_qk_));
+  m.impl("cos_sin_cache", TORCH_BOX(&rope::cos_sin_cache));
+  m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
+  m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
+  m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rope, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(rope, CUDA, m) { implement(m); }

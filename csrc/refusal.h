@@ -1,0 +1,56 @@
+// How a refusal reads, and the words for shapes, dtypes and devices in it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+namespace rope {
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+inline std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream out;
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "[" : ", ") << sizes[i];
+  out << (sizes.size() == 0 ? "[]" : "]");
+  return out.str();
+}
+
+inline std::string shape_text(const torch::stable::Tensor& t) { return shape_text(t.sizes()); }
+
+inline const char* dtype_text(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device_text(const torch::stable::Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return text(t.is_cuda() ? "cuda:" : "another device:", t.get_device_index());
+}
+
+// rope::apply_rotary_qk: expected cos to have shape [L, 64], got [128, 32]
+[[noreturn]] inline void refuse(const char* op, const std::string& expected,
+                                const std::string& got) {
+  throw std::runtime_error(text("rope::", op, ": expected ", expected, ", got ", got));
+}
+
+}  // namespace rope

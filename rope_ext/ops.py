@@ -1,0 +1,266 @@
+"""The operators as typed functions: ``torch.ops.rope.*`` with layouts, and in place with autograd."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
+
+# The dimensions to swap to get [B, S, H, D]; packed [T, H, D] stays as it is.
+_SWAP: dict[str, tuple[int, int] | None] = {
+    "bshd": None,
+    "bhsd": (1, 2),
+    "sbhd": (0, 1),
+    "thd": None,
+}
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+    inplace: bool = False,
+) -> Tensor:
+    """Rotates the pairs of channels of x by the angles of each token.
+
+    Pair i of a head is ``(x1, x2)``, channels (i, i + P) (half-split) or (2i, 2i + 1)
+    (interleaved), and becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Channels past rotary_dim are
+    left as they are. Arithmetic is in float32 (float64 for float64), rounded once.
+
+    Args:
+        x: [B, S, H, D] (layout "bshd"), [B, H, S, D] ("bhsd"), [S, B, H, D] ("sbhd") or packed
+            [T, H, D] ("thd"); float64, float32, float16 or bfloat16; any strides with the last one
+            1. Never copied to another layout.
+        cos: a table [L, W] with a row for each position, or a row for each token [1|B, S, W].
+            W = P = R / 2, one angle a pair; or, with rotary_dim given, also W = R, one angle a
+            channel. Any of the four dtypes, last stride 1.
+        sin: as cos.
+        position_ids: the rows of the table to use: int32 or int64 [S], [1|B, S], or [T] if packed,
+            each in [0, L). None: 0, 1, 2, ... in each sequence (over all T if packed).
+        rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: 2 W.
+        interleaved: pairs are neighbouring channels (RoFormer, GPT-J) instead of halves (GPT-NeoX,
+            Llama in Hugging Face).
+        inverse: rotate by the negative angles; for W = R, the transpose.
+        layout: the order of x's dimensions. cos, sin and position_ids do not depend on it.
+        inplace: write into x and return it. Differentiable for x, saves no copy of it.
+
+    Returns:
+        The rotated x, of x's shape, dtype and order of dimensions in memory.
+
+    Raises:
+        RuntimeError: naming operator, argument, what was expected and what came, before anything is
+            written. A position outside of the table raises on the CPU; on CUDA the rotated channels
+            of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set.
+
+    Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
+    ``x * cos + rotate_half(x) * sin`` as transformers computes it.
+    """
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    view = _as_bshd(x, layout, "apply_rotary")
+    if not inplace:
+        return _from_bshd(
+            torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options), layout
+        )
+    if not _needs_grad(x, cos, sin):
+        torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
+        return x
+    if torch.compiler.is_compiling():  # which makes a functional graph of it anyway
+        rotated = torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options)
+        return x.copy_(_from_bshd(rotated, layout))
+    _check_differentiable_in_place("apply_rotary", {"x": x}, cos, sin)
+    with torch.no_grad():
+        torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
+    return _InPlaceRotation.apply(x, cos, sin, position_ids, layout, options)
+
+
+def apply_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by the same angles, in one pass (one launch on CUDA).
+
+    Args:
+        q: as x of :func:`apply_rotary`.
+        k: of q's shape and dtype, but for its number of heads (grouped-query attention). In place, q
+            and k may be views of one packed tensor, but may share no element.
+        cos, sin, position_ids, rotary_dim, interleaved, inverse, layout, inplace: as for
+            :func:`apply_rotary`.
+
+    Returns:
+        The rotated q and k.
+
+    Raises:
+        RuntimeError: as :func:`apply_rotary`.
+    """
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    view_q = _as_bshd(q, layout, "apply_rotary_qk", "q")
+    view_k = _as_bshd(k, layout, "apply_rotary_qk", "k")
+    rope = torch.ops.rope
+    if not inplace:
+        out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
+        return _from_bshd(out_q, layout), _from_bshd(out_k, layout)
+    if not _needs_grad(q, k, cos, sin):
+        rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
+        return q, k
+    if torch.compiler.is_compiling():
+        out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
+        return q.copy_(_from_bshd(out_q, layout)), k.copy_(_from_bshd(out_k, layout))
+    _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k}, cos, sin)
+    with torch.no_grad():
+        rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
+    return (
+        _InPlaceRotation.apply(q, cos, sin, position_ids, layout, options),
+        _InPlaceRotation.apply(k, cos, sin, position_ids, layout, options),
+    )
+
+
+def cos_sin_cache(
+    inv_freq: Tensor,
+    length: int,
+    *,
+    start: int = 0,
+    attention_scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tables of cos and sin for the positions start, start + 1, ..., start + length - 1.
+
+    Args:
+        inv_freq: [P], radians per token; any floating dtype of the operators. The angle is exactly
+            position * inv_freq, for the inv_freq given.
+        length: rows of the table.
+        start: position of the first row, in tokens; may be negative.
+        attention_scaling: factor on cos and sin.
+        dtype: of the tables. None: float32, or float64 for a float64 inv_freq.
+
+    Returns:
+        cos, sin: [length, P]. In float32 within 1 ulp (measured: 0.5001) of the true value for
+        angles up to 2^31 radians. NaN for angles of 2^50 radians and more. Differentiable, twice,
+        for inv_freq.
+
+    Raises:
+        RuntimeError: for a negative length, an inv_freq that is not [P] or not floating.
+
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the reduction of the angle is in csrc/angle.h.
+    """
+    return torch.ops.rope.cos_sin_cache(
+        inv_freq, length, start=start, attention_scaling=attention_scaling, dtype=dtype
+    )
+
+
+def cos_sin(
+    inv_freq: Tensor,
+    position_ids: Tensor,
+    *,
+    attention_scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of cos and sin for given positions, as :func:`cos_sin_cache` has them.
+
+    Args:
+        inv_freq, attention_scaling, dtype: as for :func:`cos_sin_cache`.
+        position_ids: int32 or int64 of any shape, in tokens; may be negative.
+
+    Returns:
+        cos, sin: [*position_ids.shape, P], ready for :func:`apply_rotary` when position_ids is
+        [B, S] or [T].
+
+    Raises:
+        RuntimeError: for position_ids that are not int32 or int64 or on another device.
+    """
+    return torch.ops.rope.cos_sin(
+        inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype
+    )
+
+
+def _as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
+    if layout not in _SWAP:
+        raise ValueError(
+            f"rope_ext.{function}: expected layout to be one of {', '.join(_SWAP)}, got {layout!r}"
+        )
+    rank = 3 if layout == "thd" else 4
+    if x.dim() != rank:
+        dims = ", ".join(layout.upper())
+        raise ValueError(
+            f"rope_ext.{function}: expected {name} to have shape [{dims}] (layout {layout!r}), "
+            f"got {list(x.shape)}"
+        )
+    swap = _SWAP[layout]
+    return x if swap is None else x.transpose(*swap)
+
+
+def _from_bshd(x: Tensor, layout: str) -> Tensor:
+    swap = _SWAP[layout]
+    return x if swap is None else x.transpose(*swap)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_differentiable_in_place(
+    function: str, written: dict[str, Tensor], cos: Tensor, sin: Tensor
+) -> None:
+    """Refuses what autograd would refuse later, when the data had been written already."""
+    if cos.requires_grad or sin.requires_grad:
+        raise RuntimeError(
+            f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
+            "takes x as it was before), got tables that require grad"
+        )
+    default = torch._C._autograd.CreationMeta.DEFAULT
+    for name, x in written.items():
+        base = x._base if x._is_view() else x
+        if base.is_leaf and base.requires_grad:
+            raise RuntimeError(
+                f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
+                "view of one, when inplace=True, got one"
+            )
+        if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
+            raise RuntimeError(
+                f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
+                "got one of several views of one function (as split, chunk and unbind make), or one "
+                "made without gradients"
+            )
+
+
+class _InPlaceRotation(torch.autograd.Function):
+    """Tells autograd that x has been rotated; the data already are. Saves no x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+        layout: str,
+        options: dict[str, Any],
+    ) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.layout = layout
+        ctx.options = options
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cos, sin, position_ids = ctx.saved_tensors
+        options = {**ctx.options, "inverse": not ctx.options["inverse"]}
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        rotated = apply_rotary(grad, cos, sin, position_ids, layout=ctx.layout, **options)
+        return rotated, None, None, None, None, None

@@ -1,0 +1,53 @@
+"""The same mathematics in a few lines of plain PyTorch: the truth of the tests, and the shortest text.
+
+Works in the dtype that it is given; give it float64 to judge others.
+"""
+
+import torch
+from torch import Tensor
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> Tensor:
+    """As :func:`rope_ext.apply_rotary` on x [B, S, H, D] or [T, H, D]."""
+    seq = x.shape[-3]
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
+    elif cos.dim() == 2:
+        cos, sin = cos[:seq], sin[:seq]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
+    dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+    if cos.shape[-1] == dim:  # one angle a channel
+        (c1, c2), (s1, s2) = _pairs(cos, interleaved), _pairs(sin, interleaved)
+    else:
+        (c1, c2), (s1, s2) = (cos, cos), (sin, sin)
+    if inverse:  # the transpose
+        s1, s2 = -s2, -s1
+    x1, x2 = _pairs(x[..., :dim], interleaved)
+    y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    y = torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
+    return torch.cat((y, x[..., dim:]), -1)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and second channels of the pairs of x [..., R], each [..., P]."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, -1)
+    return first, second
+
+
+def cos_sin(
+    inv_freq: Tensor, position_ids: Tensor, *, attention_scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.cos_sin`: in float64, exact to about 1e-16 times the angle."""
+    angles = position_ids.double().unsqueeze(-1) * inv_freq.double()
+    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
