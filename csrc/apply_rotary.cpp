@@ -35,19 +35,24 @@ StableIValue call_aten(const char* name, const Arguments&... arguments) {
 // An alias of x is a leaf of the autograd graph if and only if x needs no gradient.
 bool requires_grad(const Tensor& x) {
   using torch::stable::detail::to;
-  if (!aoti_torch_grad_mode_is_enabled()) return false;
   const Tensor alias = to<Tensor>(call_aten("aten::alias", x));
   return !to<bool>(call_aten("aten::is_leaf", alias));
 }
 
-// Autograd has no part in these operators, so a gradient would be wrong in silence.
-void check_no_grad(const char* op, const char* name, const Tensor& x) {
-  if (requires_grad(x)) {
-    refuse(op,
-           text(name, " to need no gradient (rope_ext.apply_rotary(..., inplace=True) and its "
-                      "relatives differentiate)"),
-           "a tensor that requires grad");
-  }
+// Autograd has no part in the in-place operators, so a gradient would be wrong in silence.
+void check_no_grad(const RotaryInputs& in) {
+  const auto check = [&](const char* name, const Tensor& t) {
+    if (requires_grad(t)) {
+      refuse(in.op,
+             text(name, " to need no gradient (the functions of rope_ext differentiate in place)"),
+             "a tensor that requires grad");
+    }
+  };
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  check(in.k ? "q" : "x", in.q);
+  if (in.k) check("k", *in.k);
+  check("cos", in.cos);
+  check("sin", in.sin);
 }
 
 // Tells autograd that x has been written: bumps its version counter, as PyTorch's own in-place
@@ -96,7 +101,7 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
                         rotary_dim, interleaved, inverse};
   const RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  check_no_grad(op, "x", x);
+  check_no_grad(in);
   rotate(x, args);
   mark_written(x);
 }
@@ -110,8 +115,7 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
                         rotary_dim, interleaved, inverse};
   const RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  check_no_grad(op, "q", q);
-  check_no_grad(op, "k", k);
+  check_no_grad(in);
   rotate(q, args);
   mark_written(q);
   mark_written(k);

@@ -81,27 +81,22 @@ Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Te
   check_device(op, "sin", sin, x_name, x);
 
   const int64_t rank = cos.dim();
-  const int64_t width = rank > 0 ? cos.size(rank - 1) : 0;
-  // Without rotary_dim, W itself says how many channels rotate.
-  rotary_dim = given_rotary_dim || rank > 0
-                   ? check_rotary_dim(op, given_rotary_dim, width, sizes.head_dim)
-                   : 0;
+  if (rank != 2 && rank != 3) {
+    refuse(op, "cos to have shape [L, W] or [1|B, S, W]", shape_text(cos));
+  }
+  const int64_t width = cos.size(rank - 1);
+  rotary_dim = check_rotary_dim(op, given_rotary_dim, width, sizes.head_dim);
   const int64_t half = rotary_dim / 2;
-  const bool full_width = given_rotary_dim && width == rotary_dim;
-  const bool width_fits = width == half || full_width;
-
+  const bool full_width = width == rotary_dim;
   const bool is_table = rank == 2;
   const bool is_rows = rank == 3 && !sizes.packed && !has_positions &&
                        (cos.size(0) == 1 || cos.size(0) == sizes.batch) &&
                        cos.size(1) == sizes.seq;
-  if (!width_fits || (!is_table && !is_rows)) {
+  if ((width != half && !full_width) || (!is_table && !is_rows)) {
     const std::string w = given_rotary_dim ? text(half, "|", rotary_dim) : text(half);
-    refuse(op,
-           sizes.packed || has_positions
-               ? text("cos to have shape [L, ", w, "]")
-               : text("cos to have shape [L, ", w, "] or [1|B, S, ", w, "] with B = ", sizes.batch,
-                      ", S = ", sizes.seq),
-           shape_text(cos));
+    const std::string table = text("cos to have shape [L, ", w, "]");
+    const std::string rows = text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
+    refuse(op, sizes.packed || has_positions ? table : table + rows, shape_text(cos));
   }
   check_last_stride(op, "cos", cos);
   check_last_stride(op, "sin", sin);

@@ -6,20 +6,42 @@ channels that rotate), P = R / 2 pairs, L rows of a cos/sin table. Positions cou
 radians.
 """
 
-import torch  # noqa: F401  (its libraries must be loaded before _C)
+import sys
+from pathlib import Path
 
-try:
-    from rope_ext import _C
-except ImportError as error:
-    raise ImportError(
-        "rope_ext is not built here: its compiled part rope_ext._C could not be loaded "
-        f"({error}). In a clone of the repository run 'pip install -e .'; elsewhere "
-        "'pip install rope_ext'."
-    ) from error
+import torch
 
-from rope_ext import _register, frequencies, reference
-from rope_ext.embedding import RotaryEmbedding
-from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache
+OLDEST_TORCH = (2, 10)
+
+
+def _load_compiled_part():
+    """Import rope_ext._C, or raise an ImportError that says what to do."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise ImportError(f"rope_ext needs torch >= 2.10, found torch {torch.__version__}")
+    try:
+        from rope_ext import _C
+    except ImportError as error:
+        folder = Path(__file__).parent
+        built = [path.name for path in folder.glob("_C.*.so")]
+        python = sys.implementation.cache_tag
+        if not built:
+            reason = (
+                f"rope_ext is not built: {folder} has no compiled part. In a clone of the "
+                "repository run 'pip install -e .', or leave the clone if rope_ext is installed"
+            )
+        elif not any(f".{python}-" in name for name in built):
+            reason = f"rope_ext was built for another Python: {', '.join(built)}, here {python}"
+        else:
+            reason = f"rope_ext's compiled part does not load under torch {torch.__version__}"
+        raise ImportError(f"{reason} ({error})") from error
+    return _C
+
+
+_C = _load_compiled_part()
+
+from rope_ext import _register, frequencies, reference  # noqa: E402
+from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
 

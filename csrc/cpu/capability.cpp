@@ -7,8 +7,20 @@
 
 #include "../compiler.h"
 
+#if ROPE_X86
+#include <cpuid.h>
+#endif
+
 namespace rope::cpu {
 namespace {
+
+#if ROPE_X86
+// __builtin_cpu_supports("f16c") is unknown to older compilers (Clang 14, GCC 10).
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 constexpr int kNotPicked = -1;
 std::atomic<int> in_use{kNotPicked};
@@ -32,8 +44,8 @@ Capability capability_at_start() {
 
 Capability best_capability() {
 #if ROPE_X86
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c");
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   return avx2 ? Capability::Avx2 : Capability::Portable;
 #else
   return Capability::Portable;

@@ -24,8 +24,8 @@ inline Grid grid_of(int64_t blocks) {
   return {static_cast<uint32_t>(ceil_div(blocks, y)), static_cast<uint32_t>(y)};
 }
 
-inline int whole_warps(int threads) {
-  return static_cast<int>(ceil_div(threads, kWarpThreads)) * kWarpThreads;
+inline int64_t whole_warps(int64_t threads) {
+  return ceil_div(threads, kWarpThreads) * kWarpThreads;
 }
 
 // apply_rotary. A group of threads, about a warp, works on one token: unit_lanes of them lie along
@@ -34,40 +34,53 @@ inline int whole_warps(int threads) {
 //
 // When tokens alone do not fill the GPU, `splits` groups share a token and its row is read that
 // many times: at most once for each head_lanes heads, and exactly once from
-// sm_count * kFullThreads / (unit_lanes * head_lanes) tokens on. Groups of one token are
-// neighbours: they lie in at most ceil((splits - 1) / groups_per_block) + 1 blocks.
+// sm_count * kFullThreads / (unit_lanes * head_lanes) tokens on. A head longer than a block
+// (unit_chunks > 1) is cut as well, and its row with it. The groups of one token, `parts` in all,
+// are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
 struct RotaryGeometry {
-  int unit_lanes, head_lanes;
-  int splits;
-  int groups_per_block;
-  int64_t groups;  // tokens * splits
-  int block_threads;
+  uint32_t unit_lanes, head_lanes;
+  uint32_t splits, unit_chunks;
+  uint32_t parts;             // splits * unit_chunks
+  uint32_t groups;            // tokens * parts
+  uint32_t groups_per_block;
+  uint32_t block_threads;
   Grid grid;
 };
 
 constexpr int64_t kFullThreads = 2048;  // resident threads of one multiprocessor
 constexpr int64_t kWantedBlocks = 4;    // a multiprocessor, before blocks grow beyond one group
 
-// units: threads' worth of work in one head.
-inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t tokens, int sm_count) {
-  RotaryGeometry g;
-  g.unit_lanes = static_cast<int>(std::min<int64_t>(units, kBlockThreads));
-  const int64_t rows = std::max(kWarpThreads / g.unit_lanes, 1);
-  g.head_lanes = static_cast<int>(std::min(rows, heads));
-  const int lanes = g.unit_lanes * g.head_lanes;
+// More tokens than this take several launches: the kernel counts groups in 32 bits.
+inline int64_t most_tokens(int64_t units) {
+  return (int64_t{1} << 30) / ceil_div(units, kBlockThreads);
+}
 
-  const int64_t most_splits = ceil_div(heads, g.head_lanes);
-  const int64_t wanted = ceil_div(sm_count * kFullThreads, tokens * lanes);
+// units: threads' worth of work in one head, > 0; heads > 0; 0 < tokens <= most_tokens(units).
+inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t tokens,
+                                      int64_t sm_count) {
+  const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t unit_chunks = ceil_div(units, unit_lanes);
+  const int64_t head_lanes = std::clamp<int64_t>(kWarpThreads / unit_lanes, 1, heads);
+  const int64_t lanes = unit_lanes * head_lanes;
+
+  const int64_t most_splits = ceil_div(heads, head_lanes);
+  const int64_t wanted = ceil_div(sm_count * kFullThreads, tokens * unit_chunks * lanes);
   const int64_t passes = ceil_div(most_splits, std::min(wanted, most_splits));
-  g.splits = static_cast<int>(ceil_div(most_splits, passes));
+  const int64_t splits = ceil_div(most_splits, passes);
 
-  g.groups = tokens * g.splits;
-  const int64_t share = g.groups / (kWantedBlocks * sm_count);
-  g.groups_per_block =
-      static_cast<int>(std::clamp<int64_t>(share, 1, kBlockThreads / lanes));
-  g.block_threads = whole_warps(g.groups_per_block * lanes);
-  g.grid = grid_of(ceil_div(g.groups, g.groups_per_block));
-  return g;
+  const int64_t groups = tokens * splits * unit_chunks;
+  const int64_t groups_per_block =
+      std::clamp<int64_t>(groups / (kWantedBlocks * sm_count), 1, kBlockThreads / lanes);
+  const auto u32 = [](int64_t count) { return static_cast<uint32_t>(count); };
+  return {u32(unit_lanes),
+          u32(head_lanes),
+          u32(splits),
+          u32(unit_chunks),
+          u32(splits * unit_chunks),
+          u32(groups),
+          u32(groups_per_block),
+          u32(whole_warps(groups_per_block * lanes)),
+          grid_of(ceil_div(groups, groups_per_block))};
 }
 
 // rotary_table_grad. One block for each row of the gradient: unit_lanes threads lie along a head,
@@ -75,12 +88,12 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t toke
 // Depends on shapes alone, so the order of the sum does too.
 struct TableGradGeometry {
   int unit_lanes, head_lanes, token_lanes;
-  int block_threads;
+  uint32_t block_threads;
   Grid grid;
 };
 
-inline int largest_power_of_two(int64_t limit) {
-  int power = 1;
+inline int64_t largest_power_of_two(int64_t limit) {
+  int64_t power = 1;
   while (2 * power <= limit) power *= 2;
   return power;
 }
@@ -88,36 +101,34 @@ inline int largest_power_of_two(int64_t limit) {
 // tokens_per_row: about how many tokens use one row.
 inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64_t tokens_per_row,
                                              int64_t rows) {
-  TableGradGeometry g;
-  g.unit_lanes = static_cast<int>(std::min<int64_t>(units, kBlockThreads));
-  const int64_t lanes = kBlockThreads / g.unit_lanes;
+  const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t lanes = kBlockThreads / unit_lanes;
   // The most lanes that leave at most a fifth of them without a head in the last pass.
-  g.head_lanes = largest_power_of_two(lanes);
-  while (g.head_lanes > 1 && ceil_div(heads, g.head_lanes) * g.head_lanes * 4 > heads * 5) {
-    g.head_lanes /= 2;
+  int64_t head_lanes = largest_power_of_two(lanes);
+  while (head_lanes > 1 && ceil_div(heads, head_lanes) * head_lanes * 4 > heads * 5) {
+    head_lanes /= 2;
   }
-  g.token_lanes =
-      largest_power_of_two(std::min(lanes / g.head_lanes, std::max<int64_t>(tokens_per_row, 1)));
-  g.block_threads = whole_warps(g.unit_lanes * g.head_lanes * g.token_lanes);
-  g.grid = grid_of(rows);
-  return g;
+  const int64_t token_lanes =
+      largest_power_of_two(std::min(lanes / head_lanes, std::max<int64_t>(tokens_per_row, 1)));
+  return {static_cast<int>(unit_lanes), static_cast<int>(head_lanes),
+          static_cast<int>(token_lanes),
+          static_cast<uint32_t>(whole_warps(unit_lanes * head_lanes * token_lanes)),
+          grid_of(rows)};
 }
 
 // Tables [rows, columns] with a thread for each entry: columns of one row side by side.
 struct EntryGeometry {
   int column_lanes, rows_per_block;
-  int block_threads;
+  uint32_t block_threads;
   Grid grid;
 };
 
 inline EntryGeometry entry_geometry(int64_t columns, int64_t rows) {
-  EntryGeometry g;
-  g.column_lanes = static_cast<int>(std::min<int64_t>(columns, kBlockThreads));
-  g.rows_per_block =
-      static_cast<int>(std::min<int64_t>(kBlockThreads / g.column_lanes, rows));
-  g.block_threads = whole_warps(g.column_lanes * g.rows_per_block);
-  g.grid = grid_of(ceil_div(rows, g.rows_per_block));
-  return g;
+  const int64_t column_lanes = std::min<int64_t>(columns, kBlockThreads);
+  const int64_t rows_per_block = std::min<int64_t>(kBlockThreads / column_lanes, rows);
+  return {static_cast<int>(column_lanes), static_cast<int>(rows_per_block),
+          static_cast<uint32_t>(whole_warps(column_lanes * rows_per_block)),
+          grid_of(ceil_div(rows, rows_per_block))};
 }
 
 }  // namespace rope::cuda

@@ -18,7 +18,7 @@ inline void check(cudaError_t error, const char* op) {
 
 // The error is that of the launch itself; what goes wrong inside the kernel shows at a later call.
 template <class... Args>
-void launch(const char* op, void (*kernel)(Args...), Grid grid, int block_threads, void* stream,
+void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads, void* stream,
             const Args&... args) {
   kernel<<<dim3(grid.x, grid.y), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), op);

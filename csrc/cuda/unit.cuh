@@ -9,7 +9,7 @@ namespace rope::cuda {
 // Where the units of a head [D] lie: unit u begins at channel u * step, and its second vector, if it
 // has one, `second` channels further. The same for every head, so it is computed on the host.
 struct UnitLayout {
-  int step, second;
+  uint32_t step, second;
 };
 
 // N > 1: half-split, N channels of the first half and their partners in the second; interleaved, N
@@ -25,7 +25,7 @@ struct Unit {
 
   static UnitLayout layout(int64_t rotary_dim, bool interleaved) {
     const bool pair_by_pair = N == 1 && interleaved;
-    return {pair_by_pair ? 2 : N, pair_by_pair ? 1 : static_cast<int>(rotary_dim / 2)};
+    return {pair_by_pair ? 2u : N, pair_by_pair ? 1u : static_cast<uint32_t>(rotary_dim / 2)};
   }
 
   // from, to: the unit's first channel.

@@ -175,12 +175,12 @@ def show_checks(checks: list[compare.Check]) -> None:
         line = f"{check.name:{width}}  {check.difference:9.3g}  {check.tolerance:9.3g}  {verdict:7}"
         print(f"{line}  {check.note}".rstrip())
     print(
-        "Zeros are expected: in float32 rope_ext does the arithmetic of x cos + rotate_half(x) sin,\n"
-        "in the same order. Tolerances: rotated q and k 2^-22 of |x cos| + |rotate_half(x) sin|,\n"
-        "the roundings of two correct evaluations; logits and gradients "
-        f"{compare.ONE_ULP_FACTOR:g} times what the model\nshows without rope_ext when each number "
-        "that its rotary function returns, and each gradient\n"
-        "that it receives, is moved by one unit in the last place."
+        "Zeros are expected: in float32 rope_ext does the arithmetic of x cos + rotate_half(x) sin "
+        "in\nthe same order. Tolerances: rotated q and k 2^-22 of |x cos| + |rotate_half(x) sin|, "
+        "what two\ncorrect roundings allow; logits and gradients "
+        f"{compare.ONE_ULP_FACTOR:g} times what the model shows without\nrope_ext when each number "
+        "that its rotary function returns, and each gradient that it\nreceives, "
+        "is moved by one unit in the last place."
     )
 
 

@@ -1,7 +1,8 @@
 """Runs a model with its own rotary function and with rope_ext, and measures what differs.
 
 All in float32, where rope_ext does the arithmetic of x cos + rotate_half(x) sin in the same order,
-so that every difference is expected to be exactly 0.
+so that every difference is expected to be exactly 0. What may differ by a rounding is a sum that a
+model takes over q or k or their gradients (a norm's weight, say): torch orders it by their strides.
 """
 
 import statistics

@@ -20,6 +20,9 @@ SMOLLM2_SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
 RANDOM_SEED = 0
+# Twice the usual: attention and with it the position then decides which token comes next, where
+# smaller weights repeat one token and no comparison of tokens could fail.
+RANDOM_STD = 0.04
 
 
 def load_pretrained(path_or_id: str) -> tuple[nn.Module, object]:
@@ -50,7 +53,8 @@ def random_model(layers: int) -> tuple[nn.Module, "ByteTokenizer"]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SMOLLM2_SHAPE))
+        shape = {"num_hidden_layers": layers, **SMOLLM2_SHAPE}
+        model = LlamaForCausalLM(LlamaConfig(initializer_range=RANDOM_STD, **shape))
     return model.float().eval(), ByteTokenizer()
 
 

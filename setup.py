@@ -1,0 +1,292 @@
+"""Builds rope_ext._C from csrc/**/*.cpp, and from csrc/cuda/*.cu where CUDA is built.
+
+Knobs (environment variables):
+
+| knob                 | values         | default | meaning                                        |
+|----------------------|----------------|---------|------------------------------------------------|
+| ROPE_EXT_CUDA        | auto, on, off  | auto    | CUDA kernels; auto: if nvcc works; on: or fail |
+| TORCH_CUDA_ARCH_LIST | 8.0 9.0+PTX    | see (1) | GPU architectures, with space, , or ; between  |
+| ROPE_EXT_CUDART      | static, shared | static  | how the CUDA runtime is linked                 |
+| ROPE_EXT_WERROR      | 0, 1           | 0       | 1: compiler warnings are errors                |
+| MAX_JOBS             | 1, 2, ...      | cores   | files compiled at the same time                |
+| DEBUG                | 0, 1           | 0       | 1: -O0 -g; print each kernel's registers       |
+
+(1) 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX, as far as nvcc knows them.
+
+nvcc is looked for in CUDA_HOME (or CUDA_PATH), in PATH, and in /usr/local/cuda. Which torch is
+installed plays no part: the kernels include none of its headers, and everything else uses its
+stable ABI only, so one build serves every torch >= 2.10, with CUDA or without.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import ninja
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+except ImportError as error:
+    raise SystemExit(
+        f"rope_ext: building needs torch, pybind11 and ninja ({error}). "
+        "Leave out --no-build-isolation, or install them first."
+    ) from None
+
+# The oldest torch that the binary runs on: 2.10, one byte for each part of the version.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+CXX_STANDARD = "-std=c++17"
+
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those that nvcc knows, + PTX
+OLDEST_CUDA = (12, 0)
+
+CSRC = Path("csrc")
+
+
+# ---------------------------------------------------------------------------------------- knobs
+
+
+def knob(name: str, *allowed: str) -> str:
+    """The value of a knob; the first allowed one is the default."""
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise SystemExit(f"rope_ext: expected {name} to be {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
+def max_jobs() -> int | None:
+    value = os.environ.get("MAX_JOBS", "")
+    if value and not (value.isdecimal() and int(value) > 0):
+        raise SystemExit(f"rope_ext: expected MAX_JOBS to be a positive number, got {value!r}")
+    return int(value) if value else None
+
+
+# ---------------------------------------------------------------------------------------- CUDA
+
+
+class NoCuda(Exception):
+    """Why the CUDA kernels are not built."""
+
+
+@dataclass
+class Cuda:
+    nvcc: str
+    version: str  # "13.0"
+    archs: list[str]  # "9.0", "12.0+PTX"
+    cudart: str  # static, shared
+    library_dirs: list[str]
+
+
+def output_of(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode != 0:
+        raise NoCuda(f"{command[0]} does not work: {output.strip()}")
+    return output
+
+
+def find_nvcc() -> str:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            if nvcc := shutil.which(f"{home}/bin/nvcc"):
+                return nvcc
+            raise NoCuda(f"{variable}={home} has no bin/nvcc")
+    if nvcc := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+        return nvcc
+    raise NoCuda("nvcc was not found when rope_ext was built")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or the default; refuses what this nvcc does not know."""
+    known = re.findall(r"compute_(\d+)(\d)\b", output_of(nvcc, "--list-gpu-arch"))
+    known = [f"{major}.{minor}" for major, minor in known]
+    archs = re.split(r"[\s,;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;"))
+    if archs == [""]:
+        archs = [arch for arch in DEFAULT_ARCHS if arch in known]
+        archs[-1] += "+PTX"
+    for arch in archs:
+        match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
+        if not match or match[1] not in known:
+            raise SystemExit(
+                "rope_ext: expected TORCH_CUDA_ARCH_LIST to hold architectures such as '9.0' or "
+                f"'9.0+PTX' among those of {nvcc} ({' '.join(known)}), got {arch!r}"
+            )
+    return archs
+
+
+def gencode(arch: str) -> list[str]:
+    number = arch.removesuffix("+PTX").replace(".", "")
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    if arch.endswith("+PTX"):
+        flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def find_cuda(cudart: str) -> Cuda:
+    """A CUDA toolkit that can build and link; raises NoCuda with the reason otherwise."""
+    nvcc = find_nvcc()
+    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if release is None:
+        raise NoCuda(f"{nvcc} --version names no release")
+    if tuple(map(int, release.groups())) < OLDEST_CUDA:
+        raise NoCuda(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than 12.0")
+    archs = cuda_archs(nvcc)
+
+    # Try it: the headers, the host compiler and the runtime library are all there, or not.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_bf16.h>\n__global__ void probe() {}\n")
+        command = [nvcc, CXX_STANDARD, *gencode(archs[0]), "-Xcompiler=-fPIC", "-shared"]
+        command += [f"-cudart={cudart}", str(source), "-o", f"{folder}/probe.so"]
+        output_of(*command)
+        plan = output_of(*command, "--dryrun")
+    searched = re.findall(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
+    folders = [flag.removeprefix("-L") for line in searched for flag in shlex.split(line)]
+    library = "libcudart_static.a" if cudart == "static" else "libcudart.so"
+    library_dirs = [folder for folder in folders if Path(folder, library).exists()]
+    return Cuda(nvcc, f"{release[1]}.{release[2]}", archs, cudart, library_dirs)
+
+
+# --------------------------------------------------------------------------------------- build
+
+
+class BuildRope(BuildExtension):
+    """torch's BuildExtension, with nvcc run here.
+
+    Torch's own way asks for a toolkit of the same CUDA version as torch; ours does not care.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One place for pip, editable installs and setup.py: what did not change is not rebuilt.
+        self.build_temp = str(Path("build", f"temp-{sys.implementation.cache_tag}"))
+
+    def build_extensions(self) -> None:
+        self.debug_build = knob("DEBUG", "0", "1") == "1"
+        self.werror = knob("ROPE_EXT_WERROR", "0", "1") == "1"
+        self.jobs = max_jobs()
+        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # also when its environment isn't active
+        cuda = self.decide_cuda()
+
+        (extension,) = self.extensions
+        torch_dir = Path(torch.__file__).parent
+        extension.extra_compile_args = [
+            *self.compile_flags(cuda),
+            f"-isystem{pybind11.get_include()}",
+            f"-isystem{torch_dir / 'include'}",
+        ]
+        extension.extra_link_args = [
+            "-Wl,--as-needed",
+            f"-L{torch_dir / 'lib'}",
+            "-ltorch_cpu",
+        ]
+        if cuda:
+            extension.extra_objects = self.compile_cuda(cuda)
+            extension.extra_link_args += [f"-L{folder}" for folder in cuda.library_dirs]
+            if cuda.cudart == "shared":
+                extension.extra_link_args += ["-lcudart"]
+            else:
+                extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
+                extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        super().build_extensions()
+
+    def decide_cuda(self) -> Cuda | None:
+        """CUDA or not, printed with the reason, which the binary keeps."""
+        wanted = knob("ROPE_EXT_CUDA", "auto", "on", "off")
+        cudart = knob("ROPE_EXT_CUDART", "static", "shared")
+        self.no_cuda_reason = ""
+        try:
+            if wanted == "off":
+                raise NoCuda("ROPE_EXT_CUDA=off when rope_ext was built")
+            cuda = find_cuda(cudart)
+        except NoCuda as reason:
+            if wanted == "on":
+                raise SystemExit(f"rope_ext: ROPE_EXT_CUDA=on, but {reason}") from None
+            print(f"rope_ext: building without CUDA kernels: {reason}", flush=True)
+            self.no_cuda_reason = str(reason).partition("\n")[0]
+            return None
+        print(
+            f"rope_ext: building CUDA kernels with {cuda.nvcc} (CUDA {cuda.version}) "
+            f"for {' '.join(cuda.archs)}, cudart {cuda.cudart}",
+            flush=True,
+        )
+        return cuda
+
+    def compile_flags(self, cuda: Cuda | None) -> list[str]:
+        macros = {"TORCH_TARGET_VERSION": TORCH_TARGET_VERSION}
+        macros["ROPE_EXT_VERSION"] = quoted(self.distribution.get_version())
+        macros["ROPE_EXT_NO_CUDA_REASON"] = quoted(self.no_cuda_reason)
+        if cuda:
+            macros["ROPE_EXT_CUDA"] = "1"
+            macros["ROPE_EXT_CUDA_VERSION"] = quoted(cuda.version)
+            macros["ROPE_EXT_CUDA_ARCHS"] = quoted(" ".join(cuda.archs))
+            macros["ROPE_EXT_CUDART"] = quoted(cuda.cudart)
+        flags = [CXX_STANDARD, "-fvisibility=hidden", *self.host_flags()]
+        flags += ["-O0", "-g", "-UNDEBUG"] if self.debug_build else ["-O3", "-g0"]
+        return flags + [f"-D{name}={value}" for name, value in macros.items()]
+
+    def host_flags(self) -> list[str]:
+        # No contraction: two products and a sum must round as they do in PyTorch (rotation.h).
+        # psabi: a note that the ABI of vectors depends on the target; none crosses a library.
+        # The prefix map: __FILE__ in messages is csrc/..., not where this was built.
+        flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+        flags += [f"-fmacro-prefix-map={os.getcwd()}/="]
+        return [*flags, "-Werror"] if self.werror else flags
+
+    def compile_cuda(self, cuda: Cuda) -> list[str]:
+        """Compile csrc/cuda/*.cu, those that changed, with ninja; returns the objects."""
+        flags = [CXX_STANDARD, "--fmad=false", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        host = ["-fPIC", "-fvisibility=hidden", *self.host_flags()]
+        flags += [f"-Xcompiler={','.join(host)}"]
+        flags += ["-Werror=all-warnings"] if self.werror else []
+        flags += ["-O1", "-g", "-lineinfo", "-Xptxas=-v"] if self.debug_build else ["-O3"]
+        for arch in cuda.archs:
+            flags += gencode(arch)
+        # nvcc reads these itself; named here, so that changing them changes the command.
+        own = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+        env = [f"{name}={os.environ[name]}" for name in own if os.environ.get(name)]
+        command = shlex.join(["env", *env, cuda.nvcc, *flags]).replace("$", "$$")
+
+        folder = Path(self.build_temp, "cuda").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ["rule nvcc", f"  command = {command} -MD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        objects = []
+        for source in sorted(CSRC.glob("cuda/*.cu")):
+            objects.append(str(folder / f"{source.stem}.o"))
+            lines.append(f"build {ninja_path(objects[-1])}: nvcc {ninja_path(source.absolute())}")
+        Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = ["-j", str(self.jobs)] if self.jobs else []
+        subprocess.run(["ninja", "-v", "-C", folder, *jobs], check=True)
+        return objects
+
+
+def quoted(text: str) -> str:
+    """A C string literal that survives a compiler's command line."""
+    return '"' + re.sub(r"[^\w .,:;=+/()'-]", "?", text, flags=re.ASCII) + '"'
+
+
+def ninja_path(path: Path | str) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "rope_ext._C",
+            sources=sorted(map(str, CSRC.rglob("*.cpp"))),
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildRope},
+)

@@ -1,0 +1,230 @@
+// librope in a C++ program: no Python, and nothing of libtorch but its stable ABI.
+//
+//   test_rope operators    tables and rotations against plain loops
+//   test_rope refusal      a wrong shape is refused, and nothing is written
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+
+// Newer than the oldest torch that the library runs on, 2.10, which prints the message itself.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace stable = torch::stable::detail;  // from, to: values as the dispatcher takes them
+
+namespace {
+
+constexpr int64_t kBatch = 2, kSeq = 5, kHeads = 3, kHeadsK = 1, kDim = 22, kRotary = 18;
+constexpr int64_t kPairs = kRotary / 2, kRows = 40;
+constexpr double kBase = 10000;
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (!condition) ++failures;
+  std::printf("%-4s %s\n", condition ? "ok" : "FAIL", what);
+}
+
+// ------------------------------------------------------------------------------- the operators
+
+// Fails with the operator's message on stderr.
+template <size_t kSlots>
+bool call(const char* op, std::array<StableIValue, kSlots>& stack) {
+  if (torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS) return true;
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    std::fprintf(stderr, "%s\n", torch_exception_get_what_without_backtrace());
+  }
+  return false;
+}
+
+// cos, sin: [length, P]
+std::array<Tensor, 2> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start) {
+  std::array<StableIValue, 5> stack{stable::from(inv_freq), stable::from(length),
+                                    stable::from(start), stable::from(1.0),
+                                    stable::from(std::optional<ScalarType>())};
+  if (!call("rope::cos_sin_cache", stack)) throw std::runtime_error("cos_sin_cache failed");
+  return {stable::to<Tensor>(stack[0]), stable::to<Tensor>(stack[1])};
+}
+
+OptionalTensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
+                            bool inverse) {
+  std::array<StableIValue, 7> stack{stable::from(x),
+                                    stable::from(cos),
+                                    stable::from(sin),
+                                    stable::from(OptionalTensor()),
+                                    stable::from(OptionalInt()),
+                                    stable::from(interleaved),
+                                    stable::from(inverse)};
+  if (!call("rope::apply_rotary", stack)) return std::nullopt;
+  return stable::to<Tensor>(stack[0]);
+}
+
+bool apply_rotary_qk_(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin,
+                      const Tensor& position_ids, int64_t rotary_dim) {
+  std::array<StableIValue, 8> stack{stable::from(q),
+                                    stable::from(k),
+                                    stable::from(cos),
+                                    stable::from(sin),
+                                    stable::from(OptionalTensor(position_ids)),
+                                    stable::from(OptionalInt(rotary_dim)),
+                                    stable::from(false),
+                                    stable::from(false)};
+  return call("rope::apply_rotary_qk_", stack);
+}
+
+// ----------------------------------------------------------------------------------- tensors
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Tensor tensor(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::empty(std::vector<int64_t>(sizes), dtype);
+}
+
+// Numbers in [-1, 1) that repeat late and are no round binary fractions.
+Tensor numbers(std::initializer_list<int64_t> sizes, int64_t seed) {
+  Tensor t = tensor(sizes);
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    const double phase = 0.7548776662 * static_cast<double>(i + seed);
+    data<float>(t)[i] = static_cast<float>(2 * (phase - std::floor(phase)) - 1);
+  }
+  return t;
+}
+
+std::vector<float> values(const Tensor& t) { return {data<float>(t), data<float>(t) + t.numel()}; }
+
+Tensor default_inv_freq() {
+  Tensor inv_freq = tensor({kPairs});
+  for (int64_t i = 0; i < kPairs; ++i) {
+    data<float>(inv_freq)[i] = static_cast<float>(std::pow(kBase, -2.0 * i / kRotary));
+  }
+  return inv_freq;
+}
+
+// --------------------------------------------------------------------------------- plain loops
+
+// x [B, S, H, D], rotated in place by the rows `rows` [S] of cos, sin [L, P].
+void rotate_plainly(std::vector<float>& x, int64_t heads, int64_t dim, const Tensor& cos,
+                    const Tensor& sin, const std::vector<int64_t>& rows, bool interleaved,
+                    bool inverse) {
+  for (int64_t token = 0; token < kBatch * kSeq; ++token) {
+    const int64_t row = rows[token % kSeq];
+    for (int64_t head = 0; head < heads; ++head) {
+      float* channels = &x[(token * heads + head) * dim];
+      for (int64_t i = 0; i < kPairs; ++i) {
+        const float c = data<float>(cos)[row * kPairs + i];
+        const float s = (inverse ? -1 : 1) * data<float>(sin)[row * kPairs + i];
+        float& x1 = channels[interleaved ? 2 * i : i];
+        float& x2 = channels[interleaved ? 2 * i + 1 : i + kPairs];
+        const float y1 = x1 * c - x2 * s;
+        x2 = x2 * c + x1 * s;
+        x1 = y1;
+      }
+    }
+  }
+}
+
+// The distance in units of the last place of `expected`.
+double ulps(float got, double expected) {
+  const float rounded = std::fabs(static_cast<float>(expected));
+  const float next = std::nextafter(rounded, std::numeric_limits<float>::infinity());
+  return std::fabs(got - expected) / (static_cast<double>(next) - rounded);
+}
+
+// -------------------------------------------------------------------------------------- tests
+
+void test_cache() {
+  const int64_t start = 1000000;
+  const Tensor inv_freq = default_inv_freq();
+  const auto [cos, sin] = cos_sin_cache(inv_freq, kRows, start);
+  expect(cos.sizes().size() == 2 && cos.size(0) == kRows && cos.size(1) == kPairs,
+         "cos_sin_cache gives [length, P]");
+
+  double worst = 0;
+  for (int64_t i = 0; i < kRows * kPairs; ++i) {
+    const long double position = start + i / kPairs;
+    const long double angle = position * data<float>(inv_freq)[i % kPairs];
+    worst = std::max(worst, ulps(data<float>(cos)[i], static_cast<double>(std::cos(angle))));
+    worst = std::max(worst, ulps(data<float>(sin)[i], static_cast<double>(std::sin(angle))));
+  }
+  std::printf("     largest error: %.3f ulp\n", worst);
+  expect(worst <= 1, "cos and sin at position 1e6 are within 1 ulp");
+}
+
+void test_rotation(const Tensor& cos, const Tensor& sin) {
+  const std::vector<int64_t> rows{0, 1, 2, 3, 4};
+  for (const bool interleaved : {false, true}) {
+    for (const bool inverse : {false, true}) {
+      const Tensor x = numbers({kBatch, kSeq, kHeads, kRotary}, 1);
+      std::vector<float> expected = values(x);
+      rotate_plainly(expected, kHeads, kRotary, cos, sin, rows, interleaved, inverse);
+      const OptionalTensor got = apply_rotary(x, cos, sin, interleaved, inverse);
+      char what[80];
+      std::snprintf(what, sizeof(what), "apply_rotary, %s%s: every bit",
+                    interleaved ? "interleaved" : "half-split", inverse ? ", inverse" : "");
+      expect(got && values(*got) == expected, what);
+    }
+  }
+}
+
+void test_rotation_in_place(const Tensor& cos, const Tensor& sin) {
+  const std::vector<int64_t> rows{7, 39, 0, 7, 12};
+  Tensor position_ids = tensor({kSeq}, ScalarType::Long);
+  std::copy(rows.begin(), rows.end(), data<int64_t>(position_ids));
+
+  Tensor q = numbers({kBatch, kSeq, kHeads, kDim}, 2);
+  Tensor k = numbers({kBatch, kSeq, kHeadsK, kDim}, 3);
+  std::vector<float> expected_q = values(q), expected_k = values(k);
+  rotate_plainly(expected_q, kHeads, kDim, cos, sin, rows, false, false);
+  rotate_plainly(expected_k, kHeadsK, kDim, cos, sin, rows, false, false);
+  expect(apply_rotary_qk_(q, k, cos, sin, position_ids, kRotary), "apply_rotary_qk_ succeeds");
+  expect(values(q) == expected_q, "apply_rotary_qk_, q: every bit, channels past rotary_dim kept");
+  expect(values(k) == expected_k, "apply_rotary_qk_, k: every bit, channels past rotary_dim kept");
+}
+
+// Two channels too few for the table. CTest reads the message.
+void test_refusal(const Tensor& cos, const Tensor& sin) {
+  Tensor x = numbers({kBatch, kSeq, kHeads, kRotary - 2}, 4);
+  const std::vector<float> before = values(x);
+  const bool refused = !apply_rotary(x, cos, sin, false, false);
+  std::fflush(stderr);
+  std::puts(refused && values(x) == before ? "refused, nothing written" : "not refused");
+  if (!refused) ++failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const auto [cos, sin] = cos_sin_cache(default_inv_freq(), kRows, 0);
+    if (argc == 2 && std::strcmp(argv[1], "operators") == 0) {
+      test_cache();
+      test_rotation(cos, sin);
+      test_rotation_in_place(cos, sin);
+    } else if (argc == 2 && std::strcmp(argv[1], "refusal") == 0) {
+      test_refusal(cos, sin);
+    } else {
+      std::fprintf(stderr, "usage: test_rope operators | refusal\n");
+      return 2;
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return failures == 0 ? 0 : 1;
+}

