@@ -185,9 +185,11 @@ class BuildRope(BuildExtension):
             f"-isystem{pybind11.get_include()}",
             f"-isystem{torch_dir / 'include'}",
         ]
+        # libtorch has no code of its own, but brings libtorch_cuda into reach where torch has it:
+        # the stream symbol that csrc/device.h declares weak is found there.
         extension.extra_link_args = [
-            "-Wl,--as-needed",
             f"-L{torch_dir / 'lib'}",
+            "-Wl,--no-as-needed,-ltorch,--as-needed",
             "-ltorch_cpu",
         ]
         if cuda:

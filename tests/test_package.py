@@ -28,7 +28,7 @@ STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
 # Bound only where torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
 LIBRARIES = re.compile(
-    r"(libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libdl|librt|libpthread|ld-linux[-\w]*|libcudart)\.so"
+    r"(libtorch|libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|libdl|librt|libpthread|ld-linux[-\w]*|libcudart)\.so"
 )
 
 
@@ -52,11 +52,11 @@ def undefined_symbols(elf):
     return {symbol.name: symbol["st_info"]["bind"] for symbol in undefined}
 
 
-def run_python(code, folder, **env):
+def run_python(code, folder, *options, **env):
     """Run code in a new process; the package is found even where it is not installed."""
     env = {"PYTHONPATH": str(PACKAGE.parent), **env}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         cwd=folder,
         env={**os.environ, **env},
         capture_output=True,
@@ -117,10 +117,11 @@ def test_symbols_that_torch_without_cuda_lacks_are_weak(elf):
     assert [n for n in bindings if n not in WEAK and not hasattr(libtorch_cpu, n)] == []
 
 
-def test_only_libtorch_cpu_and_the_system_are_linked(elf):
+def test_only_libtorch_and_the_system_are_linked(elf):
     tags = list(elf.get_section_by_name(".dynamic").iter_tags())
     needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
     assert "libtorch_cpu.so" in needed
+    assert "libtorch.so" in needed  # brings libtorch_cuda, and its stream, where torch has CUDA
     assert [name for name in needed if not LIBRARIES.match(name)] == []
     assert [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")] == []
     shared_cudart = any(name.startswith("libcudart") for name in needed)
@@ -201,18 +202,23 @@ def test_types_are_shipped():
     assert importlib.resources.files("rope_ext").joinpath("py.typed").is_file()
 
 
-def test_unbuilt_package_says_how_to_build(tmp_path):
+def run_copy_without_compiled_part(tmp_path, *names):
+    """Import a copy of the package that holds empty files of these names; -S: nothing installed."""
     (tmp_path / "rope_ext").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
-    result = run_python("import rope_ext", tmp_path, PYTHONPATH=str(tmp_path))
+    for name in names:
+        (tmp_path / "rope_ext" / name).touch()
+    path = os.pathsep.join([str(tmp_path), str(Path(torch.__file__).parent.parent)])
+    return run_python("import rope_ext", tmp_path, "-S", PYTHONPATH=path)
+
+
+def test_unbuilt_package_says_how_to_build(tmp_path):
+    result = run_copy_without_compiled_part(tmp_path)
     expect_import_error(result, "rope_ext is not built", "pip install -e .")
 
 
 def test_build_for_another_python_says_so(tmp_path):
-    (tmp_path / "rope_ext").mkdir()
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
-    (tmp_path / "rope_ext" / "_C.cpython-27-x86_64-linux-gnu.so").touch()
-    result = run_python("import rope_ext", tmp_path, PYTHONPATH=str(tmp_path))
+    result = run_copy_without_compiled_part(tmp_path, "_C.cpython-27-x86_64-linux-gnu.so")
     expect_import_error(result, "another Python", "cpython-27", sys.implementation.cache_tag)
 
 

@@ -1,4 +1,4 @@
-// apply_rotary on CUDA: q and k in one launch, the table row in registers.
+// apply_rotary on CUDA: q and k in one launch, each thread's piece of the table row in registers.
 #include "../kernels.h"
 #include "launch.cuh"
 #include "unit.cuh"
@@ -10,61 +10,96 @@ namespace {
 struct Plan {
   RotaryGeometry geometry;
   UnitLayout layout;
-  int rotate_units, copy_units;  // of one head; copy_units == 0 in place
-  int copy_bytes;                // of one copy unit
-  bool table_aligned;            // table rows can be read by vectors
-  int heads;                     // of q and k together
-  int head_step;                 // of a thread, and what it is in elements:
-  int64_t q_in_step, q_out_step, k_in_step, k_out_step;
+  uint32_t rotate_units, copy_units;  // of one head; copy_units == 0 in place
+  uint32_t copy_bytes;                // of one copy unit
+  uint32_t heads;                     // of q and k together
+  uint32_t head_step;                 // of a thread
+  bool table_aligned;                 // the units' pieces of table rows are aligned vectors
 };
 
-// What one thread works on: every head_step-th head of one token, from `head` on.
+// One token, and the thread's first head of q and k counted together.
 struct Place {
-  int64_t b, s;
-  int head;
+  uint32_t b, s, head;
 };
 
-// Walks through the heads of q and then of k, at one channel.
-template <class E>
-struct HeadWalk {
-  const E* in;
-  E* out;
-  int head;
-
-  __device__ __forceinline__ HeadWalk(const RotaryArgs& args, const Place& place, int64_t channel) {
-    head = place.head;
-    const int q_heads = static_cast<int>(args.q.heads);
-    if (head < q_heads) {
-      move_to(args.q, place, head, channel);
-    } else {
-      move_to(args.k, place, head - q_heads, channel);
-    }
+// Calls work(in, out) for each of the thread's heads, at `channel`. Everything is computed again for
+// each head from the kernel's arguments: pointers kept for q and k would cost registers.
+template <class E, class Work>
+__device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
+                                          const Place& place, uint32_t channel, const Work& work) {
+  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
+    return place.b * stride_b + place.s * stride_s + head * stride_h + channel;
+  };
+#pragma unroll 1
+  for (uint32_t head = place.head; head < plan.heads; head += plan.head_step) {
+    // Field by field: a choice between whole structs would put them into local memory.
+    const bool is_q = head < static_cast<uint32_t>(args.q.heads);
+    const RotatedHeads &q = args.q, &k = args.k;
+    const E* in = static_cast<const E*>(is_q ? q.in.data : k.in.data) +
+                  offset(head, is_q ? q.in.stride_b : k.in.stride_b,
+                         is_q ? q.in.stride_s : k.in.stride_s,
+                         is_q ? q.in.stride_h : k.in.stride_h);
+    E* out = static_cast<E*>(is_q ? q.out.data : k.out.data) +
+             offset(head, is_q ? q.out.stride_b : k.out.stride_b,
+                    is_q ? q.out.stride_s : k.out.stride_s,
+                    is_q ? q.out.stride_h : k.out.stride_h);
+    work(in, out);
   }
+}
 
-  __device__ __forceinline__ void move_to(const RotatedHeads& x, const Place& place, int h,
-                                          int64_t channel) {
-    in = static_cast<const E*>(x.in.data) + place.b * x.in.stride_b + place.s * x.in.stride_s +
-         h * x.in.stride_h + channel;
-    out = static_cast<E*>(x.out.data) + place.b * x.out.stride_b + place.s * x.out.stride_s +
-          h * x.out.stride_h + channel;
+// The table's values for the pairs of a unit, kept over all heads of a thread. The second two may
+// differ from the first two only where kFullWidth; else they take no registers.
+template <class C, int kPairs, bool kFullWidth>
+struct Turns {
+  C c1[kPairs], s1[kPairs], c2[kPairs], s2[kPairs];
+
+  __device__ __forceinline__ Turn<C> at(int j) const {
+    if constexpr (kFullWidth) return {c1[j], s1[j], c2[j], s2[j]};
+    return {c1[j], s1[j], c1[j], s1[j]};
   }
-
-  // False after the last head.
-  __device__ __forceinline__ bool next(const RotaryArgs& args, const Plan& plan, const Place& place,
-                                       int64_t channel) {
-    const int q_heads = static_cast<int>(args.q.heads);
-    const bool was_q = head < q_heads;
-    head += plan.head_step;
-    if (head >= plan.heads) return false;
-    if (was_q && head >= q_heads) {
-      move_to(args.k, place, head - q_heads, channel);
-    } else {
-      in += was_q ? plan.q_in_step : plan.k_in_step;
-      out += was_q ? plan.q_out_step : plan.k_out_step;
+  __device__ __forceinline__ void set(int j, const Turn<C>& turn) {
+    c1[j] = turn.c1;
+    s1[j] = turn.s1;
+    if constexpr (kFullWidth) {
+      c2[j] = turn.c2;
+      s2[j] = turn.s2;
     }
-    return true;
   }
 };
+
+template <class U, bool kFullWidth>
+using TurnsOf = Turns<typename U::C, U::kPairs, kFullWidth>;
+
+// cos, sin: the table row [W] from the unit's first column on.
+template <class U, bool kFullWidth, bool kAligned, class S>
+__device__ __forceinline__ void read_turns(TurnsOf<U, kFullWidth>& turns, const S* cos,
+                                           const S* sin, bool full_width, UnitLayout layout) {
+  using C = typename U::C;
+  constexpr int kPairs = U::kPairs;
+  if (!kFullWidth || !full_width) {
+    C c[kPairs], s[kPairs];
+    load_values<C, kPairs, kAligned>(c, cos);
+    load_values<C, kPairs, kAligned>(s, sin);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) turns.set(j, {c[j], s[j], c[j], s[j]});
+  } else if constexpr (U::kNeighbours) {
+    C c[2 * kPairs], s[2 * kPairs];
+    load_values<C, 2 * kPairs, kAligned>(c, cos);
+    load_values<C, 2 * kPairs, kAligned>(s, sin);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      turns.set(j, {c[2 * j], s[2 * j], c[2 * j + 1], s[2 * j + 1]});
+    }
+  } else {
+    C c1[kPairs], s1[kPairs], c2[kPairs], s2[kPairs];
+    load_values<C, kPairs, kAligned>(c1, cos);
+    load_values<C, kPairs, kAligned>(s1, sin);
+    load_values<C, kPairs, kAligned>(c2, cos + layout.second);
+    load_values<C, kPairs, kAligned>(s2, sin + layout.second);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) turns.set(j, {c1[j], s1[j], c2[j], s2[j]});
+  }
+}
 
 __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& place) {
   if (ids.data == nullptr) return place.s;
@@ -73,180 +108,156 @@ __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& p
                    : __ldg(static_cast<const int32_t*>(ids.data) + at);
 }
 
-// cos_row, sin_row: [W] of type S.
-template <class U, bool kFullWidth, bool kAligned, class S>
-__device__ __forceinline__ void read_turns(Turn<typename U::C> (&turns)[U::kPairs],
-                                           const S* cos_row, const S* sin_row, bool full_width,
-                                           int unit, UnitLayout layout) {
-  using C = typename U::C;
-  constexpr int kPairs = U::kPairs;
-  const int64_t column = static_cast<int64_t>(unit) * (full_width ? layout.step : kPairs);
-  cos_row += column;
-  sin_row += column;
-  if (!kFullWidth || !full_width) {
-    C c[kPairs], s[kPairs];
-    load_values<C, kPairs, kAligned>(c, cos_row);
-    load_values<C, kPairs, kAligned>(s, sin_row);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) turns[j] = {c[j], s[j], c[j], s[j]};
-  } else if constexpr (U::kNeighbours) {
-    C c[2 * kPairs], s[2 * kPairs];
-    load_values<C, 2 * kPairs, kAligned>(c, cos_row);
-    load_values<C, 2 * kPairs, kAligned>(s, sin_row);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) turns[j] = {c[2 * j], s[2 * j], c[2 * j + 1], s[2 * j + 1]};
-  } else {
-    C c1[kPairs], s1[kPairs], c2[kPairs], s2[kPairs];
-    load_values<C, kPairs, kAligned>(c1, cos_row);
-    load_values<C, kPairs, kAligned>(s1, sin_row);
-    load_values<C, kPairs, kAligned>(c2, cos_row + layout.second);
-    load_values<C, kPairs, kAligned>(s2, sin_row + layout.second);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) turns[j] = {c1[j], s1[j], c2[j], s2[j]};
-  }
-}
-
+// A position outside the table turns by NaN: the kernel can't raise without stopping the stream.
 template <class U, bool kFullWidth>
-__device__ __forceinline__ void load_turns(Turn<typename U::C> (&turns)[U::kPairs],
-                                           const RotaryArgs& args, const Plan& plan,
-                                           const Place& place, int unit) {
+__device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const RotaryArgs& args,
+                                           const Plan& plan, const Place& place,
+                                           uint32_t channel) {
   using C = typename U::C;
   const Table& table = args.table;
   const int64_t row = row_of(args.position_ids, place);
   if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(table.rows)) {
     const C nan = static_cast<C>(NAN);
 #pragma unroll
-    for (int j = 0; j < U::kPairs; ++j) turns[j] = {nan, nan, nan, nan};
+    for (int j = 0; j < U::kPairs; ++j) turns.set(j, {nan, nan, nan, nan});
     return;
   }
+  const bool column_a_channel = kFullWidth && table.full_width;
+  const uint32_t column = args.interleaved && !column_a_channel ? channel / 2 : channel;
+  const int64_t cos_at = place.b * table.cos_stride_b + row * table.cos_stride_row + column;
+  const int64_t sin_at = place.b * table.sin_stride_b + row * table.sin_stride_row + column;
   dispatch(table.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const S* cos = static_cast<const S*>(table.cos) + place.b * table.cos_stride_b +
-                   row * table.cos_stride_row;
-    const S* sin = static_cast<const S*>(table.sin) + place.b * table.sin_stride_b +
-                   row * table.sin_stride_row;
-    if (plan.table_aligned) {
-      read_turns<U, kFullWidth, true>(turns, cos, sin, table.full_width, unit, plan.layout);
+    const S* cos = static_cast<const S*>(table.cos) + cos_at;
+    const S* sin = static_cast<const S*>(table.sin) + sin_at;
+    // Vectors of float64 on their way to float32 would take more registers than all the rest.
+    constexpr bool kNarrowed = sizeof(S) > sizeof(C);
+    if (!kNarrowed && plan.table_aligned) {
+      read_turns<U, kFullWidth, !kNarrowed>(turns, cos, sin, table.full_width, plan.layout);
     } else {
-      read_turns<U, kFullWidth, false>(turns, cos, sin, table.full_width, unit, plan.layout);
+      read_turns<U, kFullWidth, false>(turns, cos, sin, table.full_width, plan.layout);
     }
   });
   if (args.inverse) {
 #pragma unroll
-    for (int j = 0; j < U::kPairs; ++j) turns[j] = inverse_of(turns[j]);
+    for (int j = 0; j < U::kPairs; ++j) turns.set(j, inverse_of(turns.at(j)));
   }
 }
 
 template <class E, int N, bool kInterleaved, bool kFullWidth>
 __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan& plan,
-                                             const Place& place, int unit) {
+                                             const Place& place, uint32_t unit) {
   using U = Unit<E, N, kInterleaved>;
   using C = typename U::C;
-  const int64_t channel = static_cast<int64_t>(unit) * plan.layout.step;
-
-  // The first head is asked for before the table: it does not wait for the position.
-  HeadWalk<E> walk(args, place, channel);
-  U channels;
-  channels.load_from(walk.in, plan.layout);
-  Turn<C> turns[U::kPairs];
-  load_turns<U, kFullWidth>(turns, args, plan, place, unit);
-#pragma unroll 1
-  while (true) {
+  const uint32_t channel = unit * plan.layout.step;
+  TurnsOf<U, kFullWidth> turns;
+  load_turns<U, kFullWidth>(turns, args, plan, place, channel);
+  for_heads<E>(args, plan, place, channel, [&](const E* in, E* out) {
+    U x;
+    x.load_from(in, plan.layout);
     C x1[U::kPairs], x2[U::kPairs];
-    channels.unpack_to(x1, x2);
+    x.unpack_to(x1, x2);
 #pragma unroll
-    for (int j = 0; j < U::kPairs; ++j) rotate(turns[j], x1[j], x2[j]);
-    channels.pack_from(x1, x2);
-    channels.store_to(walk.out, plan.layout);
-    if (!walk.next(args, plan, place, channel)) return;
-    channels.load_from(walk.in, plan.layout);
-  }
+    for (int j = 0; j < U::kPairs; ++j) rotate(turns.at(j), x1[j], x2[j]);
+    x.pack_from(x1, x2);
+    x.store_to(out, plan.layout);
+  });
 }
 
 // Channels past rotary_dim, N at a time.
 template <class E, int N>
 __device__ __forceinline__ void copy_heads(const RotaryArgs& args, const Plan& plan,
-                                           const Place& place, int unit) {
-  const int64_t channel = args.rotary_dim + static_cast<int64_t>(unit) * N;
-  HeadWalk<E> walk(args, place, channel);
-#pragma unroll 1
-  do {
+                                           const Place& place, uint32_t unit) {
+  const uint32_t channel = static_cast<uint32_t>(args.rotary_dim) + unit * N;
+  for_heads<E>(args, plan, place, channel, [](const E* in, E* out) {
     Vector<E, N> v;
-    load(v, walk.in);
-    store(v, walk.out);
-  } while (walk.next(args, plan, place, channel));
+    load(v, in);
+    store(v, out);
+  });
+}
+
+// Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 1536
+// threads (40 registers) where the kernel then needs no local memory. Eight pairs of a unit take 40
+// to 48 registers, with four table values each 64.
+constexpr int resident_blocks(int n, bool interleaved, bool full_width) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  constexpr int kMost = 1024 / kBlockThreads, kEightPairs = kMost;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int kMost = 1536 / kBlockThreads, kEightPairs = 1280 / kBlockThreads;
+#else
+  constexpr int kMost = 1536 / kBlockThreads, kEightPairs = kMost;
+#endif
+  if (interleaved || n == 1) return kMost;
+  if (full_width) return 1024 / kBlockThreads;
+  return n == 8 ? kEightPairs : kMost;
 }
 
 // kFullWidth: table.full_width is looked at; without it the table is known to have P columns.
+// args.k.*.data point as far before k that heads can be counted on from those of q.
 template <class E, int N, bool kInterleaved, bool kFullWidth>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void
+__launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved, kFullWidth))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
   const RotaryGeometry& g = plan.geometry;
-  const int lanes = g.unit_lanes * g.head_lanes;
-  const int group_in_block = threadIdx.x / lanes;
-  const int lane = threadIdx.x - group_in_block * lanes;
-  const int64_t group = block_index() * g.groups_per_block + group_in_block;
-  if (group_in_block >= g.groups_per_block || group >= g.groups) return;
+  const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
+  const uint32_t lanes = g.unit_lanes * g.head_lanes;
+  const uint32_t group_in_block = threadIdx.x / lanes;
+  const uint32_t lane = threadIdx.x - group_in_block * lanes;
+  const uint32_t group = blockIdx.x * g.groups_per_block + group_in_block;
+  if (b >= args.batch || group_in_block >= g.groups_per_block || group >= g.groups) return;
 
-  const int64_t token = group / g.splits;
-  const int split = static_cast<int>(group - token * g.splits);
-  const int head_lane = lane / g.unit_lanes;
-  Place place;
-  place.b = token / args.seq;
-  place.s = token - place.b * args.seq;
-  place.head = split * g.head_lanes + head_lane;
-  if (place.head >= plan.heads) return;
+  const uint32_t s = group / g.parts;
+  const uint32_t part = group - s * g.parts;
+  const uint32_t split = part / g.unit_chunks;
+  const uint32_t chunk = part - split * g.unit_chunks;
+  const uint32_t head_lane = lane / g.unit_lanes;
+  const uint32_t unit = chunk * g.unit_lanes + lane - head_lane * g.unit_lanes;
+  const Place place{b, s, split * g.head_lanes + head_lane};
 
-  const int units = plan.rotate_units + plan.copy_units;
-#pragma unroll 1
-  for (int unit = lane - head_lane * g.unit_lanes; unit < units; unit += g.unit_lanes) {
-    if (unit < plan.rotate_units) {
-      rotate_heads<E, N, kInterleaved, kFullWidth>(args, plan, place, unit);
-    } else if (plan.copy_bytes == 16) {
-      copy_heads<E, 16 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
-    } else if (plan.copy_bytes == 8) {
-      copy_heads<E, 8 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
-    } else {
-      copy_heads<E, 1>(args, plan, place, unit - plan.rotate_units);
-    }
+  if (unit < plan.rotate_units) {
+    rotate_heads<E, N, kInterleaved, kFullWidth>(args, plan, place, unit);
+  } else if (unit >= plan.rotate_units + plan.copy_units) {
+    return;
+  } else if (plan.copy_bytes == 16) {
+    copy_heads<E, 16 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
+  } else if (plan.copy_bytes == 8) {
+    copy_heads<E, 8 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
+  } else {
+    copy_heads<E, 1>(args, plan, place, unit - plan.rotate_units);
   }
 }
 
 template <class E, int N, bool kInterleaved, bool kFullWidth>
-void launch_units(const RotaryArgs& args, Plan plan, void* stream) {
+void launch_units(RotaryArgs args, Plan plan, void* stream) {
   using U = Unit<E, N, kInterleaved>;
   const Table& table = args.table;
   const int64_t run = U::kNeighbours && table.full_width ? 2 * U::kPairs : U::kPairs;
-  const int64_t table_bytes = size_of(table.dtype);
-  Alignment alignment(table_bytes);
+  Alignment alignment(size_of(table.dtype));
   alignment.add_address(table.cos);
   alignment.add_address(table.sin);
   alignment.add_elements(table.cos_stride_row | table.sin_stride_row);
   alignment.add_elements(table.cos_stride_b | table.sin_stride_b);
-  plan.table_aligned = alignment.allows(std::min<int64_t>(run * table_bytes, 16));
+  plan.table_aligned = alignment.allows(std::min<int64_t>(run * size_of(table.dtype), 16));
 
-  plan.rotate_units = static_cast<int>(args.rotary_dim / 2 / U::kPairs);
-  const int64_t units = plan.rotate_units + plan.copy_units;
-  if (units == 0) return;
   plan.layout = U::layout(args.rotary_dim, args.interleaved);
-  plan.geometry = rotary_geometry(units, plan.heads, args.batch * args.seq, sm_count(args.op));
+  plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / U::kPairs);
+  const int64_t units = int64_t{plan.rotate_units} + plan.copy_units;
+  if (units == 0) return;
+  plan.geometry = rotary_geometry(units, plan.heads, args.batch, args.seq, sm_count(args.op));
   plan.head_step = plan.geometry.splits * plan.geometry.head_lanes;
-  plan.q_in_step = plan.head_step * args.q.in.stride_h;
-  plan.q_out_step = plan.head_step * args.q.out.stride_h;
-  plan.k_in_step = plan.head_step * args.k.in.stride_h;
-  plan.k_out_step = plan.head_step * args.k.out.stride_h;
+
+  args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
+  args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
   launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kFullWidth>, plan.geometry.grid,
          plan.geometry.block_threads, stream, args, plan);
 }
 
 template <class E, int N>
 void launch_layout(const RotaryArgs& args, const Plan& plan, void* stream) {
-  // Eight pairs with four table values each need more than 40 registers: only where they differ.
-  constexpr bool kManyPairs = N == 8;
-  if (args.interleaved && N > 1) {
+  if (N > 1 && args.interleaved) {
     launch_units<E, N, N != 1, true>(args, plan, stream);
-  } else if (kManyPairs && !args.table.full_width) {
-    launch_units<E, N, false, !kManyPairs>(args, plan, stream);
+  } else if (N > 1 && !args.table.full_width) {
+    launch_units<E, N, false, N == 1>(args, plan, stream);
   } else {
     launch_units<E, N, false, true>(args, plan, stream);
   }
@@ -268,11 +279,12 @@ void launch_element(const RotaryArgs& args, void* stream) {
   copied.add_elements(args.head_dim - args.rotary_dim);
 
   Plan plan{};
-  plan.heads = static_cast<int>(args.q.heads + args.k.heads);
-  plan.copy_bytes = static_cast<int>(copied.widest());
-  const int64_t past_bytes = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(E));
-  plan.copy_units = in_place ? 0 : static_cast<int>(past_bytes / plan.copy_bytes);
-
+  plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
+  plan.copy_bytes = static_cast<uint32_t>(copied.widest());
+  if (!in_place) {
+    const int64_t past = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(E));
+    plan.copy_units = static_cast<uint32_t>(past / plan.copy_bytes);
+  }
   if (rotated.widest() == 16) {
     launch_layout<E, 16 / sizeof(E)>(args, plan, stream);
   } else if (sizeof(E) < 8 && rotated.widest() == 8) {
@@ -282,12 +294,59 @@ void launch_element(const RotaryArgs& args, void* stream) {
   }
 }
 
+// Tokens [first, first + seq) of the sequence.
+RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
+  const auto skip = [](auto& data, int64_t bytes) {
+    using Pointer = std::remove_reference_t<decltype(data)>;
+    if (data) data = (Pointer)((uintptr_t)data + bytes);
+  };
+  const int64_t element_bytes = size_of(args.dtype), table_bytes = size_of(args.table.dtype);
+  for (RotatedHeads* x : {&args.q, &args.k}) {
+    skip(x->in.data, first * x->in.stride_s * element_bytes);
+    skip(x->out.data, first * x->out.stride_s * element_bytes);
+  }
+  if (args.position_ids.data) {
+    skip(args.position_ids.data, first * args.position_ids.stride_s *
+                                     (args.position_ids.int64 ? int64_t{8} : int64_t{4}));
+  } else {
+    skip(args.table.cos, first * args.table.cos_stride_row * table_bytes);
+    skip(args.table.sin, first * args.table.sin_stride_row * table_bytes);
+    args.table.rows -= first;
+  }
+  args.seq = seq;
+  return args;
+}
+
+// The same tokens with the axes of batch and sequence exchanged, where the sequence is one token.
+RotaryArgs batch_as_sequence(RotaryArgs args) {
+  args.seq = args.batch;
+  args.batch = 1;
+  for (RotatedHeads* x : {&args.q, &args.k}) {
+    x->in.stride_s = x->in.stride_b;
+    x->out.stride_s = x->out.stride_b;
+  }
+  if (args.position_ids.data) {
+    args.position_ids.stride_s = args.position_ids.stride_b;
+  } else {
+    args.table.rows = args.seq;
+    args.table.cos_stride_row = args.table.cos_stride_b;
+    args.table.sin_stride_row = args.table.sin_stride_b;
+  }
+  return args;
+}
+
 }  // namespace
 
-void apply_rotary(const RotaryArgs& args, void* stream) {
-  if (args.batch == 0 || args.seq == 0 || args.q.heads + args.k.heads == 0) return;
-  check_counts(args.op, args.q.heads + args.k.heads, args.head_dim);
-  dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
+void apply_rotary(const RotaryArgs& given, void* stream) {
+  if (given.batch == 0 || given.seq == 0 || given.q.heads + given.k.heads == 0) return;
+  check_counts(given.op, given.q.heads + given.k.heads, given.head_dim);
+  // Blocks do not reach over the end of a sequence: a decoding step would leave them almost empty.
+  const RotaryArgs args = given.seq == 1 ? batch_as_sequence(given) : given;
+  const int64_t most = most_tokens(args.head_dim);
+  for (int64_t first = 0; first < args.seq; first += most) {
+    const RotaryArgs slice = slice_of(args, first, std::min(most, args.seq - first));
+    dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(slice, stream); });
+  }
 }
 
 }  // namespace rope::cuda

@@ -10,18 +10,19 @@ namespace rope::cuda {
 
 constexpr int kBlockThreads = 256;
 constexpr int kWarpThreads = 32;
-constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;  // gridDim.x; gridDim.y ends at 65535
+constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxGridY = 65535;  // and gridDim.z
 
 inline constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// Blocks are numbered blockIdx.y * gridDim.x + blockIdx.x; the last ones may have nothing to do.
 struct Grid {
-  uint32_t x, y;
+  uint32_t x, y, z;
 };
 
+// Blocks in one row, numbered blockIdx.y * gridDim.x + blockIdx.x; the last may have nothing to do.
 inline Grid grid_of(int64_t blocks) {
   const int64_t y = ceil_div(blocks, kMaxGridX);
-  return {static_cast<uint32_t>(ceil_div(blocks, y)), static_cast<uint32_t>(y)};
+  return {static_cast<uint32_t>(ceil_div(blocks, y)), static_cast<uint32_t>(y), 1};
 }
 
 inline int64_t whole_warps(int64_t threads) {
@@ -37,11 +38,13 @@ inline int64_t whole_warps(int64_t threads) {
 // sm_count * kFullThreads / (unit_lanes * head_lanes) tokens on. A head longer than a block
 // (unit_chunks > 1) is cut as well, and its row with it. The groups of one token, `parts` in all,
 // are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
+//
+// A block stays within one sequence; sequence b is blockIdx.z * gridDim.y + blockIdx.y.
 struct RotaryGeometry {
   uint32_t unit_lanes, head_lanes;
   uint32_t splits, unit_chunks;
-  uint32_t parts;             // splits * unit_chunks
-  uint32_t groups;            // tokens * parts
+  uint32_t parts;   // splits * unit_chunks
+  uint32_t groups;  // of one sequence: seq * parts
   uint32_t groups_per_block;
   uint32_t block_threads;
   Grid grid;
@@ -50,37 +53,44 @@ struct RotaryGeometry {
 constexpr int64_t kFullThreads = 2048;  // resident threads of one multiprocessor
 constexpr int64_t kWantedBlocks = 4;    // a multiprocessor, before blocks grow beyond one group
 
-// More tokens than this take several launches: the kernel counts groups in 32 bits.
+// Longer sequences take several launches: the kernel counts the groups of one in 32 bits.
 inline int64_t most_tokens(int64_t units) {
   return (int64_t{1} << 30) / ceil_div(units, kBlockThreads);
 }
 
-// units: threads' worth of work in one head, > 0; heads > 0; 0 < tokens <= most_tokens(units).
-inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t tokens,
+// units: threads' worth of work in one head. All sizes > 0; seq <= most_tokens(units).
+inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batch, int64_t seq,
                                       int64_t sm_count) {
   const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
   const int64_t unit_chunks = ceil_div(units, unit_lanes);
-  const int64_t head_lanes = std::clamp<int64_t>(kWarpThreads / unit_lanes, 1, heads);
+  const int64_t head_lanes =
+      std::min(std::max<int64_t>(kWarpThreads / unit_lanes, 1), heads);
   const int64_t lanes = unit_lanes * head_lanes;
 
   const int64_t most_splits = ceil_div(heads, head_lanes);
-  const int64_t wanted = ceil_div(sm_count * kFullThreads, tokens * unit_chunks * lanes);
+  const int64_t wanted = ceil_div(sm_count * kFullThreads, batch * seq * unit_chunks * lanes);
   const int64_t passes = ceil_div(most_splits, std::min(wanted, most_splits));
   const int64_t splits = ceil_div(most_splits, passes);
 
-  const int64_t groups = tokens * splits * unit_chunks;
-  const int64_t groups_per_block =
-      std::clamp<int64_t>(groups / (kWantedBlocks * sm_count), 1, kBlockThreads / lanes);
+  const int64_t parts = splits * unit_chunks;
+  const int64_t groups = seq * parts;
+  const int64_t share = batch * groups / (kWantedBlocks * sm_count);
+  const int64_t most_groups =
+      std::min(std::max<int64_t>(share, 1), kBlockThreads / lanes);
+  const int64_t blocks = ceil_div(groups, most_groups);
+  const int64_t groups_per_block = ceil_div(groups, blocks);
+
+  const int64_t grid_z = ceil_div(batch, kMaxGridY);
   const auto u32 = [](int64_t count) { return static_cast<uint32_t>(count); };
   return {u32(unit_lanes),
           u32(head_lanes),
           u32(splits),
           u32(unit_chunks),
-          u32(splits * unit_chunks),
+          u32(parts),
           u32(groups),
           u32(groups_per_block),
           u32(whole_warps(groups_per_block * lanes)),
-          grid_of(ceil_div(groups, groups_per_block))};
+          Grid{u32(blocks), u32(ceil_div(batch, grid_z)), u32(grid_z)}};
 }
 
 // rotary_table_grad. One block for each row of the gradient: unit_lanes threads lie along a head,

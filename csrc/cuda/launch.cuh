@@ -20,7 +20,7 @@ inline void check(cudaError_t error, const char* op) {
 template <class... Args>
 void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads, void* stream,
             const Args&... args) {
-  kernel<<<dim3(grid.x, grid.y), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), op);
 }
 

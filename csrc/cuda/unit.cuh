@@ -62,6 +62,14 @@ struct Unit {
   }
 };
 
+// k as the kernels see it: with its heads counted on from those of q, from further before k.
+template <class Pointer>
+Heads<Pointer> counted_on(Heads<Pointer> k, int64_t q_heads, int64_t element_bytes) {
+  const uintptr_t skipped = static_cast<uintptr_t>(q_heads * k.stride_h * element_bytes);
+  k.data = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(k.data) - skipped);
+  return k;
+}
+
 // Widest vectors that the addresses allow, on the host.
 class Alignment {
  public:

@@ -103,10 +103,21 @@ __device__ __forceinline__ E narrow(C value) {
 
 template <class C, class E, int N>
 __device__ __forceinline__ void unpack(const Vector<E, N>& v, C* x) {
-  E elements[N];
-  memcpy(elements, &v.word, sizeof(elements));
+  if constexpr (std::is_same_v<E, __nv_bfloat16> && N > 1) {
+    // A bfloat16 is the upper half of its float32: one instruction each, none to take words apart.
+    uint32_t words[N / 2];
+    memcpy(words, &v.word, sizeof(words));
 #pragma unroll
-  for (int j = 0; j < N; ++j) x[j] = widen<C>(elements[j]);
+    for (int j = 0; j < N / 2; ++j) {
+      x[2 * j] = __uint_as_float(words[j] << 16);
+      x[2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);
+    }
+  } else {
+    E elements[N];
+    memcpy(elements, &v.word, sizeof(elements));
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = widen<C>(elements[j]);
+  }
 }
 
 template <class C, class E, int N>

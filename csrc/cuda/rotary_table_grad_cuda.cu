@@ -1,0 +1,208 @@
+// Gradient of apply_rotary to its cos and sin on CUDA: one block sums one row, in a fixed order.
+#include "../kernels.h"
+#include "launch.cuh"
+#include "unit.cuh"
+
+namespace rope::cuda {
+
+namespace {
+
+struct Plan {
+  TableGradGeometry geometry;
+  UnitLayout layout;
+  uint32_t units;  // of one head
+  uint32_t heads;  // of q and k together
+};
+
+// The tokens that use one row of the gradient.
+struct Tokens {
+  int64_t begin, end;  // of token_order, or else of the batch
+  int64_t s;           // without token_order
+};
+
+__device__ __forceinline__ Tokens tokens_of(const RotaryTableGradArgs& args, int64_t grad_b,
+                                            int64_t row) {
+  if (args.token_order != nullptr) {
+    return {__ldg(args.row_offsets + row), __ldg(args.row_offsets + row + 1), 0};
+  }
+  if (row >= args.seq) return {0, 0, 0};
+  if (args.grad_batch == 1) return {0, args.batch, row};
+  return {grad_b, grad_b + 1, row};
+}
+
+// Adds what the thread's heads of one token give, of q and k counted together; `channel` is the
+// unit's first.
+template <class U, class E>
+__device__ __forceinline__ void add_token(TurnGrad<typename U::C> (&sums)[U::kPairs],
+                                          const RotaryTableGradArgs& args, const Plan& plan,
+                                          uint32_t b, uint32_t s, uint32_t head_lane,
+                                          uint32_t channel) {
+  using C = typename U::C;
+  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
+    return b * stride_b + s * stride_s + head * stride_h + channel;
+  };
+#pragma unroll 1
+  for (uint32_t head = head_lane; head < plan.heads; head += plan.geometry.head_lanes) {
+    // Field by field: a choice between whole structs would put them into local memory.
+    const bool is_q = head < static_cast<uint32_t>(args.q.heads);
+    const GradHeads &q = args.q, &k = args.k;
+    const E* grad = static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
+                    offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
+                           is_q ? q.grad.stride_s : k.grad.stride_s,
+                           is_q ? q.grad.stride_h : k.grad.stride_h);
+    const E* x = static_cast<const E*>(is_q ? q.x.data : k.x.data) +
+                 offset(head, is_q ? q.x.stride_b : k.x.stride_b,
+                        is_q ? q.x.stride_s : k.x.stride_s, is_q ? q.x.stride_h : k.x.stride_h);
+    U grad_unit, x_unit;
+    grad_unit.load_from(grad, plan.layout);
+    x_unit.load_from(x, plan.layout);
+    C g1[U::kPairs], g2[U::kPairs], x1[U::kPairs], x2[U::kPairs];
+    grad_unit.unpack_to(g1, g2);
+    x_unit.unpack_to(x1, x2);
+#pragma unroll
+    for (int j = 0; j < U::kPairs; ++j) accumulate(sums[j], g1[j], g2[j], x1[j], x2[j]);
+  }
+}
+
+// grad_cos, grad_sin: [grad_batch, rows, W]; `row` counts both leading axes together.
+template <class C>
+__device__ __forceinline__ void write_pair(const RotaryTableGradArgs& args, int64_t row,
+                                           int64_t pair, const Turn<C>& turn) {
+  const int64_t pairs = args.rotary_dim / 2;
+  dispatch(args.table_dtype, [&](auto storage) {
+    using S = decltype(storage);
+    S* grad_cos = static_cast<S*>(args.grad_cos);
+    S* grad_sin = static_cast<S*>(args.grad_sin);
+    if (!args.full_width) {
+      grad_cos[row * pairs + pair] = narrow<S>(turn.c1 + turn.c2);
+      grad_sin[row * pairs + pair] = narrow<S>(turn.s1 + turn.s2);
+      return;
+    }
+    const int64_t first = row * args.rotary_dim + (args.interleaved ? 2 * pair : pair);
+    const int64_t second = first + (args.interleaved ? 1 : pairs);
+    grad_cos[first] = narrow<S>(turn.c1);
+    grad_cos[second] = narrow<S>(turn.c2);
+    grad_sin[first] = narrow<S>(turn.s1);
+    grad_sin[second] = narrow<S>(turn.s2);
+  });
+}
+
+// args.k.*.data point as far before k that heads can be counted on from those of q.
+template <class E, int N, bool kInterleaved>
+__global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
+    rotary_table_grad_kernel(const RotaryTableGradArgs args, const Plan plan) {
+  using U = Unit<E, N, kInterleaved>;
+  using C = typename U::C;
+  constexpr int kPairs = U::kPairs;
+  __shared__ C shared[4 * kPairs][kBlockThreads];  // the four sums of each pair, a column a thread
+
+  const int64_t row = block_index();  // of grad_batch * rows
+  if (row >= args.grad_batch * args.rows) return;
+  const TableGradGeometry& g = plan.geometry;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread / g.unit_lanes;
+  const int head_lane = lane % g.head_lanes;
+  const int token_lane = lane / g.head_lanes;
+  const int lanes = g.head_lanes * g.token_lanes;
+  const int64_t grad_b = row / args.rows;
+  const Tokens tokens = tokens_of(args, grad_b, row - grad_b * args.rows);
+
+#pragma unroll 1
+  for (uint32_t first = 0; first < plan.units; first += g.unit_lanes) {
+    const uint32_t unit = first + thread - lane * g.unit_lanes;
+    TurnGrad<C> sums[kPairs] = {};
+    if (unit < plan.units && lane < lanes) {
+      const uint32_t channel = unit * plan.layout.step;
+#pragma unroll 1
+      for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
+        int64_t b = i, s = tokens.s;
+        if (args.token_order != nullptr) {
+          const int64_t token = __ldg(args.token_order + i);
+          b = token / args.seq;
+          s = token - b * args.seq;
+        }
+        add_token<U, E>(sums, args, plan, static_cast<uint32_t>(b), static_cast<uint32_t>(s),
+                        head_lane, channel);
+      }
+    }
+
+    // A tree over the lanes, whose number is a power of two.
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      shared[4 * j][thread] = sums[j].g1x1;
+      shared[4 * j + 1][thread] = sums[j].g1x2;
+      shared[4 * j + 2][thread] = sums[j].g2x1;
+      shared[4 * j + 3][thread] = sums[j].g2x2;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      if (lane < half) {
+#pragma unroll
+        for (int i = 0; i < 4 * kPairs; ++i) {
+          shared[i][thread] += shared[i][thread + half * g.unit_lanes];
+        }
+      }
+      __syncthreads();
+    }
+
+    // Neighbouring threads write neighbouring pairs.
+    const int units = static_cast<int>(min(plan.units - first, g.unit_lanes));
+#pragma unroll 1
+    for (int pair = thread; pair < units * kPairs; pair += static_cast<int>(blockDim.x)) {
+      const int column = pair / kPairs, at = 4 * (pair % kPairs);
+      const TurnGrad<C> sum{shared[at][column], shared[at + 1][column], shared[at + 2][column],
+                            shared[at + 3][column]};
+      write_pair(args, row, static_cast<int64_t>(first) * kPairs + pair,
+                 grad_of(sum, args.inverse));
+    }
+    __syncthreads();
+  }
+}
+
+template <class E, int N, bool kInterleaved>
+void launch_units(RotaryTableGradArgs args, void* stream) {
+  using U = Unit<E, N, kInterleaved>;
+  const int64_t units = args.rotary_dim / 2 / U::kPairs;
+  const int64_t rows = args.grad_batch * args.rows;
+  const int64_t tokens = args.batch * args.seq;
+  Plan plan;
+  plan.layout = U::layout(args.rotary_dim, args.interleaved);
+  plan.units = static_cast<uint32_t>(units);
+  plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
+  plan.geometry = table_grad_geometry(units, std::max<int64_t>(plan.heads, 1), tokens / rows, rows);
+  args.k.grad = counted_on(args.k.grad, args.q.heads, sizeof(E));
+  args.k.x = counted_on(args.k.x, args.q.heads, sizeof(E));
+  launch("apply_rotary backward", rotary_table_grad_kernel<E, N, kInterleaved>,
+         plan.geometry.grid, plan.geometry.block_threads, stream, args, plan);
+}
+
+template <class E>
+void launch_element(const RotaryTableGradArgs& args, void* stream) {
+  Alignment alignment(sizeof(E));
+  for (const GradHeads* x : {&args.q, &args.k}) {
+    if (x->heads == 0) continue;
+    alignment.add(x->grad, args.batch, args.seq, x->heads);
+    alignment.add(x->x, args.batch, args.seq, x->heads);
+  }
+  alignment.add_elements(args.interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  // At most four pairs a thread, with four sums each: more would take more than 64 registers.
+  constexpr int kWhole = 16 / sizeof(E), kHalfSplit = kWhole < 4 ? kWhole : 4;
+  if (args.interleaved && alignment.allows(16)) {
+    launch_units<E, kWhole, true>(args, stream);
+  } else if (!args.interleaved && alignment.allows(kHalfSplit * sizeof(E))) {
+    launch_units<E, kHalfSplit, false>(args, stream);
+  } else {
+    launch_units<E, 1, false>(args, stream);
+  }
+}
+
+}  // namespace
+
+void rotary_table_grad(const RotaryTableGradArgs& args, void* stream) {
+  if (args.grad_batch == 0 || args.rows == 0 || args.rotary_dim == 0) return;
+  check_counts("apply_rotary backward", args.q.heads + args.k.heads, args.rotary_dim);
+  dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
+}
+
+}  // namespace rope::cuda

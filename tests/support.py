@@ -1,0 +1,131 @@
+"""What the behaviour tests share: random data, memory layouts, the exact answer and the distance
+allowed from it.
+
+Data are made on the CPU and moved, so that they are the same on every device; results are compared
+on the CPU.
+"""
+
+import torch
+
+from rope_ext import reference
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- data
+
+
+def random(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+def random_positions(*shape, rows, dtype=torch.int64, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, rows, shape, generator=generator, dtype=dtype).to(device)
+
+
+def random_table(*shape, dtype=torch.float32, device="cpu", seed=0):
+    """cos and sin of random angles, so cos^2 + sin^2 = 1 up to rounding."""
+    angle = 3 * random(*shape, dtype=torch.float64, seed=seed + 1)
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def in_layout(x, layout):
+    """x [B, S, H, D] as a dense tensor of the layout."""
+    swap = {"bshd": (0, 0), "bhsd": (1, 2), "sbhd": (0, 1), "thd": (0, 0)}[layout]
+    return x.transpose(*swap).contiguous()
+
+
+# Memory layouts: each makes a view [B, S, H, D] from `base(*shape)`, a fresh dense tensor.
+VIEWS = {
+    "dense": lambda base, B, S, H, D: base(B, S, H, D),
+    "bhsd": lambda base, B, S, H, D: base(B, H, S, D).transpose(1, 2),
+    "sbhd": lambda base, B, S, H, D: base(S, B, H, D).transpose(0, 1),
+    "heads outermost": lambda base, B, S, H, D: base(H, B, S, D).permute(1, 2, 0, 3),
+    "packed qkv": lambda base, B, S, H, D: base(B, S, 3, H, D)[:, :, 1],
+    "packed qkv, bhsd": lambda base, B, S, H, D: base(3, B, H, S, D)[2].transpose(1, 2),
+    "some of the heads": lambda base, B, S, H, D: base(B, S, H + 5, D)[:, :, 2 : 2 + H],
+    "q of each head's qkv": lambda base, B, S, H, D: base(B, S, H, 3 * D)[..., D : 2 * D],
+    "every second": lambda base, B, S, H, D: base(2 * B, 2 * S, 2 * H, D)[::2, 1::2, ::2],
+    "rows of odd length": lambda base, B, S, H, D: base(B, S, H, D + 1)[..., :D],
+    "one element off": lambda base, B, S, H, D: base(B * S * H * D + 1)[1:].view(B, S, H, D),
+    "part of a long sequence": lambda base, B, S, H, D: base(B, S + 7, H, D)[:, 3 : 3 + S],
+}
+
+
+# ---- the exact answer
+
+
+def assert_same_bits(got, expected):
+    """The same shape, dtype and bits, the sign of zero included; any NaN equals any NaN."""
+    got, expected = got.detach().cpu(), expected.detach().cpu()
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    nan = expected.isnan()
+    assert torch.equal(got.isnan(), nan)
+    as_int = BITS[got.element_size()]
+    zero = torch.zeros((), dtype=got.dtype)
+    a = torch.where(nan, zero, got).contiguous().view(as_int)
+    b = torch.where(nan, zero, expected).contiguous().view(as_int)
+    if not torch.equal(a, b):
+        at = (a != b).nonzero()
+        first = tuple(at[0].tolist())
+        raise AssertionError(
+            f"{len(at)} of {a.numel()} elements differ, the first at {first}: "
+            f"got {got[first].item()!r}, expected {expected[first].item()!r}"
+        )
+
+
+def on_cpu(tensors, dtype=None):
+    """The tensors on the CPU; the floating ones, if dtype is given, in that dtype."""
+    tensors = [t if t is None else t.detach().cpu() for t in tensors]
+    if dtype is None:
+        return tensors
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def rounded_once(x, cos, sin, position_ids=None, **options):
+    """Plain PyTorch in the dtype of the arithmetic (float64 for float64, else float32), then one
+    rounding to x's dtype. The operators' results are to have these bits.
+    """
+    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x_, cos, sin, position_ids = on_cpu([x, cos, sin, position_ids], arithmetic)
+    return reference.apply_rotary(x_, cos, sin, position_ids, **options).to(x.dtype)
+
+
+def assert_near_exact(got, x, cos, sin, position_ids=None, **options):
+    """|got - exact| <= 0.5 ulp(exact) + 2^-23 (|x1 c| + |x2 s|), elementwise, for x below float64.
+
+    One evaluation in float32 rounds two products and a sum, each by at most 2^-24 of its value, so
+    by 2^-23 (|x1 c| + |x2 s|) together; then one rounding to x's dtype. A float64 table counts as
+    rounded to float32, the dtype of the arithmetic. Channels past rotary_dim have to be equal.
+    """
+    cos, sin = (t.float() if t.dtype == torch.float64 else t for t in (cos, sin))
+    x, cos, sin, position_ids = on_cpu([x, cos, sin, position_ids], torch.float64)
+    exact = reference.apply_rotary(x, cos, sin, position_ids, **options)
+    # |x1 c| + |x2 s| in every channel: the rotation by (|c|, |s|) whose sines add in both channels
+    plus = reference.apply_rotary(x.abs(), cos.abs(), sin.abs(), position_ids, **options)
+    minus = reference.apply_rotary(x.abs(), cos.abs(), -sin.abs(), position_ids, **options)
+    allowed = 0.5 * ulp(exact, got.dtype) + 2.0**-23 * torch.maximum(plus, minus)
+    dim = options.get("rotary_dim") or 2 * cos.shape[-1]
+    allowed[..., dim:] = 0
+    error = (got.detach().cpu().double() - exact).abs()
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"element {worst}: error {error.flatten()[worst]:.3g}, "
+        f"allowed {allowed.flatten()[worst]:.3g}"
+    )
+
+
+def ulp(exact, dtype):
+    """The distance between neighbours of dtype at the float64 values `exact`."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs()).exponent
+    spacing = torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
+    return spacing.clamp_min(info.smallest_normal * info.eps)

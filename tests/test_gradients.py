@@ -1,0 +1,405 @@
+"""Derivatives to x, cos, sin and inv_freq, once and twice: exact, deterministic, where asked."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    assert_same_bits,
+    name_of,
+    on_cpu,
+    random,
+    random_positions,
+    random_table,
+    rounded_once,
+    ulp,
+)
+
+import rope_ext
+from rope_ext import reference
+
+rope = torch.ops.rope
+
+B, S, H, K, D, L = 2, 3, 2, 1, 6, 5
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    reason: str
+    table: tuple[int, ...] = (L, 3)
+    ids: list | None = None
+    options: tuple = ()
+    packed: bool = False
+
+
+FULL = ("rotary_dim", 6), ("interleaved", False)
+CASES = [
+    Case("table", "rows shared by the batch, two rows unused"),
+    Case("ids S", "rows shared by the batch, one of them twice", ids=[4, 0, 4]),
+    Case("ids BS", "rows repeated within and across sequences", ids=[[4, 4, 1], [0, 4, 4]]),
+    Case("rows for all", "rows of the step, summed over the batch", table=(1, S, 3)),
+    Case("rows per token", "rows of the step, nothing to sum but heads", table=(B, S, 3)),
+    Case("partial", "channels past rotary_dim", table=(L, 2)),
+    Case("interleaved", "neighbours", options=(("interleaved", True),)),
+    Case("inverse", "the negative angle", options=(("inverse", True),)),
+    Case("full width", "unequal halves", table=(L, 6), options=FULL),
+    Case("full width, inverse", "the transpose", table=(L, 6), ids=[[1, 1, 1], [1, 2, 0]],
+         options=(*FULL, ("inverse", True))),
+    Case("full width, rows, interleaved, inverse", "all at once", table=(1, S, 4),
+         options=(("rotary_dim", 4), ("interleaved", True), ("inverse", True))),
+    Case("packed", "no batch", packed=True),
+    Case("packed, ids", "no batch, repeated rows", packed=True, ids=[3, 3, 0]),
+]  # fmt: skip
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def inputs_of(case, device, dtype=F64, table_dtype=F64, heads=H, k_heads=K):
+    """q, k, cos, sin, position_ids, options; unlike real tables, cos and sin are independent."""
+    tokens = (S,) if case.packed else (B, S)
+    q = random(*tokens, heads, D, dtype=dtype, device=device, seed=1)
+    k = random(*tokens, k_heads, D, dtype=dtype, device=device, seed=2)
+    cos = random(*case.table, dtype=table_dtype, device=device, seed=3)
+    sin = random(*case.table, dtype=table_dtype, device=device, seed=4)
+    ids = None if case.ids is None else torch.tensor(case.ids, device=device)
+    return q, k, cos, sin, ids, dict(case.options)
+
+
+@cases
+def test_gradcheck_and_gradgradcheck_of_one_tensor(case, device):
+    q, _, cos, sin, ids, options = inputs_of(case, device)
+    inputs = [t.requires_grad_() for t in (q, cos, sin)]
+
+    def function(x, cos, sin):
+        return rope.apply_rotary(x, cos, sin, ids, **options)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@cases
+def test_gradcheck_and_gradgradcheck_of_q_and_k(case, device):
+    q, k, cos, sin, ids, options = inputs_of(case, device)
+    inputs = [t.requires_grad_() for t in (q, k, cos, sin)]
+
+    def function(q, k, cos, sin):
+        return rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.25])
+@pytest.mark.parametrize("start", [0, 7, -3])
+def test_gradcheck_of_cos_sin_cache(start, scaling, device):
+    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
+
+    def function(inv_freq):
+        return rope.cos_sin_cache(inv_freq, 4, start=start, attention_scaling=scaling)
+
+    assert torch.autograd.gradcheck(function, inv_freq)
+    assert torch.autograd.gradgradcheck(function, inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=name_of)
+@pytest.mark.parametrize("scaling", [1.0, 1.25])
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 2, 2)], ids=str)
+def test_gradcheck_of_cos_sin(shape, scaling, dtype, device):
+    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
+    ids = random_positions(*shape, rows=9, dtype=dtype, device=device)
+
+    def function(inv_freq):
+        return rope.cos_sin(inv_freq, ids, attention_scaling=scaling)
+
+    assert torch.autograd.gradcheck(function, inv_freq)
+    assert torch.autograd.gradgradcheck(function, inv_freq)
+
+
+def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
+    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
+    q = random(B, S, H, D, dtype=F64, device=device).requires_grad_()
+    k = random(B, S, K, D, dtype=F64, device=device, seed=1).requires_grad_()
+    ids = torch.tensor([[0, 5, 5], [9, 1, 0]], device=device)
+
+    def with_rows(inv_freq, q, k):
+        return rope_ext.apply_rotary_qk(q, k, *rope_ext.cos_sin(inv_freq, ids))
+
+    def with_a_table(inv_freq, q, k):
+        return rope_ext.apply_rotary_qk(q, k, *rope_ext.cos_sin_cache(inv_freq, 10), ids)
+
+    for function in (with_rows, with_a_table):
+        assert torch.autograd.gradcheck(function, (inv_freq, q, k))
+        assert torch.autograd.gradgradcheck(function, (inv_freq, q, k))
+
+
+# ---- in the dtypes of models
+
+
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_gradient_to_x_is_the_rotation_back(case, dtype, backend):
+    q, k, cos, sin, ids, options = inputs_of(case, backend, dtype, torch.float32)
+    inverse = {**options, "inverse": not options.get("inverse", False)}
+    q.requires_grad_()
+    k.requires_grad_()
+    outputs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
+    seeds = [random(*x.shape, dtype=dtype, device=backend, seed=9) for x in (q, k)]
+    for grad, seed in zip(torch.autograd.grad(outputs, (q, k), seeds), seeds, strict=True):
+        assert_same_bits(grad, rounded_once(seed, cos, sin, ids, **inverse))
+
+
+def exact_table_grads(xs, seeds, cos, sin, ids, options):
+    """Gradients to cos and sin in float64, and the sums of the absolute values of their terms."""
+
+    def grads(xs, seeds):
+        tables = [t.clone().requires_grad_() for t in (cos, sin)]
+        outputs = [reference.apply_rotary(x, *tables, ids, **options) for x in xs]
+        return torch.autograd.grad(outputs, tables, seeds)
+
+    # With x as it is, cos takes g1 x1 and g2 x2; with its channels swapped, g1 x2 and g2 x1: the
+    # terms of sin, or, for the transpose at full width, of the other half of sin.
+    sizes = [x.abs() for x in xs], [g.abs() for g in seeds]
+    cos_size = grads(*sizes)[0]
+    dim = options.get("rotary_dim") or 2 * cos.shape[-1]
+    swap = swapped(torch.arange(dim), options.get("interleaved", False))
+    swapped_xs = [torch.cat((x[..., :dim][..., swap], x[..., dim:]), -1) for x in sizes[0]]
+    sin_size = grads(swapped_xs, sizes[1])[0]
+    if options.get("inverse") and cos.shape[-1] == dim:
+        sin_size = sin_size[..., swap]
+    return grads(xs, seeds), (cos_size, sin_size)
+
+
+def swapped(channels, interleaved):
+    if interleaved:
+        return channels.view(-1, 2).flip(-1).flatten()
+    return channels.view(2, -1).flip(0).flatten()
+
+
+@cases
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+], ids=lambda pair: f"x {name_of(pair[0])}, table {name_of(pair[1])}")  # fmt: skip
+def test_gradient_to_the_table_is_a_float32_sum_rounded_once(case, dtypes, backend):
+    """|got - exact| <= 0.5 ulp(exact) + n 2^-24 sum |g x|: n terms, each product rounded once and
+    at most n - 1 sums, in any order.
+    """
+    q, k, cos, sin, ids, options = inputs_of(case, backend, *dtypes, heads=5, k_heads=2)
+    seeds = [random(*x.shape, dtype=dtypes[0], device=backend, seed=9) for x in (q, k)]
+    cos.requires_grad_()
+    sin.requires_grad_()
+    outputs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
+    got = torch.autograd.grad(outputs, (cos, sin), seeds)
+
+    q, k, cos, sin, ids, *seeds = on_cpu([q, k, cos, sin, ids, *seeds], F64)
+    exact, sizes = exact_table_grads([q, k], seeds, cos, sin, ids, options)
+    terms = 2 * B * S * (5 + 2)  # at most: both channels of every token and head
+    for name, a, b, size in zip(("cos", "sin"), got, exact, sizes, strict=True):
+        assert a.dtype == dtypes[1]
+        allowed = 0.5 * ulp(b, a.dtype) + terms * 2.0**-24 * size
+        error = (a.cpu().double() - b).abs()
+        assert (error <= allowed).all(), f"{name}: {(error - allowed).max()} too far"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_gradient_to_rows_that_no_token_used_is_zero(dtype, device):
+    cos, sin = (t.requires_grad_() for t in random_table(50, 3, dtype=dtype, device=device))
+    x = random(B, S, H, D, device=device)
+    ids = torch.tensor([7, 49, 7], device=device)
+    for used, options in (([7, 49], {"position_ids": ids}), ([0, 1, 2], {})):
+        y = rope.apply_rotary(x, cos, sin, **options)
+        seed = random(*y.shape, device=device, seed=5)
+        for grad in torch.autograd.grad(y, (cos, sin), seed):
+            assert grad.shape == (50, 3)
+            assert grad.cpu().abs().sum(-1).nonzero().flatten().tolist() == used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
+def test_gradient_to_inv_freq_at_long_context(dtype, backend):
+    """Sums of p (cos g_s - sin g_c): to 2^-19 of the sum of absolute values, in float32, for the
+    incoming gradients (2^-24 each) and a table of 64 rows.
+    """
+    inv_freq = rope_ext.frequencies.default(64)[0].to(dtype).to(backend).requires_grad_()
+    ids = random_positions(2, 32, rows=100_000, device=backend)
+    cos, sin = rope_ext.cos_sin(inv_freq, ids)
+    seeds = [random(2, 32, 32, dtype=cos.dtype, device=backend, seed=s) for s in (1, 2)]
+    (got,) = torch.autograd.grad((cos, sin), inv_freq, seeds)
+    assert got.dtype == dtype
+    inv_freq, ids, *seeds = on_cpu([inv_freq, ids, *seeds], F64)
+    cos, sin = reference.cos_sin(inv_freq, ids)
+    terms = ids.double().unsqueeze(-1) * torch.stack((cos * seeds[1], -sin * seeds[0]))
+    size = terms.abs().sum((0, 1, 2))
+    exact = terms.sum((0, 1, 2))
+    allowed = 0.5 * ulp(exact, dtype) + (2.0**-40 if dtype == F64 else 2.0**-19) * size
+    assert ((got.cpu().double() - exact).abs() <= allowed).all()
+
+
+# ---- the gradients that come in
+
+
+def test_expanded_gradients_are_accepted(device):
+    """As sum() makes them: stride 0 in all dimensions."""
+    q, k, cos, sin, ids, _ = inputs_of(CASES[2], device, torch.float32, torch.float32)
+    leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
+
+    def grads(weights):
+        out_q, out_k = rope.apply_rotary_qk(*leaves, ids)
+        loss = (out_q * weights[0]).sum() + (out_k * weights[1]).sum() if weights else (
+            out_q.sum() + out_k.sum())  # fmt: skip
+        return torch.autograd.grad(loss, leaves)
+
+    ones = [torch.ones_like(x) for x in (q, k)]  # a product makes dense gradients
+    for a, b in zip(grads(None), grads(ones), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_gradients_with_other_strides_are_accepted(device):
+    q, _, cos, sin, _, _ = inputs_of(CASES[0], device)
+    leaves = [t.requires_grad_() for t in (q, cos, sin)]
+    y = rope.apply_rotary(*leaves)
+    seed = random(B, S, H, D, dtype=F64, device=device)
+    expected = torch.autograd.grad(y, leaves, seed, retain_graph=True)
+    strange = {
+        "channels first": random(D, B, S, H, dtype=F64).permute(1, 2, 3, 0),
+        "heads first": random(H, B, S, D, dtype=F64).permute(1, 2, 0, 3),
+        "with gaps": random(B, S, H, 2 * D, dtype=F64)[..., ::2],
+    }
+    for view in strange.values():
+        view = view.to(device)
+        view.copy_(seed)
+        for a, b in zip(torch.autograd.grad(y, leaves, view, retain_graph=True), expected,
+                        strict=True):  # fmt: skip
+            assert_same_bits(a, b)
+
+
+def test_a_gradient_of_one_output_only(device):
+    """The other comes in as zeros."""
+    q, k, cos, sin, ids, _ = inputs_of(CASES[1], device)
+    leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
+    out_q, _ = rope.apply_rotary_qk(*leaves, ids)
+    seed = random(*out_q.shape, dtype=F64, device=device)
+    got = torch.autograd.grad(out_q, leaves, seed, allow_unused=True)
+    alone = rope.apply_rotary(q, cos, sin, ids)
+    expected = torch.autograd.grad(alone, (q, cos, sin), seed)
+    assert_same_bits(got[0], expected[0])
+    assert got[1] is None or not got[1].cpu().any()
+    torch.testing.assert_close(got[2].cpu(), expected[1].cpu())
+    torch.testing.assert_close(got[3].cpu(), expected[2].cpu())
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+def test_backward_refuses_a_table_that_was_written_since(inplace, device):
+    x = random(B, S, H, D, device=device).requires_grad_()
+    cos, sin = random_table(S, 3, device=device)
+    y = rope_ext.apply_rotary(x * 1, cos, sin, inplace=inplace)
+    cos.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.ones_like(y))
+
+
+def test_expanded_gradients_are_accepted_twice(device):
+    """Gradients of gradients as sum() makes them."""
+    leaves = [t.requires_grad_() for t in inputs_of(CASES[2], device)[:4]]
+    ids = torch.tensor(CASES[2].ids, device=device)
+    seeds = [random(*x.shape, dtype=F64, device=device, seed=9) for x in leaves[:2]]
+
+    def twice(weigh):
+        inputs = [*leaves, *(s.detach().requires_grad_() for s in seeds)]
+        grads = torch.autograd.grad(
+            rope.apply_rotary_qk(*leaves, ids), leaves, inputs[4:], create_graph=True
+        )
+        return torch.autograd.grad(sum(weigh(g).sum() for g in grads), inputs)
+
+    for a, b in zip(twice(lambda g: g), twice(lambda g: g * torch.ones_like(g)), strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- only where asked
+
+
+@pytest.mark.parametrize("which", ["x", "cos", "sin", "none"])
+def test_only_inputs_that_require_grad_get_one(which, device):
+    tensors = dict(zip(("x", "cos", "sin"), inputs_of(CASES[0], device)[:1] + inputs_of(
+        CASES[0], device)[2:4], strict=True))  # fmt: skip
+    if which != "none":
+        tensors[which].requires_grad_()
+    y = rope.apply_rotary(**tensors)
+    assert y.requires_grad == (which != "none")
+    if which != "none":
+        y.sum().backward()
+    for name, t in tensors.items():
+        assert (t.grad is not None) == (name == which)
+
+
+def test_no_grad_records_nothing(device):
+    x = random(B, S, H, D, device=device).requires_grad_()
+    inv_freq = rope_ext.frequencies.default(D, device=device)[0].requires_grad_()
+    with torch.no_grad():
+        cos, sin = rope_ext.cos_sin_cache(inv_freq, S)
+        assert not cos.requires_grad
+        assert not rope.apply_rotary(x, cos, sin).requires_grad
+
+
+# ---- the same bits every time
+
+
+def many_tokens_grads(device):
+    """Gradients to cos and sin of rows that many tokens share, and to inv_freq."""
+    q = random(2, 300, 6, 32, device=device)
+    k = random(2, 300, 2, 32, device=device)
+    inv_freq = rope_ext.frequencies.default(32, device=device)[0].requires_grad_()
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, 40)
+    ids = random_positions(2, 300, rows=40, device=device)
+    outputs = rope_ext.apply_rotary_qk(q, k, cos, sin, ids)
+    seeds = [random(*x.shape, device=device, seed=5) for x in (q, k)]
+    with_ids = torch.autograd.grad(outputs, (cos, sin, inv_freq), seeds, retain_graph=True)
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, 300)
+    outputs = rope_ext.apply_rotary_qk(q, k, cos, sin)
+    return *with_ids, *torch.autograd.grad(outputs, (cos, sin, inv_freq), seeds)
+
+
+def test_gradients_to_shared_rows_have_the_same_bits_in_every_run(device):
+    for a, b in zip(many_tokens_grads(device), many_tokens_grads(device), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_number_of_threads_does_not_change_a_bit_of_a_gradient(threads):
+    threads(1)
+    one = many_tokens_grads("cpu")
+    for count in (2, 3):
+        threads(count)
+        for a, b in zip(one, many_tokens_grads("cpu"), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_portable_and_avx2_give_the_same_gradients(avx2):
+    fast = many_tokens_grads("cpu")
+    rope_ext._C.set_cpu_capability("portable")
+    for a, b in zip(fast, many_tokens_grads("cpu"), strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- end to end
+
+
+def test_inv_freq_is_learned(device):
+    """Frequencies a little off find the way back to those that made the data."""
+    true = torch.tensor([0.9, 0.21, 0.05], device=device)
+    x = random(1, 24, 2, D, device=device)
+    target = rope_ext.apply_rotary(x, *rope_ext.cos_sin_cache(true, 24))
+    inv_freq = (true * 1.02).requires_grad_()
+    losses = []
+    for _ in range(60):
+        y = rope_ext.apply_rotary(x, *rope_ext.cos_sin_cache(inv_freq, 24))
+        loss = (y - target).square().mean()
+        (grad,) = torch.autograd.grad(loss, inv_freq)
+        losses.append(loss.item())
+        with torch.no_grad():
+            inv_freq -= 2e-3 * grad
+    assert losses[-1] < 1e-4 * losses[0]
+    torch.testing.assert_close(inv_freq.detach().cpu(), true.cpu(), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,325 @@
+"""Beside the rest of PyTorch: opcheck, torch.compile, fakes, inference mode, functorch."""
+
+import shutil
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    VIEWS,
+    assert_same_bits,
+    name_of,
+    random,
+    random_positions,
+    random_table,
+    rounded_once,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rope_ext
+
+rope = torch.ops.rope
+
+B, S, H, K, D, P, L = 2, 5, 4, 2, 16, 8, 9
+
+
+def rotary_arguments(device, *, ids, grad, pair, dtype=torch.float32):
+    q = random(B, S, H, D, dtype=dtype, device=device)
+    k = random(B, S, K, D, dtype=dtype, device=device)
+    cos, sin = random_table(L, P, device=device)
+    xs = (q, k) if pair else (q,)
+    if grad == "x":
+        xs = tuple(x.requires_grad_() for x in xs)
+    elif grad == "all":
+        for t in (*xs, cos, sin):
+            t.requires_grad_()
+    position_ids = random_positions(B, S, rows=L, device=device) if ids else None
+    return *xs, cos, sin, position_ids
+
+
+@pytest.mark.parametrize("grad", ["none", "x", "all"])
+@pytest.mark.parametrize("ids", [False, True], ids=["table order", "position_ids"])
+@pytest.mark.parametrize("pair", [False, True], ids=["apply_rotary", "apply_rotary_qk"])
+def test_opcheck_of_the_rotation(pair, ids, grad, device):
+    operator = rope.apply_rotary_qk.default if pair else rope.apply_rotary.default
+    arguments = rotary_arguments(device, ids=ids, grad=grad, pair=pair)
+    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, arguments, {"interleaved": True, "inverse": True})
+
+
+@pytest.mark.parametrize("grad", ["none", "x"])
+def test_opcheck_of_other_layouts_and_tables(grad, device):
+    x = random(B, H, S, D, device=device).transpose(1, 2)
+    x = x.requires_grad_() if grad == "x" else x
+    rows = random_table(B, S, 12, device=device)
+    torch.library.opcheck(rope.apply_rotary.default, (x, *rows), {"rotary_dim": 12})
+    packed = random(S, H, D, dtype=torch.bfloat16, device=device)
+    tables = random_table(L, 4, dtype=torch.bfloat16, device=device)
+    torch.library.opcheck(rope.apply_rotary.default, (packed, *tables))
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["apply_rotary_", "apply_rotary_qk_"])
+@pytest.mark.parametrize("ids", [False, True], ids=["table order", "position_ids"])
+def test_opcheck_of_the_rotation_in_place(pair, ids, device):
+    operator = rope.apply_rotary_qk_.default if pair else rope.apply_rotary_.default
+    arguments = rotary_arguments(device, ids=ids, grad="none", pair=pair)
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_of_the_tables(dtype, grad, device):
+    inv_freq = rope_ext.frequencies.default(D, device=device)[0].requires_grad_(grad)
+    options = {"attention_scaling": 1.25, "dtype": dtype}
+    torch.library.opcheck(rope.cos_sin_cache.default, (inv_freq, 7), {"start": 3, **options})
+    ids = random_positions(B, S, rows=100, device=device)
+    torch.library.opcheck(rope.cos_sin.default, (inv_freq, ids), options)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("pair", [False, True], ids=["q", "q and k"])
+@pytest.mark.parametrize("ids", [False, True], ids=["table order", "position_ids"])
+def test_opcheck_of_the_gradient_to_the_table(ids, pair, grad, device):
+    xs = [random(B, S, H, D, device=device, seed=seed) for seed in (1, 2)]
+    xs += [random(B, S, K, D, device=device, seed=s) for s in (3, 4)] if pair else [None, None]
+    xs = [None if x is None else x.requires_grad_(grad) for x in xs]
+    cos, _ = random_table(L, P, device=device)
+    order = offsets = None
+    if ids:
+        rows, order = random_positions(B * S, rows=L).sort()
+        offsets = torch.searchsorted(rows, torch.arange(L + 1)).to(device)
+        order = order.to(device)
+    torch.library.opcheck(rope.apply_rotary_table_backward.default, (*xs, cos, order, offsets))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("ids", [False, True], ids=["start", "position_ids"])
+def test_opcheck_of_the_gradient_to_inv_freq(ids, grad, device):
+    inv_freq = rope_ext.frequencies.default(D, device=device)[0].requires_grad_(grad)
+    shape = (B, S, P) if ids else (S, P)
+    grads = [random(*shape, device=device, seed=s).requires_grad_(grad) for s in (1, 2)]
+    position_ids = random_positions(B, S, rows=100, device=device) if ids else None
+    options = {"attention_scaling": 1.25} if ids else {"start": 3}
+    torch.library.opcheck(rope.cos_sin_backward.default, (*grads, inv_freq, position_ids), options)
+
+
+# ---- fakes
+
+
+@pytest.mark.parametrize("view", [*VIEWS, "expanded", "channels first"])
+def test_fake_output_has_the_strides_of_the_real_one(view):
+    if view == "expanded":
+        x = random(1, 1, 1, D).expand(B, S, H, D)
+    else:
+        x = VIEWS.get(view, VIEWS["dense"])(lambda *shape: random(*shape), B, S, H, D)
+    cos, sin = random_table(S, P)
+    if view == "channels first":  # of one channel each, so that the last stride is free
+        x = random(B, 2, S, H).permute(0, 2, 3, 1)[..., :2].contiguous()
+        cos, sin = cos[:, :1], sin[:, :1]
+    real = rope.apply_rotary_qk(x, x, cos, sin)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = rope.apply_rotary_qk(*(mode.from_tensor(t) for t in (x, x, cos, sin)))
+    for a, b in zip(fake, real, strict=True):
+        assert a.shape == b.shape
+        assert a.stride() == b.stride()
+        assert a.dtype == b.dtype
+
+
+def test_meta_tensors_give_meta_tensors():
+    x = torch.empty(B, S, H, D, device="meta", dtype=torch.bfloat16)
+    inv_freq = torch.empty(P, device="meta")
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, S)
+    assert cos.is_meta
+    assert cos.shape == (S, P)
+    y = rope_ext.apply_rotary(x, cos, sin, layout="bshd")
+    assert y.is_meta
+    assert y.shape == x.shape
+    assert y.dtype == torch.bfloat16
+
+
+# ---- torch.compile
+
+
+def compiled(function, backend="aot_eager", dynamic=True):
+    """function compiled to one graph, and the counter of its compilations."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic), counter
+
+
+def rotate_rows(q, k, inv_freq, ids):
+    return rope_ext.apply_rotary_qk(q, k, *rope_ext.cos_sin(inv_freq, ids))
+
+
+def rotate_table(q, k, inv_freq, ids):
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, 64)
+    return rope_ext.apply_rotary_qk(q, k, cos, sin, ids)
+
+
+def rotate_no_ids(q, k, inv_freq, ids):
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, q.shape[1])
+    return rope_ext.apply_rotary(q, cos, sin), rope_ext.apply_rotary(k, cos, sin, inverse=True)
+
+
+def rotate_in_place(q, k, inv_freq, ids):
+    q, k = q * 1, k * 1
+    cos, sin = rope_ext.cos_sin(inv_freq.detach(), ids)
+    return rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True)
+
+
+COMPILED = [rotate_rows, rotate_table, rotate_no_ids, rotate_in_place]
+
+
+def compile_inputs(device, seq, grad):
+    q = random(B, seq, H, D, device=device).requires_grad_(grad)
+    k = random(B, seq, K, D, device=device, seed=1).requires_grad_(grad)
+    ids = random_positions(B, seq, rows=50, device=device)
+    return q, k, rope_ext.frequencies.default(D, device=device)[0].requires_grad_(grad), ids
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("function", COMPILED, ids=lambda function: function.__name__)
+def test_one_graph_serves_all_sequence_lengths(function, grad, device):
+    run, counter = compiled(function)
+    graphs = None
+    for seq in (5, 12, 7, 33):
+        inputs = compile_inputs(device, seq, grad)
+        expected = function(*inputs)
+        got = run(*inputs)
+        graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a, b)
+        if grad:
+            wanted = inputs[: 2 if function is rotate_in_place else 3]
+            seeds = [random(*y.shape, device=device, seed=9) for y in expected]
+            for a, b in zip(torch.autograd.grad(got, wanted, seeds),
+                            torch.autograd.grad(expected, wanted, seeds), strict=True):  # fmt: skip
+                assert_same_bits(a, b)
+
+
+def test_no_more_than_one_recompilation_without_asking_for_dynamic_shapes(device):
+    """The first length is compiled as it is, the second for all others."""
+    run, counter = compiled(rotate_rows, dynamic=None)
+    for seq in (5, 12, 7, 33, 6):
+        inputs = compile_inputs(device, seq, grad=False)
+        for a, b in zip(run(*inputs), rotate_rows(*inputs), strict=True):
+            assert_same_bits(a, b)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("form", ["function", "operator", "view"])
+def test_in_place_on_a_graph_input_writes_it(form, device):
+    def function(x, cos, sin):
+        if form == "function":
+            rope_ext.apply_rotary(x, cos, sin, inplace=True)
+        elif form == "operator":
+            rope.apply_rotary_(x, cos, sin)
+        else:
+            rope.apply_rotary_qk_(x[:, :, :1], x[:, :, 1:], cos, sin)
+        return x + 1
+
+    run, _ = compiled(function)
+    x = random(B, S, H, D, device=device)
+    cos, sin = random_table(S, P, device=device)
+    expected = rounded_once(x, cos, sin)
+    out = run(x, cos, sin)
+    assert_same_bits(x, expected)
+    assert_same_bits(out, expected + 1)
+
+
+def test_reading_before_and_after_an_in_place_rotation_stays_in_order(device):
+    def function(x, cos, sin):
+        x = x.clone()
+        before = x * 2
+        rope.apply_rotary_(x[:, 1:3], cos, sin)
+        return before, x * 2
+
+    run, _ = compiled(function)
+    x = random(B, S, H, D, device=device)
+    cos, sin = random_table(2, P, device=device)
+    before, after = run(x, cos, sin)
+    assert_same_bits(before, x * 2)
+    assert_same_bits(after[:, 1:3], 2 * rounded_once(x[:, 1:3], cos, sin))
+    assert_same_bits(after[:, 3:], x[:, 3:] * 2)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
+                    reason="no C++ compiler for Inductor")  # fmt: skip
+def test_inductor_compiles_forward_and_backward():
+    def function(q, k, inv_freq, ids):
+        out_q, out_k = rotate_rows(q * 2, k + 1, inv_freq, ids)
+        return out_q.sin() * 3, out_k
+
+    run, counter = compiled(function, backend="inductor")
+    graphs = None
+    for seq in (6, 11):
+        inputs = compile_inputs("cpu", seq, grad=True)
+        expected, got = function(*inputs), run(*inputs)
+        seeds = [random(*y.shape, seed=9) for y in expected]
+        for a, b in zip(
+            [*got, *torch.autograd.grad(got, inputs[:3], seeds)],
+            [*expected, *torch.autograd.grad(expected, inputs[:3], seeds)],
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+def test_exported_program_rotates(device):
+    class Rotate(torch.nn.Module):
+        def forward(self, q, k, inv_freq, ids):
+            return rotate_rows(q, k, inv_freq, ids)
+
+    inputs = compile_inputs(device, 6, grad=False)
+    program = torch.export.export(Rotate(), inputs)
+    for a, b in zip(program.module()(*inputs), rotate_rows(*inputs), strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- modes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_inference_mode_gives_the_same_bits(dtype, device):
+    q = random(B, S, H, D, dtype=dtype, device=device)
+    cos, sin = random_table(S, P, device=device)
+    expected = rope.apply_rotary(q, cos, sin)
+    with torch.inference_mode():
+        got = rope.apply_rotary(q, cos, sin)
+        assert got.is_inference()
+    assert_same_bits(got, expected)
+
+
+def test_autocast_changes_nothing(device):
+    q = random(B, S, H, D, device=device)
+    cos, sin = random_table(S, P, device=device)
+    expected = rope.apply_rotary(q, cos, sin)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = rope.apply_rotary(q, cos, sin)
+    assert_same_bits(got, expected)
+
+
+def test_checkpointing_recomputes_the_same(device):
+    q = random(B, S, H, D, device=device).requires_grad_()
+    cos, sin = random_table(S, P, device=device)
+
+    def function(q):
+        return rope_ext.apply_rotary(q * 2, cos, sin, inplace=True).sin()
+
+    y = torch.utils.checkpoint.checkpoint(function, q, use_reentrant=False)
+    seed = random(*y.shape, device=device, seed=5)
+    (got,) = torch.autograd.grad(y, q, seed)
+    (expected,) = torch.autograd.grad(function(q), q, seed)
+    assert_same_bits(got, expected)
+
+
+def test_operators_are_registered_for_cpu_and_cuda():
+    names = ["apply_rotary", "apply_rotary_", "apply_rotary_qk", "apply_rotary_qk_", "cos_sin",
+             "cos_sin_cache", "apply_rotary_table_backward", "cos_sin_backward"]  # fmt: skip
+    for name in names:
+        for key in ("CPU", "CUDA", "Meta"):
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"rope::{name}", key)
+            assert has_kernel, f"{name} has none for {key}"
