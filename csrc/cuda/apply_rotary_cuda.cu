@@ -1,6 +1,7 @@
 // apply_rotary on CUDA: q and k in one launch, each thread's piece of the table row in registers.
 #include "../kernels.h"
 #include "launch.cuh"
+#include "turns.cuh"
 #include "unit.cuh"
 
 namespace rope::cuda {
@@ -22,8 +23,8 @@ struct Place {
   uint32_t b, s, head;
 };
 
-// Calls work(in, out) for each of the thread's heads, at `channel`. Everything is computed again for
-// each head from the kernel's arguments: pointers kept for q and k would cost registers.
+// Calls work(in, out) for each of the thread's heads, at `channel`. Everything is computed again
+// for each head from the kernel's arguments: pointers kept for q and k would cost registers.
 template <class E, class Work>
 __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
                                           const Place& place, uint32_t channel, const Work& work) {
@@ -35,69 +36,14 @@ __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& pl
     // Field by field: a choice between whole structs would put them into local memory.
     const bool is_q = head < static_cast<uint32_t>(args.q.heads);
     const RotatedHeads &q = args.q, &k = args.k;
-    const E* in = static_cast<const E*>(is_q ? q.in.data : k.in.data) +
-                  offset(head, is_q ? q.in.stride_b : k.in.stride_b,
-                         is_q ? q.in.stride_s : k.in.stride_s,
-                         is_q ? q.in.stride_h : k.in.stride_h);
+    const E* in =
+        static_cast<const E*>(is_q ? q.in.data : k.in.data) +
+        offset(head, is_q ? q.in.stride_b : k.in.stride_b, is_q ? q.in.stride_s : k.in.stride_s,
+               is_q ? q.in.stride_h : k.in.stride_h);
     E* out = static_cast<E*>(is_q ? q.out.data : k.out.data) +
              offset(head, is_q ? q.out.stride_b : k.out.stride_b,
-                    is_q ? q.out.stride_s : k.out.stride_s,
-                    is_q ? q.out.stride_h : k.out.stride_h);
+                    is_q ? q.out.stride_s : k.out.stride_s, is_q ? q.out.stride_h : k.out.stride_h);
     work(in, out);
-  }
-}
-
-// The table's values for the pairs of a unit, kept over all heads of a thread. The second two may
-// differ from the first two only where kFullWidth; else they take no registers.
-template <class C, int kPairs, bool kFullWidth>
-struct Turns {
-  C c1[kPairs], s1[kPairs], c2[kPairs], s2[kPairs];
-
-  __device__ __forceinline__ Turn<C> at(int j) const {
-    if constexpr (kFullWidth) return {c1[j], s1[j], c2[j], s2[j]};
-    return {c1[j], s1[j], c1[j], s1[j]};
-  }
-  __device__ __forceinline__ void set(int j, const Turn<C>& turn) {
-    c1[j] = turn.c1;
-    s1[j] = turn.s1;
-    if constexpr (kFullWidth) {
-      c2[j] = turn.c2;
-      s2[j] = turn.s2;
-    }
-  }
-};
-
-template <class U, bool kFullWidth>
-using TurnsOf = Turns<typename U::C, U::kPairs, kFullWidth>;
-
-// cos, sin: the table row [W] from the unit's first column on.
-template <class U, bool kFullWidth, bool kAligned, class S>
-__device__ __forceinline__ void read_turns(TurnsOf<U, kFullWidth>& turns, const S* cos,
-                                           const S* sin, bool full_width, UnitLayout layout) {
-  using C = typename U::C;
-  constexpr int kPairs = U::kPairs;
-  if (!kFullWidth || !full_width) {
-    C c[kPairs], s[kPairs];
-    load_values<C, kPairs, kAligned>(c, cos);
-    load_values<C, kPairs, kAligned>(s, sin);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) turns.set(j, {c[j], s[j], c[j], s[j]});
-  } else if constexpr (U::kNeighbours) {
-    C c[2 * kPairs], s[2 * kPairs];
-    load_values<C, 2 * kPairs, kAligned>(c, cos);
-    load_values<C, 2 * kPairs, kAligned>(s, sin);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      turns.set(j, {c[2 * j], s[2 * j], c[2 * j + 1], s[2 * j + 1]});
-    }
-  } else {
-    C c1[kPairs], s1[kPairs], c2[kPairs], s2[kPairs];
-    load_values<C, kPairs, kAligned>(c1, cos);
-    load_values<C, kPairs, kAligned>(s1, sin);
-    load_values<C, kPairs, kAligned>(c2, cos + layout.second);
-    load_values<C, kPairs, kAligned>(s2, sin + layout.second);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) turns.set(j, {c1[j], s1[j], c2[j], s2[j]});
   }
 }
 
@@ -111,33 +57,19 @@ __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& p
 // A position outside the table turns by NaN: the kernel can't raise without stopping the stream.
 template <class U, bool kFullWidth>
 __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const RotaryArgs& args,
-                                           const Plan& plan, const Place& place,
-                                           uint32_t channel) {
+                                           const Plan& plan, const Place& place, uint32_t channel) {
   using C = typename U::C;
-  const Table& table = args.table;
   const int64_t row = row_of(args.position_ids, place);
-  if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(table.rows)) {
+  if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(args.table.rows)) {
     const C nan = static_cast<C>(NAN);
 #pragma unroll
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, {nan, nan, nan, nan});
     return;
   }
-  const bool column_a_channel = kFullWidth && table.full_width;
-  const uint32_t column = args.interleaved && !column_a_channel ? channel / 2 : channel;
-  const int64_t cos_at = place.b * table.cos_stride_b + row * table.cos_stride_row + column;
-  const int64_t sin_at = place.b * table.sin_stride_b + row * table.sin_stride_row + column;
-  dispatch(table.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    const S* cos = static_cast<const S*>(table.cos) + cos_at;
-    const S* sin = static_cast<const S*>(table.sin) + sin_at;
-    // Vectors of float64 on their way to float32 would take more registers than all the rest.
-    constexpr bool kNarrowed = sizeof(S) > sizeof(C);
-    if (!kNarrowed && plan.table_aligned) {
-      read_turns<U, kFullWidth, !kNarrowed>(turns, cos, sin, table.full_width, plan.layout);
-    } else {
-      read_turns<U, kFullWidth, false>(turns, cos, sin, table.full_width, plan.layout);
-    }
-  });
+  const bool one_a_channel = kFullWidth && args.table.full_width;
+  const uint32_t column = args.interleaved && !one_a_channel ? channel / 2 : channel;
+  read_table<U, kFullWidth>(turns, args.table, plan.table_aligned, plan.layout, place.b, row,
+                            column);
   if (args.inverse) {
 #pragma unroll
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, inverse_of(turns.at(j)));
@@ -195,8 +127,7 @@ constexpr int resident_blocks(int n, bool interleaved, bool full_width) {
 // kFullWidth: table.full_width is looked at; without it the table is known to have P columns.
 // args.k.*.data point as far before k that heads can be counted on from those of q.
 template <class E, int N, bool kInterleaved, bool kFullWidth>
-__global__ void
-__launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved, kFullWidth))
+__global__ void __launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved, kFullWidth))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
   const RotaryGeometry& g = plan.geometry;
   const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
@@ -298,7 +229,7 @@ void launch_element(const RotaryArgs& args, void* stream) {
 RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
   const auto skip = [](auto& data, int64_t bytes) {
     using Pointer = std::remove_reference_t<decltype(data)>;
-    if (data) data = (Pointer)((uintptr_t)data + bytes);
+    if (data) data = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(data) + bytes);
   };
   const int64_t element_bytes = size_of(args.dtype), table_bytes = size_of(args.table.dtype);
   for (RotatedHeads* x : {&args.q, &args.k}) {
@@ -306,8 +237,8 @@ RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
     skip(x->out.data, first * x->out.stride_s * element_bytes);
   }
   if (args.position_ids.data) {
-    skip(args.position_ids.data, first * args.position_ids.stride_s *
-                                     (args.position_ids.int64 ? int64_t{8} : int64_t{4}));
+    skip(args.position_ids.data,
+         first * args.position_ids.stride_s * (args.position_ids.int64 ? int64_t{8} : int64_t{4}));
   } else {
     skip(args.table.cos, first * args.table.cos_stride_row * table_bytes);
     skip(args.table.sin, first * args.table.sin_stride_row * table_bytes);
@@ -339,7 +270,7 @@ RotaryArgs batch_as_sequence(RotaryArgs args) {
 
 void apply_rotary(const RotaryArgs& given, void* stream) {
   if (given.batch == 0 || given.seq == 0 || given.q.heads + given.k.heads == 0) return;
-  check_counts(given.op, given.q.heads + given.k.heads, given.head_dim);
+  check_counts(given.op, given.q.heads + given.k.heads, given.head_dim, given.batch, given.seq);
   // Blocks do not reach over the end of a sequence: a decoding step would leave them almost empty.
   const RotaryArgs args = given.seq == 1 ? batch_as_sequence(given) : given;
   const int64_t most = most_tokens(args.head_dim);

@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// partial [chunks, P]: row i is the sum, in order, of tokens [i chunk_tokens, (i + 1) chunk_tokens).
-// d cos / d inv_freq = -position scale sin(angle), d sin / d inv_freq = position scale cos(angle).
+// partial [chunks, P]: row i is the sum, in order, of tokens [i chunk_tokens, (i + 1)
+// chunk_tokens). d cos / d inv_freq = -position scale sin(angle), d sin / d inv_freq = position
+// scale cos(angle).
 __global__ void __launch_bounds__(kBlockThreads)
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // The sum of the partial sums, in order: a thread for each pair.
-__global__ void __launch_bounds__(kBlockThreads) cos_sin_grad_sum_kernel(const CosSinGradArgs args) {
+__global__ void __launch_bounds__(kBlockThreads)
+    cos_sin_grad_sum_kernel(const CosSinGradArgs args) {
   const int64_t pairs = args.angles.pairs;
   const int64_t pair = block_index() * blockDim.x + threadIdx.x;
   if (pair >= pairs) return;

@@ -63,8 +63,7 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batc
                                       int64_t sm_count) {
   const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
   const int64_t unit_chunks = ceil_div(units, unit_lanes);
-  const int64_t head_lanes =
-      std::min(std::max<int64_t>(kWarpThreads / unit_lanes, 1), heads);
+  const int64_t head_lanes = std::min(std::max<int64_t>(kWarpThreads / unit_lanes, 1), heads);
   const int64_t lanes = unit_lanes * head_lanes;
 
   const int64_t most_splits = ceil_div(heads, head_lanes);
@@ -75,8 +74,7 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batc
   const int64_t parts = splits * unit_chunks;
   const int64_t groups = seq * parts;
   const int64_t share = batch * groups / (kWantedBlocks * sm_count);
-  const int64_t most_groups =
-      std::min(std::max<int64_t>(share, 1), kBlockThreads / lanes);
+  const int64_t most_groups = std::min(std::max<int64_t>(share, 1), kBlockThreads / lanes);
   const int64_t blocks = ceil_div(groups, most_groups);
   const int64_t groups_per_block = ceil_div(groups, blocks);
 
@@ -120,10 +118,8 @@ inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64
   }
   const int64_t token_lanes =
       largest_power_of_two(std::min(lanes / head_lanes, std::max<int64_t>(tokens_per_row, 1)));
-  return {static_cast<int>(unit_lanes), static_cast<int>(head_lanes),
-          static_cast<int>(token_lanes),
-          static_cast<uint32_t>(whole_warps(unit_lanes * head_lanes * token_lanes)),
-          grid_of(rows)};
+  return {static_cast<int>(unit_lanes), static_cast<int>(head_lanes), static_cast<int>(token_lanes),
+          static_cast<uint32_t>(whole_warps(unit_lanes * head_lanes * token_lanes)), grid_of(rows)};
 }
 
 // Tables [rows, columns] with a thread for each entry: columns of one row side by side.

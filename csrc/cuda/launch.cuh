@@ -12,25 +12,30 @@ namespace rope::cuda {
 
 inline void check(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("rope::") + op + ": CUDA error: " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(std::string("rope::") + op +
+                           ": CUDA error: " + cudaGetErrorString(error));
 }
 
 // The error is that of the launch itself; what goes wrong inside the kernel shows at a later call.
 template <class... Args>
-void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads, void* stream,
-            const Args&... args) {
-  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads,
+            void* stream, const Args&... args) {
+  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(
+      args...);
   check(cudaGetLastError(), op);
 }
 
-// Kernels count the heads and the channels of one token in 32 bits.
-inline void check_counts(const char* op, int64_t heads, int64_t head_dim) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  if (heads <= kMost && head_dim <= kMost) return;
-  throw std::runtime_error(std::string("rope::") + op + ": expected at most 2^30 heads and 2^30 " +
-                           "channels a head on CUDA, got " + std::to_string(heads) + " and " +
-                           std::to_string(head_dim));
+// Kernels count heads, the channels of a head, sequences and tokens of a sequence in 32 bits.
+inline void check_counts(const char* op, int64_t heads, int64_t head_dim, int64_t batch,
+                         int64_t seq) {
+  constexpr int64_t kMost = int64_t{1} << 30, kMostRows = int64_t{0xffffffff};
+  if (heads <= kMost && head_dim <= kMost && batch <= kMostRows && seq <= kMostRows) return;
+  throw std::runtime_error(std::string("rope::") + op +
+                           ": on CUDA expected at most 2^30 heads and channels, and a batch and "
+                           "sequence below 2^32, got " +
+                           std::to_string(heads) + " heads of " + std::to_string(head_dim) +
+                           " channels, batch " + std::to_string(batch) + ", sequence " +
+                           std::to_string(seq));
 }
 
 // Multiprocessors of the current device.

@@ -7,6 +7,8 @@ namespace rope::cuda {
 
 namespace {
 
+constexpr const char* kOp = "apply_rotary backward";
+
 struct Plan {
   TableGradGeometry geometry;
   UnitLayout layout;
@@ -46,10 +48,10 @@ __device__ __forceinline__ void add_token(TurnGrad<typename U::C> (&sums)[U::kPa
     // Field by field: a choice between whole structs would put them into local memory.
     const bool is_q = head < static_cast<uint32_t>(args.q.heads);
     const GradHeads &q = args.q, &k = args.k;
-    const E* grad = static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
-                    offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
-                           is_q ? q.grad.stride_s : k.grad.stride_s,
-                           is_q ? q.grad.stride_h : k.grad.stride_h);
+    const E* grad =
+        static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
+        offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
+               is_q ? q.grad.stride_s : k.grad.stride_s, is_q ? q.grad.stride_h : k.grad.stride_h);
     const E* x = static_cast<const E*>(is_q ? q.x.data : k.x.data) +
                  offset(head, is_q ? q.x.stride_b : k.x.stride_b,
                         is_q ? q.x.stride_s : k.x.stride_s, is_q ? q.x.stride_h : k.x.stride_h);
@@ -173,8 +175,8 @@ void launch_units(RotaryTableGradArgs args, void* stream) {
   plan.geometry = table_grad_geometry(units, std::max<int64_t>(plan.heads, 1), tokens / rows, rows);
   args.k.grad = counted_on(args.k.grad, args.q.heads, sizeof(E));
   args.k.x = counted_on(args.k.x, args.q.heads, sizeof(E));
-  launch("apply_rotary backward", rotary_table_grad_kernel<E, N, kInterleaved>,
-         plan.geometry.grid, plan.geometry.block_threads, stream, args, plan);
+  launch(kOp, rotary_table_grad_kernel<E, N, kInterleaved>, plan.geometry.grid,
+         plan.geometry.block_threads, stream, args, plan);
 }
 
 template <class E>
@@ -201,7 +203,7 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
 
 void rotary_table_grad(const RotaryTableGradArgs& args, void* stream) {
   if (args.grad_batch == 0 || args.rows == 0 || args.rotary_dim == 0) return;
-  check_counts("apply_rotary backward", args.q.heads + args.k.heads, args.rotary_dim);
+  check_counts(kOp, args.q.heads + args.k.heads, args.rotary_dim, args.batch, args.seq);
   dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
 }
 

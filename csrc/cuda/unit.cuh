@@ -6,8 +6,8 @@
 
 namespace rope::cuda {
 
-// Where the units of a head [D] lie: unit u begins at channel u * step, and its second vector, if it
-// has one, `second` channels further. The same for every head, so it is computed on the host.
+// Where the units of a head [D] lie: unit u begins at channel u * step, and its second vector, if
+// it has one, `second` channels further. The same for every head, so it is computed on the host.
 struct UnitLayout {
   uint32_t step, second;
 };

@@ -157,7 +157,8 @@ __device__ __forceinline__ void load_values(C* x, const E* from) {
   }
 }
 
-// Calls f, a function of the host or of the device like its caller, with a value of the storage type.
+// Calls f, a function of the host or of the device like its caller, with a value of the storage
+// type.
 #pragma nv_exec_check_disable
 template <class F>
 __host__ __device__ __forceinline__ void dispatch(DType dtype, const F& f) {

@@ -1,0 +1,215 @@
+"""Bytes that the CUDA kernels move, counted by an emulator of the CUDA runtime.
+
+It executes the real launches and counts every access; see CONTRIBUTING.md. Without it, and on a real
+GPU, there is nothing to count with.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import rope_ext
+
+fakegpu_torch = pytest.importorskip(
+    "fakegpu_torch", reason="no emulator of the CUDA runtime: bytes can't be counted"
+)
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+SECTOR = 32  # bytes: what memory moves at least
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    q_heads: int
+    k_heads: int
+    head_dim: int
+    rotary_dim: int
+    interleaved: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.q_heads + self.k_heads
+
+
+LLAMA = Shape("Llama-3-8B", 32, 8, 128, 128)
+SHAPES = [
+    LLAMA,
+    Shape("SmolLM2, heads shorter than a warp", 9, 3, 64, 64),
+    Shape("GPT-NeoX (Pythia-6.9B), a quarter rotates", 32, 32, 128, 32),
+    Shape("GPT-J, interleaved", 16, 16, 256, 64, interleaved=True),
+    Shape("Llama as Meta ships it, interleaved", 32, 8, 128, 128, interleaved=True),
+]
+STEPS = {"prefill": (1, 48), "prefill of two": (2, 24), "decode": (1, 1), "decode of 16": (16, 1)}
+
+
+@dataclass
+class Moved:
+    """What one call moved: bytes asked for by threads, and sectors touched."""
+
+    launches: int
+    blocks: int
+    load_widths: set[int]
+    store_widths: set[int]
+    load_sectors: int
+    load_unique_sectors: int
+    store_sectors: int
+    store_unique_sectors: int
+    store_efficiency: float
+
+
+def moved_by(call) -> Moved:
+    fakegpu_torch.reset()
+    call()
+    report = fakegpu_torch.stats()
+    assert report["errors"] == []
+    kernels = [k for name, k in report["kernels"].items() if "rope::" in name and k["launches"]]
+    assert len(kernels) == 1
+    (k,) = kernels
+    return Moved(
+        launches=k["launches"],
+        blocks=k["blocks"],
+        load_widths={int(w) for w, count in k["global_loads_by_width"].items() if count},
+        store_widths={int(w) for w, count in k["global_stores_by_width"].items() if count},
+        load_sectors=k["load_sectors"],
+        load_unique_sectors=k.get("load_unique_sectors", 0),
+        store_sectors=k["store_sectors"],
+        store_unique_sectors=k.get("store_unique_sectors", 0),
+        store_efficiency=k["store_efficiency"],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _footprint():
+    if os.environ.get("FAKEGPU_FOOTPRINT") != "1":
+        pytest.skip("distinct sectors are counted only with FAKEGPU_FOOTPRINT=1")
+
+
+def tensors(shape: Shape, batch: int, seq: int, dtype: torch.dtype):
+    """q [B, S, Hq, D], k [B, S, Hk, D], cos and sin float32 [S, P]."""
+    q = torch.randn(batch, seq, shape.q_heads, shape.head_dim).to(dtype).cuda()
+    k = torch.randn(batch, seq, shape.k_heads, shape.head_dim).to(dtype).cuda()
+    inv_freq, _ = rope_ext.frequencies.default(shape.head_dim, rotary_dim=shape.rotary_dim)
+    cos, sin = rope_ext.cos_sin_cache(inv_freq, seq)
+    return q, k, cos.cuda(), sin.cuda()
+
+
+def sectors(byte_count: int) -> int:
+    assert byte_count % SECTOR == 0
+    return byte_count // SECTOR
+
+
+def pairs_a_thread(shape: Shape, dtype: torch.dtype) -> int:
+    """Of 16 bytes of x, or of each half."""
+    return (8 if shape.interleaved else 16) // dtype.itemsize
+
+
+def table_bytes_a_thread(shape: Shape, dtype: torch.dtype) -> int:
+    """Of a float32 cos: below 16 for two pairs, in float64 and in interleaved float32."""
+    return 4 * pairs_a_thread(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_out_of_place_moves_every_element_once_in_and_once_out(shape, step, dtype):
+    batch, seq = STEPS[step]
+    q, k, cos, sin = tensors(shape, batch, seq, dtype)
+    moved = moved_by(
+        lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin, interleaved=shape.interleaved)
+    )
+    channels = sectors((q.numel() + k.numel()) * dtype.itemsize)
+    table = sectors(2 * cos.numel() * cos.itemsize)
+    assert moved.launches == 1
+    assert moved.store_widths == {16}
+    assert moved.load_widths == {16, min(16, table_bytes_a_thread(shape, dtype))}
+    assert moved.store_sectors == moved.store_unique_sectors == channels
+    assert moved.store_efficiency == 1
+    assert moved.load_unique_sectors == channels + table
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_in_place_touches_only_what_rotates(shape, dtype):
+    batch, seq = STEPS["prefill of two"]
+    q, k, cos, sin = tensors(shape, batch, seq, dtype)
+    moved = moved_by(
+        lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin, interleaved=shape.interleaved)
+    )
+    rotated = sectors(batch * seq * shape.heads * shape.rotary_dim * dtype.itemsize)
+    table = sectors(2 * cos.numel() * cos.itemsize)
+    assert moved.launches == 1
+    assert moved.store_widths == {16}
+    assert moved.load_widths == {16, min(16, table_bytes_a_thread(shape, dtype))}
+    assert moved.store_sectors == moved.store_unique_sectors == rotated
+    assert moved.load_unique_sectors == rotated + table
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_a_table_row_is_read_at_most_once_for_a_warp_of_heads(shape):
+    """Few tokens: groups of about a warp share a token, and each reads its row (geometry.h). A lane
+    reads its values in two 16-byte steps, so that each sector of the row is asked for up to twice.
+    """
+    dtype = torch.bfloat16
+    batch, seq = STEPS["decode of 16"]
+    q, k, cos, sin = tensors(shape, batch, seq, dtype)
+    moved = moved_by(
+        lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin, interleaved=shape.interleaved)
+    )
+    channels = sectors((q.numel() + k.numel()) * dtype.itemsize)
+    row = sectors(2 * cos[0].numel() * cos.itemsize)
+    lanes = shape.rotary_dim // 2 // pairs_a_thread(shape, dtype)
+    lanes += (shape.head_dim - shape.rotary_dim) * dtype.itemsize // 16
+    most_readers = -(-shape.heads // max(1, 32 // lanes))
+    assert moved.load_sectors - channels <= batch * seq * most_readers * 2 * row
+
+
+def test_with_many_tokens_a_table_row_is_read_once():
+    """From sm_count * 2048 threads on a token has one reader (geometry.h)."""
+    shape = Shape("two heads of 64", 1, 1, 64, 64)
+    lanes = 2 * 4  # 8 pairs a thread
+    seq = torch.cuda.get_device_properties(0).multi_processor_count * 2048 // lanes
+    q, k, cos, sin = tensors(shape, 1, seq, torch.bfloat16)
+    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin))
+    channels = sectors((q.numel() + k.numel()) * 2)
+    table = sectors(2 * cos.numel() * cos.itemsize)
+    assert moved.load_unique_sectors == channels + table
+    assert moved.load_sectors - channels <= 2 * table
+
+
+def test_strided_views_move_the_same_bytes():
+    """q and k of one packed projection: each head is a dense run of whole sectors, so nothing else
+    is touched.
+    """
+    batch, seq = STEPS["prefill"]
+    heads = LLAMA.heads + LLAMA.k_heads
+    packed = torch.randn(batch, seq, heads, LLAMA.head_dim).bfloat16().cuda()
+    q = packed[:, :, : LLAMA.q_heads]
+    k = packed[:, :, LLAMA.q_heads : LLAMA.heads]
+    _, _, cos, sin = tensors(LLAMA, batch, seq, torch.bfloat16)
+    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin))
+    channels = sectors((q.numel() + k.numel()) * 2)
+    assert moved.load_widths == moved.store_widths == {16}
+    assert moved.store_sectors == channels
+    assert moved.store_efficiency == 1
+
+
+def test_halves_of_24_bytes_move_in_8_byte_steps():
+    """GPT-NeoX-20B: 24 of 96 channels. The second half begins at byte 24, so 8 bytes is the widest
+    access, and a sector that both halves share is asked for twice.
+    """
+    shape = Shape("GPT-NeoX-20B", 64, 64, 96, 24)
+    batch, seq = STEPS["prefill"]
+    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
+    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin))
+    channels = sectors((q.numel() + k.numel()) * 2)
+    assert moved.store_unique_sectors == channels
+    assert {8} <= moved.store_widths <= {8, 16}
+    assert moved.store_sectors <= 2 * channels

@@ -1,0 +1,206 @@
+"""What the compiler made of the CUDA kernels, read from their machine code. Needs nvcc, no GPU."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHS = ("80", "90", "100", "120")
+SOURCES = ("apply_rotary_cuda", "rotary_table_grad_cuda", "cos_sin_cuda")
+
+# 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters of
+# the threads resident (sm_120 has 1,536 threads, and keeps all). A table with one angle a channel
+# needs four values a pair, and the gradient four sums: there the bound is half.
+MOST_REGISTERS = 40
+MOST_REGISTERS_WITH_FOUR_VALUES = 64
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at")
+
+
+@dataclass
+class Kernel:
+    """One kernel of one architecture. loops: the instructions of each loop, by backward branch."""
+
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+    opcodes: list[str]
+    loops: list[list[str]]
+
+    @property
+    def element(self) -> str:
+        found = re.search(r"<(double|float|__half|__nv_bfloat16)", self.name)
+        return found[1] if found else ""
+
+    @property
+    def is_rotation(self) -> bool:
+        return "apply_rotary_kernel" in self.name
+
+    @property
+    def values_a_pair(self) -> int:
+        return 4 if "grad" in self.name or self.name.rstrip(">").endswith("true") else 2
+
+
+def tool(name: str) -> str:
+    """From PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or the toolkit's own."""
+    folders = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    found = next((str(f / name) for f in folders if (f / name).exists()), shutil.which(name))
+    if found is None:
+        pytest.fail(f"{name} is missing: pip install -e '.[test]'")
+    return found
+
+
+def run(*command: str) -> str:
+    path = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin:{Path(NVCC).parent}"}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def demangled(name: str) -> str:
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    return re.sub(r".*?(\w+(<.*?>)?)\(.*", r"\1", text.replace("(anonymous namespace)::", "").strip())
+
+
+def loops_of(lines: list[tuple[int, str]]) -> list[list[str]]:
+    """lines: (address, instruction). A branch to an earlier address closes a loop."""
+    loops = []
+    for address, instruction in lines:
+        branch = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", instruction)
+        if branch and (target := int(branch[1], 16)) < address:
+            loops.append([text for at, text in lines if target <= at <= address])
+    return loops
+
+
+def kernels_of(cubin: Path, arch: str) -> list[Kernel]:
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+        run(tool("cuobjdump"), "-res-usage", str(cubin)),
+    )
+    code = {}
+    for part in run(tool("cuobjdump"), "-sass", str(cubin)).split("Function : ")[1:]:
+        lines = [
+            (int(address, 16), text.strip())
+            for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", part)
+        ]
+        code[part.split()[0]] = lines
+    assert code.keys() == {name for name, *_ in usage}
+    return [
+        Kernel(
+            arch,
+            demangled(name),
+            *map(int, numbers),
+            [re.sub(r"^@\S+\s+", "", text).split()[0] for _, text in code[name]],
+            [
+                [re.sub(r"^@\S+\s+", "", text).split()[0] for text in loop]
+                for loop in loops_of(code[name])
+            ],
+        )
+        for name, *numbers in usage
+    ]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cubin")
+    found = []
+    for source in SOURCES:
+        for arch in ARCHS:
+            cubin = folder / f"{source}.{arch}.cubin"
+            run(
+                NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
+                "-o", str(cubin), str(CSRC / f"{source}.cu"),
+            )  # fmt: skip
+            found += kernels_of(cubin, arch)
+    return found
+
+
+def test_table_of_registers(kernels, capsys):
+    names = sorted({k.name for k in kernels})
+    by_key = {(k.name, k.arch): k for k in kernels}
+    width = max(map(len, names))
+    with capsys.disabled():
+        print(f"\n{'registers a thread':{width}}  " + "  ".join(f"sm_{a:>3}" for a in ARCHS))
+        for name in names:
+            row = "  ".join(f"{by_key[name, a].registers:6}" for a in ARCHS)
+            print(f"{name:{width}}  {row}")
+    assert len(kernels) == len(names) * len(ARCHS)
+
+
+def test_nothing_is_kept_in_local_memory(kernels):
+    spilled = [
+        (k.arch, k.name, k.stack, k.local)
+        for k in kernels
+        if k.stack or k.local or any(op.startswith(("LDL", "STL")) for op in k.opcodes)
+    ]
+    assert spilled == []
+
+
+def test_registers_leave_room_for_enough_threads(kernels):
+    too_many = [
+        (k.arch, k.name, k.registers)
+        for k in kernels
+        if k.registers
+        > (MOST_REGISTERS if k.is_rotation and k.values_a_pair == 2 else MOST_REGISTERS_WITH_FOUR_VALUES)
+    ]
+    assert too_many == []
+
+
+def test_channels_move_in_16_byte_instructions(kernels):
+    """In every kernel of the widest vectors: elements of N * sizeof == 16 bytes."""
+    size = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
+    wide = [
+        k
+        for k in kernels
+        if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
+    ]
+    assert len({k.name for k in wide}) >= 8
+    for k in wide:
+        assert any(op.startswith("LDG.E.128") for op in k.opcodes), (k.arch, k.name)
+        assert any(op.startswith("STG.E.128") for op in k.opcodes), (k.arch, k.name)
+
+
+def test_float64_arithmetic_only_where_the_data_are_float64(kernels):
+    """Tables are made in float64; what rotates narrower data never computes in it."""
+    arithmetic = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
+    used = [
+        (k.arch, k.name)
+        for k in kernels
+        if "cos_sin" not in k.name
+        and k.element != "double"
+        and any(op.startswith(arithmetic) for op in k.opcodes)
+    ]
+    assert used == []
+
+
+def test_no_fused_multiply_add_in_a_rotation(kernels):
+    """Its two products and their sum are rounded one by one, as on the CPU (csrc/rotation.h)."""
+    fused = [
+        (k.arch, k.name)
+        for k in kernels
+        if k.is_rotation
+        and any(op.startswith(("DFMA", "HFMA2.BF16", "FFMA2")) for op in k.opcodes)
+    ]
+    assert fused == []
+
+
+def test_loops_over_heads_divide_nothing(kernels):
+    """Division is a reciprocal and steps around it, or a call of a routine that does the same."""
+    dividing = ("MUFU.RCP", "I2F", "CALL", "F2I")
+    rotations = [k for k in kernels if k.is_rotation]
+    assert all(k.loops for k in rotations)
+    found = [
+        (k.arch, k.name)
+        for k in rotations
+        for loop in k.loops
+        if any(op.startswith(dividing) for op in loop)
+    ]
+    assert found == []
