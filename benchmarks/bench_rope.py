@@ -3,8 +3,8 @@
     python benchmarks/bench_rope.py [--device cpu] [--rounds 30]
 
 Every result is verified before it is timed. Times are medians of interleaved rounds with the 10th
-to 90th percentile; the ratio to the floor (`rmw`: q.mul_(1), reads and writes every byte once, for in
-place; `clone` for out of place) is what carries over between machines.
+to 90th percentile. What carries over between machines is the ratio to the floor: `rmw` for in place
+(q.mul_(1), reads and writes every byte once), `clone` for out of place.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def percentile(times: list[float], share: float) -> float:
 def measure(
     functions: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Seconds a call, [rounds] for each function, in interleaved rounds of about 5 ms or one call."""
+    """Seconds a call, [rounds] for each function, interleaved; a round takes 5 ms or one call."""
     repeats = {}
     for name, function in functions.items():
         function()

@@ -1,14 +1,15 @@
-// sin and cos of position * inv_freq, right at any position: the only place where angles are reduced.
+// sin and cos of position * inv_freq, right at any position: here alone angles are reduced.
 //
-// The product is kept exactly, as hi + lo (Dekker's two-product by fused multiply-add), and reduced by
-// the nearest multiple n of pi/2 (Cody and Waite, Software Manual for the Elementary Functions, 1980):
+// The product is kept exactly, as hi + lo (Dekker's two-product by fused multiply-add), and reduced
+// by the nearest multiple n of pi/2 (Cody and Waite, Software Manual for the Elementary Functions,
+// 1980):
 //   hi - n * kPiOver2Hi       exact: a multiple of 2^-52 below 1
 //   lo - n * kPiOver2Lo       one rounding, below 2^-75 for angles below 2^31
 // The rest, |r| <= pi/4, goes through Taylor's series. For float32 results the error before the one
 // rounding to float32 is below 2^-36 of the result, so the result is within 0.5001 ulp; for float64
 // results it is below 1 ulp.
 //
-// Never a silent wrong angle: NaN where the scheme ends, at |position| > 2^53 or |angle| >= 2^50.
+// Never a silent wrong angle: NaN where the scheme ends, at |position| >= 2^53 or |angle| >= 2^50.
 #pragma once
 
 #include <cmath>
@@ -32,8 +33,8 @@ constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in 
 constexpr double kMaxPosition = 0x1p53;
 constexpr double kMaxAngle = 0x1p50;
 
-// 1 - z/a (1 - z/b (1 - z/c ...)), the factors of a Taylor series of sin or cos in z = r^2, where
-// a = i (i + 1), b = (i + 2) (i + 3), ...: written with the coefficients that Horner's rule needs.
+// The Taylor series of sin(r) / r (kFirst = 2) and cos(r) (kFirst = 1) in z = r^2, kTerms of it:
+//   1 - z / (a (a + 1)) (1 - z / ((a + 2) (a + 3)) (1 - ...)),  a = kFirst
 template <int kFirst, int kTerms>
 ROPE_HOST_DEVICE double series(double z) {
   if constexpr (kTerms == 0) {
@@ -84,7 +85,7 @@ ROPE_HOST_DEVICE SinCos sin_cos(double position, double inv_freq) {
   const double cos_abs = swap ? sin_r : cos_r;
   const double sin_value = quadrant & 2 ? -sin_abs : sin_abs;
   const double cos_value = (quadrant + 1) & 2 ? -cos_abs : cos_abs;
-  const bool in_range = fabs(position) <= kMaxPosition && fabs(hi) < kMaxAngle;
+  const bool in_range = fabs(position) < kMaxPosition && fabs(hi) < kMaxAngle;
   return {in_range ? sin_value : NAN, in_range ? cos_value : NAN};
 }
 

@@ -27,8 +27,7 @@ void rotate(const Tensor& x, const RotaryArgs& args) {
 template <class... Arguments>
 StableIValue call_aten(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return stack[0];
 }
 
@@ -78,12 +77,11 @@ Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
 std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos,
                                            const Tensor& sin, const OptionalTensor& position_ids,
-                                           OptionalInt rotary_dim, bool interleaved,
-                                           bool inverse) {
+                                           OptionalInt rotary_dim, bool interleaved, bool inverse) {
   const char* const op = "apply_rotary_qk";
   check_device_supported(op, q);
-  RotaryArgs args = check_apply_rotary(
-      {op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse});
+  RotaryArgs args =
+      check_apply_rotary({op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse});
   Tensor out_q = output_like(q);
   Tensor out_k = output_like(k);
   set_output(args.q, out_q);
@@ -97,8 +95,7 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
                    bool inverse) {
   const char* const op = "apply_rotary_";
   check_device_supported(op, x);
-  const RotaryInputs in{op,         x,           nullptr, cos, sin, position_ids,
-                        rotary_dim, interleaved, inverse};
+  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, rotary_dim, interleaved, inverse};
   const RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
   check_no_grad(in);
@@ -111,8 +108,7 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
                       bool inverse) {
   const char* const op = "apply_rotary_qk_";
   check_device_supported(op, q);
-  const RotaryInputs in{op,         q,           &k,     cos, sin, position_ids,
-                        rotary_dim, interleaved, inverse};
+  const RotaryInputs in{op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse};
   const RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
   check_no_grad(in);
@@ -127,9 +123,8 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     OptionalInt rotary_dim, bool interleaved, bool inverse) {
   const char* const op = "apply_rotary_table_backward";
   check_device_supported(op, q);
-  RotaryTableGradArgs args =
-      check_table_grad({op, grad_q, q, grad_k, k, cos, token_order, row_offsets, rotary_dim,
-                        interleaved, inverse});
+  RotaryTableGradArgs args = check_table_grad(
+      {op, grad_q, q, grad_k, k, cos, token_order, row_offsets, rotary_dim, interleaved, inverse});
   Tensor grad_cos = torch::stable::new_empty(cos, cos.sizes());
   Tensor grad_sin = torch::stable::new_empty(cos, cos.sizes());
   args.grad_cos = grad_cos.mutable_data_ptr();

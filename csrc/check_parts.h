@@ -41,7 +41,7 @@ inline DType check_floating(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
-                  const Tensor& other) {
+                         const Tensor& other) {
   if (!same_device(t, other)) {
     refuse(op, text(name, " on the device of ", other_name, ", ", device_text(other)),
            device_text(t));
@@ -56,23 +56,24 @@ inline void check_last_stride(const char* op, const char* name, const Tensor& t)
   }
 }
 
-inline void check_dtype_like(const char* op, const char* name, const Tensor& t, const char* other_name,
-                      const Tensor& other) {
+inline void check_dtype_like(const char* op, const char* name, const Tensor& t,
+                             const char* other_name, const Tensor& other) {
   if (t.scalar_type() != other.scalar_type()) {
     refuse(op, text(name, " of ", other_name, "'s dtype ", dtype_text(other.scalar_type())),
            dtype_text(t.scalar_type()));
   }
 }
 
-inline void check_sizes_like(const char* op, const char* name, const Tensor& t, const char* other_name,
-                      const Tensor& other) {
+inline void check_sizes_like(const char* op, const char* name, const Tensor& t,
+                             const char* other_name, const Tensor& other) {
   if (!same_sizes(t, other)) {
     refuse(op, text(name, " of ", other_name, "'s shape ", shape_text(other)), shape_text(t));
   }
 }
 
 inline void check_int(const char* op, const char* name, const Tensor& t) {
-  if (t.scalar_type() != torch::headeronly::ScalarType::Int && t.scalar_type() != torch::headeronly::ScalarType::Long) {
+  if (t.scalar_type() != torch::headeronly::ScalarType::Int &&
+      t.scalar_type() != torch::headeronly::ScalarType::Long) {
     refuse(op, text(name, " to be int32 or int64"), dtype_text(t.scalar_type()));
   }
 }

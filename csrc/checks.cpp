@@ -90,12 +90,12 @@ Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Te
   const bool full_width = width == rotary_dim;
   const bool is_table = rank == 2;
   const bool is_rows = rank == 3 && !sizes.packed && !has_positions &&
-                       (cos.size(0) == 1 || cos.size(0) == sizes.batch) &&
-                       cos.size(1) == sizes.seq;
+                       (cos.size(0) == 1 || cos.size(0) == sizes.batch) && cos.size(1) == sizes.seq;
   if ((width != half && !full_width) || (!is_table && !is_rows)) {
     const std::string w = given_rotary_dim ? text(half, "|", rotary_dim) : text(half);
     const std::string table = text("cos to have shape [L, ", w, "]");
-    const std::string rows = text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
+    const std::string rows =
+        text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
     refuse(op, sizes.packed || has_positions ? table : table + rows, shape_text(cos));
   }
   check_last_stride(op, "cos", cos);

@@ -20,8 +20,8 @@ using OptionalTensor = std::optional<Tensor>;
 // What an operator was called with; k is absent for the operators on one tensor, named x then.
 struct RotaryInputs {
   const char* op;
-  const Tensor& q;  // [B, S, H, D] or [T, H, D]
-  const Tensor* k;  // [B, S, Hk, D] or [T, Hk, D], or nullptr
+  const Tensor& q;    // [B, S, H, D] or [T, H, D]
+  const Tensor* k;    // [B, S, Hk, D] or [T, Hk, D], or nullptr
   const Tensor& cos;  // [L, W] or [1|B, S, W]
   const Tensor& sin;
   const OptionalTensor& position_ids;  // [S], [1|B, S] or [T]
@@ -32,8 +32,8 @@ struct RotaryInputs {
 // Everything but the outputs, which are left as the inputs: in place.
 RotaryArgs check_apply_rotary(const RotaryInputs& in);
 
-// Further, for the operators that write into q and k: no element may be written twice, read as table
-// or position while it is written, or be part of a gradient.
+// Further, for the operators that write into q and k: no element may be written twice, read as
+// table or position while it is written, or be part of a gradient.
 void check_in_place(const RotaryInputs& in);
 
 // Points `heads` of a checked call to its output, a tensor of x's shape.
@@ -45,9 +45,9 @@ struct TableGradInputs {
   const Tensor& q;
   const OptionalTensor& grad_k;
   const OptionalTensor& k;
-  const Tensor& cos;                    // gives the shape and dtype of the gradient
-  const OptionalTensor& token_order;    // int64 [B * S]
-  const OptionalTensor& row_offsets;    // int64 [L + 1]
+  const Tensor& cos;                  // gives the shape and dtype of the gradient
+  const OptionalTensor& token_order;  // int64 [B * S]
+  const OptionalTensor& row_offsets;  // int64 [L + 1]
   std::optional<int64_t> rotary_dim;
   bool interleaved, inverse;
 };
@@ -55,16 +55,16 @@ struct TableGradInputs {
 // Everything but the outputs.
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
 
-// inv_freq [P], and position_ids of any shape; `length` positions from `start` where there are none.
+// inv_freq [P], and position_ids of any shape; without them, `length` positions from `start`.
 Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* position_ids,
                     int64_t length, int64_t start, double attention_scaling);
 
 // The dtype of a table: the one asked for, or float32 (float64 for a float64 inv_freq).
-torch::headeronly::ScalarType check_table_dtype(
-    const char* op, const Tensor& inv_freq, std::optional<torch::headeronly::ScalarType> asked);
+torch::headeronly::ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
+                                                std::optional<torch::headeronly::ScalarType> asked);
 
 CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const Tensor& grad_sin,
-                                  const Tensor& inv_freq, const Tensor* position_ids,
-                                  int64_t start, double attention_scaling);
+                                  const Tensor& inv_freq, const Tensor* position_ids, int64_t start,
+                                  double attention_scaling);
 
 }  // namespace rope

@@ -23,7 +23,7 @@ Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* positi
   } else {
     constexpr int64_t kPositions = int64_t{1} << 53;
     if (length < 0) refuse(op, "length to be at least 0", text(length));
-    if (start < -kPositions || start > kPositions - length) {
+    if (start <= -kPositions || start > kPositions - length) {
       refuse(op, "start and start + length within +-2^53", text("start ", start));
     }
     angles.start = start;
@@ -42,14 +42,13 @@ ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
     case ScalarType::Float:
     case ScalarType::Half:
     case ScalarType::BFloat16: return *asked;
-    default:
-      refuse(op, "dtype to be float64, float32, float16 or bfloat16", dtype_text(*asked));
+    default: refuse(op, "dtype to be float64, float32, float16 or bfloat16", dtype_text(*asked));
   }
 }
 
 CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const Tensor& grad_sin,
-                                  const Tensor& inv_freq, const Tensor* position_ids,
-                                  int64_t start, double attention_scaling) {
+                                  const Tensor& inv_freq, const Tensor* position_ids, int64_t start,
+                                  double attention_scaling) {
   CosSinGradArgs args{};
   args.grad_dtype = check_floating(op, "grad_cos", grad_cos);
   check_dtype_like(op, "grad_sin", grad_sin, "grad_cos", grad_cos);

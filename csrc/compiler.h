@@ -16,9 +16,9 @@
 #define ROPE_X86 0
 #endif
 
-// Functions between BEGIN and END are compiled for AVX2, FMA and F16C, whatever the command line says.
+// Functions between BEGIN and END are compiled for AVX2, FMA and F16C, whatever the flags.
 #if defined(__clang__)
-#define ROPE_BEGIN_AVX2                                                                       \
+#define ROPE_BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to=function)")
 #define ROPE_END_AVX2 _Pragma("clang attribute pop")
 #else

@@ -1,6 +1,7 @@
 // The operators that make cos and sin, and their gradient to inv_freq: checks, outputs, kernel.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "check_parts.h"
@@ -51,17 +52,17 @@ std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& positio
 Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Tensor& inv_freq,
                         const OptionalTensor& position_ids, int64_t start,
                         double attention_scaling) {
-  constexpr int64_t kChunkTokens = 256;
   const char* const op = "cos_sin_backward";
   check_device_supported(op, inv_freq);
   const Tensor dcos = packed(grad_cos), dsin = packed(grad_sin), frequencies = packed(inv_freq);
   OptionalTensor positions;
   if (position_ids) positions = packed(*position_ids);
-  CosSinGradArgs args = check_cos_sin_grad(op, dcos, dsin, frequencies,
-                                           positions ? &*positions : nullptr, start,
-                                           attention_scaling);
-  args.chunk_tokens = kChunkTokens;
-  args.chunks = (args.angles.tokens + kChunkTokens - 1) / kChunkTokens;
+  CosSinGradArgs args = check_cos_sin_grad(
+      op, dcos, dsin, frequencies, positions ? &*positions : nullptr, start, attention_scaling);
+  // At most 1024 partial sums, of at least 64 tokens; by the number of tokens alone, so that the
+  // order of the sum is always the same.
+  args.chunk_tokens = std::max<int64_t>(64, (args.angles.tokens + 1023) / 1024);
+  args.chunks = (args.angles.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
   const std::vector<int64_t> partial_shape{args.chunks, args.angles.pairs};
   const std::vector<int64_t> shape{args.angles.pairs};
   Tensor partial = torch::stable::new_empty(inv_freq, partial_shape, ScalarType::Double);

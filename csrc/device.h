@@ -10,8 +10,8 @@
 #include "refusal.h"
 
 // Of libtorch_cuda, which is never linked: bound when the running PyTorch has CUDA, else null.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace rope {
 

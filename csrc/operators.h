@@ -34,8 +34,7 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(
 
 // cos_sin.cpp
 std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
-                                         double attention_scaling,
-                                         std::optional<ScalarType> dtype);
+                                         double attention_scaling, std::optional<ScalarType> dtype);
 std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& position_ids,
                                    double attention_scaling, std::optional<ScalarType> dtype);
 Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Tensor& inv_freq,

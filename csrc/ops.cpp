@@ -1,9 +1,9 @@
 // The whole surface of torch.ops.rope, on one screen.
 //
-//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16; any strides
+//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16, bfloat16; any strides
 //                  with the last one 1
 //   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
-//                  W = P = rotary_dim / 2, one angle a pair; or, with rotary_dim given, W = rotary_dim
+//                  W = P = R / 2, one angle a pair; or, with rotary_dim R given, also W = R
 //   position_ids   rows of the table: int32 or int64 [S], [1|B, S] or [T]; None: 0, 1, 2, ...
 //   inv_freq       [P], radians per token
 //
@@ -36,9 +36,9 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
       "ScalarType? dtype=None) -> (Tensor, Tensor)");
 
-  // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the gradient
-  // of the rotated q (and k); token_order, row_offsets: the tokens of each row, where positions were
-  // given (int64 [B * S], [L + 1])
+  // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
+  // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
+  // positions were given (int64 [B * S], [L + 1])
   m.def(
       "apply_rotary_table_backward(Tensor grad_q, Tensor q, Tensor? grad_k, Tensor? k, Tensor cos, "
       "Tensor? token_order=None, Tensor? row_offsets=None, *, int? rotary_dim=None, "

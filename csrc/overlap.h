@@ -1,5 +1,5 @@
-// Do two strided tensors share memory? Needed before writing in place: q and k are often views of one
-// packed tensor, whose address ranges cross although no byte belongs to both.
+// Do two strided tensors share memory? Needed before writing in place: q and k are often views of
+// one packed tensor, whose address ranges cross although no byte belongs to both.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Footprint {
 // True if an element may be reached by two indices: an expanded or sliding view.
 bool overlaps_itself(const Footprint& a);
 
-// True if a byte belongs to both. Exact, but for views so tangled that the search gives up: true then.
+// True if a byte belongs to both; also for views so tangled that the search gives up.
 bool overlap(const Footprint& a, const Footprint& b);
 
 }  // namespace rope

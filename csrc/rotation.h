@@ -42,7 +42,8 @@ struct TurnGrad {
 };
 
 template <class T>
-ROPE_HOST_DEVICE void accumulate(TurnGrad<T>& sum, const T& g1, const T& g2, const T& x1, const T& x2) {
+ROPE_HOST_DEVICE void accumulate(TurnGrad<T>& sum, const T& g1, const T& g2, const T& x1,
+                                 const T& x2) {
   sum.g1x1 += g1 * x1;
   sum.g1x2 += g1 * x2;
   sum.g2x1 += g2 * x1;

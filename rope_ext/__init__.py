@@ -2,8 +2,8 @@
 
 The operators are ``torch.ops.rope.*``; the functions here add layouts and in-place autograd.
 Words: B batch, S sequence, H heads, D head_dim, T tokens of a packed batch, R rotary_dim (the
-channels that rotate), P = R / 2 pairs, L rows of a cos/sin table. Positions count tokens, angles are
-radians.
+channels that rotate), P = R / 2 pairs, L rows of a cos/sin table. Positions count tokens, angles
+are radians.
 """
 
 import sys

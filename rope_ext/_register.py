@@ -182,9 +182,7 @@ def _table_grad(
         in_order, order = torch.sort(flat, stable=True)
         rows = torch.arange(cos.shape[0] + 1, dtype=flat.dtype, device=flat.device)
         offsets = torch.searchsorted(in_order, rows)
-    return rope.apply_rotary_table_backward(
-        grad_q, q, grad_k, k, cos, order, offsets, **options
-    )
+    return rope.apply_rotary_table_backward(grad_q, q, grad_k, k, cos, order, offsets, **options)
 
 
 def _table_backward_setup(

@@ -106,9 +106,7 @@ class RotaryEmbedding(nn.Module):
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [L, P], of the positions 0 to L - 1, where L >= length."""
         if torch.compiler.is_compiling():  # a graph keeps no table: it would be bound to its length
-            return cos_sin_cache(
-                self.inv_freq, length, attention_scaling=self.attention_scaling
-            )
+            return cos_sin_cache(self.inv_freq, length, attention_scaling=self.attention_scaling)
         rows = 0 if self._table is None else self._table[0].shape[0]
         if self._table is None or rows < length:
             rows = max(length, min(2 * rows or 2048, self.max_position_embeddings), 2 * rows)

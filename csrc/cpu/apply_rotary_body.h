@@ -41,7 +41,7 @@ void convert(DType dtype, const void* row, int64_t first, int64_t n, A* to) {
 template <class A>
 struct RowScratch {
   alignas(64) A c1[kScratchPairs], s1[kScratchPairs], c2[kScratchPairs], s2[kScratchPairs];
-  int64_t stride;   // between tokens: the pairs of a chunk, rounded up to whole vectors
+  int64_t stride;  // between tokens: the pairs of a chunk, rounded up to whole vectors
   bool full_width;
 
   Row<A> row(int64_t token) const {
@@ -155,8 +155,7 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
     item += head_end - head_begin;
     const int64_t b = block / blocks.per_batch;
     const int64_t s_begin = (block - b * blocks.per_batch) * blocks.tokens;
-    const int64_t tokens =
-        args.seq - s_begin < blocks.tokens ? args.seq - s_begin : blocks.tokens;
+    const int64_t tokens = args.seq - s_begin < blocks.tokens ? args.seq - s_begin : blocks.tokens;
 
     for (int64_t first = 0; first < half; first += chunk) {
       const int64_t pairs = half - first < chunk ? half - first : chunk;

@@ -31,8 +31,7 @@ void apply_rotary(const RotaryArgs& args) {
   const int64_t items = args.batch * blocks.per_batch * heads;
   const int64_t grain = std::max<int64_t>(1, kGrainChannels / (blocks.tokens * args.head_dim));
   const auto& kernel = isa().apply_rotary;
-  parallel_for(items, grain,
-               [&](int64_t begin, int64_t end) { kernel(args, blocks, begin, end); });
+  parallel_for(items, grain, [&](int64_t begin, int64_t end) { kernel(args, blocks, begin, end); });
 }
 
 }  // namespace rope::cpu

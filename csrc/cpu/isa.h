@@ -11,11 +11,11 @@
 
 namespace rope::cpu {
 
-// Items of apply_rotary: (block of `tokens` consecutive tokens of one batch row, head of q or k), the
-// blocks outermost. A block's rows of the table are read and converted once for all its heads.
+// Items of apply_rotary: (block of `tokens` consecutive tokens of one batch row, head of q or k),
+// the blocks outermost. A block's rows of the table are read and converted once for all its heads.
 struct TokenBlocks {
-  int64_t tokens;       // tokens in a block, at most kMaxBlockTokens
-  int64_t per_batch;    // blocks in a batch row
+  int64_t tokens;     // tokens in a block, at most kMaxBlockTokens
+  int64_t per_batch;  // blocks in a batch row
 };
 
 constexpr int64_t kMaxBlockTokens = 16;

@@ -14,7 +14,8 @@ void rotary_table_grad(const RotaryTableGradArgs& args) {
   if (rows == 0) return;
   const int64_t tokens = args.batch * args.seq;
   const int64_t channels = tokens * (args.q.heads + args.k.heads) * args.rotary_dim;
-  const int64_t grain = std::max<int64_t>(1, kGrainChannels / std::max<int64_t>(1, channels / rows));
+  const int64_t grain =
+      std::max<int64_t>(1, kGrainChannels / std::max<int64_t>(1, channels / rows));
   const auto& kernel = isa().rotary_table_grad;
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

@@ -4,10 +4,9 @@
 // Included inside an instruction-set region (isa_*.cpp), in its own namespace; only fp16 has an
 // instruction of its own.
 //
-// Storage<T> gives, for a storage type T:
-//   Vector, kLanes        the arithmetic type: 8 lanes of float, or 4 of double for float64
-//   load_pairs            kLanes pairs (x1, x2), from a head's channels, interleaved or half-split
-//   store_pairs           the reverse, with one rounding (to nearest, ties to even; NaN stays NaN)
+// Lanes<T> loads and stores consecutive elements of a storage type T as 8 lanes of float, or 4 of
+// double for float64; Pairs<T, interleaved> as many pairs (x1, x2) of a head. Stores round once, to
+// nearest, ties to even; NaN stays NaN.
 
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Uint8 __attribute__((vector_size(32)));
