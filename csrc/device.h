@@ -40,7 +40,7 @@ void run(const torch::stable::Tensor& where, const Args& args, void (*on_cpu)(co
   const int32_t index = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   on_cuda(args, stream);
 }
 

@@ -1,6 +1,7 @@
 // The whole surface of torch.ops.rope, on one screen.
 //
-//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16, bfloat16; any strides
+//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16, bfloat16; any
+//   strides
 //                  with the last one 1
 //   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
 //                  W = P = R / 2, one angle a pair; or, with rotary_dim R given, also W = R

@@ -102,8 +102,8 @@ def _fake_cos_sin(
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
 
-# Derivatives of the rotation. It is linear in x, so its gradient is the transposed rotation; and it is
-# linear in (cos, sin), so the gradient to them is bilinear, and rotations again are its derivatives.
+# Derivatives of the rotation. It is linear in x, so its gradient is the transposed rotation; and
+# linear in (cos, sin), so the gradient to them is bilinear, with rotations as its derivatives.
 
 
 def _last_stride_one(grad: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _last_stride_one(grad: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], rotated: int) -> None:
-    """Keeps what backward needs; the `rotated` tensors themselves only for gradients to the table."""
+    """Keeps what backward needs; the rotated tensors only for gradients to the table."""
     cos, sin, position_ids = inputs[rotated : rotated + 3]
     ctx.table_needs_grad = any(ctx.needs_input_grad[rotated : rotated + 2])
     xs = inputs[:rotated] if ctx.table_needs_grad else ()

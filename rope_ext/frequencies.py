@@ -29,8 +29,8 @@ def default(
     Raises:
         ValueError: for a rotary_dim or base outside of these bounds.
 
-    Source: RoFormer, arXiv 2104.09864, section 3.2.2. Evaluated as transformers does, in float32 and
-    in the same order, so that the bits are those of its ``ROPE_INIT_FUNCTIONS``.
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2. Evaluated in float32 in the
+    order of transformers, so that the bits are those of its ``ROPE_INIT_FUNCTIONS``.
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:

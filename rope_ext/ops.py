@@ -1,4 +1,4 @@
-"""The operators as typed functions: ``torch.ops.rope.*`` with layouts, and in place with autograd."""
+"""The operators as typed functions: with layouts, and in place with autograd."""
 
 from typing import Any, Literal
 
@@ -97,8 +97,8 @@ def apply_rotary_qk(
 
     Args:
         q: as x of :func:`apply_rotary`.
-        k: of q's shape and dtype, but for its number of heads (grouped-query attention). In place, q
-            and k may be views of one packed tensor, but may share no element.
+        k: of q's shape and dtype, but for its number of heads (grouped-query attention). In place,
+            q and k may be views of one packed tensor, but may share no element.
         cos, sin, position_ids, rotary_dim, interleaved, inverse, layout, inplace: as for
             :func:`apply_rotary`.
 
@@ -156,7 +156,7 @@ def cos_sin_cache(
     Raises:
         RuntimeError: for a negative length, an inv_freq that is not [P] or not floating.
 
-    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the reduction of the angle is in csrc/angle.h.
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
     return torch.ops.rope.cos_sin_cache(
         inv_freq, length, start=start, attention_scaling=attention_scaling, dtype=dtype
@@ -233,7 +233,7 @@ def _check_differentiable_in_place(
         if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
-                "got one of several views of one function (as split, chunk and unbind make), or one "
+                "got one of several views of one function (as split, chunk and unbind make) or one "
                 "made without gradients"
             )
 

@@ -1,4 +1,4 @@
-"""The same mathematics in a few lines of plain PyTorch: the truth of the tests, and the shortest text.
+"""The same mathematics in a few lines of plain PyTorch: the truth of the tests.
 
 Works in the dtype that it is given; give it float64 to judge others.
 """

@@ -1,7 +1,7 @@
 """Bytes that the CUDA kernels move, counted by an emulator of the CUDA runtime.
 
-It executes the real launches and counts every access; see CONTRIBUTING.md. Without it, and on a real
-GPU, there is nothing to count with.
+It executes the real launches and counts every access; see CONTRIBUTING.md. Without it, and on a
+real GPU, there is nothing to count with.
 """
 
 import os

@@ -14,9 +14,10 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "100", "120")
 SOURCES = ("apply_rotary_cuda", "rotary_table_grad_cuda", "cos_sin_cuda")
 
-# 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters of
-# the threads resident (sm_120 has 1,536 threads, and keeps all). A table with one angle a channel
-# needs four values a pair, and the gradient four sums: there the bound is half.
+# 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters
+# of the threads resident (sm_120 has 1,536 threads, and keeps all). A table with one angle a
+# channel needs four values a pair, and the gradient four sums: there the bound is half. For eight
+# half-split pairs a thread sm_80 needs 48, which keeps five eighths; at 40 it would spill.
 MOST_REGISTERS = 40
 MOST_REGISTERS_WITH_FOUR_VALUES = 64
 MOST_REGISTERS_OF = {("80", "8, false, false"): 48}
