@@ -27,8 +27,9 @@ struct SinCos {
 namespace angle {
 
 constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
-constexpr double kPiOver2Hi = 0x1.921fb54442d18p+0;  // pi/2 = hi + lo to 107 bits
+constexpr double kPiOver2Hi = 0x1.921fb54442d18p+0;  // pi/2, as a sum of three
 constexpr double kPiOver2Lo = 0x1.1a62633145c07p-54;
+constexpr double kPiOver2Tiny = -0x1.f1976b7ed8fbcp-110;
 constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
 constexpr double kMaxPosition = 0x1p53;
 constexpr double kMaxAngle = 0x1p50;
@@ -43,6 +44,12 @@ ROPE_HOST_DEVICE double series(double z) {
     constexpr double coefficient = -1.0 / (kFirst * (kFirst + 1));
     return fma(z * coefficient, series<kFirst + 2, kTerms - 1>(z), 1.0);
   }
+}
+
+// a + b - sum, exactly, where sum is a + b rounded (Knuth, TAOCP volume 2, 4.2.2, theorem B).
+ROPE_HOST_DEVICE double two_sum_tail(double a, double b, double sum) {
+  const double part = sum - a;
+  return (a - (sum - part)) + (b - part);
 }
 
 }  // namespace angle
@@ -60,15 +67,19 @@ ROPE_HOST_DEVICE SinCos sin_cos(double position, double inv_freq) {
   memcpy(&quadrant, &rounded, sizeof(quadrant));
 
   const double rest_hi = fma(-n, kPiOver2Hi, hi);
-  const double rest_lo = fma(-n, kPiOver2Lo, lo);
+  const double rest_lo = kDouble ? lo - n * kPiOver2Lo : fma(-n, kPiOver2Lo, lo);
   const double r = rest_hi + rest_lo;
   const double z = r * r;
 
   double sin_r, cos_r;
   if constexpr (kDouble) {
-    // sin(r + tail) and cos(r + tail), with the part that r could not hold (Knuth's two-sum).
-    const double part = r - rest_hi;
-    const double tail = (rest_hi - (r - part)) + (rest_lo - part);
+    // sin(r + tail) and cos(r + tail), with what rest_lo and r could not hold (two-product,
+    // two-sum).
+    const double product = n * kPiOver2Lo;
+    const double product_tail = fma(n, kPiOver2Lo, -product);
+    const double rest_tail =
+        two_sum_tail(lo, -product, rest_lo) - fma(n, kPiOver2Tiny, product_tail);
+    const double tail = two_sum_tail(rest_hi, rest_lo, r) + rest_tail;
     constexpr double third = 1.0 / 6, half = 0.5;
     const double sin_rest = fma(-third * z, series<4, 7>(z), 0.0);
     sin_r = r + fma(r, sin_rest, tail * (1.0 - half * z));

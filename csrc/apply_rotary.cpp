@@ -1,8 +1,6 @@
 // The operators that rotate, and their gradient to cos and sin: checks, outputs, kernel.
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-
 #include "checks.h"
 #include "device.h"
 #include "operators.h"
@@ -21,43 +19,6 @@ Tensor output_like(const Tensor& x) {
 
 void rotate(const Tensor& x, const RotaryArgs& args) {
   run(x, args, &cpu::apply_rotary, &cuda::apply_rotary);
-}
-
-// aten operators that PyTorch's stable C++ functions lack.
-template <class... Arguments>
-StableIValue call_aten(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stack[0];
-}
-
-// An alias of x is a leaf of the autograd graph if and only if x needs no gradient.
-bool requires_grad(const Tensor& x) {
-  using torch::stable::detail::to;
-  const Tensor alias = to<Tensor>(call_aten("aten::alias", x));
-  return !to<bool>(call_aten("aten::is_leaf", alias));
-}
-
-// Autograd has no part in the in-place operators, so a gradient would be wrong in silence.
-void check_no_grad(const RotaryInputs& in) {
-  const auto check = [&](const char* name, const Tensor& t) {
-    if (requires_grad(t)) {
-      refuse(in.op,
-             text(name, " to need no gradient (the functions of rope_ext differentiate in place)"),
-             "a tensor that requires grad");
-    }
-  };
-  if (!aoti_torch_grad_mode_is_enabled()) return;
-  check(in.k ? "q" : "x", in.q);
-  if (in.k) check("k", *in.k);
-  check("cos", in.cos);
-  check("sin", in.sin);
-}
-
-// Tells autograd that x has been written: bumps its version counter, as PyTorch's own in-place
-// operators do. Swapping a dimension with itself does that and nothing else.
-void mark_written(const Tensor& x) {
-  torch::stable::detail::to<Tensor>(call_aten("aten::transpose_", x, int64_t{0}, int64_t{0}));
 }
 
 }  // namespace
@@ -96,11 +57,10 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const char* const op = "apply_rotary_";
   check_device_supported(op, x);
   const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, rotary_dim, interleaved, inverse};
-  const RotaryArgs args = check_apply_rotary(in);
+  RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  check_no_grad(in);
+  set_in_place(args.q, x);
   rotate(x, args);
-  mark_written(x);
 }
 
 void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
@@ -109,12 +69,11 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
   const char* const op = "apply_rotary_qk_";
   check_device_supported(op, q);
   const RotaryInputs in{op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse};
-  const RotaryArgs args = check_apply_rotary(in);
+  RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  check_no_grad(in);
+  set_in_place(args.q, q);
+  set_in_place(args.k, k);
   rotate(q, args);
-  mark_written(q);
-  mark_written(k);
 }
 
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(

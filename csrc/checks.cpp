@@ -130,7 +130,7 @@ int64_t position_at(const PositionIds& ids, int64_t b, int64_t s) {
 
 // Every position in [0, rows), for position_ids in host memory.
 void check_positions(const char* op, const PositionIds& ids, int64_t batch, int64_t seq,
-                     int64_t rows, bool packed) {
+                     int64_t rows, bool one_dim) {
   const int64_t distinct_batch = ids.stride_b == 0 ? std::min<int64_t>(batch, 1) : batch;
   for (int64_t b = 0; b < distinct_batch; ++b) {
     bool all_inside = true;
@@ -140,7 +140,7 @@ void check_positions(const char* op, const PositionIds& ids, int64_t batch, int6
     if (all_inside) continue;
     int64_t s = 0;
     while (static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
-    const std::string index = packed ? text("[", s, "]") : text("[", b, ", ", s, "]");
+    const std::string index = one_dim ? text("[", s, "]") : text("[", b, ", ", s, "]");
     refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
            text(position_at(ids, b, s), " at index ", index));
   }
@@ -177,21 +177,20 @@ PositionIds check_position_ids(const char* op, const Tensor& ids, const Tensor& 
                                ", S = ", sizes.seq),
            shape_text(ids));
   }
-  if (ids.is_cpu()) {
-    check_positions(op, position_ids_of(ids, sizes.packed), sizes.batch, sizes.seq, rows,
-                    sizes.packed);
-  } else if (checks_on_device()) {
-    const Tensor on_host =
-        torch::stable::to(ids, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const auto check_values = [&](const Tensor& on_host) {
     check_positions(op, position_ids_of(on_host, sizes.packed), sizes.batch, sizes.seq, rows,
-                    sizes.packed);
+                    rank == 1);
+  };
+  if (ids.is_cpu()) {
+    check_values(ids);
+  } else if (checks_on_device()) {
+    check_values(torch::stable::to(ids, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   }
   return position_ids_of(ids, sizes.packed);
 }
 
 RotatedHeads rotated_heads(const Tensor& x) {
-  void* const data = const_cast<void*>(x.const_data_ptr());
-  return {heads_of<const void*>(x, data), heads_of<void*>(x, data), x.size(x.dim() - 2)};
+  return {heads_of(x, x.const_data_ptr()), {}, x.size(x.dim() - 2)};
 }
 
 GradHeads grad_heads(const Tensor& grad, const Tensor& x) {
@@ -269,7 +268,12 @@ void check_in_place(const RotaryInputs& in) {
 }
 
 void set_output(RotatedHeads& heads, const Tensor& out) {
-  heads.out = heads_of<void*>(out, out.mutable_data_ptr());
+  heads.out = heads_of(out, out.mutable_data_ptr());
+}
+
+void set_in_place(RotatedHeads& heads, const Tensor& x) {
+  set_output(heads, x);
+  heads.in.data = heads.out.data;  // a copy-on-write tensor has moved
 }
 
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {

@@ -29,15 +29,16 @@ struct RotaryInputs {
   bool interleaved, inverse;
 };
 
-// Everything but the outputs, which are left as the inputs: in place.
+// Everything but the outputs.
 RotaryArgs check_apply_rotary(const RotaryInputs& in);
 
-// Further, for the operators that write into q and k: no element may be written twice, read as
-// table or position while it is written, or be part of a gradient.
+// Further, for the operators that write into q and k: no element may be written twice, or read as
+// table or position while it is written.
 void check_in_place(const RotaryInputs& in);
 
 // Points `heads` of a checked call to its output, a tensor of x's shape.
 void set_output(RotatedHeads& heads, const Tensor& out);
+void set_in_place(RotatedHeads& heads, const Tensor& x);
 
 struct TableGradInputs {
   const char* op;

@@ -1,14 +1,13 @@
 // The whole surface of torch.ops.rope, on one screen.
 //
-//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16, bfloat16; any
-//   strides
-//                  with the last one 1
+//   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16;
+//                  any strides with the last one 1
 //   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
 //                  W = P = R / 2, one angle a pair; or, with rotary_dim R given, also W = R
 //   position_ids   rows of the table: int32 or int64 [S], [1|B, S] or [T]; None: 0, 1, 2, ...
 //   inv_freq       [P], radians per token
 //
-// (a!): written in place.
+// (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"
@@ -31,7 +30,8 @@ STABLE_TORCH_LIBRARY(rope, m) {
 
   // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
   m.def(
-      "cos_sin_cache(Tensor inv_freq, int length, *, int start=0, float attention_scaling=1.0, "
+      "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, float "
+      "attention_scaling=1.0, "
       "ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
       "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY(rope, m) {
   // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
-      "Tensor? position_ids=None, *, int start=0, float attention_scaling=1.0) -> Tensor");
+      "Tensor? position_ids=None, *, SymInt start=0, float attention_scaling=1.0) -> Tensor");
 }
 
 namespace {

@@ -1,8 +1,9 @@
 """What PyTorch has to know about the operators beside their kernels: fakes and derivatives.
 
-Fakes give shapes, dtypes and strides and check nothing: the operators do, when they run.
+Fakes give shapes, dtypes and strides and check devices alone: the operators check, when they run.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ def register() -> None:
     """Registers everything. Called once, when the package is imported."""
     register_fake("rope::apply_rotary", _fake_apply_rotary)
     register_fake("rope::apply_rotary_qk", _fake_apply_rotary_qk)
-    register_fake("rope::apply_rotary_", lambda *args, **kwargs: None)
-    register_fake("rope::apply_rotary_qk_", lambda *args, **kwargs: None)
+    register_fake("rope::apply_rotary_", _fake_apply_rotary_)
+    register_fake("rope::apply_rotary_qk_", _fake_apply_rotary_qk_)
     register_fake("rope::apply_rotary_table_backward", _fake_table_backward)
     register_fake("rope::cos_sin_cache", _fake_cos_sin_cache)
     register_fake("rope::cos_sin", _fake_cos_sin)
-    register_fake("rope::cos_sin_backward", lambda gc, gs, inv_freq, *a, **k: _empty(inv_freq))
+    register_fake("rope::cos_sin_backward", _fake_cos_sin_backward)
 
     for name, backward, setup in (
         ("apply_rotary", _apply_rotary_backward, _apply_rotary_setup),
@@ -33,6 +34,11 @@ def register() -> None:
         ("cos_sin_backward", _cos_sin_backward_backward, _cos_sin_backward_setup),
     ):
         register_autograd(f"rope::{name}", backward, setup_context=setup)
+
+    _IN_PLACE.impl("apply_rotary_", _in_place_kernel("apply_rotary_", ("x",)), **_BELOW_AUTOGRAD)
+    _IN_PLACE.impl(
+        "apply_rotary_qk_", _in_place_kernel("apply_rotary_qk_", ("q", "k")), **_BELOW_AUTOGRAD
+    )
 
 
 # Fakes
@@ -48,13 +54,49 @@ def _output_like(x: Tensor) -> Tensor:
     return out if out.stride(-1) == 1 else _empty(x)
 
 
-def _fake_apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _check_device(op: str, of: str, x: Tensor, **others: Tensor | None) -> None:
+    """A tensor without data beside real ones comes here, not to the operator: as check_device."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"rope::{op}: expected {name} on the device of {of}, {x.device}, got {other.device}"
+            )
+
+
+def _fake_apply_rotary_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    op: str = "apply_rotary_",
+    **options: Any,
+) -> None:
+    _check_device(op, "x", x, cos=cos, sin=sin, position_ids=position_ids)
+
+
+def _fake_apply_rotary(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    _fake_apply_rotary_(x, *args, op="apply_rotary", **options)
     return _output_like(x)
 
 
+def _fake_apply_rotary_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    op: str = "apply_rotary_qk_",
+    **options: Any,
+) -> None:
+    _check_device(op, "q", q, k=k, cos=cos, sin=sin, position_ids=position_ids)
+
+
 def _fake_apply_rotary_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    q: Tensor, k: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
+    _fake_apply_rotary_qk_(q, k, *args, op="apply_rotary_qk", **options)
     return _output_like(q), _output_like(k)
 
 
@@ -65,9 +107,15 @@ def _fake_table_backward(
     k: Tensor | None,
     cos: Tensor,
     *args: Any,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     return _empty(cos), _empty(cos)
+
+
+def _fake_cos_sin_backward(
+    grad_cos: Tensor, grad_sin: Tensor, inv_freq: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    return _empty(inv_freq)
 
 
 def _table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -97,9 +145,37 @@ def _fake_cos_sin(
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids)
     dtype = _table_dtype(inv_freq, dtype)
     shape = (*position_ids.shape, inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+# In place. A kernel of C++ alone would leave autograd in the dark: no version counter would tell it
+# that a tensor it saved has been written. Not used in inference mode, which counts no versions.
+
+_IN_PLACE = torch.library.Library("rope", "IMPL")
+_BELOW_AUTOGRAD = {"dispatch_key": "ADInplaceOrView", "with_keyset": True}
+
+
+def _in_place_kernel(op: str, written: tuple[str, ...]) -> Callable[..., None]:
+    """Refuses tensors that require grad, runs the operator, and counts up the written versions."""
+    overload = getattr(rope, op).default
+    names = (*written, "cos", "sin")
+
+    def kernel(keyset: Any, *args: Any, **options: Any) -> None:
+        if torch.is_grad_enabled():
+            for name, tensor in zip(names, args, strict=False):
+                if tensor.requires_grad:
+                    raise RuntimeError(
+                        f"rope::{op}: expected {name} to need no gradient (the functions of "
+                        "rope_ext differentiate in place), got a tensor that requires grad"
+                    )
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
+        torch.autograd.graph.increment_version(args[: len(written)])
+
+    return kernel
 
 
 # Derivatives of the rotation. It is linear in x, so its gradient is the transposed rotation; and
@@ -204,6 +280,7 @@ def _table_backward_backward(
         place = torch.arange(order.numel(), device=order.device)
         row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
         position_ids = torch.empty_like(order).scatter_(0, order, row).view(q.shape[:-2])
+    table = _last_stride_one(table_cos), _last_stride_one(table_sin)
     dim = ctx.options["rotary_dim"]
     dim = 2 * cos.shape[-1] if dim is None else dim
 
@@ -211,7 +288,7 @@ def _table_backward_backward(
         if x is None:
             return None
         x = _last_stride_one(x)[..., :dim]
-        out = rope.apply_rotary(x, table_cos, table_sin, position_ids, **options)
+        out = rope.apply_rotary(x, *table, position_ids, **options)
         return pad(out, (0, q.shape[-1] - dim))
 
     forward, inverse = ctx.options, _inverse(ctx.options)

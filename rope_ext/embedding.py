@@ -118,14 +118,14 @@ class RotaryEmbedding(nn.Module):
         return self._table
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        """Follows moves to another device, but no change of dtype."""
+        """Follows moves to another device, but takes no dtype and no value: to_empty() has none."""
         before = self.inv_freq
         super()._apply(fn, recurse)
-        after = self.inv_freq
-        if before.is_meta and not after.is_meta:  # to_empty() leaves memory without values
-            self.inv_freq, _ = self._frequencies(after.device)
-        elif after.dtype != before.dtype:
-            self.inv_freq = before.to(after.device)
+        device = self.inv_freq.device
+        if before.is_meta and device.type != "meta":
+            self.inv_freq, _ = self._frequencies(device)
+        else:
+            self.inv_freq = before.to(device)
         self._table = None
         return self
 

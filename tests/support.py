@@ -129,3 +129,13 @@ def ulp(exact, dtype):
     exponent = torch.frexp(exact.abs()).exponent
     spacing = torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
     return spacing.clamp_min(info.smallest_normal * info.eps)
+
+
+def assert_derivatives(function, inputs):
+    """First and second derivatives in float64 against differences: of every input on the CPU, in
+    random directions (fast mode) elsewhere, where each evaluation is slow.
+    """
+    first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
+    fast = first.device.type != "cpu"
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)

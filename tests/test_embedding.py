@@ -273,6 +273,12 @@ def test_table_follows_the_module_to_another_device():
         assert_same_bits(a, b)
 
 
+def test_table_is_made_anew_where_the_module_goes():
+    module = make()
+    module.table(5)
+    assert module.to("meta").table(5)[0].is_meta
+
+
 # ---- copies and state dicts
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import (
     DTYPES,
+    assert_derivatives,
     assert_same_bits,
     name_of,
     on_cpu,
@@ -75,8 +76,7 @@ def test_gradcheck_and_gradgradcheck_of_one_tensor(case, device):
     def function(x, cos, sin):
         return rope.apply_rotary(x, cos, sin, ids, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert_derivatives(function, inputs)
 
 
 @cases
@@ -87,8 +87,7 @@ def test_gradcheck_and_gradgradcheck_of_q_and_k(case, device):
     def function(q, k, cos, sin):
         return rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert_derivatives(function, inputs)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.25])
@@ -99,8 +98,7 @@ def test_gradcheck_of_cos_sin_cache(start, scaling, device):
     def function(inv_freq):
         return rope.cos_sin_cache(inv_freq, 4, start=start, attention_scaling=scaling)
 
-    assert torch.autograd.gradcheck(function, inv_freq)
-    assert torch.autograd.gradgradcheck(function, inv_freq)
+    assert_derivatives(function, inv_freq)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=name_of)
@@ -113,8 +111,7 @@ def test_gradcheck_of_cos_sin(shape, scaling, dtype, device):
     def function(inv_freq):
         return rope.cos_sin(inv_freq, ids, attention_scaling=scaling)
 
-    assert torch.autograd.gradcheck(function, inv_freq)
-    assert torch.autograd.gradgradcheck(function, inv_freq)
+    assert_derivatives(function, inv_freq)
 
 
 def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
@@ -130,8 +127,7 @@ def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
         return rope_ext.apply_rotary_qk(q, k, *rope_ext.cos_sin_cache(inv_freq, 10), ids)
 
     for function in (with_rows, with_a_table):
-        assert torch.autograd.gradcheck(function, (inv_freq, q, k))
-        assert torch.autograd.gradgradcheck(function, (inv_freq, q, k))
+        assert_derivatives(function, (inv_freq, q, k))
 
 
 # ---- in the dtypes of models
