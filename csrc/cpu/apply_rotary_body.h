@@ -91,6 +91,15 @@ struct RowScratch {
     }
   }
 
+  // Into the order of RotationPairs.
+  void to_even_odd(int64_t token) {
+    const int64_t at = token * stride;
+    reorder(c1 + at, stride);
+    reorder(s1 + at, stride);
+    if (full_width) reorder(c2 + at, stride);
+    if (full_width) reorder(s2 + at, stride);
+  }
+
   static int64_t row_index(const PositionIds& ids, int64_t b, int64_t s) {
     if (!ids.data) return s;
     const int64_t at = b * ids.stride_b + s * ids.stride_s;
@@ -103,7 +112,7 @@ struct RowScratch {
 template <class T, bool kInterleaved, class A>
 ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t first, int64_t pairs,
                                   const Row<A>& row) {
-  using P = Pairs<T, kInterleaved>;
+  using P = RotationPairs<T, kInterleaved>;
   using V = typename P::Vector;
   constexpr int64_t kLanes = sizeof(V) / sizeof(A);
   constexpr int64_t kStep = kInterleaved ? 2 : 1;  // channels between neighbouring pairs
@@ -140,7 +149,8 @@ template <class T, bool kInterleaved>
 void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64_t begin,
                         int64_t end) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr int64_t kLanes = sizeof(typename Lanes<T>::Vector) / sizeof(A);
+  using P = RotationPairs<T, kInterleaved>;
+  constexpr int64_t kLanes = sizeof(typename P::Vector) / sizeof(A);
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t half = args.rotary_dim / 2;
   const int64_t pass = args.head_dim - args.rotary_dim;
@@ -160,7 +170,10 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
     for (int64_t first = 0; first < half; first += chunk) {
       const int64_t pairs = half - first < chunk ? half - first : chunk;
       rows.stride = (pairs + kLanes - 1) / kLanes * kLanes;
-      for (int64_t t = 0; t < tokens; ++t) rows.fill(t, args, b, s_begin + t, first, pairs);
+      for (int64_t t = 0; t < tokens; ++t) {
+        rows.fill(t, args, b, s_begin + t, first, pairs);
+        if constexpr (P::kEvenOddRows) rows.to_even_odd(t);
+      }
       for (int64_t head = head_begin; head < head_end; ++head) {
         const bool is_q = head < args.q.heads;
         const RotatedHeads& x = is_q ? args.q : args.k;

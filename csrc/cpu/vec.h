@@ -42,18 +42,12 @@ ROPE_HOST_DEVICE void write(void* to, const V& v) {
   memcpy(to, &v, sizeof(v));
 }
 
-// Where the mask (0 or all ones) is set `a`, else `b`.
-ROPE_HOST_DEVICE Uint8 select(const Int8& mask, const Uint8& a, const Uint8& b) {
-  const Uint8 m = bit_cast<Uint8>(mask);
-  return (a & m) | (b & ~m);
-}
-
 // The float32 bits of bfloat16 are its upper half.
 ROPE_HOST_DEVICE Uint8 round_to_bfloat16(const Float8& v) {
   const Uint8 u = bit_cast<Uint8>(v);
   const Uint8 rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const Uint8 nan = Uint8{} + 0x7fc00000u;
-  return select(v != v, nan, rounded);  // in the upper half of each lane; the lower is undefined
+  return v != v ? nan : rounded;  // in the upper half of each lane; the lower is undefined
 }
 
 #if defined(ROPE_ISA_F16C)
@@ -74,8 +68,8 @@ ROPE_HOST_DEVICE Float8 float_of_half(const Short8& h) {
   // A subnormal m * 2^-24 is (1 + m * 2^-10) * 2^-14 - 2^-14, exactly.
   const Float8 tiny = bit_cast<Float8>(magnitude + (113u << 23)) - 0x1p-14f;
   const Uint8 special = magnitude | (255u << 23);
-  Uint8 result = select(magnitude < (1u << 23), bit_cast<Uint8>(tiny), normal);
-  result = select(magnitude >= (31u << 23), special, result);
+  Uint8 result = magnitude < (1u << 23) ? bit_cast<Uint8>(tiny) : normal;
+  result = magnitude >= (31u << 23) ? special : result;
   return bit_cast<Float8>(result | sign);
 }
 ROPE_HOST_DEVICE Short8 half_of_float(const Float8& v) {
@@ -86,9 +80,9 @@ ROPE_HOST_DEVICE Short8 half_of_float(const Float8& v) {
   // Below 2^-14 the unit is 2^-24, which is that of float32 at 0.5: let the addition round.
   const Float8 shifted = bit_cast<Float8>(magnitude) + 0.5f;
   const Uint8 subnormal = bit_cast<Uint8>(shifted) - (126u << 23);
-  Uint8 result = select(magnitude < (113u << 23), subnormal, normal);
-  result = select(magnitude >= (143u << 23), Uint8{} + 0x7c00u, result);  // 2^16 and above
-  result = select(v != v, Uint8{} + 0x7e00u, result);
+  Uint8 result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= (143u << 23) ? Uint8{} + 0x7c00u : result;  // 2^16 and above
+  result = v != v ? Uint8{} + 0x7e00u : result;
   return __builtin_convertvector(result | sign, Short8);
 }
 #endif
@@ -180,18 +174,76 @@ struct Pairs {
   }
 };
 
-// An interleaved pair of bfloat16 is one 32-bit word, x1 below x2: no lane has to move.
+// Two bfloat16 in each 32-bit word: they become floats, and words again, without moving a lane.
+ROPE_HOST_DEVICE void unpack(const void* from, Float8& low, Float8& high) {
+  const Uint8 words = read<Uint8>(from);
+  low = bit_cast<Float8>(words << 16);
+  high = bit_cast<Float8>(words & 0xffff0000u);
+}
+ROPE_HOST_DEVICE void pack(void* to, const Float8& low, const Float8& high) {
+  write(to, (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u));
+}
+
+// An interleaved pair is one word, x1 below x2.
 template <>
 struct Pairs<BFloat16, true> {
   using Vector = Float8;
   static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16*, Vector& x1,
                                     Vector& x2) {
-    const Uint8 words = read<Uint8>(first);
-    x1 = bit_cast<Float8>(words << 16);
-    x2 = bit_cast<Float8>(words & 0xffff0000u);
+    unpack(first, x1, x2);
   }
   static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16*, const Vector& x1,
                                      const Vector& x2) {
-    write(first, (round_to_bfloat16(x1) >> 16) | (round_to_bfloat16(x2) & 0xffff0000u));
+    pack(first, x1, x2);
   }
 };
+
+// 16 consecutive channels as those of even and those of odd index.
+struct EvenOdd {
+  Float8 even, odd;
+};
+template <>
+ROPE_HOST_DEVICE EvenOdd read<EvenOdd>(const void* from) {  // whole vectors: GCC copies by 16 bytes
+  return {read<Float8>(from), read<Float8>(static_cast<const float*>(from) + 8)};
+}
+ROPE_HOST_DEVICE EvenOdd operator*(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even * b.even, a.odd * b.odd};
+}
+ROPE_HOST_DEVICE EvenOdd operator+(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even + b.even, a.odd + b.odd};
+}
+ROPE_HOST_DEVICE EvenOdd operator-(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even - b.even, a.odd - b.odd};
+}
+
+// The pairs as the rotation takes them: for half-split bfloat16, in the order of EvenOdd, in which
+// the rows of the table then lie as well.
+template <class T, bool kInterleaved>
+struct RotationPairs : Pairs<T, kInterleaved> {
+  static constexpr bool kEvenOddRows = false;
+};
+template <>
+struct RotationPairs<BFloat16, false> {
+  static constexpr bool kEvenOddRows = true;
+  using Vector = EvenOdd;
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, Vector& x1,
+                                    Vector& x2) {
+    unpack(first, x1.even, x1.odd);
+    unpack(second, x2.even, x2.odd);
+  }
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const Vector& x1,
+                                     const Vector& x2) {
+    pack(first, x1.even, x1.odd);
+    pack(second, x2.even, x2.odd);
+  }
+};
+
+// Values in the order of channels to that of EvenOdd, in place, 16 at a time.
+ROPE_HOST_DEVICE void reorder(float* values, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    Float8 even, odd;
+    deinterleave(read<Float8>(values + i), read<Float8>(values + i + 8), even, odd);
+    write(values + i, even);
+    write(values + i + 8, odd);
+  }
+}
