@@ -1,9 +1,9 @@
-"""The shapes that are timed and reckoned with, and the rotation in eager PyTorch beside them."""
+"""The shapes that the benchmarks time and reckon with, and how they print times."""
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Case:
     def heads(self) -> int:
         return self.q_heads + self.k_heads
 
+    def with_few_tokens(self) -> "Case":
+        return replace(self, batch=min(self.batch, 2), seq=min(self.seq, 4))
+
     def label(self, dtype: torch.dtype) -> str:
         return f"{self.name}, B={self.batch} S={self.seq}, {str(dtype).removeprefix('torch.')}"
 
@@ -45,19 +48,8 @@ GPU_CASES = [
 ]
 
 
-def widened(table: Tensor, interleaved: bool) -> Tensor:
-    """A column a channel, [S, R], from a column a pair, [S, P]."""
-    return table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
-
-
-def eager(
-    x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> Tensor:
-    """x [B, S, H, D] rotated as transformers does it: cos, sin [1, S, 1, R]."""
-    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    if interleaved:
-        half = torch.stack((-rotated[..., 1::2], rotated[..., 0::2]), -1).flatten(-2)
-    else:
-        half = torch.cat((-rotated[..., rotary_dim // 2 :], rotated[..., : rotary_dim // 2]), -1)
-    turned = rotated * cos + half * sin
-    return torch.cat((turned, rest), -1) if rotary_dim < x.shape[-1] else turned
+def microseconds(times: list[float]) -> str:
+    """The median and the 10th to 90th percentile of times in seconds."""
+    ordered = sorted(times)
+    low, high = (ordered[min(len(ordered) - 1, int(p * len(ordered)))] for p in (0.1, 0.9))
+    return f"{1e6 * statistics.median(times):.4g} ({1e6 * low:.4g}-{1e6 * high:.4g})"
