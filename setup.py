@@ -113,6 +113,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = re.split(r"[\s,;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;"))
     if archs == [""]:
         archs = [arch for arch in DEFAULT_ARCHS if arch in known]
+        if not archs:
+            raise SystemExit(f"rope_ext: {nvcc} knows none of {' '.join(DEFAULT_ARCHS)}")
         archs[-1] += "+PTX"
     for arch in archs:
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
@@ -243,6 +245,8 @@ class BuildRope(BuildExtension):
         # The prefix map: __FILE__ in messages is csrc/..., not where this was built.
         flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
         flags += [f"-fmacro-prefix-map={os.getcwd()}/="]
+        flags += [f"-fmacro-prefix-map={Path(torch.__file__).parent / 'include'}/="]
+        flags += [f"-fmacro-prefix-map={pybind11.get_include()}/="]
         return [*flags, "-Werror"] if self.werror else flags
 
     def compile_cuda(self, cuda: Cuda) -> list[str]:

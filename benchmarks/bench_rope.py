@@ -3,9 +3,9 @@
     python benchmarks/bench_rope.py [--device cpu] [--rounds 30] [--quick]
 
 With `--device cuda` it prints another table, against other libraries too: see bench_cuda.py. Here:
-every result is verified before it is timed, in inference mode. Times are medians of interleaved rounds with the 10th
-to 90th percentile. What carries over between machines is the ratio to the floor: `rmw` for in place
-(q.mul_(1), reads and writes every byte once), `clone` for out of place.
+every result is verified before it is timed, in inference mode. Times are medians of interleaved
+rounds with the 10th to 90th percentile. What carries over between machines is the ratio to the
+floor: `rmw` for in place (q.mul_(1), reads and writes every byte once), `clone` for out of place.
 """
 
 import argparse

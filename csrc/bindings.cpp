@@ -53,8 +53,8 @@ void set_cpu_capability(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  rope::cpu::capability();  // refuse a wrong ROPE_EXT_CPU_CAPABILITY at import, not at the first
-                            // call
+  // A wrong ROPE_EXT_CPU_CAPABILITY is refused at import, not at the first call.
+  rope::cpu::capability();
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),

@@ -57,13 +57,18 @@ struct TableGradInputs {
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
 
 // inv_freq [P], and position_ids of any shape; without them, `length` positions from `start`.
+// Everything but the data.
 Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* position_ids,
                     int64_t length, int64_t start, double attention_scaling);
+
+// The data of checked angles, contiguous.
+void set_angle_data(Angles& angles, const Tensor& inv_freq, const Tensor* position_ids);
 
 // The dtype of a table: the one asked for, or float32 (float64 for a float64 inv_freq).
 torch::headeronly::ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
                                                 std::optional<torch::headeronly::ScalarType> asked);
 
+// Everything but the data of the tensors.
 CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const Tensor& grad_sin,
                                   const Tensor& inv_freq, const Tensor* position_ids, int64_t start,
                                   double attention_scaling);

@@ -10,14 +10,11 @@ Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* positi
   Angles angles{};
   if (inv_freq.dim() != 1) refuse(op, "inv_freq to have shape [P]", shape_text(inv_freq));
   angles.inv_freq_dtype = check_floating(op, "inv_freq", inv_freq);
-  check_last_stride(op, "inv_freq", inv_freq);
-  angles.inv_freq = inv_freq.const_data_ptr();
   angles.pairs = inv_freq.size(0);
   angles.attention_scaling = attention_scaling;
   if (position_ids) {
     check_int(op, "position_ids", *position_ids);
     check_device(op, "position_ids", *position_ids, "inv_freq", inv_freq);
-    angles.position_ids = position_ids->const_data_ptr();
     angles.position_int64 = position_ids->scalar_type() == ScalarType::Long;
     angles.tokens = position_ids->numel();
   } else {
@@ -30,6 +27,11 @@ Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* positi
     angles.tokens = length;
   }
   return angles;
+}
+
+void set_angle_data(Angles& angles, const Tensor& inv_freq, const Tensor* position_ids) {
+  angles.inv_freq = inv_freq.const_data_ptr();
+  if (position_ids) angles.position_ids = position_ids->const_data_ptr();
 }
 
 ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
@@ -70,8 +72,6 @@ CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const 
     fits = sizes.size() == 2 && sizes[1] == args.angles.pairs;
   }
   if (!fits) refuse(op, text("grad_cos to have shape ", expected), shape_text(grad_cos));
-  args.grad_cos = grad_cos.const_data_ptr();
-  args.grad_sin = grad_sin.const_data_ptr();
   return args;
 }
 

@@ -30,9 +30,8 @@ STABLE_TORCH_LIBRARY(rope, m) {
 
   // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
   m.def(
-      "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, float "
-      "attention_scaling=1.0, "
-      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
+      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
       "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
       "ScalarType? dtype=None) -> (Tensor, Tensor)");

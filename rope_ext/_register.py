@@ -164,6 +164,13 @@ def _in_place_kernel(op: str, written: tuple[str, ...]) -> Callable[..., None]:
     names = (*written, "cos", "sin")
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> None:
+        if not torch.is_inference_mode_enabled() and any(
+            tensor.is_inference() for tensor in args[: len(written)]
+        ):
+            raise RuntimeError(
+                f"rope::{op}: expected no inference tensor to be written outside of inference "
+                "mode, got one"
+            )
         if torch.is_grad_enabled():
             for name, tensor in zip(names, args, strict=False):
                 if tensor.requires_grad:
@@ -183,7 +190,7 @@ def _in_place_kernel(op: str, written: tuple[str, ...]) -> Callable[..., None]:
 
 
 def _last_stride_one(grad: Tensor) -> Tensor:
-    """Expanded gradients, as those of sum(), are the only ones that have to be laid out."""
+    """Gradients of other strides, such as the expanded ones of sum(), are laid out."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
@@ -224,16 +231,19 @@ def _apply_rotary_qk_backward(
 ) -> tuple[Tensor | None, ...]:
     cos, sin, position_ids, *xs = ctx.saved_tensors
     grad_q, grad_k = _last_stride_one(grad_q), _last_stride_one(grad_k)
-    grads = grad_cos = grad_sin = None
-    if any(ctx.needs_input_grad[:2]):
-        grads = rope.apply_rotary_qk(
-            grad_q, grad_k, cos, sin, position_ids, **_inverse(ctx.options)
-        )
+    rows, inverse = (cos, sin, position_ids), _inverse(ctx.options)
+    to_q = to_k = grad_cos = grad_sin = None
+    if all(ctx.needs_input_grad[:2]):
+        to_q, to_k = rope.apply_rotary_qk(grad_q, grad_k, *rows, **inverse)
+    elif ctx.needs_input_grad[0]:
+        to_q = rope.apply_rotary(grad_q, *rows, **inverse)
+    elif ctx.needs_input_grad[1]:
+        to_k = rope.apply_rotary(grad_k, *rows, **inverse)
     if ctx.table_needs_grad:
         grad_cos, grad_sin = _table_grad(
             grad_q, xs[0], grad_k, xs[1], cos, position_ids, ctx.options
         )
-    return *(grads or (None, None)), grad_cos, grad_sin, None
+    return to_q, to_k, grad_cos, grad_sin, None
 
 
 def _inverse(options: dict[str, Any]) -> dict[str, Any]:

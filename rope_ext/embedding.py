@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_ext import frequencies
-from rope_ext.ops import Layout, apply_rotary_qk, cos_sin, cos_sin_cache
+from rope_ext.ops import Layout, apply_rotary_qk, as_bshd, cos_sin, cos_sin_cache
 
 
 class RotaryEmbedding(nn.Module):
@@ -59,6 +59,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         # The table [L, P] lies beside the buffers: it is derived, and made where it is needed.
         self._table: tuple[Tensor, Tensor] | None = None
+        self._table_of: Tensor | None = None  # the inv_freq that it was made of
 
     def _frequencies(self, device: torch.device | str | None) -> tuple[Tensor, float]:
         return frequencies.default(
@@ -84,9 +85,20 @@ class RotaryEmbedding(nn.Module):
             layout: the order of the dimensions of q and k.
             inplace: write into q and k.
         """
+        seq, head_dim = as_bshd(q, layout, "RotaryEmbedding", "q").shape[-3::2]
+        if head_dim != self.head_dim:
+            raise ValueError(
+                f"RotaryEmbedding: expected q to have head_dim {self.head_dim}, got {head_dim}"
+            )
         if position_ids is None:
-            cos, sin = self.table(q.shape[layout.index("t" if layout == "thd" else "s")])
+            cos, sin = self.table(seq)
         else:
+            if position_ids.dim() > (1 if layout == "thd" else 2):
+                raise ValueError(
+                    "RotaryEmbedding: expected position_ids to have shape "
+                    f"{'[T]' if layout == 'thd' else '[S] or [1|B, S]'}, "
+                    f"got {list(position_ids.shape)}"
+                )
             cos, sin = cos_sin(
                 self.inv_freq, position_ids, attention_scaling=self.attention_scaling
             )
@@ -105,11 +117,14 @@ class RotaryEmbedding(nn.Module):
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [L, P], of the positions 0 to L - 1, where L >= length."""
-        if torch.compiler.is_compiling():  # a graph keeps no table: it would be bound to its length
+        learned = self.inv_freq.requires_grad and torch.is_grad_enabled()
+        if learned or torch.compiler.is_compiling():  # a graph would be bound to a table's length
             return cos_sin_cache(self.inv_freq, length, attention_scaling=self.attention_scaling)
+        if self._table_of is not self.inv_freq:
+            self._table, self._table_of = None, self.inv_freq
         rows = 0 if self._table is None else self._table[0].shape[0]
         if self._table is None or rows < length:
-            rows = max(length, min(2 * rows or 2048, self.max_position_embeddings), 2 * rows)
+            rows = max(length, 2 * rows or min(2048, self.max_position_embeddings))
             # Not an inference tensor, even if made in inference mode: training may come later.
             with torch.inference_mode(False), torch.no_grad():
                 self._table = cos_sin_cache(
@@ -134,7 +149,7 @@ class RotaryEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_table": None}
+        return {**super().__getstate__(), "_table": None, "_table_of": None}
 
     def extra_repr(self) -> str:
         return (

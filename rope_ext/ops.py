@@ -63,18 +63,19 @@ def apply_rotary(
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
     options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
-    view = _as_bshd(x, layout, "apply_rotary")
+    view = as_bshd(x, layout, "apply_rotary")
     if not inplace:
-        return _from_bshd(
+        return from_bshd(
             torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options), layout
         )
     if not _needs_grad(x, cos, sin):
         torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
         return x
+    _check_tables_need_no_grad("apply_rotary", cos, sin)
     if torch.compiler.is_compiling():  # which makes a functional graph of it anyway
         rotated = torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options)
-        return x.copy_(_from_bshd(rotated, layout))
-    _check_differentiable_in_place("apply_rotary", {"x": x}, cos, sin)
+        return x.copy_(from_bshd(rotated, layout))
+    _check_differentiable_in_place("apply_rotary", {"x": x})
     with torch.no_grad():
         torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
     return _InPlaceRotation.apply(x, cos, sin, position_ids, layout, options)
@@ -109,19 +110,20 @@ def apply_rotary_qk(
         RuntimeError: as :func:`apply_rotary`.
     """
     options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
-    view_q = _as_bshd(q, layout, "apply_rotary_qk", "q")
-    view_k = _as_bshd(k, layout, "apply_rotary_qk", "k")
+    view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
+    view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     rope = torch.ops.rope
     if not inplace:
         out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
-        return _from_bshd(out_q, layout), _from_bshd(out_k, layout)
+        return from_bshd(out_q, layout), from_bshd(out_k, layout)
     if not _needs_grad(q, k, cos, sin):
         rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
         return q, k
+    _check_tables_need_no_grad("apply_rotary_qk", cos, sin)
     if torch.compiler.is_compiling():
         out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
-        return q.copy_(_from_bshd(out_q, layout)), k.copy_(_from_bshd(out_k, layout))
-    _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k}, cos, sin)
+        return q.copy_(from_bshd(out_q, layout)), k.copy_(from_bshd(out_k, layout))
+    _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
     with torch.no_grad():
         rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
     return (
@@ -150,8 +152,8 @@ def cos_sin_cache(
 
     Returns:
         cos, sin: [length, P]. In float32 within 1 ulp (measured: 0.5001) of the true value for
-        angles up to 2^31 radians. NaN for angles of 2^50 radians and more. Differentiable, twice,
-        for inv_freq.
+        angles up to 2^31 radians. NaN for angles of 2^50 radians and more, and positions of 2^53
+        and more. Differentiable, twice, for inv_freq.
 
     Raises:
         RuntimeError: for a negative length, an inv_freq that is not [P] or not floating.
@@ -188,7 +190,8 @@ def cos_sin(
     )
 
 
-def _as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
+def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
+    """A view of x [B, S, H, D] or [T, H, D]; `function` and `name` are for refusals."""
     if layout not in _SWAP:
         raise ValueError(
             f"rope_ext.{function}: expected layout to be one of {', '.join(_SWAP)}, got {layout!r}"
@@ -204,7 +207,7 @@ def _as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     return x if swap is None else x.transpose(*swap)
 
 
-def _from_bshd(x: Tensor, layout: str) -> Tensor:
+def from_bshd(x: Tensor, layout: str) -> Tensor:
     swap = _SWAP[layout]
     return x if swap is None else x.transpose(*swap)
 
@@ -213,15 +216,16 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _check_differentiable_in_place(
-    function: str, written: dict[str, Tensor], cos: Tensor, sin: Tensor
-) -> None:
-    """Refuses what autograd would refuse later, when the data had been written already."""
+def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
             f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
             "takes x as it was before), got tables that require grad"
         )
+
+
+def _check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
+    """Refuses what autograd would refuse later, when the data had been written already."""
     default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
         base = x._base if x._is_view() else x

@@ -70,7 +70,6 @@ def use_cpu_kernels(name):
 
 # An emulator of the CUDA runtime (CONTRIBUTING.md) executes the kernels of rope_ext; those of torch
 # run on the CPU in their place. Where that place can't be taken, a test has to wait for a GPU.
-# on the CPU in its place. Where that place can't be taken, a test has to wait for a GPU.
 EMULATED = "libfakegpu" in os.environ.get("LD_PRELOAD", "")
 INSIDE = "torch's own CUDA kernels are called inside of an operator or of autograd"
 COMPILED = "torch.compile does not work under the emulator"

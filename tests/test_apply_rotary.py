@@ -181,6 +181,22 @@ def test_any_number_of_pairs(pairs, interleaved, backend):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("full_width", [False, True], ids=["angle a pair", "angle a channel"])
+def test_long_heads_of_short_sequences(full_width, interleaved, backend):
+    """[B, H, S, D] in memory is walked by blocks of tokens, whose rows of the table share a scratch
+    memory: numbers of tokens and of pairs that do not divide it.
+    """
+    for dtype in (F32, BF16, F16, F64):
+        for tokens in (*range(1, 18), 33):
+            for dim in (130, 144, 160, 192, 256, 600):
+                x = random(1, 2, tokens, dim, dtype=dtype, device=backend).transpose(1, 2)
+                cos, sin = random_table(tokens, dim if full_width else dim // 2, device=backend)
+                options = {"rotary_dim": dim, "interleaved": interleaved}
+                y = rope.apply_rotary(x, cos, sin, **options)
+                assert_same_bits(y, rounded_once(x, cos, sin, **options))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_portable_and_avx2_give_the_same_bits(dtype, interleaved, avx2):
     q, k = random(2, 9, 3, 52, dtype=dtype), random(2, 9, 1, 52, dtype=dtype)

@@ -405,3 +405,40 @@ def test_module_left_on_meta_is_refused_beside_real_tensors():
     for ids in (None, torch.arange(S)):
         with pytest.raises((RuntimeError, NotImplementedError)):
             make("meta")(q, k, ids)
+
+
+# ---- what the table was made of
+
+
+def test_table_follows_a_replaced_inv_freq(device):
+    module = make(device)
+    q, k = q_and_k(device)
+    module(q, k)
+    module.inv_freq = module.inv_freq / 4
+    ids = torch.arange(q.shape[1]).to(device)
+    for a, b in zip(module(q, k), module(q, k, ids), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_inv_freq_that_requires_grad_gets_it_without_position_ids(device):
+    module = make(device)
+    module.inv_freq.requires_grad_()
+    q, k = q_and_k(device)
+    module(q, k)[0].square().sum().backward()  # the norm is kept: a gradient, though of about 0
+    assert module.inv_freq.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, q, k: m(q[..., :-2], k[..., :-2]), "expected q to have head_dim"),
+        (lambda m, q, k: m(q, k, layout="bsd"), "expected layout to be one of"),
+        (lambda m, q, k: m(q[0], k[0]), "expected q to have shape"),
+        (lambda m, q, k: m(q[0], k[0], torch.zeros(1, 5).long(), layout="thd"), "position_ids"),
+    ],
+    ids=["head_dim", "layout", "rank", "positions of a packed batch"],
+)
+def test_call_that_does_not_fit_is_refused_by_name(call, message):
+    module = make()
+    with pytest.raises(ValueError, match=f"RotaryEmbedding: {message}|{message}"):
+        call(module, *q_and_k("cpu"))

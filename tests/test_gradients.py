@@ -399,3 +399,15 @@ def test_inv_freq_is_learned(device):
             inv_freq -= 2e-3 * grad
     assert losses[-1] < 1e-4 * losses[0]
     torch.testing.assert_close(inv_freq.detach().cpu(), true.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs", ["q", "k"])
+def test_gradient_of_one_of_q_and_k(needs, device):
+    x = {"q": random(2, 5, 3, 8).to(device), "k": random(2, 5, 2, 8, seed=1).to(device)}
+    cos, sin = (t.to(device) for t in random_table(5, 4))
+    x[needs].requires_grad_()
+    rotated = dict(zip("qk", rope_ext.apply_rotary_qk(x["q"], x["k"], cos, sin), strict=True))
+    weight = random(*x[needs].shape, seed=2).to(device)
+    rotated[needs].backward(weight)
+    expected = rope_ext.apply_rotary(weight, cos, sin, inverse=True)
+    assert_same_bits(x[needs].grad, expected)

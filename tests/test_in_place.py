@@ -399,3 +399,26 @@ def test_direct_operator_refuses_a_tensor_that_requires_grad(kind, device):
     assert_same_bits(x, kept)
     assert_same_bits(other, other_kept)
     assert (x._version, other._version) == (version, 0)
+
+
+def test_inference_tensor_is_not_written_outside_of_inference_mode(device):
+    with torch.inference_mode():
+        x = random(2, 5, 3, 8).to(device)
+    before = x.clone()
+    cos, sin = (t.to(device) for t in random_table(5, 4))
+    with pytest.raises(RuntimeError, match="expected no inference tensor to be written"):
+        torch.ops.rope.apply_rotary_(x, cos, sin)
+    assert torch.equal(x, before)
+
+
+def test_tables_that_require_grad_are_refused_in_place_under_compile():
+    x = random(2, 5, 3, 8).requires_grad_()
+    cos, sin = random_table(5, 4)
+    cos.requires_grad_()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def rotate(x):
+        return rope_ext.apply_rotary(x * 1, cos, sin, inplace=True)
+
+    with pytest.raises(Exception, match="expected cos and sin to need no gradient"):
+        rotate(x)

@@ -1,4 +1,4 @@
-"""Beside the rest of PyTorch: opcheck, torch.compile, fakes, inference mode, functorch."""
+"""Beside the rest of PyTorch: opcheck, torch.compile, fakes, inference mode."""
 
 import shutil
 

@@ -154,7 +154,8 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t half = args.rotary_dim / 2;
   const int64_t pass = args.head_dim - args.rotary_dim;
-  const int64_t chunk = kScratchPairs / blocks.tokens;
+  static_assert(kScratchPairs >= kMaxBlockTokens * kLanes, "a chunk holds a vector of each token");
+  const int64_t chunk = kScratchPairs / blocks.tokens / kLanes * kLanes;  // rows are whole vectors
   RowScratch<A> rows;
   rows.full_width = args.table.full_width;
 

@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// partial [chunks, P]: row i is the sum, in order, of tokens [i chunk_tokens, (i + 1)
-// chunk_tokens). d cos / d inv_freq = -position scale sin(angle), d sin / d inv_freq = position
-// scale cos(angle).
+// partial [chunks, P]: row i is the sum, in order, of chunk_tokens tokens from i * chunk_tokens on.
+//   d cos / d inv_freq = -position scale sin(angle)
+//   d sin / d inv_freq =  position scale cos(angle)
 __global__ void __launch_bounds__(kBlockThreads)
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
