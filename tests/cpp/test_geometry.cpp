@@ -1,0 +1,124 @@
+// How CUDA launches are cut into blocks, for shapes up to 2^40 elements: arithmetic alone, no GPU.
+#include <cstdint>
+#include <cstdio>
+
+#include "../../csrc/cuda/geometry.h"
+
+using namespace rope::cuda;
+
+namespace {
+
+constexpr int64_t kSmCount = 132;  // H100
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
+int failures = 0;
+int64_t cases = 0;
+
+#define EXPECT(condition, ...)                \
+  do {                                        \
+    if (!(condition)) {                       \
+      if (++failures <= 20) {                 \
+        std::printf("FAIL %s: ", #condition); \
+        std::printf(__VA_ARGS__);             \
+        std::printf("\n");                    \
+      }                                       \
+    }                                         \
+  } while (false)
+
+void check_limits(const Grid& grid, int64_t block_threads, const char* what) {
+  EXPECT(grid.x >= 1 && grid.y >= 1 && grid.z >= 1, "%s: an empty grid", what);
+  EXPECT(grid.x <= kMaxGridX && grid.y <= 65535 && grid.z <= 65535, "%s: %u x %u x %u", what,
+         grid.x, grid.y, grid.z);
+  EXPECT(block_threads >= 32 && block_threads <= 1024 && block_threads % 32 == 0,
+         "%s: %lld threads", what, static_cast<long long>(block_threads));
+}
+
+// Every unit of every head of every token has a thread, and no block is without a group.
+void check_rotary(int64_t units, int64_t heads, int64_t batch, int64_t seq) {
+  ++cases;
+  const RotaryGeometry g = rotary_geometry(units, heads, batch, seq, kSmCount);
+  char what[128];
+  std::snprintf(what, sizeof(what), "rotary units %lld heads %lld batch %lld seq %lld",
+                static_cast<long long>(units), static_cast<long long>(heads),
+                static_cast<long long>(batch), static_cast<long long>(seq));
+  check_limits(g.grid, g.block_threads, what);
+  const int64_t lanes = int64_t{g.unit_lanes} * g.head_lanes;
+  EXPECT(int64_t{g.unit_lanes} * g.unit_chunks >= units, "%s: units left out", what);
+  EXPECT(g.splits >= 1 && int64_t{g.splits} * g.head_lanes <= heads + g.head_lanes - 1,
+         "%s: a group without a head", what);
+  EXPECT(int64_t{g.parts} == int64_t{g.splits} * g.unit_chunks, "%s: parts", what);
+  EXPECT(int64_t{g.groups} == seq * g.parts, "%s: groups wrapped", what);
+  EXPECT(int64_t{g.groups_per_block} * lanes <= g.block_threads, "%s: block too small", what);
+  EXPECT(int64_t{g.grid.x} * g.groups_per_block >= g.groups, "%s: groups left out", what);
+  EXPECT((int64_t{g.grid.x} - 1) * g.groups_per_block < g.groups, "%s: an idle block", what);
+  EXPECT(int64_t{g.grid.y} * g.grid.z >= batch, "%s: sequences left out", what);
+  // A token lies in few blocks: its groups are neighbours.
+  const int64_t sharing = (g.parts - 1 + g.groups_per_block - 1) / g.groups_per_block + 1;
+  EXPECT(sharing <= g.parts + 1, "%s: shared by %lld", what, static_cast<long long>(sharing));
+}
+
+void check_table_grad(int64_t units, int64_t heads, int64_t tokens_per_row, int64_t rows) {
+  ++cases;
+  const TableGradGeometry g = table_grad_geometry(units, heads, tokens_per_row, rows);
+  check_limits(g.grid, g.block_threads, "table gradient");
+  const int64_t workers = int64_t{g.head_lanes} * g.token_lanes;
+  EXPECT(workers >= 1 && (workers & (workers - 1)) == 0, "workers %lld",
+         static_cast<long long>(workers));
+  EXPECT(g.unit_lanes * workers <= g.block_threads && g.block_threads <= kBlockThreads, "threads");
+  EXPECT(int64_t{g.grid.x} * g.grid.y >= rows, "rows left out");
+}
+
+void check_entries(int64_t columns, int64_t rows) {
+  ++cases;
+  const EntryGeometry g = entry_geometry(columns, rows);
+  check_limits(g.grid, g.block_threads, "entries");
+  EXPECT(int64_t{g.column_lanes} * g.rows_per_block <= g.block_threads, "threads");
+  EXPECT(int64_t{g.grid.x} * g.grid.y * g.rows_per_block >= rows, "rows left out");
+}
+
+}  // namespace
+
+int main() {
+  const int64_t sizes[] = {1,       2,
+                           3,       5,
+                           7,       8,
+                           9,       16,
+                           31,      33,
+                           64,      127,
+                           256,     1000,
+                           4096,    65535,
+                           65536,   131072,
+                           1 << 20, (1 << 24) + 1,
+                           1 << 28, int64_t{1} << 30};
+  for (const int64_t units : {1, 2, 5, 8, 12, 16, 31, 32, 33, 64, 255, 256, 257, 1000, 1 << 16}) {
+    for (const int64_t heads : {1, 2, 3, 8, 12, 40, 71, 128, 4096}) {
+      for (const int64_t batch : sizes) {
+        for (const int64_t seq : sizes) {
+          const double elements = static_cast<double>(units) * 16 * heads * batch * seq;
+          if (elements > static_cast<double>(kMostElements) || seq > most_tokens(units)) continue;
+          check_rotary(units, heads, batch, seq);
+        }
+      }
+      for (const int64_t rows : sizes) {
+        for (const int64_t tokens : {0, 1, 4, 1 << 20})
+          check_table_grad(units, heads, tokens, rows);
+      }
+    }
+  }
+  for (const int64_t columns : {1, 3, 12, 32, 64, 255, 256, 257, 5000}) {
+    for (const int64_t rows : sizes) check_entries(columns, rows);
+    check_entries(columns, kMostElements / columns);
+  }
+
+  // Llama-3-8B at decode batch 64: 8 lanes a head in bfloat16, 40 heads, one token a sequence,
+  // which the kernel takes as one sequence of 64.
+  const RotaryGeometry decode = rotary_geometry(8, 40, 1, 64, kSmCount);
+  const int64_t blocks = int64_t{decode.grid.x} * decode.grid.y * decode.grid.z;
+  EXPECT(blocks >= kSmCount, "decode: %lld blocks", static_cast<long long>(blocks));
+  // With many tokens a row of the table has one reader.
+  EXPECT(rotary_geometry(8, 40, 1, 1 << 20, kSmCount).parts == 1, "prefill shares rows");
+
+  std::printf("%lld shapes, %d failures; decode batch 64: %lld blocks\n",
+              static_cast<long long>(cases), failures, static_cast<long long>(blocks));
+  return failures == 0 ? 0 : 1;
+}
