@@ -1,13 +1,22 @@
 """RotaryEmbedding: frequencies, tables and rotation in one module."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rope_ext import frequencies
 from rope_ext.ops import Layout, apply_rotary_qk, as_bshd, cos_sin, cos_sin_cache
+
+
+class _Table(NamedTuple):
+    """cos, sin [L, P], and the inv_freq, in its version, that they were made of."""
+
+    inv_freq: Tensor
+    version: int
+    cos: Tensor
+    sin: Tensor
 
 
 class RotaryEmbedding(nn.Module):
@@ -58,8 +67,7 @@ class RotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = self._frequencies(device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         # The table [L, P] lies beside the buffers: it is derived, and made where it is needed.
-        self._table: tuple[Tensor, Tensor] | None = None
-        self._table_of: Tensor | None = None  # the inv_freq that it was made of
+        self._table: _Table | None = None
 
     def _frequencies(self, device: torch.device | str | None) -> tuple[Tensor, float]:
         return frequencies.default(
@@ -120,17 +128,21 @@ class RotaryEmbedding(nn.Module):
         learned = self.inv_freq.requires_grad and torch.is_grad_enabled()
         if learned or torch.compiler.is_compiling():  # a graph would be bound to a table's length
             return cos_sin_cache(self.inv_freq, length, attention_scaling=self.attention_scaling)
-        if self._table_of is not self.inv_freq:
-            self._table, self._table_of = None, self.inv_freq
-        rows = 0 if self._table is None else self._table[0].shape[0]
-        if self._table is None or rows < length:
+        version = 0 if self.inv_freq.is_inference() else self.inv_freq._version
+        made = self._table
+        if made is None or made.inv_freq is not self.inv_freq or made.version != version:
+            rows = 0
+        else:
+            rows = made.cos.shape[0]
+        if made is None or rows < max(length, 1):
             rows = max(length, 2 * rows or min(2048, self.max_position_embeddings))
             # Not an inference tensor, even if made in inference mode: training may come later.
             with torch.inference_mode(False), torch.no_grad():
-                self._table = cos_sin_cache(
+                cos, sin = cos_sin_cache(
                     self.inv_freq, rows, attention_scaling=self.attention_scaling
                 )
-        return self._table
+            made = self._table = _Table(self.inv_freq, version, cos, sin)
+        return made.cos, made.sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Follows moves to another device, but takes no dtype and no value: to_empty() has none."""
@@ -149,7 +161,7 @@ class RotaryEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_table": None, "_table_of": None}
+        return {**super().__getstate__(), "_table": None}
 
     def extra_repr(self) -> str:
         return (

@@ -420,6 +420,19 @@ def test_table_follows_a_replaced_inv_freq(device):
         assert_same_bits(a, b)
 
 
+def test_table_follows_a_step_of_learned_frequencies(device):
+    module = make(device)
+    module.inv_freq.requires_grad_()
+    q, k = q_and_k(device)
+    ids = torch.arange(q.shape[1]).to(device)
+    with torch.no_grad():
+        module(q, k)
+        module.inv_freq.mul_(0.5)
+        for a, b in zip(module(q, k), module(q, k, ids), strict=True):
+            assert_same_bits(a, b)
+    assert list(module.state_dict()) == []
+
+
 def test_inv_freq_that_requires_grad_gets_it_without_position_ids(device):
     module = make(device)
     module.inv_freq.requires_grad_()
