@@ -71,6 +71,7 @@ struct RotaryArgs {
 // when positions were given, the tokens of row l are
 // token_order[row_offsets[l]] .. token_order[row_offsets[l + 1] - 1].
 struct RotaryTableGradArgs {
+  const char* op;
   GradHeads q, k;
   DType dtype;
   int64_t batch, seq, rotary_dim;
@@ -86,6 +87,7 @@ struct RotaryTableGradArgs {
 
 // Angles: position times inv_freq, for `tokens` positions and P pairs.
 struct Angles {
+  const char* op;
   const void* inv_freq;  // contiguous [P]
   DType inv_freq_dtype;
   int64_t pairs;

@@ -278,6 +278,7 @@ void set_in_place(RotatedHeads& heads, const Tensor& x) {
 
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
   RotaryTableGradArgs args{};
+  args.op = in.op;
   args.dtype = check_rotated(in.op, "q", in.q);
   const auto check_grad = [&](const char* name, const Tensor& grad, const char* x_name,
                               const Tensor& x) {

@@ -8,6 +8,7 @@ using torch::headeronly::ScalarType;
 Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* position_ids,
                     int64_t length, int64_t start, double attention_scaling) {
   Angles angles{};
+  angles.op = op;
   if (inv_freq.dim() != 1) refuse(op, "inv_freq to have shape [P]", shape_text(inv_freq));
   angles.inv_freq_dtype = check_floating(op, "inv_freq", inv_freq);
   angles.pairs = inv_freq.size(0);

@@ -189,7 +189,7 @@ def _in_place_kernel(op: str, written: tuple[str, ...]) -> Callable[..., None]:
 # linear in (cos, sin), so the gradient to them is bilinear, with rotations as its derivatives.
 
 
-def _last_stride_one(grad: Tensor) -> Tensor:
+def last_stride_one(grad: Tensor) -> Tensor:
     """Gradients of other strides, such as the expanded ones of sum(), are laid out."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
@@ -211,10 +211,10 @@ def _apply_rotary_setup(
 
 def _apply_rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad = _last_stride_one(grad)
+    grad = last_stride_one(grad)
     grad_x = grad_cos = grad_sin = None
     if ctx.needs_input_grad[0]:
-        grad_x = rope.apply_rotary(grad, cos, sin, position_ids, **_inverse(ctx.options))
+        grad_x = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(ctx.options))
     if ctx.table_needs_grad:
         grad_cos, grad_sin = _table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
     return grad_x, grad_cos, grad_sin, None
@@ -230,8 +230,8 @@ def _apply_rotary_qk_backward(
     ctx: Any, grad_q: Tensor, grad_k: Tensor
 ) -> tuple[Tensor | None, ...]:
     cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad_q, grad_k = _last_stride_one(grad_q), _last_stride_one(grad_k)
-    rows, inverse = (cos, sin, position_ids), _inverse(ctx.options)
+    grad_q, grad_k = last_stride_one(grad_q), last_stride_one(grad_k)
+    rows, inverse = (cos, sin, position_ids), inverted(ctx.options)
     to_q = to_k = grad_cos = grad_sin = None
     if all(ctx.needs_input_grad[:2]):
         to_q, to_k = rope.apply_rotary_qk(grad_q, grad_k, *rows, **inverse)
@@ -246,7 +246,8 @@ def _apply_rotary_qk_backward(
     return to_q, to_k, grad_cos, grad_sin, None
 
 
-def _inverse(options: dict[str, Any]) -> dict[str, Any]:
+def inverted(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the inverse rotation, which is the backward."""
     return {**options, "inverse": not options["inverse"]}
 
 
@@ -290,18 +291,18 @@ def _table_backward_backward(
         place = torch.arange(order.numel(), device=order.device)
         row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
         position_ids = torch.empty_like(order).scatter_(0, order, row).view(q.shape[:-2])
-    table = _last_stride_one(table_cos), _last_stride_one(table_sin)
+    table = last_stride_one(table_cos), last_stride_one(table_sin)
     dim = ctx.options["rotary_dim"]
     dim = 2 * cos.shape[-1] if dim is None else dim
 
     def rotated(x: Tensor | None, options: dict[str, Any]) -> Tensor | None:
         if x is None:
             return None
-        x = _last_stride_one(x)[..., :dim]
+        x = last_stride_one(x)[..., :dim]
         out = rope.apply_rotary(x, *table, position_ids, **options)
         return pad(out, (0, q.shape[-1] - dim))
 
-    forward, inverse = ctx.options, _inverse(ctx.options)
+    forward, inverse = ctx.options, inverted(ctx.options)
     return (
         rotated(q, forward),
         rotated(grad_q, inverse),

@@ -5,6 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rope_ext._register import inverted, last_stride_one
+
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
 
 # The dimensions to swap to get [B, S, H, D]; packed [T, H, D] stays as it is.
@@ -264,7 +266,7 @@ class _InPlaceRotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin, position_ids = ctx.saved_tensors
-        options = {**ctx.options, "inverse": not ctx.options["inverse"]}
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        options = inverted(ctx.options)
+        grad = last_stride_one(grad)
         rotated = apply_rotary(grad, cos, sin, position_ids, layout=ctx.layout, **options)
         return rotated, None, None, None, None, None

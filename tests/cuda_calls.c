@@ -1,5 +1,5 @@
 // Counts what a process asks of the CUDA runtime: preloaded before it (LD_PRELOAD), it sees each call
-// first and hands it on. Used by test_cuda_streams.py.
+// first and hands it on, or fails it on demand. Used by test_cuda_streams.py.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
@@ -10,6 +10,7 @@ typedef struct {
 
 static void* last_stream;
 static int launches, allocations, synchronisations;
+static int error_to_report;
 
 void calls_reset(void) {
   last_stream = NULL;
@@ -19,6 +20,16 @@ void* calls_last_stream(void) { return last_stream; }
 int calls_launches(void) { return launches; }
 int calls_allocations(void) { return allocations; }
 int calls_synchronisations(void) { return synchronisations; }
+
+// The next question for the last error is answered with this one.
+void calls_report_error(int error) { error_to_report = error; }
+
+int cudaGetLastError(void) {
+  int (*next)(void) = dlsym(RTLD_NEXT, "cudaGetLastError");
+  const int reported = error_to_report;
+  error_to_report = 0;
+  return reported ? reported : next();
+}
 
 // What kernel<<<grid, block, shared, stream>>>() becomes first.
 unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared, void* stream) {

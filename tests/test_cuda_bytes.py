@@ -79,9 +79,9 @@ def moved_by(call) -> Moved:
         load_widths={int(w) for w, count in k["global_loads_by_width"].items() if count},
         store_widths={int(w) for w, count in k["global_stores_by_width"].items() if count},
         load_sectors=k["load_sectors"],
-        load_unique_sectors=k.get("load_unique_sectors", 0),
+        load_unique_sectors=k["load_unique_sectors"],
         store_sectors=k["store_sectors"],
-        store_unique_sectors=k.get("store_unique_sectors", 0),
+        store_unique_sectors=k["store_unique_sectors"],
         store_efficiency=k["store_efficiency"],
     )
 
@@ -169,6 +169,7 @@ def test_a_table_row_is_read_at_most_once_for_a_warp_of_heads(shape):
     lanes += (shape.head_dim - shape.rotary_dim) * dtype.itemsize // 16
     most_readers = -(-shape.heads // max(1, 32 // lanes))
     assert moved.load_sectors - channels <= batch * seq * most_readers * 2 * row
+    assert moved.blocks <= batch * seq * most_readers  # so at most as many share a token
 
 
 def test_with_many_tokens_a_table_row_is_read_once():

@@ -69,6 +69,13 @@ for name, function in functions.items():
             "allocations": calls.calls_allocations(),
             "synchronisations": calls.calls_synchronisations(),
         }
+    calls.calls_report_error(719)  # cudaErrorLaunchFailure
+    try:
+        function()
+        found[name]["failed launch"] = "not noticed"
+    except RuntimeError as error:
+        found[name]["failed launch"] = str(error)
+    calls.calls_report_error(0)
 print(json.dumps(found))
 """
 
@@ -98,12 +105,20 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_operator_can_be_captured(name, found):
     allocations, launches = EXPECTED[name]
-    assert found[name] == {
+    assert {key: value for key, value in found[name].items() if key != "failed launch"} == {
         "on the current stream": True,
         "launches": launches,
         "allocations": allocations,
         "synchronisations": 0,
     }
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", EXPECTED)
+def test_failed_launch_raises_and_names_the_operator(name, found):
+    operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
+    assert re.match(rf"rope::{operator}_?: CUDA error: ", found[name]["failed launch"])
 
 
 def test_sources_call_nothing_that_waits():

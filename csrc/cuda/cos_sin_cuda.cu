@@ -108,12 +108,12 @@ void cos_sin(const CosSinArgs& args, void* stream) {
   if (angles.tokens == 0 || angles.pairs == 0) return;
   const EntryGeometry g = entry_geometry(angles.pairs, angles.tokens);
   dispatch(args.dtype, [&](auto storage) {
-    launch("cos_sin", cos_sin_kernel<decltype(storage)>, g.grid, g.block_threads, stream, args, g);
+    launch(angles.op, cos_sin_kernel<decltype(storage)>, g.grid, g.block_threads, stream, args, g);
   });
 }
 
 void cos_sin_grad(const CosSinGradArgs& args, void* stream) {
-  const char* const op = "cos_sin backward";
+  const char* const op = args.angles.op;
   const int64_t pairs = args.angles.pairs;
   if (pairs == 0) return;
   if (args.chunks > 0) {

@@ -7,8 +7,6 @@ namespace rope::cuda {
 
 namespace {
 
-constexpr const char* kOp = "apply_rotary backward";
-
 struct Plan {
   TableGradGeometry geometry;
   UnitLayout layout;
@@ -175,7 +173,7 @@ void launch_units(RotaryTableGradArgs args, void* stream) {
   plan.geometry = table_grad_geometry(units, std::max<int64_t>(plan.heads, 1), tokens / rows, rows);
   args.k.grad = counted_on(args.k.grad, args.q.heads, sizeof(E));
   args.k.x = counted_on(args.k.x, args.q.heads, sizeof(E));
-  launch(kOp, rotary_table_grad_kernel<E, N, kInterleaved>, plan.geometry.grid,
+  launch(args.op, rotary_table_grad_kernel<E, N, kInterleaved>, plan.geometry.grid,
          plan.geometry.block_threads, stream, args, plan);
 }
 
@@ -203,7 +201,7 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
 
 void rotary_table_grad(const RotaryTableGradArgs& args, void* stream) {
   if (args.grad_batch == 0 || args.rows == 0 || args.rotary_dim == 0) return;
-  check_counts(kOp, args.q.heads + args.k.heads, args.rotary_dim, args.batch, args.seq);
+  check_counts(args.op, args.q.heads + args.k.heads, args.rotary_dim, args.batch, args.seq);
   dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
 }
 
