@@ -20,8 +20,8 @@ from torch import nn
 
 from rope_ext.integrations.transformers.recognition import (
     Rotation,
-    recognise,
-    recognise_method,
+    recognize,
+    recognize_method,
 )
 
 # What is taken for a rotation by its name, and then has to be one by its parameters and results.
@@ -81,7 +81,7 @@ def patch(model: nn.Module) -> Report:
     earlier keeps its old graph. The result has q's dtype: where a model's own function would return
     float32 for a bfloat16 q because its tables are float32, the patched model does not.
 
-    Each rotation is recognised by the names of its parameters and by what it computes for small
+    Each rotation is recognized by the names of its parameters and by what it computes for small
     random tensors, never by the model's name: see :mod:`~.recognition`.
 
     Args:
@@ -92,7 +92,7 @@ def patch(model: nn.Module) -> Report:
         before.
 
     Raises:
-        UnrecognizedRotation: when the model has no rotation, or one that is not recognised. Nothing
+        UnrecognizedRotation: when the model has no rotation, or one that is not recognized. Nothing
             has been changed then.
     """
     found = _patched_sites(model)
@@ -127,7 +127,7 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch`, for a model or any part of one; does nothing to one that isn't patched."""
+    """Undoes :func:`patch`, for a model or any part of one, if it was patched."""
     for module in model.modules():
         for attribute, value in list(vars(module).items()):
             original = getattr(value, _ORIGINAL, None)
@@ -141,7 +141,7 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """``with patched(model) as report:`` patches the model for the length of a block."""
+    """Patches a model for the length of a block: ``with patched(model) as report: ...``."""
     was_patched = bool(_patched_sites(model))
     report = patch(model)
     try:
@@ -192,8 +192,9 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any], type]
                 yield name, attribute, owner
             elif _calls_super(found[name]) and _called_rotations(inspect.unwrap(attribute)):
                 raise UnrecognizedRotation(
-                    f"patch: expected {type(module).__name__}.{name} to rotate itself, got one "
-                    f"that may call {owner.__name__}.{name}, which rotates; nothing has been changed"
+                    f"patch: expected {type(module).__name__}.{name} to rotate itself, got "
+                    f"one that may call {owner.__name__}.{name}, which rotates; nothing has been "
+                    "changed"
                 )
 
 
@@ -218,14 +219,14 @@ def _replacement_of(
     written = inspect.unwrap(function)  # inside of decorators
     called = _called_rotations(written)
     if not called and _ROTATION_METHOD.match(method):
-        rotation = recognise_method(written)
+        rotation = recognize_method(written)
         if rotation is None:
             raise _unrecognized(owner, method, written)
         replacement, rotations = rotation.replacement, {method: rotation}
     elif called:
         rotations = {}
         for name, called_function in called.items():
-            rotation = recognise(called_function)
+            rotation = recognize(called_function)
             if rotation is None:
                 raise _unrecognized(owner, method, called_function, name)
             rotations[name] = rotation

@@ -4,7 +4,7 @@ The names of a function's parameters select the forms that it may have (rotation
 called with small random tensors, and each form with each way to pair channels as well: the first
 that gives the function's own results wherever the function gives any is its rotation. So nothing
 depends on a model's name or on how its code is written, and a function that does anything else,
-such as turning by other columns of the tables, is not recognised.
+such as turning by other columns of the tables, is not recognized.
 """
 
 import inspect
@@ -62,22 +62,22 @@ class Random:
         return self(*shape), self(*shape)
 
 
-def recognise(function: Callable[..., Any] | nn.Module) -> Rotation | None:
+def recognize(function: Callable[..., Any] | nn.Module) -> Rotation | None:
     """The rotation that a function, or a layer of the `kernels` package around one, computes."""
     if isinstance(function, nn.Module):  # its class's own forward, whatever kernel it now has
         function = types.MethodType(type(function).forward, function)
-    return _recognise_among(_FORMS, function)
+    return _recognize_among(_FORMS, function)
 
 
-def recognise_method(function: Callable[..., Any]) -> Rotation | None:
-    """As :func:`recognise`, for the functions that models keep in their attention's class."""
-    return _recognise_among(_METHOD_FORMS, function)
+def recognize_method(function: Callable[..., Any]) -> Rotation | None:
+    """As :func:`recognize`, for the functions that models keep in their attention's class."""
+    return _recognize_among(_METHOD_FORMS, function)
 
 
 _known: WeakKeyDictionary[Callable[..., Any], Rotation | None] = WeakKeyDictionary()
 
 
-def _recognise_among(forms: tuple[Form, ...], function: Callable[..., Any]) -> Rotation | None:
+def _recognize_among(forms: tuple[Form, ...], function: Callable[..., Any]) -> Rotation | None:
     key = getattr(function, "__func__", function)
     if key not in _known:
         with torch.no_grad(), torch.device("cpu"):
@@ -150,9 +150,10 @@ def _agree(
         if result is None or other is None:
             if result is not other:
                 return False
-        elif result.shape != other.shape:
+            continue
+        if result.shape != other.shape:
             return False
-        elif not (result.double() - other.double()).abs().max() <= TOLERANCE * eps * largest**2:
+        if not (result.double() - other.double()).abs().max() <= TOLERANCE * eps * largest**2:
             return False
     return True
 

@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
         if self.columns == "first half":
             half = cos.shape[-1] // 2
             cos, sin = cos[..., :half], sin[..., :half]
-        # Not inverse=True, which is the transpose: another rotation if the columns of a pair differ.
+        # Not inverse=True, the transpose: another rotation where the columns of a pair differ.
         return cos, -sin if self.negated else sin
 
     def options(self, cos: Tensor, head_dim: int) -> dict[str, Any]:
