@@ -1,0 +1,291 @@
+"""What families of transformers need beyond small sizes, to be built and run tiny, and why.
+
+A family without a row here is run by its language model as SIZES makes it. A family with rows is
+run by these alone; `Case(family)` is its language model.
+"""
+
+import torch
+from tiny_models import ROWS, SPECIAL, Case, families, images, patches, tokens
+
+AXIS = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {**AXIS, "mrope_section": [2, 3, 3]}  # pairs of a head that time, height and width turn
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def text(**config) -> dict:
+    return {"text_config": config}
+
+
+def draw(**shapes):
+    """Inputs of random numbers, of these shapes after the first dimension."""
+    return lambda model: {name: torch.randn(ROWS, *shape) for name, shape in shapes.items()}
+
+
+def shaped(*shape):
+    """Patches, in this shape."""
+
+    def inputs(model):
+        pixels, grid = patches(model).items()
+        return {pixels[0]: pixels[1].reshape(shape), grid[0]: grid[1]}
+
+    return inputs
+
+
+def speech(model):
+    """Samples for the encoder and tokens for the decoder."""
+    return tokens(model) | draw(input_values=(2000,))(model)
+
+
+def memory(model):
+    """An image of 4 x 4 positions that attends to two such images in memory."""
+    image, past = torch.randn(16, ROWS, 64), torch.randn(32, ROWS, 64)
+    return {
+        "current_vision_features": image,
+        "memory": past,
+        "current_vision_position_embeddings": torch.randn_like(image),
+        "memory_posision_embeddings": torch.randn_like(past),
+    }
+
+
+def atoms(model):
+    """Atoms of three residues."""
+    attention = model.layers[0].attention
+    angles = torch.randn(ROWS, 12, attention.head_dim // 2).repeat(1, 1, 2)
+    width = attention.q_proj.in_features
+    return {
+        "token_hidden_states": torch.randn(ROWS, 3, model.token_to_atom_linear.in_features),
+        "hidden_states": torch.randn(ROWS, 12, width),
+        "atom_conditioning": torch.randn(ROWS, 12, width),
+        "attention_mask": None,
+        "position_embeddings": (angles.cos(), angles.sin()),
+        "atom_to_token": torch.arange(3).repeat_interleave(4).expand(ROWS, 12),
+    }
+
+
+VIDEO = {"pixel_values_videos": (4, 3, 32, 32)}  # frames, channels, height, width
+MEMORY = {
+    "memory_attention_hidden_size": 64,
+    "memory_attention_feed_forward_hidden_size": 48,
+    "memory_encoder_output_channels": 64,
+    "memory_attention_num_layers": 2,
+    "memory_attention_rope_feat_sizes": [4, 4],
+}
+
+# Language models.
+LANGUAGE = [
+    # The default configuration leaves a size without which there is no model.
+    *(
+        Case(family, config={"head_dim": 16, "num_key_value_heads": 2})
+        for family in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")
+    ),
+    Case("deepseek_v2", config={"num_experts_per_tok": 2}),
+    Case(
+        "deepseek_ocr2",
+        "DeepseekOcr2TextModel",  # the whole model wants an image
+        {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    Case(
+        "diffusion_gemma",
+        "DiffusionGemmaEncoderTextModel",
+        {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    ),
+    Case("dots1", config={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    Case("esm", config={"vocab_size": 128, "position_embedding_type": "rotary"}),
+    Case("chameleon", config={"vocabulary_map": {"<image>": SPECIAL}}),
+    Case("dbrx", config={"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}}),
+    Case(
+        "qwen4_exp",
+        config={
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 2,
+            "rope_parameters": MROPE,
+        },
+    ),
+    # Sizes that depend on each other.
+    Case("bailing_hybrid", config={"n_group": 2, "num_experts_per_tok": 1, "topk_group": 1}),
+    Case("codegen", config={"rotary_dim": 8}),
+    Case("gptj", config={"rotary_dim": 8}),
+    Case("mistral4", config={"head_dim": 32}),
+    Case("esmc", config={"num_key_value_heads": 4}),
+    Case("dory", config={"n_input_layers": 1, "n_recurrent_layers": 0, "n_output_layers": 1}),
+    Case("gemma3n", config={"num_kv_shared_layers": 0}),
+    Case("molmo2", config={"adapter_config": {"vision_feature_layer": [-1]}}),
+    Case("gradium_phonon_tts", config={"flow_head_config": {"condition_dim": 64}}),
+    Case("pocket_tts", config={"flow_head_config": {"condition_dim": 64}}),
+    Case("step3p7", config=text(sliding_window=8)),
+    # Layers that attend, among those of another kind.
+    Case("bamba", config={"attn_layer_indices": [1]}),
+    Case("lfm2_moe", config={"layer_types": ["conv", "full_attention"]}),
+    Case("recurrent_gemma", config={"num_hidden_layers": 3}),
+    # Rotation is an option.
+    Case(
+        "granitemoehybrid",
+        config={
+            "layer_types": ["linear_attention", "full_attention"],
+            "position_embedding_type": "rope",
+        },
+    ),
+    Case("zamba2", config={"layers_block_type": ["mamba", "hybrid"], "use_mem_rope": True}),
+    Case("roformer", config={"is_decoder": True, "rotary_value": True}),
+    # Sections for time, height and width that fit a head of 16 channels.
+    Case("hunyuan_vl", config=text(head_dim=16, rope_parameters={**AXIS, "mrope_section": [2] * 4})),
+    Case("cohere_compass", config={"rope_parameters": dict.fromkeys(LAYER_TYPES, MROPE)}),
+    *(
+        Case(family, config=text(rope_parameters={**MROPE, "partial_rotary_factor": 1.0}))
+        for family in ("cosmos3_edge", "glm4v", "glm4v_moe", "glm_image", "glm_ocr", "hy_v4_vl")
+    ),
+    *(
+        Case(family, config=text(rope_parameters=MROPE))
+        for family in ("paddleocr_vl", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl")
+    ),
+    Case(
+        "ernie4_5_vl_moe",
+        config=text(
+            rope_parameters={**AXIS, "mrope_section": [3, 3, 2]}, moe_intermediate_size=[48, 48]
+        ),
+    ),
+    # The language model alone: the whole one has parts that are hard to make small.
+    Case("granite4_vision", "Granite4VisionTextModel"),
+    Case("higgs_audio_v2", "HiggsAudioV2ForConditionalGeneration"),
+    Case("muse_spark", "MuseSparkTextModel"),
+    # The interleaved rotation is an option, on by default; this is the other one.
+    *(
+        Case(family, config={"rope_interleave": False}, variant="half-split")
+        for family in ("axk1", "deepseek_v3", "glm4_moe_lite", "youtu")
+    ),
+    # The default case of families that have a row below.
+    *map(
+        Case,
+        "axk1 deepseek_v3 dots3_note gemma4 glm4_moe_lite llama4 minimax_m3_vl muse_glimmer "
+        "qwen3_5 qwen3_5_moe qwen3_omni_moe qwen3_vl qwen3_vl_moe youtu".split(),
+    ),
+]
+
+# Models whose inputs are not, or not only, tokens.
+OTHERS = [
+    Case("blt", "BltGlobalTransformer", {}, draw(inputs_embeds=(10, 64))),
+    # at least 32 channels of a head rotate
+    Case("clvp", "ClvpEncoder", {"num_attention_heads": 2}, lambda _: {"input_ids": torch.ones(1, 9).long()}),
+    Case("dia", "DiaModel", {"decoder_config": {"cross_hidden_size": 64}}, lambda model: tokens(model) | {"decoder_input_ids": torch.ones(ROWS, 10, 9).long()}),
+    Case(
+        "idefics",
+        inputs=lambda model: tokens(model)
+        | {
+            "image_encoder_embeddings": torch.randn(ROWS, 1, 4, 64),
+            "image_attention_mask": torch.ones(ROWS, 10, 1),
+        },
+    ),
+    Case("esmfold2", "EsmFold2AtomDecoder", {}, atoms),
+    Case("kyutai_speech_to_text", "KyutaiSpeechToTextModel", {}, draw(inputs_embeds=(10, 64))),
+    Case(
+        "muse_glimmer_assistant",
+        "MuseGlimmerAssistantModel",
+        {},
+        draw(noise_embeds=(4, 64), context_hidden_states=(10, 5 * 64)),
+    ),
+    Case("timesfm2_5", "TimesFm2_5Model", {}, draw(past_values=(64,))),
+    Case("voxtral_realtime", "VoxtralRealtimeTextModel", {}, lambda model: tokens(model) | {"t_cond": torch.randn(ROWS, 1, 64)}),
+]
+
+DEEPSTACK = {"deepstack_visual_indexes": [0]}
+VISION = [
+    Case("cohere_compass", "CohereCompassVisionModel", DEEPSTACK, patches),
+    Case("dinov3_vit", "DINOv3ViTModel", {}, images),
+    Case("dots3_note", "Dots3NoteVisionModel", {"adapter_in_dim": 64, "pyramid_num_routed": [-1, 4]}, patches),
+    Case(
+        "edgetam_video",
+        "EdgeTamVideoMemoryAttention",
+        {
+            **MEMORY,
+            "memory_attention_mlp_hidden_size": 48,
+            "memory_attention_rope_k_sizes": [4, 4],
+        },
+        lambda model: memory(model) | {"num_spatial_memory_tokens": 2},
+    ),
+    Case("efficientloftr", "EfficientLoFTRModel", {"hidden_size": 256, "num_attention_heads": 8}, draw(pixel_values=(2, 3, 64, 64))),
+    Case("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel", {}, patches),
+    Case("exaone4_5", "Exaone4_5_VisionModel", {}, patches),
+    Case(
+        "gemma4",
+        "Gemma4VisionModel",
+        {},
+        lambda model: {
+            "pixel_values": torch.randn(ROWS, 16, 3 * model.config.patch_size**2),
+            "pixel_position_ids": torch.cartesian_prod(*[torch.arange(4)] * 2).expand(ROWS, 16, 2),
+        },
+    ),
+    Case("glm4v", "Glm4vVisionModel", {}, patches),
+    Case("glm4v_moe", "Glm4vMoeVisionModel", {}, patches),
+    Case("glm5_next", "Glm5NextVisionModel", {}, patches),
+    Case("glm_ocr", "GlmOcrVisionModel", {}, patches),
+    Case("inkling2", "Inkling2VisionModel", {}, shaped(-1, 3)),
+    Case("kimi_k25", "Kimi_K25VisionModel", {}, shaped(-1, 3, 8, 8)),
+    Case("lfm3_vl", "Lfm3VlVisionModel", {}, patches),
+    Case("lightglue", "LightGlueForKeypointMatching", {}, draw(pixel_values=(2, 3, 64, 64))),
+    Case("llama4", "Llama4VisionModel", {"intermediate_size": 256, "projector_input_dim": 64, "projector_output_dim": 64}, images),
+    Case("minimax_m3_vl", "MiniMaxM3VLVisionModel", {}, patches),
+    Case("mlcd", "MLCDVisionModel", {}, images),
+    Case("muse_glimmer", "MuseGlimmerVisionModel", {}, patches),
+    Case("muse_spark", "MuseSparkVisionModel", {}, patches),
+    Case("paddleocr_vl", "PaddleOCRVisionModel", {}, shaped(1, -1, 3, 8, 8)),
+    Case("pixtral", "PixtralVisionModel", {}, images),
+    Case("qwen2_5_omni", "Qwen2_5OmniVisionEncoder", {}, patches),
+    Case("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", {}, patches),
+    Case("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", {}, patches),
+    Case("qwen3_5", "Qwen3_5VisionModel", {}, patches),
+    Case("qwen3_5_moe", "Qwen3_5MoeVisionModel", {}, patches),
+    Case("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder", DEEPSTACK, patches),
+    Case("qwen3_vl", "Qwen3VLVisionModel", DEEPSTACK, patches),
+    Case("qwen3_vl_moe", "Qwen3VLMoeVisionModel", DEEPSTACK, patches),
+    Case("qwen4_exp", "Qwen4ExpVisionModel", DEEPSTACK, patches),
+    Case("sam2_video", "Sam2VideoMemoryAttention", MEMORY, memory),
+    Case("sam3", "Sam3ViTModel", {}, images),
+    Case("sam3_tracker_video", "Sam3TrackerVideoMemoryAttention", MEMORY, memory),
+    Case("sapiens2", "Sapiens2Model", {}, images),
+    Case("step3p7", "Step3p7VisionModel", {}, images),
+    Case("video_llama_3", "VideoLlama3VisionModel", {}, lambda model: patches(model) | {"merge_sizes": torch.ones(2).long()}),
+    Case("vjepa2", "VJEPA2Model", {}, draw(**VIDEO)),
+]
+
+ROTARY = {"position_embeddings_type": "rotary"}
+AUDIO = [
+    Case("glmasr", "GlmAsrEncoder", {}, draw(input_features=(16, 20))),
+    Case("lasr", "LasrEncoder", {}, draw(input_features=(24, 16))),
+    Case("mimi", "MimiTransformerModel", {}, draw(hidden_states=(10, 64))),
+    Case("moonshine", inputs=speech),
+    Case("moonshine_streaming", config={"num_key_value_heads": 4}, inputs=speech),
+    Case("nemotron3_5_transcribe", "Nemotron3_5TranscribeAsrAudioModel", {}, draw(input_features=(24, 16))),
+    Case("nemotron3_diarization", "Nemotron3DiarizationAudioModel", {}, draw(input_features=(24, 16))),
+    Case("neucodec", "NeuCodecDecoder", {"num_key_value_heads": 4}, draw(hidden_states=(12, 128))),
+    Case("pe_audio", "PeAudioEncoder", {}, draw(input_values=(1, 6000))),
+    Case("pocket_tts_audio_tokenizer", "PocketTTSAudioTokenizerModel", {"upsample_groups": 32}, draw(input_values=(1, 4000))),
+    Case("seamless_m4t", "SeamlessM4TSpeechEncoder", ROTARY, draw(input_features=(24, 160))),
+    Case("wav2vec2_bert", "Wav2Vec2BertModel", {**ROTARY, "feature_projection_input_dim": 16}, draw(input_features=(24, 16))),
+    Case("wav2vec2_conformer", "Wav2Vec2ConformerModel", ROTARY, draw(input_values=(2000,))),
+    Case("xcodec2", "Xcodec2Decoder", {"num_key_value_heads": 4}, draw(hidden_states=(12, 128))),
+]
+
+# Families that are not run.
+UNUSED = "its file defines a rotation that no layer calls"
+NOT_RUN = {
+    "jamba": UNUSED,
+    "nemotron_asr_streaming": UNUSED,
+    "nemotron_h": UNUSED,
+    "parakeet": UNUSED,
+    "eomt_dinov3": "needs the package scipy",
+    "pe_audio_video": "needs the packages timm and Pillow",
+    "pe_video": "needs the packages timm and Pillow",
+}
+
+
+def cases() -> list[Case]:
+    listed = [*LANGUAGE, *OTHERS, *VISION, *AUDIO]
+    return [
+        case
+        for family in families()
+        if family not in NOT_RUN
+        for case in [case for case in listed if case.family == family] or [Case(family)]
+    ]

@@ -1,0 +1,208 @@
+"""Tiny random models of every family in transformers that rotates: nothing is downloaded.
+
+A configuration is the family's own default with the common sizes made small (`SIZES`); what a
+family needs beyond that is a row with its reason in tiny_families.py. The weights are drawn anew,
+with a spread that gives attention something to choose from: as transformers initialises them,
+the scores of a tiny model are all near zero, and a wrong rotation would go unnoticed.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, ModuleType
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+ROTATION = re.compile(r"_?apply_(\w+_)?(rotary|rope)\w*|\w+_rope|\w+_apply_rotary_emb|rotate_\w+")
+VOCAB, SPECIAL = 128, 64  # tokens from SPECIAL on mark images, ends of text and the like
+ROWS, TOKENS, PADDING = 2, 10, 3  # of a batch; the last row begins with PADDING tokens of padding
+
+# Size of a configuration's fields, by name: four heads of 16 channels, two heads of keys.
+SIZES = {
+    64: "conv_hidden_size d_model dim embed_dim emb_dim encoder_hidden_size hidden_dim hidden_size "
+    "n_embd out_hidden_size output_dim output_size projection_dim text_hidden_size "
+    "text_config_hidden_size vision_output_dim",
+    48: "decoder_ffn_dim dense_intermediate_size encoder_ffn_dim expert_ffn_hidden_size ffn_dim "
+    "ffn_hidden_size hidden_size_per_layer_input intermediate_size intermediate_size_mlp mlp_dim "
+    "moe_intermediate_size moe_shared_expert_intermediate_size n_inner share_expert_dim "
+    "shared_expert_intermediate_size speech_encoder_intermediate_size",
+    32: "image_size index_head_dim kv_lora_rank o_lora_rank projector_hidden_size q_lora_rank",
+    16: "attention_head_dim attention_hidden_size_per_head global_head_dim head_dim kv_channels "
+    "linear_key_head_dim linear_value_head_dim mamba_d_state mamba_chunk_size num_mel_bins "
+    "qk_nope_head_dim qk_rope_head_dim swa_head_dim v_head_dim",
+    8: "index_topk mamba_n_heads mamba_num_heads patch_size sliding_window",
+    4: "attention_heads decoder_attention_heads encoder_attention_heads index_n_heads "
+    "linear_num_value_heads moe_num_experts n_head n_heads n_routed_experts num_attention_heads "
+    "num_experts num_heads num_local_experts num_sliding_attention_heads "
+    "speech_encoder_attention_heads",
+    2: "decoder_layers depth encoder_layers linear_num_key_heads moe_k moe_topk n_layer n_layers "
+    "num_experts_per_tok num_hidden_layers num_key_value_heads num_kv_heads num_layers "
+    "num_global_key_value_heads speech_encoder_layers swa_num_key_value_heads temporal_patch_size "
+    "top_k_experts",
+    1: "first_k_dense_replace n_group n_shared_experts num_shared_experts topk_group",
+}
+FIELDS = {name: size for size, names in SIZES.items() for name in names.split()}
+TOKEN = re.compile(r"\w+_token_(id|index)")
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model to test, of one family."""
+
+    family: str
+    model: str = ""  # the class; by default the family's language model
+    config: dict = dataclasses.field(default_factory=dict)  # beyond what SIZES does
+    inputs: Callable | None = None  # model -> arguments of forward, in place of `tokens`
+    variant: str = ""  # what tells it from the family's other cases
+    generates: bool = True  # False where generate() wants more than tokens
+
+    @property
+    def name(self) -> str:
+        """The family; with what tells this case from the family's language model."""
+        part = self.variant or (self.model if self.inputs else "")
+        return f"{self.family} ({part})" if part else self.family
+
+    @property
+    def model_class(self) -> type[nn.Module]:
+        if self.model:
+            return getattr(modeling(self.family), self.model)
+        for ending in ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "Model"):
+            for name, value in vars(modeling(self.family)).items():
+                own = getattr(value, "__module__", None) == modeling(self.family).__name__
+                if own and name.endswith(ending) and not re.search("PreTrained|Vision|Audio", name):
+                    return value
+        raise LookupError(f"{self.family}: no language model found, name one in tiny_families.py")
+
+
+def families() -> dict[str, list[str]]:
+    """Families with a rotation, each with the names of the functions and methods for it."""
+    found = {}
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        names = dict.fromkeys(re.findall(r"^ *def (\w+)\(", file.read_text(), re.MULTILINE))
+        if names := [name for name in names if ROTATION.fullmatch(name)]:
+            found[file.parent.name] = names
+    return found
+
+
+def modeling(family: str) -> ModuleType:
+    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+def rotations(family: str) -> dict[CodeType, str]:
+    """What the rotations of a family come down to: functions that call no other of them."""
+    module = modeling(family)
+    owners = [module, *(owner for owner in vars(module).values() if inspect.isclass(owner))]
+    functions = [
+        inspect.unwrap(getattr(owner, name))
+        for owner in owners
+        if owner is module or owner.__module__ == module.__name__
+        for name in vars(owner)
+        if ROTATION.fullmatch(name)
+    ]
+    names = {function.__name__ for function in functions}
+    codes = [function.__code__ for function in functions]
+    return {code: code.co_name for code in codes if not names & {*code.co_names}}
+
+
+def tiny_config(config_class, overrides=None, special=None) -> PreTrainedConfig:
+    overrides, small = dict(overrides or {}), {}
+    special = special or iter(range(SPECIAL, VOCAB))
+    default = config_class()
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            small[name] = tiny_config(type(value), overrides.pop(name, None), special)
+        elif name in ENDS:
+            small[name] = ENDS[name]
+        elif TOKEN.fullmatch(name) and value is not None:
+            small[name] = next(special)
+        elif "vocab_size" in name and value:
+            small[name] = VOCAB
+        elif name in FIELDS and type(value) is int:
+            small[name] = min(value, FIELDS[name])
+        elif "dropout" in name and type(value) is float:
+            small[name] = 0.0
+    if types := vars(default).get("layer_types"):  # a layer of each kind, at least two
+        small["layer_types"] = [*dict.fromkeys(types)] if len({*types}) > 1 else types[:2]
+        small["num_hidden_layers"] = len(small["layer_types"])
+    if "kv_lora_rank" in small:  # latent attention has as many heads of keys as of queries
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return config_class(**{**small, **overrides})
+
+
+def build(case: Case) -> nn.Module:
+    """The model of a case, in float32, without dropout."""
+    model_class = case.model_class
+    torch.manual_seed(0)
+    if getattr(model_class, "config_class", None):
+        config = tiny_config(model_class.config_class, case.config)
+        model = model_class._from_config(config, experts_implementation="eager")
+    else:  # a part of a model that is hard to reach from its inputs
+        config_class = inspect.signature(model_class).parameters["config"].annotation
+        model = model_class(tiny_config(config_class, case.config))
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.numel():
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if getattr(model, "generation_config", None):
+        model.generation_config.eos_token_id = None
+    return model
+
+
+def tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Token ids with left padding, and positions of their own for each row where forward has them."""
+    accepted = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    mask[-1, :PADDING] = 0
+    shift = torch.arange(ROWS)[:, None] * 5
+    known = {}
+    for side in ("", "decoder_"):
+        known |= {
+            f"{side}input_ids": torch.randint(3, SPECIAL, (ROWS, TOKENS), generator=generator),
+            f"{side}attention_mask": mask,
+            f"{side}position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + shift,
+        }
+    return {name: value for name, value in known.items() if name in accepted}
+
+
+def patches(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Two images as a list of patches, and how many of them each has in time, height and width."""
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    depth = next((value for name, value in vars(model.config).items() if name in ("temporal_patch_size", "patch_temporal")), 1)
+    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * depth * model.config.patch_size**2)
+    names = inspect.signature(model.forward).parameters
+    return {next(iter(names)): pixels, next(name for name in names if "grid" in name): grid}
+
+
+def images(model: nn.Module) -> dict[str, torch.Tensor]:
+    size = model.config.image_size
+    return {"pixel_values": torch.randn(ROWS, 3, size, size)}
+
+
+def inputs(case: Case, model: nn.Module) -> dict:
+    torch.manual_seed(2)
+    return (case.inputs or tokens)(model)
+
+
+def floats(output) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of a model's output, without its cache."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for name, value in output.items():
+            if "cache" not in name and name != "past_key_values":
+                yield from floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from floats(value)
