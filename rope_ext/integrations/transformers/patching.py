@@ -141,7 +141,7 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """Patches a model for the length of a block: ``with patched(model) as report: ...``."""
+    """A model, patched for the length of a ``with`` block, which gets the report."""
     was_patched = bool(_patched_sites(model))
     report = patch(model)
     try:
