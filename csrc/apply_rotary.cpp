@@ -24,12 +24,13 @@ void rotate(const Tensor& x, const RotaryArgs& args) {
 }  // namespace
 
 Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                    const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                    const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                     bool inverse) {
   const char* const op = "apply_rotary";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, x);
-  RotaryArgs args = check_apply_rotary(
-      {op, x, nullptr, cos, sin, position_ids, rotary_dim, interleaved, inverse});
+  RotaryArgs args = check_apply_rotary({op, x, nullptr, cos, sin, position_ids, options});
   Tensor out = output_like(x);
   set_output(args.q, out);
   rotate(x, args);
@@ -38,11 +39,13 @@ Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
 std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos,
                                            const Tensor& sin, const OptionalTensor& position_ids,
-                                           OptionalInt rotary_dim, bool interleaved, bool inverse) {
+                                           OptionalInt rotary_dim, int64_t rotary_offset,
+                                           bool interleaved, OptionalBool interleaved_out,
+                                           bool inverse) {
   const char* const op = "apply_rotary_qk";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, q);
-  RotaryArgs args =
-      check_apply_rotary({op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse});
+  RotaryArgs args = check_apply_rotary({op, q, &k, cos, sin, position_ids, options});
   Tensor out_q = output_like(q);
   Tensor out_k = output_like(k);
   set_output(args.q, out_q);
@@ -52,11 +55,13 @@ std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, con
 }
 
 void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                   const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                   const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                   int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                    bool inverse) {
   const char* const op = "apply_rotary_";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, x);
-  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, rotary_dim, interleaved, inverse};
+  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, options};
   RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
   set_in_place(args.q, x);
@@ -64,11 +69,13 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
 }
 
 void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                      const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                       bool inverse) {
   const char* const op = "apply_rotary_qk_";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, q);
-  const RotaryInputs in{op, q, &k, cos, sin, position_ids, rotary_dim, interleaved, inverse};
+  const RotaryInputs in{op, q, &k, cos, sin, position_ids, options};
   RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
   set_in_place(args.q, q);
@@ -79,11 +86,13 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
     const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,
-    OptionalInt rotary_dim, bool interleaved, bool inverse) {
+    OptionalInt rotary_dim, int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+    bool inverse) {
   const char* const op = "apply_rotary_table_backward";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, q);
-  RotaryTableGradArgs args = check_table_grad(
-      {op, grad_q, q, grad_k, k, cos, token_order, row_offsets, rotary_dim, interleaved, inverse});
+  RotaryTableGradArgs args =
+      check_table_grad({op, grad_q, q, grad_k, k, cos, token_order, row_offsets, options});
   Tensor grad_cos = torch::stable::new_empty(cos, cos.sizes());
   Tensor grad_sin = torch::stable::new_empty(cos, cos.sizes());
   args.grad_cos = grad_cos.mutable_data_ptr();

@@ -45,7 +45,8 @@ struct Table {
   int64_t rows;  // L, or S for per-token rows
   int64_t cos_stride_b, cos_stride_row;
   int64_t sin_stride_b, sin_stride_row;
-  bool full_width;  // W == R, one angle a channel, instead of W == P, one angle a pair
+  bool full_width;   // W == R, one angle a channel, instead of W == P, one angle a pair
+  bool interleaved;  // full_width: the columns of pair i are (2i, 2i + 1) instead of (i, i + P)
 };
 
 // Row of the table for each token, [B, S]; data == nullptr: row = index in the sequence.
@@ -55,15 +56,17 @@ struct PositionIds {
   int64_t stride_b, stride_s;
 };
 
-// q and k (or one tensor x as q) rotated by the same rows.
+// q and k (or one tensor x as q) rotated by the same rows. Channels before rotary_offset and from
+// rotary_offset + R on stay as they are.
 struct RotaryArgs {
   const char* op;  // the operator's name, for messages
   RotatedHeads q, k;
   DType dtype;
-  int64_t batch, seq, head_dim, rotary_dim;
+  int64_t batch, seq, head_dim, rotary_dim, rotary_offset;
   Table table;
   PositionIds position_ids;
-  bool interleaved, inverse;
+  bool interleaved, interleaved_out;  // the order of the pairs in `in` and in `out`
+  bool inverse;
 };
 
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over
@@ -74,15 +77,16 @@ struct RotaryTableGradArgs {
   const char* op;
   GradHeads q, k;
   DType dtype;
-  int64_t batch, seq, rotary_dim;
+  int64_t batch, seq, rotary_dim, rotary_offset;
   void* grad_cos;  // contiguous [grad_batch, rows, W]
   void* grad_sin;
   DType table_dtype;
   int64_t grad_batch, rows;
-  bool full_width;
-  const int64_t* token_order;  // [B * S], or nullptr
-  const int64_t* row_offsets;  // [rows + 1], or nullptr
-  bool interleaved, inverse;
+  bool full_width, table_interleaved;  // as in Table
+  const int64_t* token_order;          // [B * S], or nullptr
+  const int64_t* row_offsets;          // [rows + 1], or nullptr
+  bool interleaved, interleaved_out;   // the order of the pairs in x and in grad
+  bool inverse;
 };
 
 // Angles: position times inv_freq, for `tokens` positions and P pairs.

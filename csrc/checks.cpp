@@ -53,6 +53,18 @@ int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t w
   return rotary_dim;
 }
 
+// The first channel that rotates.
+int64_t check_rotary_offset(const char* op, int64_t given, int64_t rotary_dim, int64_t head_dim) {
+  const int64_t most = head_dim - rotary_dim;
+  if (given < 0 || given > most) {
+    refuse(op,
+           text("rotary_offset to be at least 0 and at most head_dim - rotary_dim, ", head_dim,
+                " - ", rotary_dim),
+           text(given));
+  }
+  return given;
+}
+
 struct Sizes {
   int64_t batch, seq, head_dim;
   bool packed;
@@ -71,9 +83,13 @@ Heads<Pointer> heads_of(const Tensor& x, Pointer data) {
   return {data, strides[0], strides[1], strides[2]};
 }
 
+bool interleaved_out(const RotaryOptions& options) {
+  return options.interleaved_out.value_or(options.interleaved);
+}
+
 Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& x,
                   const char* x_name, const Sizes& sizes, bool has_positions,
-                  std::optional<int64_t> given_rotary_dim, int64_t& rotary_dim) {
+                  const RotaryOptions& options, int64_t& rotary_dim, int64_t& rotary_offset) {
   const DType dtype = check_floating(op, "cos", cos);
   check_dtype_like(op, "sin", sin, "cos", cos);
   check_sizes_like(op, "sin", sin, "cos", cos);
@@ -85,14 +101,15 @@ Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Te
     refuse(op, "cos to have shape [L, W] or [1|B, S, W]", shape_text(cos));
   }
   const int64_t width = cos.size(rank - 1);
-  rotary_dim = check_rotary_dim(op, given_rotary_dim, width, sizes.head_dim);
+  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, sizes.head_dim);
+  rotary_offset = check_rotary_offset(op, options.rotary_offset, rotary_dim, sizes.head_dim);
   const int64_t half = rotary_dim / 2;
   const bool full_width = width == rotary_dim;
   const bool is_table = rank == 2;
   const bool is_rows = rank == 3 && !sizes.packed && !has_positions &&
                        (cos.size(0) == 1 || cos.size(0) == sizes.batch) && cos.size(1) == sizes.seq;
   if ((width != half && !full_width) || (!is_table && !is_rows)) {
-    const std::string w = given_rotary_dim ? text(half, "|", rotary_dim) : text(half);
+    const std::string w = options.rotary_dim ? text(half, "|", rotary_dim) : text(half);
     const std::string table = text("cos to have shape [L, ", w, "]");
     const std::string rows =
         text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
@@ -119,6 +136,8 @@ Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Te
     table.sin_stride_b = sin.stride(0);
   }
   table.full_width = full_width;
+  // The order of the result; of x, if inverse: then x has the order that a result had.
+  table.interleaved = options.inverse ? options.interleaved : interleaved_out(options);
   return table;
 }
 
@@ -224,10 +243,11 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in) {
   args.batch = sizes.batch;
   args.seq = sizes.seq;
   args.head_dim = sizes.head_dim;
-  args.interleaved = in.interleaved;
-  args.inverse = in.inverse;
+  args.interleaved = in.options.interleaved;
+  args.interleaved_out = interleaved_out(in.options);
+  args.inverse = in.options.inverse;
   args.table = check_table(in.op, in.cos, in.sin, in.q, q_name, sizes, in.position_ids.has_value(),
-                           in.rotary_dim, args.rotary_dim);
+                           in.options, args.rotary_dim, args.rotary_offset);
   if (in.position_ids) {
     args.position_ids =
         check_position_ids(in.op, *in.position_ids, in.q, q_name, sizes, args.table.rows);
@@ -243,6 +263,14 @@ void check_in_place(const RotaryInputs& in) {
     const char* name;
     const Tensor* t;
   };
+  const bool interleaved = in.options.interleaved;
+  if (interleaved_out(in.options) != interleaved) {
+    const auto name = [](bool value) { return value ? "True" : "False"; };
+    refuse(in.op,
+           text("interleaved_out to be None or interleaved, ", name(interleaved),
+                ", as a rotation in place leaves the pairs where they are"),
+           name(!interleaved));
+  }
   const Written written[] = {{q_name, &in.q}, {"k", in.k}};
   for (const Written& w : written) {
     if (w.t == nullptr || w.t->numel() == 0) continue;
@@ -299,12 +327,15 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
   const Sizes sizes = sizes_of(in.q);
   args.batch = sizes.batch;
   args.seq = sizes.seq;
-  args.interleaved = in.interleaved;
-  args.inverse = in.inverse;
-  const Table table = check_table(in.op, in.cos, in.cos, in.q, "q", sizes,
-                                  in.token_order.has_value(), in.rotary_dim, args.rotary_dim);
+  args.interleaved = in.options.interleaved;
+  args.interleaved_out = interleaved_out(in.options);
+  args.inverse = in.options.inverse;
+  const Table table =
+      check_table(in.op, in.cos, in.cos, in.q, "q", sizes, in.token_order.has_value(), in.options,
+                  args.rotary_dim, args.rotary_offset);
   args.table_dtype = table.dtype;
   args.full_width = table.full_width;
+  args.table_interleaved = table.interleaved;
   args.rows = table.rows;
   args.grad_batch = in.cos.dim() == 3 ? in.cos.size(0) : 1;
 

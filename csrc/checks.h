@@ -17,6 +17,15 @@ namespace rope {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The keywords of every operator that rotates, as they were given.
+struct RotaryOptions {
+  std::optional<int64_t> rotary_dim;
+  int64_t rotary_offset;
+  bool interleaved;
+  std::optional<bool> interleaved_out;
+  bool inverse;
+};
+
 // What an operator was called with; k is absent for the operators on one tensor, named x then.
 struct RotaryInputs {
   const char* op;
@@ -25,15 +34,14 @@ struct RotaryInputs {
   const Tensor& cos;  // [L, W] or [1|B, S, W]
   const Tensor& sin;
   const OptionalTensor& position_ids;  // [S], [1|B, S] or [T]
-  std::optional<int64_t> rotary_dim;
-  bool interleaved, inverse;
+  RotaryOptions options;
 };
 
 // Everything but the outputs.
 RotaryArgs check_apply_rotary(const RotaryInputs& in);
 
-// Further, for the operators that write into q and k: no element may be written twice, or read as
-// table or position while it is written.
+// Further, for the operators that write into q and k: pairs stay where they are, and no element may
+// be written twice, or read as table or position while it is written.
 void check_in_place(const RotaryInputs& in);
 
 // Points `heads` of a checked call to its output, a tensor of x's shape.
@@ -49,8 +57,7 @@ struct TableGradInputs {
   const Tensor& cos;                  // gives the shape and dtype of the gradient
   const OptionalTensor& token_order;  // int64 [B * S]
   const OptionalTensor& row_offsets;  // int64 [L + 1]
-  std::optional<int64_t> rotary_dim;
-  bool interleaved, inverse;
+  RotaryOptions options;
 };
 
 // Everything but the outputs.

@@ -13,24 +13,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
+using OptionalBool = std::optional<bool>;
 
 // apply_rotary.cpp
 Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                    const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                    const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                     bool inverse);
 std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos,
                                            const Tensor& sin, const OptionalTensor& position_ids,
-                                           OptionalInt rotary_dim, bool interleaved, bool inverse);
+                                           OptionalInt rotary_dim, int64_t rotary_offset,
+                                           bool interleaved, OptionalBool interleaved_out,
+                                           bool inverse);
 void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                   const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                   const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                   int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                    bool inverse);
 void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                      const OptionalTensor& position_ids, OptionalInt rotary_dim, bool interleaved,
+                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                       bool inverse);
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
     const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,
-    OptionalInt rotary_dim, bool interleaved, bool inverse);
+    OptionalInt rotary_dim, int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+    bool inverse);
 
 // cos_sin.cpp
 std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,

@@ -5,6 +5,10 @@
 //   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
 //                  W = P = R / 2, one angle a pair; or, with rotary_dim R given, also W = R
 //   position_ids   rows of the table: int32 or int64 [S], [1|B, S] or [T]; None: 0, 1, 2, ...
+//   rotary_offset  the channels [rotary_offset, rotary_offset + R) rotate, the others stay
+//   interleaved    the order of the pairs in x; interleaved_out: in the result, None: the same.
+//                  Tables with W = R have their columns in the order of the result (of x, if
+//                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
@@ -16,17 +20,20 @@ STABLE_TORCH_LIBRARY(rope, m) {
   // -> x rotated, of x's shape, dtype and order of dimensions
   m.def(
       "apply_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> Tensor");
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> Tensor");
   m.def(
       "apply_rotary_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> (Tensor, Tensor)");
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
   m.def(
       "apply_rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, bool interleaved=False, bool inverse=False) -> ()");
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> ()");
   m.def(
       "apply_rotary_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, "
-      "Tensor? position_ids=None, *, int? rotary_dim=None, bool interleaved=False, "
-      "bool inverse=False) -> ()");
+      "Tensor? position_ids=None, *, int? rotary_dim=None, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
 
   // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
   m.def(
@@ -42,7 +49,8 @@ STABLE_TORCH_LIBRARY(rope, m) {
   m.def(
       "apply_rotary_table_backward(Tensor grad_q, Tensor q, Tensor? grad_k, Tensor? k, Tensor cos, "
       "Tensor? token_order=None, Tensor? row_offsets=None, *, int? rotary_dim=None, "
-      "bool interleaved=False, bool inverse=False) -> (Tensor, Tensor)");
+      "int rotary_offset=0, bool interleaved=False, bool? interleaved_out=None, "
+      "bool inverse=False) -> (Tensor, Tensor)");
   // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "

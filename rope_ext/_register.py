@@ -247,8 +247,12 @@ def _apply_rotary_qk_backward(
 
 
 def inverted(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of the inverse rotation, which is the backward."""
-    return {**options, "inverse": not options["inverse"]}
+    """The options of the inverse rotation, which is the backward: it reads the result's order."""
+    inverse = {**options, "inverse": not options["inverse"]}
+    if options["interleaved_out"] is not None:
+        inverse["interleaved"] = options["interleaved_out"]
+        inverse["interleaved_out"] = options["interleaved"]
+    return inverse
 
 
 def _table_grad(
@@ -292,15 +296,15 @@ def _table_backward_backward(
         row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
         position_ids = torch.empty_like(order).scatter_(0, order, row).view(q.shape[:-2])
     table = last_stride_one(table_cos), last_stride_one(table_sin)
-    dim = ctx.options["rotary_dim"]
+    dim, offset = ctx.options["rotary_dim"], ctx.options["rotary_offset"]
     dim = 2 * cos.shape[-1] if dim is None else dim
 
     def rotated(x: Tensor | None, options: dict[str, Any]) -> Tensor | None:
         if x is None:
             return None
-        x = last_stride_one(x)[..., :dim]
-        out = rope.apply_rotary(x, *table, position_ids, **options)
-        return pad(out, (0, q.shape[-1] - dim))
+        x = last_stride_one(x)[..., offset : offset + dim]
+        out = rope.apply_rotary(x, *table, position_ids, **{**options, "rotary_offset": 0})
+        return pad(out, (offset, q.shape[-1] - offset - dim))
 
     forward, inverse = ctx.options, inverted(ctx.options)
     return (

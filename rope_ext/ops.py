@@ -25,7 +25,9 @@ def apply_rotary(
     position_ids: Tensor | None = None,
     *,
     rotary_dim: int | None = None,
+    rotary_offset: int = 0,
     interleaved: bool = False,
+    interleaved_out: bool | None = None,
     inverse: bool = False,
     layout: Layout = "bshd",
     inplace: bool = False,
@@ -33,8 +35,9 @@ def apply_rotary(
     """Rotates the pairs of channels of x by the angles of each token.
 
     Pair i of a head is ``(x1, x2)``, channels (i, i + P) (half-split) or (2i, 2i + 1)
-    (interleaved), and becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Channels past rotary_dim are
-    left as they are. Arithmetic is in float32 (float64 for float64), rounded once.
+    (interleaved), and becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. These count from
+    rotary_offset; channels before it and past the R that rotate are left as they are. Arithmetic is
+    in float32 (float64 for float64), rounded once.
 
     Args:
         x: [B, S, H, D] (layout "bshd"), [B, H, S, D] ("bhsd"), [S, B, H, D] ("sbhd") or packed
@@ -47,11 +50,18 @@ def apply_rotary(
         position_ids: the rows of the table to use: int32 or int64 [S], [1|B, S], or [T] if packed,
             each in [0, L). None: 0, 1, 2, ... in each sequence (over all T if packed).
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: 2 W.
+        rotary_offset: the first of them, 0 <= rotary_offset <= D - R: D - R where the last channels
+            rotate (queries of DeepSeek's latent attention).
         interleaved: pairs are neighbouring channels (RoFormer, GPT-J) instead of halves (GPT-NeoX,
             Llama in Hugging Face).
+        interleaved_out: the order of the pairs in the result. None: that of x. False where
+            interleaved is True reads neighbours and writes halves, as DeepSeek-V3 does. For W = R
+            the columns of cos and sin are in the order of the result, or, if inverse, of x: the
+            backward of a rotation is the inverse with the two orders swapped, and the same table.
         inverse: rotate by the negative angles; for W = R, the transpose.
         layout: the order of x's dimensions. cos, sin and position_ids do not depend on it.
-        inplace: write into x and return it. Differentiable for x, saves no copy of it.
+        inplace: write into x and return it. Differentiable for x, saves no copy of it. The pairs
+            stay where they are: interleaved_out has to be None or interleaved.
 
     Returns:
         The rotated x, of x's shape, dtype and order of dimensions in memory.
@@ -64,12 +74,19 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    options = {
+        "rotary_dim": rotary_dim,
+        "rotary_offset": rotary_offset,
+        "interleaved": interleaved,
+        "interleaved_out": interleaved_out,
+        "inverse": inverse,
+    }
     view = as_bshd(x, layout, "apply_rotary")
     if not inplace:
         return from_bshd(
             torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options), layout
         )
+    _check_order_stays("apply_rotary", interleaved, interleaved_out)
     if not _needs_grad(x, cos, sin):
         torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
         return x
@@ -91,7 +108,9 @@ def apply_rotary_qk(
     position_ids: Tensor | None = None,
     *,
     rotary_dim: int | None = None,
+    rotary_offset: int = 0,
     interleaved: bool = False,
+    interleaved_out: bool | None = None,
     inverse: bool = False,
     layout: Layout = "bshd",
     inplace: bool = False,
@@ -102,8 +121,8 @@ def apply_rotary_qk(
         q: as x of :func:`apply_rotary`.
         k: of q's shape and dtype, but for its number of heads (grouped-query attention). In place,
             q and k may be views of one packed tensor, but may share no element.
-        cos, sin, position_ids, rotary_dim, interleaved, inverse, layout, inplace: as for
-            :func:`apply_rotary`.
+        cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+            layout, inplace: as for :func:`apply_rotary`.
 
     Returns:
         The rotated q and k.
@@ -111,13 +130,20 @@ def apply_rotary_qk(
     Raises:
         RuntimeError: as :func:`apply_rotary`.
     """
-    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    options = {
+        "rotary_dim": rotary_dim,
+        "rotary_offset": rotary_offset,
+        "interleaved": interleaved,
+        "interleaved_out": interleaved_out,
+        "inverse": inverse,
+    }
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     rope = torch.ops.rope
     if not inplace:
         out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
+    _check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
     if not _needs_grad(q, k, cos, sin):
         rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
         return q, k
@@ -216,6 +242,16 @@ def from_bshd(x: Tensor, layout: str) -> Tensor:
 
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_order_stays(function: str, interleaved: bool, interleaved_out: bool | None) -> None:
+    """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
+    if interleaved_out is not None and interleaved_out != interleaved:
+        raise RuntimeError(
+            f"rope_ext.{function}: expected interleaved_out to be None or interleaved, "
+            f"{interleaved}, when inplace=True, as a rotation in place leaves the pairs where they "
+            f"are, got {interleaved_out}"
+        )
 
 
 def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:

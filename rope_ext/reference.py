@@ -14,7 +14,9 @@ def apply_rotary(
     position_ids: Tensor | None = None,
     *,
     rotary_dim: int | None = None,
+    rotary_offset: int = 0,
     interleaved: bool = False,
+    interleaved_out: bool | None = None,
     inverse: bool = False,
 ) -> Tensor:
     """As :func:`rope_ext.apply_rotary` on x [B, S, H, D] or [T, H, D]."""
@@ -25,16 +27,19 @@ def apply_rotary(
         cos, sin = cos[:seq], sin[:seq]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
-    if cos.shape[-1] == dim:  # one angle a channel
-        (c1, c2), (s1, s2) = _pairs(cos, interleaved), _pairs(sin, interleaved)
+    out = interleaved if interleaved_out is None else interleaved_out
+    if cos.shape[-1] == dim:  # one angle a channel of the result, or of what inverse gives back
+        order = interleaved if inverse else out
+        (c1, c2), (s1, s2) = _pairs(cos, order), _pairs(sin, order)
     else:
         (c1, c2), (s1, s2) = (cos, cos), (sin, sin)
     if inverse:  # the transpose
         s1, s2 = -s2, -s1
-    x1, x2 = _pairs(x[..., :dim], interleaved)
+    before, x, after = x.tensor_split((rotary_offset, rotary_offset + dim), -1)
+    x1, x2 = _pairs(x, interleaved)
     y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
-    y = torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
-    return torch.cat((y, x[..., dim:]), -1)
+    y = torch.stack((y1, y2), -1).flatten(-2) if out else torch.cat((y1, y2), -1)
+    return torch.cat((before, y, after), -1)
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ struct RowScratch {
     if (!full_width) {
       convert(table.dtype, cos, first, pairs, c1 + at);
       convert(table.dtype, sin, first, pairs, s1 + at);
-    } else if (!args.interleaved) {
+    } else if (!table.interleaved) {
       const int64_t half = args.rotary_dim / 2;
       convert(table.dtype, cos, first, pairs, c1 + at);
       convert(table.dtype, sin, first, pairs, s1 + at);
@@ -108,17 +108,19 @@ struct RowScratch {
   }
 };
 
-// Rotates pairs [first, first + pairs) of one head: in, out [D], rows of those pairs.
-template <class T, bool kInterleaved, class A>
+// Rotates pairs [first, first + pairs) of one head: in, out [R], rows of those pairs.
+template <class T, bool kInterleaved, bool kInterleavedOut, class A>
 ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t first, int64_t pairs,
                                   const Row<A>& row) {
-  using P = RotationPairs<T, kInterleaved>;
+  using P = RotationPairs<T, kInterleaved, kInterleavedOut>;
   using V = typename P::Vector;
   constexpr int64_t kLanes = sizeof(V) / sizeof(A);
-  constexpr int64_t kStep = kInterleaved ? 2 : 1;  // channels between neighbouring pairs
-  const int64_t second = kInterleaved ? 0 : half;
-  in += kStep * first;
-  out += kStep * first;
+  constexpr int64_t kStepIn = kInterleaved ? 2 : 1;  // channels between neighbouring pairs
+  constexpr int64_t kStepOut = kInterleavedOut ? 2 : 1;
+  const int64_t second_in = kInterleaved ? 0 : half;
+  const int64_t second_out = kInterleavedOut ? 0 : half;
+  in += kStepIn * first;
+  out += kStepOut * first;
 
   const auto turn_at = [&](int64_t i) ROPE_ALWAYS_INLINE {
     return Turn<V>{read<V>(row.c1 + i), read<V>(row.s1 + i), read<V>(row.c2 + i),
@@ -127,33 +129,34 @@ ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t fir
   V x1, x2;
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {
-    P::load(in + kStep * i, in + second + i, x1, x2);
+    P::load(in + kStepIn * i, in + second_in + i, x1, x2);
     rotate(turn_at(i), x1, x2);
-    P::store(out + kStep * i, out + second + i, x1, x2);
+    P::store(out + kStepOut * i, out + second_out + i, x1, x2);
   }
   if (i < pairs) {
     const int64_t rest = pairs - i;
     T ends[2 * kLanes] = {};
     T* const ends2 = ends + kLanes;
-    memcpy(ends, in + kStep * i, kStep * rest * sizeof(T));
-    if constexpr (!kInterleaved) memcpy(ends2, in + second + i, rest * sizeof(T));
+    memcpy(ends, in + kStepIn * i, kStepIn * rest * sizeof(T));
+    if constexpr (!kInterleaved) memcpy(ends2, in + second_in + i, rest * sizeof(T));
     P::load(ends, ends2, x1, x2);
     rotate(turn_at(i), x1, x2);
     P::store(ends, ends2, x1, x2);
-    memcpy(out + kStep * i, ends, kStep * rest * sizeof(T));
-    if constexpr (!kInterleaved) memcpy(out + second + i, ends2, rest * sizeof(T));
+    memcpy(out + kStepOut * i, ends, kStepOut * rest * sizeof(T));
+    if constexpr (!kInterleavedOut) memcpy(out + second_out + i, ends2, rest * sizeof(T));
   }
 }
 
-template <class T, bool kInterleaved>
+template <class T, bool kInterleaved, bool kInterleavedOut>
 void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64_t begin,
                         int64_t end) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  using P = RotationPairs<T, kInterleaved>;
+  using P = RotationPairs<T, kInterleaved, kInterleavedOut>;
   constexpr int64_t kLanes = sizeof(typename P::Vector) / sizeof(A);
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t half = args.rotary_dim / 2;
-  const int64_t pass = args.head_dim - args.rotary_dim;
+  const int64_t before = args.rotary_offset;
+  const int64_t after = args.head_dim - args.rotary_offset - args.rotary_dim;
   static_assert(kScratchPairs >= kMaxBlockTokens * kLanes, "a chunk holds a vector of each token");
   const int64_t chunk = kScratchPairs / blocks.tokens / kLanes * kLanes;  // rows are whole vectors
   RowScratch<A> rows;
@@ -180,13 +183,15 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
         const RotatedHeads& x = is_q ? args.q : args.k;
         const int64_t h = is_q ? head : head - args.q.heads;
         const T* in = static_cast<const T*>(x.in.data) + b * x.in.stride_b +
-                      s_begin * x.in.stride_s + h * x.in.stride_h;
+                      s_begin * x.in.stride_s + h * x.in.stride_h + before;
         T* out = static_cast<T*>(x.out.data) + b * x.out.stride_b + s_begin * x.out.stride_s +
-                 h * x.out.stride_h;
+                 h * x.out.stride_h + before;
         for (int64_t t = 0; t < tokens; ++t) {
-          rotate_head<T, kInterleaved, A>(in, out, half, first, pairs, rows.row(t));
-          if (first == 0 && pass > 0 && in != out) {
-            memcpy(out + args.rotary_dim, in + args.rotary_dim, pass * sizeof(T));
+          rotate_head<T, kInterleaved, kInterleavedOut, A>(in, out, half, first, pairs,
+                                                           rows.row(t));
+          if (first == 0 && in != out) {
+            if (before > 0) memcpy(out - before, in - before, before * sizeof(T));
+            if (after > 0) memcpy(out + args.rotary_dim, in + args.rotary_dim, after * sizeof(T));
           }
           in += x.in.stride_s;
           out += x.out.stride_s;
@@ -199,10 +204,7 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
 void apply_rotary(const RotaryArgs& args, const TokenBlocks& blocks, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto storage) {
     using T = decltype(storage);
-    if (args.interleaved) {
-      apply_rotary_range<T, true>(args, blocks, begin, end);
-    } else {
-      apply_rotary_range<T, false>(args, blocks, begin, end);
-    }
+    dispatch_orders(
+        args, [&](auto in, auto out) { apply_rotary_range<T, in, out>(args, blocks, begin, end); });
   });
 }

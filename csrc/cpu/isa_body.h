@@ -38,6 +38,19 @@ ROPE_HOST_DEVICE void dispatch(DType dtype, const F& f) {
   }
 }
 
+// Calls f with the orders of the pairs as types: std::bool_constant of interleaved, and of
+// interleaved_out.
+template <class Args, class F>
+ROPE_HOST_DEVICE void dispatch_orders(const Args& args, const F& f) {
+  if (args.interleaved) {
+    args.interleaved_out ? f(std::true_type(), std::true_type())
+                         : f(std::true_type(), std::false_type());
+  } else {
+    args.interleaved_out ? f(std::false_type(), std::true_type())
+                         : f(std::false_type(), std::false_type());
+  }
+}
+
 // Writes entry `at` of an output of the given dtype.
 template <class A>
 ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {

@@ -1,23 +1,24 @@
 // Gradient of apply_rotary to its table, inside one thread. Included by isa_*.cpp, in the namespace
 // of an instruction set.
 
-// Adds the products of pairs [first, first + pairs) of one head: grad, x [D].
-template <class T, bool kInterleaved, class A>
+// Adds the products of pairs [first, first + pairs) of one head: grad, x [R].
+template <class T, bool kInterleaved, bool kInterleavedOut, class A>
 ROPE_HOST_DEVICE void accumulate_head(const T* grad, const T* x, int64_t half, int64_t first,
                                       int64_t pairs, const TurnGrad<A*>& sums) {
-  using P = Pairs<T, kInterleaved>;
-  using V = typename P::Vector;
+  using PairsOfX = Pairs<T, kInterleaved>;
+  using PairsOfGrad = Pairs<T, kInterleavedOut>;
+  using V = typename Lanes<T>::Vector;
   constexpr int64_t kLanes = sizeof(V) / sizeof(A);
-  constexpr int64_t kStep = kInterleaved ? 2 : 1;
-  const int64_t second = kInterleaved ? 0 : half;
-  grad += kStep * first;
-  x += kStep * first;
+  constexpr int64_t kStepX = kInterleaved ? 2 : 1, kStepGrad = kInterleavedOut ? 2 : 1;
+  const int64_t second_x = kInterleaved ? 0 : half, second_grad = kInterleavedOut ? 0 : half;
+  x += kStepX * first;
+  grad += kStepGrad * first;
 
   const auto add = [&](int64_t i, const T* g_first, const T* g_second, const T* x_first,
                        const T* x_second) ROPE_ALWAYS_INLINE {
     V g1, g2, x1, x2;
-    P::load(g_first, g_second, g1, g2);
-    P::load(x_first, x_second, x1, x2);
+    PairsOfGrad::load(g_first, g_second, g1, g2);
+    PairsOfX::load(x_first, x_second, x1, x2);
     TurnGrad<V> sum{read<V>(sums.g1x1 + i), read<V>(sums.g1x2 + i), read<V>(sums.g2x1 + i),
                     read<V>(sums.g2x2 + i)};
     accumulate(sum, g1, g2, x1, x2);
@@ -28,34 +29,34 @@ ROPE_HOST_DEVICE void accumulate_head(const T* grad, const T* x, int64_t half, i
   };
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {
-    add(i, grad + kStep * i, grad + second + i, x + kStep * i, x + second + i);
+    add(i, grad + kStepGrad * i, grad + second_grad + i, x + kStepX * i, x + second_x + i);
   }
   if (i < pairs) {
     const int64_t rest = pairs - i;
     T g_ends[2 * kLanes] = {}, x_ends[2 * kLanes] = {};
-    memcpy(g_ends, grad + kStep * i, kStep * rest * sizeof(T));
-    memcpy(x_ends, x + kStep * i, kStep * rest * sizeof(T));
-    if constexpr (!kInterleaved) {
-      memcpy(g_ends + kLanes, grad + second + i, rest * sizeof(T));
-      memcpy(x_ends + kLanes, x + second + i, rest * sizeof(T));
+    memcpy(g_ends, grad + kStepGrad * i, kStepGrad * rest * sizeof(T));
+    memcpy(x_ends, x + kStepX * i, kStepX * rest * sizeof(T));
+    if constexpr (!kInterleavedOut) {
+      memcpy(g_ends + kLanes, grad + second_grad + i, rest * sizeof(T));
     }
+    if constexpr (!kInterleaved) memcpy(x_ends + kLanes, x + second_x + i, rest * sizeof(T));
     add(i, g_ends, g_ends + kLanes, x_ends, x_ends + kLanes);
   }
 }
 
 // The heads of q and k of one token.
-template <class T, bool kInterleaved, class A>
+template <class T, bool kInterleaved, bool kInterleavedOut, class A>
 ROPE_HOST_DEVICE void accumulate_token(const RotaryTableGradArgs& args, int64_t b, int64_t s,
                                        int64_t first, int64_t pairs, const TurnGrad<A*>& sums) {
   for (const GradHeads* heads : {&args.q, &args.k}) {
     const T* grad = static_cast<const T*>(heads->grad.data) + b * heads->grad.stride_b +
-                    s * heads->grad.stride_s;
-    const T* x =
-        static_cast<const T*>(heads->x.data) + b * heads->x.stride_b + s * heads->x.stride_s;
+                    s * heads->grad.stride_s + args.rotary_offset;
+    const T* x = static_cast<const T*>(heads->x.data) + b * heads->x.stride_b +
+                 s * heads->x.stride_s + args.rotary_offset;
     for (int64_t h = 0; h < heads->heads; ++h) {
-      accumulate_head<T, kInterleaved, A>(grad + h * heads->grad.stride_h,
-                                          x + h * heads->x.stride_h, args.rotary_dim / 2, first,
-                                          pairs, sums);
+      accumulate_head<T, kInterleaved, kInterleavedOut, A>(grad + h * heads->grad.stride_h,
+                                                           x + h * heads->x.stride_h,
+                                                           args.rotary_dim / 2, first, pairs, sums);
     }
   }
 }
@@ -70,8 +71,8 @@ void write_row(const RotaryTableGradArgs& args, int64_t row, int64_t first, int6
         grad_of(TurnGrad<A>{sums.g1x1[i], sums.g1x2[i], sums.g2x1[i], sums.g2x2[i]}, args.inverse);
     const int64_t pair = first + i;
     if (args.full_width) {
-      const int64_t at1 = row * width + (args.interleaved ? 2 * pair : pair);
-      const int64_t at2 = at1 + (args.interleaved ? 1 : half);
+      const int64_t at1 = row * width + (args.table_interleaved ? 2 * pair : pair);
+      const int64_t at2 = at1 + (args.table_interleaved ? 1 : half);
       write_entry(args.grad_cos, args.table_dtype, at1, turn.c1);
       write_entry(args.grad_cos, args.table_dtype, at2, turn.c2);
       write_entry(args.grad_sin, args.table_dtype, at1, turn.s1);
@@ -83,7 +84,7 @@ void write_row(const RotaryTableGradArgs& args, int64_t row, int64_t first, int6
   }
 }
 
-template <class T, bool kInterleaved>
+template <class T, bool kInterleaved, bool kInterleavedOut>
 void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int64_t end) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   constexpr int64_t kChunk = 256;
@@ -100,12 +101,13 @@ void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int
         for (int64_t i = args.row_offsets[index]; i < args.row_offsets[index + 1]; ++i) {
           const int64_t token = args.token_order[i];
           const int64_t b = token / args.seq;
-          accumulate_token<T, kInterleaved, A>(args, b, token - b * args.seq, first, pairs, sums);
+          accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, token - b * args.seq,
+                                                                first, pairs, sums);
         }
       } else if (index < args.seq) {
         const int64_t b_end = args.grad_batch == 1 ? args.batch : grad_b + 1;
         for (int64_t b = grad_b; b < b_end; ++b) {
-          accumulate_token<T, kInterleaved, A>(args, b, index, first, pairs, sums);
+          accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, index, first, pairs, sums);
         }
       }
       write_row(args, row, first, pairs, sums);
@@ -116,10 +118,8 @@ void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int
 void rotary_table_grad(const RotaryTableGradArgs& args, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto storage) {
     using T = decltype(storage);
-    if (args.interleaved) {
-      rotary_table_grad_range<T, true>(args, begin, end);
-    } else {
-      rotary_table_grad_range<T, false>(args, begin, end);
-    }
+    dispatch_orders(args, [&](auto interleaved, auto interleaved_out) {
+      rotary_table_grad_range<T, interleaved, interleaved_out>(args, begin, end);
+    });
   });
 }

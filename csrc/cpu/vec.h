@@ -216,14 +216,22 @@ ROPE_HOST_DEVICE EvenOdd operator-(const EvenOdd& a, const EvenOdd& b) {
   return {a.even - b.even, a.odd - b.odd};
 }
 
-// The pairs as the rotation takes them: for half-split bfloat16, in the order of EvenOdd, in which
-// the rows of the table then lie as well.
-template <class T, bool kInterleaved>
-struct RotationPairs : Pairs<T, kInterleaved> {
+// The pairs as the rotation takes them, and puts them back, in one order or another: for bfloat16
+// that is and stays half-split, in the order of EvenOdd, in which the rows of the table then lie as
+// well.
+template <class T, bool kInterleaved, bool kInterleavedOut>
+struct RotationPairs {
   static constexpr bool kEvenOddRows = false;
+  using Vector = typename Lanes<T>::Vector;
+  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
+    Pairs<T, kInterleaved>::load(first, second, x1, x2);
+  }
+  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
+    Pairs<T, kInterleavedOut>::store(first, second, x1, x2);
+  }
 };
 template <>
-struct RotationPairs<BFloat16, false> {
+struct RotationPairs<BFloat16, false, false> {
   static constexpr bool kEvenOddRows = true;
   using Vector = EvenOdd;
   static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, Vector& x1,

@@ -19,6 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
+using OptionalBool = std::optional<bool>;
 
 // Newer than the oldest torch that the library runs on, 2.10, which prints the message itself.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
@@ -59,14 +60,17 @@ std::array<Tensor, 2> cos_sin_cache(const Tensor& inv_freq, int64_t length, int6
   return {stable::to<Tensor>(stack[0]), stable::to<Tensor>(stack[1])};
 }
 
-OptionalTensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
+OptionalTensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                            int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                             bool inverse) {
-  std::array<StableIValue, 7> stack{stable::from(x),
+  std::array<StableIValue, 9> stack{stable::from(x),
                                     stable::from(cos),
                                     stable::from(sin),
                                     stable::from(OptionalTensor()),
                                     stable::from(OptionalInt()),
+                                    stable::from(rotary_offset),
                                     stable::from(interleaved),
+                                    stable::from(interleaved_out),
                                     stable::from(inverse)};
   if (!call("rope::apply_rotary", stack)) return std::nullopt;
   return stable::to<Tensor>(stack[0]);
@@ -74,14 +78,16 @@ OptionalTensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& si
 
 bool apply_rotary_qk_(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin,
                       const Tensor& position_ids, int64_t rotary_dim) {
-  std::array<StableIValue, 8> stack{stable::from(q),
-                                    stable::from(k),
-                                    stable::from(cos),
-                                    stable::from(sin),
-                                    stable::from(OptionalTensor(position_ids)),
-                                    stable::from(OptionalInt(rotary_dim)),
-                                    stable::from(false),
-                                    stable::from(false)};
+  std::array<StableIValue, 10> stack{stable::from(q),
+                                     stable::from(k),
+                                     stable::from(cos),
+                                     stable::from(sin),
+                                     stable::from(OptionalTensor(position_ids)),
+                                     stable::from(OptionalInt(rotary_dim)),
+                                     stable::from(int64_t{0}),
+                                     stable::from(false),
+                                     stable::from(OptionalBool()),
+                                     stable::from(false)};
   return call("rope::apply_rotary_qk_", stack);
 }
 
@@ -118,22 +124,30 @@ Tensor default_inv_freq() {
 
 // --------------------------------------------------------------------------------- plain loops
 
-// x [B, S, H, D], rotated in place by the rows `rows` [S] of cos, sin [L, P].
+// Which channels rotate, and the order of their pairs before and after.
+struct Channels {
+  int64_t offset = 0;
+  bool interleaved = false, interleaved_out = false;
+};
+
+// x [B, S, H, D], rotated by the rows `rows` [S] of cos, sin [L, P].
 void rotate_plainly(std::vector<float>& x, int64_t heads, int64_t dim, const Tensor& cos,
-                    const Tensor& sin, const std::vector<int64_t>& rows, bool interleaved,
+                    const Tensor& sin, const std::vector<int64_t>& rows, const Channels& at,
                     bool inverse) {
+  const std::vector<float> before = x;
   for (int64_t token = 0; token < kBatch * kSeq; ++token) {
     const int64_t row = rows[token % kSeq];
     for (int64_t head = 0; head < heads; ++head) {
-      float* channels = &x[(token * heads + head) * dim];
+      const int64_t first = (token * heads + head) * dim + at.offset;
+      const float* in = &before[first];
+      float* out = &x[first];
       for (int64_t i = 0; i < kPairs; ++i) {
         const float c = data<float>(cos)[row * kPairs + i];
         const float s = (inverse ? -1 : 1) * data<float>(sin)[row * kPairs + i];
-        float& x1 = channels[interleaved ? 2 * i : i];
-        float& x2 = channels[interleaved ? 2 * i + 1 : i + kPairs];
-        const float y1 = x1 * c - x2 * s;
-        x2 = x2 * c + x1 * s;
-        x1 = y1;
+        const float x1 = in[at.interleaved ? 2 * i : i];
+        const float x2 = in[at.interleaved ? 2 * i + 1 : i + kPairs];
+        out[at.interleaved_out ? 2 * i : i] = x1 * c - x2 * s;
+        out[at.interleaved_out ? 2 * i + 1 : i + kPairs] = x2 * c + x1 * s;
       }
     }
   }
@@ -172,13 +186,30 @@ void test_rotation(const Tensor& cos, const Tensor& sin) {
     for (const bool inverse : {false, true}) {
       const Tensor x = numbers({kBatch, kSeq, kHeads, kRotary}, 1);
       std::vector<float> expected = values(x);
-      rotate_plainly(expected, kHeads, kRotary, cos, sin, rows, interleaved, inverse);
-      const OptionalTensor got = apply_rotary(x, cos, sin, interleaved, inverse);
+      rotate_plainly(expected, kHeads, kRotary, cos, sin, rows, {0, interleaved, interleaved},
+                     inverse);
+      const OptionalTensor got = apply_rotary(x, cos, sin, 0, interleaved, std::nullopt, inverse);
       char what[80];
       std::snprintf(what, sizeof(what), "apply_rotary, %s%s: every bit",
                     interleaved ? "interleaved" : "half-split", inverse ? ", inverse" : "");
       expect(got && values(*got) == expected, what);
     }
+  }
+}
+
+// The last channels of a head, from one order of pairs to the other.
+void test_rotation_between_orders(const Tensor& cos, const Tensor& sin) {
+  const std::vector<int64_t> rows{0, 1, 2, 3, 4};
+  for (const bool interleaved : {false, true}) {
+    const Channels at{kDim - kRotary, interleaved, !interleaved};
+    const Tensor x = numbers({kBatch, kSeq, kHeads, kDim}, 5);
+    std::vector<float> expected = values(x);
+    rotate_plainly(expected, kHeads, kDim, cos, sin, rows, at, false);
+    const OptionalTensor got =
+        apply_rotary(x, cos, sin, at.offset, at.interleaved, at.interleaved_out, false);
+    expect(got && values(*got) == expected,
+           interleaved ? "apply_rotary, the last channels, from neighbours to halves: every bit"
+                       : "apply_rotary, the last channels, from halves to neighbours: every bit");
   }
 }
 
@@ -190,8 +221,8 @@ void test_rotation_in_place(const Tensor& cos, const Tensor& sin) {
   Tensor q = numbers({kBatch, kSeq, kHeads, kDim}, 2);
   Tensor k = numbers({kBatch, kSeq, kHeadsK, kDim}, 3);
   std::vector<float> expected_q = values(q), expected_k = values(k);
-  rotate_plainly(expected_q, kHeads, kDim, cos, sin, rows, false, false);
-  rotate_plainly(expected_k, kHeadsK, kDim, cos, sin, rows, false, false);
+  rotate_plainly(expected_q, kHeads, kDim, cos, sin, rows, {}, false);
+  rotate_plainly(expected_k, kHeadsK, kDim, cos, sin, rows, {}, false);
   expect(apply_rotary_qk_(q, k, cos, sin, position_ids, kRotary), "apply_rotary_qk_ succeeds");
   expect(values(q) == expected_q, "apply_rotary_qk_, q: every bit, channels past rotary_dim kept");
   expect(values(k) == expected_k, "apply_rotary_qk_, k: every bit, channels past rotary_dim kept");
@@ -201,7 +232,7 @@ void test_rotation_in_place(const Tensor& cos, const Tensor& sin) {
 void test_refusal(const Tensor& cos, const Tensor& sin) {
   Tensor x = numbers({kBatch, kSeq, kHeads, kRotary - 2}, 4);
   const std::vector<float> before = values(x);
-  const bool refused = !apply_rotary(x, cos, sin, false, false);
+  const bool refused = !apply_rotary(x, cos, sin, 0, false, std::nullopt, false);
   std::fflush(stderr);
   std::puts(refused && values(x) == before ? "refused, nothing written" : "not refused");
   if (!refused) ++failures;
@@ -215,6 +246,7 @@ int main(int argc, char** argv) {
     if (argc == 2 && std::strcmp(argv[1], "operators") == 0) {
       test_cache();
       test_rotation(cos, sin);
+      test_rotation_between_orders(cos, sin);
       test_rotation_in_place(cos, sin);
     } else if (argc == 2 && std::strcmp(argv[1], "refusal") == 0) {
       test_refusal(cos, sin);
