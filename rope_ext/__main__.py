@@ -1,4 +1,4 @@
-"""The command line: `python -m rope_ext demo` and `python -m rope_ext info`."""
+"""The command line: `python -m rope_ext demo`, `info` and `integrations`."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import rope_ext
+from rope_ext.integrations import families
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +19,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rope_ext", description=rope_ext.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="demo | info")
+    commands = parser.add_subparsers(required=True, metavar="demo | info | integrations")
 
     info = commands.add_parser("info", help="how this rope_ext was built and what it runs on")
     info.set_defaults(command=run_info)
+
+    integrations = commands.add_parser(
+        "integrations", help="the model families of transformers that patch(model) is proved on"
+    )
+    integrations.set_defaults(command=run_integrations)
 
     demo = commands.add_parser(
         "demo",
@@ -97,6 +103,11 @@ def run_info(args: argparse.Namespace) -> int:
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         print(f"{name.replace('_', ' '):{width}}  {'none' if value in (None, '') else value}")
+    return 0
+
+
+def run_integrations(args: argparse.Namespace) -> int:
+    print(families.text(families.load()))
     return 0
 
 

@@ -1,12 +1,15 @@
 """Where the behaviour tests run: devices, and on the CPU both code paths."""
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from rope_ext import _C
+from rope_ext.integrations import families
 
 CUDA = pytest.param(
     "cuda",
@@ -88,6 +91,36 @@ NOT_EMULATED = {
     r"test_in_place_on_a_graph_input_writes_it\[": COMPILED,
     r"test_reading_before_and_after_an_in_place_rotation_stays_in_order\[": COMPILED,
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-families",
+        action="store_true",
+        help="run every model family, and write what came of it to rope_ext/integrations and README",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--record-families"):
+        config.option.markexpr = ""
+
+
+@pytest.fixture(scope="session")
+def recording(request):
+    """Where results of model families go, to be written at the end; None in an ordinary run."""
+    if not request.config.getoption("--record-families"):
+        yield None
+        return
+    import transformers
+
+    results = {}
+    yield results
+    record = {"transformers": transformers.__version__, "families": dict(sorted(results.items()))}
+    file = Path(families.__file__).with_name(families.RECORD)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    readme = Path(__file__).parents[1] / "README.md"
+    readme.write_text(families.inserted(readme.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items):

@@ -62,11 +62,12 @@ class Case:
     inputs: Callable | None = None  # model -> arguments of forward, in place of `tokens`
     variant: str = ""  # what tells it from the family's other cases
     generates: bool = True  # False where generate() wants more than tokens
+    float64: bool = True  # False where a layer insists on float32
 
     @property
     def name(self) -> str:
         """The family; with what tells this case from the family's language model."""
-        part = self.variant or (self.model if self.inputs else "")
+        part = self.variant or self.model
         return f"{self.family} ({part})" if part else self.family
 
     @property
@@ -96,19 +97,21 @@ def modeling(family: str) -> ModuleType:
 
 
 def rotations(family: str) -> dict[CodeType, str]:
-    """What the rotations of a family come down to: functions that call no other of them."""
+    """The code and the name of each function and method of a family that rotates."""
     module = modeling(family)
     owners = [module, *(owner for owner in vars(module).values() if inspect.isclass(owner))]
-    functions = [
-        inspect.unwrap(getattr(owner, name))
+    return {
+        inspect.unwrap(getattr(owner, name)).__code__: name
         for owner in owners
         if owner is module or owner.__module__ == module.__name__
         for name in vars(owner)
         if ROTATION.fullmatch(name)
-    ]
-    names = {function.__name__ for function in functions}
-    codes = [function.__code__ for function in functions]
-    return {code: code.co_name for code in codes if not names & {*code.co_names}}
+    }
+
+
+def innermost(codes: dict[CodeType, str]) -> dict[CodeType, str]:
+    """Those that call no other of them: what all rotations of a family come down to."""
+    return {code: name for code, name in codes.items() if not {*codes.values()} & {*code.co_names}}
 
 
 def tiny_config(config_class, overrides=None, special=None) -> PreTrainedConfig:
@@ -173,6 +176,10 @@ def tokens(model: nn.Module) -> dict[str, torch.Tensor]:
             f"{side}position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + shift,
         }
     return {name: value for name, value in known.items() if name in accepted}
+
+
+def unpadded(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: torch.ones_like(x) if "mask" in n else x for n, x in tokens(model).items()}
 
 
 def patches(model: nn.Module) -> dict[str, torch.Tensor]:

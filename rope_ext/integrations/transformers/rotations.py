@@ -78,6 +78,7 @@ def rotate(
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """x rotated. cos and sin: rows [S, W] or [1|B, S, W], or a table that position_ids indexes."""
+    x = adjacent(x)
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, x.shape[-1])
     if heads_axis == -2:
@@ -103,6 +104,7 @@ def rotate_both(
             rotate(pairs, q, cos, sin, heads_axis, position_ids),
             rotate(pairs, k, cos, sin, heads_axis, position_ids),
         )
+    q, k = adjacent(q), adjacent(k)
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, q.shape[-1])
     rope = torch.ops.rope
@@ -111,6 +113,11 @@ def rotate_both(
     q, k = q.transpose(-3, -2), k.transpose(-3, -2)
     q, k = rope.apply_rotary_qk(q, k, cos, sin, position_ids, **options)
     return q.transpose(-3, -2), k.transpose(-3, -2)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """x with the channels of a head side by side, as the operators read them (zaya: from a conv)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def heads_axis_of(cos: Tensor, unsqueeze_dim: int) -> int:

@@ -1,0 +1,88 @@
+"""Which model families of transformers `patch(model)` has been proved on, as recorded by a test run.
+
+tests/test_model_families.py writes the record (`pytest --record-families`) and holds every later run
+to it.
+"""
+
+import json
+import re
+import textwrap
+from importlib import resources
+from typing import Any
+
+RECORD = "transformers_families.json"  # beside this file
+NOT_PASSED = ("refused", "failed", "not run")
+
+
+def load() -> dict[str, Any]:
+    """The record: the version of transformers, and for each model what came of it."""
+    text = resources.files("rope_ext.integrations").joinpath(RECORD).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def family(name: str) -> str:
+    """The family of a model's name in the record, where its class may follow in brackets."""
+    return name.partition(" ")[0]
+
+
+def by_convention(record: dict[str, Any]) -> dict[str, list[str]]:
+    """The families that passed, for each convention that they rotate by; the largest group first."""
+    groups: dict[str, dict[str, None]] = {}
+    for name, model in record["families"].items():
+        if model["result"] == "passed":
+            for convention in model["convention"]:
+                groups.setdefault(convention, {})[family(name)] = None
+    return {group: [*names] for group, names in sorted(groups.items(), key=_by_size)}
+
+
+def _by_size(group: tuple[str, dict[str, None]]) -> tuple[int, str]:
+    return -len(group[1]), group[0]
+
+
+def summary(record: dict[str, Any]) -> str:
+    results = [model["result"] for model in record["families"].values()]
+    passed = {family(n) for n, m in record["families"].items() if m["result"] == "passed"}
+    others = [f"{results.count(result)} {result}" for result in NOT_PASSED if result in results]
+    return ", ".join(
+        [
+            f"transformers {record['transformers']}: {results.count('passed')} models of "
+            f"{len(passed)} families passed",
+            *others,
+        ]
+    )
+
+
+def exceptions(record: dict[str, Any]) -> list[str]:
+    """The models that did not pass, each with the reason."""
+    return [
+        f"{name}: {model['result']}, {model['reason']}"
+        for result in NOT_PASSED
+        for name, model in record["families"].items()
+        if model["result"] == result
+    ]
+
+
+def text(record: dict[str, Any]) -> str:
+    """The record for a terminal."""
+    lines = [summary(record)]
+    for convention, names in by_convention(record).items():
+        lines += ["", f"{convention} ({len(names)})"]
+        lines += textwrap.wrap(", ".join(names), 96, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([*lines, "", *exceptions(record)])
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a table for README.md."""
+    rows = [f"| {convention} | {', '.join(names)} |" for convention, names in by_convention(record).items()]
+    lines = [summary(record) + ".", "", "| rotation | families |", "|---|---|", *rows]
+    if left := exceptions(record):
+        lines += ["", "Not among them:", "", *(f"- {line}" for line in left)]
+    return "\n".join(lines)
+
+
+def inserted(document: str, record: dict[str, Any]) -> str:
+    """A document with the table between its marks."""
+    begin, end = "<!-- families -->", "<!-- /families -->"
+    return re.sub(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{markdown(record)}\n{end}", document, flags=re.DOTALL
+    )

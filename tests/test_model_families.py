@@ -1,0 +1,178 @@
+"""Every family of transformers that rotates: a tiny model of it, patched and not.
+
+Float64 is the measure: what rope_ext computes in float32 may be twice as far from it as what the
+family's own float32 is, and NOISE more, which a tensor that is all rounding needs (the gradient of
+a bias of keys, say, is zero but for that). A model that can't run in float64 is measured by NOISE alone.
+"""
+
+import collections
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_families import CASES, NOT_REACHED, NOT_RUN
+from tiny_models import build, families, floats, innermost, inputs, rotations
+
+from rope_ext.integrations import families as families_of_record
+from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch
+
+NOISE = 16 * torch.finfo(torch.float32).eps  # of the largest value among the tensors compared
+NEW_TOKENS = 6
+
+
+RECORD = families_of_record.load()
+
+
+def parameters():
+    """All cases; those whose conventions an earlier one has already are marked `families`."""
+    seen = set()
+    for case in CASES:
+        conventions = tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
+        yield pytest.param(
+            case, id=case.name, marks=[pytest.mark.families] if conventions in seen else []
+        )
+        seen.add(conventions)
+
+
+@pytest.mark.parametrize("case", list(parameters()))
+def test_patched_model_computes_the_same(case, recording):
+    if recording is not None:
+        recording[case.name] = {"result": "failed", "reason": "see the tests"}
+        recording[case.name] = result_of(case)
+    elif transformers.__version__ != RECORD["transformers"]:
+        pytest.skip(f"recorded with transformers {RECORD['transformers']}")
+    else:
+        assert result_of(case) == RECORD["families"][case.name]
+
+
+def result_of(case):
+    """What the record says of a case. Raises where the patched model computes something else."""
+    model = build(case)
+    arguments = inputs(case, model)
+    exact_model = copy.deepcopy(model).double() if case.float64 else None
+    originals = innermost(rotations(case.family))
+    own, calls = counted(originals, lambda: run(model, arguments))
+    assert calls, f"expected the model to call one of {[*originals.values()]}"
+    own_tokens = generated(model, arguments, case)
+    try:
+        report = patch(model)
+    except UnrecognizedRotation as error:
+        return {"model": type(model).__name__, "result": "refused", "reason": str(error)}
+    assert report.sites
+
+    new, calls = counted(originals, lambda: run(model, arguments))
+    assert not calls, f"the patched model still calls {dict(calls)}"
+    exact = run(exact_model, in_float64(arguments)) if exact_model else own
+    for what in ("outputs", "gradients"):
+        assert_as_close(new[what], own[what], exact[what], what)
+    assert generated(model, arguments, case) == own_tokens
+
+    unpatch(model)
+    again, calls = counted(originals, lambda: run(model, arguments))
+    assert calls
+    for what in ("outputs", "gradients"):
+        for name, values in own[what].items():
+            assert torch.equal(again[what][name], values), f"{what}: {name} after unpatch"
+    return {
+        "model": type(model).__name__,
+        "convention": [*report.conventions],
+        "sites": len(report.sites),
+        "result": "passed",
+    }
+
+
+def run(model, arguments) -> dict[str, dict[str, torch.Tensor]]:
+    """Outputs, and gradients of all parameters to a weighted sum of the outputs."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    outputs = dict(enumerate(floats(model(**arguments))))
+    generator = torch.Generator().manual_seed(4)
+    weights = {n: torch.randn(x.shape, generator=generator) for n, x in outputs.items()}
+    sum((x * weights[n].to(x)).sum() for n, x in outputs.items() if x.requires_grad).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    return {"outputs": {n: x.detach() for n, x in outputs.items()}, "gradients": gradients}
+
+
+def in_float64(arguments):
+    if isinstance(arguments, torch.Tensor):
+        return arguments.double() if arguments.is_floating_point() else arguments
+    if isinstance(arguments, tuple):
+        return tuple(map(in_float64, arguments))
+    if isinstance(arguments, dict):
+        return {name: in_float64(value) for name, value in arguments.items()}
+    return arguments
+
+
+def assert_as_close(new, own, exact, what):
+    assert new.keys() == own.keys() == exact.keys()
+    largest = max(float(x.abs().max()) for x in exact.values() if x.numel())
+    for name, truth in exact.items():
+        assert new[name].isfinite().all(), f"{what}: {name}"
+        if truth.numel():
+            error = float((new[name] - truth).abs().max())
+            allowed = 2 * float((own[name] - truth).abs().max()) + NOISE * largest
+            assert error <= allowed, f"{what}: {name} is off by {error:.2g}, {allowed:.2g} allowed"
+
+
+def counted(codes, function):
+    """The result, and how often each of the code objects ran."""
+    calls = collections.Counter()
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code in codes:
+            calls[codes[frame.f_code]] += 1
+
+    sys.setprofile(count)
+    try:
+        return function(), calls
+    finally:
+        sys.setprofile(None)
+
+
+def generated(model, arguments, case):
+    """Tokens of greedy decoding with a cache; None for a model that does not generate from tokens."""
+    from_tokens = all(name.endswith(("_ids", "_mask")) for name in arguments)
+    if not (from_tokens and case.generates and getattr(model, "can_generate", bool)()):
+        return None
+    prompt = {name: arguments[name] for name in ("input_ids", "attention_mask") if name in arguments}
+    tokens = model.generate(
+        **prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[pytest.mark.families])
+        for family in families()
+        if family not in NOT_RUN
+    ],
+)
+def test_every_rotation_of_a_family_runs_in_one_of_its_models(family):
+    everything = rotations(family)
+    called = set()
+    for case in CASES:
+        if case.family == family:
+            model = build(case)
+            arguments = inputs(case, model)
+            called |= set(counted(everything, lambda m=model, a=arguments: m(**a))[1])  # noqa: B023
+    assert {*everything.values()} - called == NOT_REACHED.get(family, set())
+
+
+def test_every_family_is_run_or_has_a_reason(recording):
+    assert {case.family for case in CASES} | NOT_RUN.keys() == families().keys()
+    if recording is not None:
+        recording |= {name: {"result": "not run", "reason": why} for name, why in NOT_RUN.items()}
+
+
+def test_record_and_readme_say_the_same(recording):
+    if recording is not None:
+        pytest.skip("being written")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "<!-- families -->" in readme
+    assert families_of_record.inserted(readme, RECORD) == readme
