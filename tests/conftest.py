@@ -97,13 +97,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--record-families",
         action="store_true",
-        help="run every model family, and write what came of it to rope_ext/integrations and README",
+        help="run every model family, and write the results to rope_ext/integrations and README.md",
     )
 
 
 def pytest_configure(config):
     if config.getoption("--record-families"):
-        config.option.markexpr = ""
+        config.option.markexpr = config.option.keyword = ""  # a record is of all or of none
 
 
 @pytest.fixture(scope="session")
@@ -116,11 +116,15 @@ def recording(request):
 
     results = {}
     yield results
+    if not results:
+        return
     record = {"transformers": transformers.__version__, "families": dict(sorted(results.items()))}
     file = Path(families.__file__).with_name(families.RECORD)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     readme = Path(__file__).parents[1] / "README.md"
-    readme.write_text(families.inserted(readme.read_text(encoding="utf-8"), record), encoding="utf-8")
+    readme.write_text(
+        families.inserted(readme.read_text(encoding="utf-8"), record), encoding="utf-8"
+    )
 
 
 def pytest_collection_modifyitems(items):

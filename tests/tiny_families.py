@@ -5,7 +5,21 @@ run by these alone; `Case(family)` is its language model.
 """
 
 import torch
-from tiny_models import ROWS, SPECIAL, Case, families, images, patches, tokens, unpadded
+from tiny_inputs import (
+    ROWS,
+    SPECIAL,
+    atoms,
+    draw,
+    images,
+    memory,
+    patches,
+    shaped,
+    song,
+    speech,
+    tokens,
+    unpadded,
+)
+from tiny_models import Case, families
 
 AXIS = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {**AXIS, "mrope_section": [2, 3, 3]}  # pairs of a head that time, height and width turn
@@ -14,59 +28,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def text(**config) -> dict:
     return {"text_config": config}
-
-
-def draw(**shapes):
-    """Inputs of random numbers, of these shapes after the first dimension."""
-    return lambda model: {name: torch.randn(ROWS, *shape) for name, shape in shapes.items()}
-
-
-def shaped(*shape):
-    """Patches, in this shape."""
-
-    def inputs(model):
-        pixels, grid = patches(model).items()
-        return {pixels[0]: pixels[1].reshape(shape), grid[0]: grid[1]}
-
-    return inputs
-
-
-def speech(model):
-    """Samples for the encoder and tokens for the decoder."""
-    return tokens(model) | draw(input_values=(2000,))(model)
-
-
-def song(model):
-    """Four tokens of text, then as many as the encoder makes of 16 frames of sound."""
-    ids = torch.tensor([[3, 4, 5, 6] + [model.config.audio_token_id] * 4])
-    sound = {"input_features": torch.randn(1, 16, 16), "input_features_mask": torch.ones(1, 16).long()}
-    return {"input_ids": ids, **sound}
-
-
-def memory(model):
-    """An image of 4 x 4 positions that attends to two such images in memory."""
-    image, past = torch.randn(16, ROWS, 64), torch.randn(32, ROWS, 64)
-    return {
-        "current_vision_features": image,
-        "memory": past,
-        "current_vision_position_embeddings": torch.randn_like(image),
-        "memory_posision_embeddings": torch.randn_like(past),
-    }
-
-
-def atoms(model):
-    """Atoms of three residues."""
-    attention = model.layers[0].self_attn
-    angles = torch.randn(ROWS, 12, attention.head_dim // 2).repeat(1, 1, 2)
-    width = attention.q_proj.in_features
-    return {
-        "token_hidden_states": torch.randn(ROWS, 3, model.token_to_atom_linear.in_features),
-        "hidden_states": torch.randn(ROWS, 12, width),
-        "atom_conditioning": torch.randn(ROWS, 12, width),
-        "attention_mask": None,
-        "position_embeddings": (angles.cos(), angles.sin()),
-        "atom_to_token": torch.arange(3).repeat_interleave(4).expand(ROWS, 12),
-    }
 
 
 VIDEO = {"pixel_values_videos": (4, 3, 32, 32)}  # frames, channels, height, width
@@ -120,8 +81,6 @@ LANGUAGE = [
     Case("dory", config={"n_input_layers": 1, "n_recurrent_layers": 0, "n_output_layers": 1}),
     Case("gemma3n", config={"num_kv_shared_layers": 0}),
     Case("molmo2", config={"adapter_config": {"vision_feature_layer": [-1]}}),
-    Case("gradium_phonon_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
-    Case("pocket_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
     Case("step3p7", config=text(sliding_window=8)),
     # Layers that attend, among those of another kind.
     Case("bamba", config={"attn_layer_indices": [1]}),
@@ -138,7 +97,9 @@ LANGUAGE = [
     Case("zamba2", config={"layers_block_type": ["mamba", "hybrid"], "use_mem_rope": True}),
     Case("roformer", config={"is_decoder": True, "rotary_value": True}),
     # Sections for time, height and width that fit a head of 16 channels.
-    Case("hunyuan_vl", config=text(head_dim=16, rope_parameters={**AXIS, "mrope_section": [2] * 4})),
+    Case(
+        "hunyuan_vl", config=text(head_dim=16, rope_parameters={**AXIS, "mrope_section": [2] * 4})
+    ),
     Case("cohere_compass", config={"rope_parameters": dict.fromkeys(LAYER_TYPES, MROPE)}),
     *(
         Case(family, config=text(rope_parameters={**MROPE, "partial_rotary_factor": 1.0}))
@@ -148,31 +109,24 @@ LANGUAGE = [
         Case(family, config=text(rope_parameters=MROPE))
         for family in ("paddleocr_vl", "qwen2_5_vl", "qwen2_vl")
     ),
-    Case("qwen2_5_omni", config=text(rope_parameters=MROPE), generates=False),
     Case(
         "ernie4_5_vl_moe",
         config=text(
             rope_parameters={**AXIS, "mrope_section": [3, 3, 2]}, moe_intermediate_size=[48, 48]
         ),
     ),
-    # The language model alone: the whole one has parts that are hard to make small.
-    # A sound has to follow the text, or the hidden states of another model.
-    *(
-        Case(family, generates=False)
-        for family in ("csm", "qwen3_omni_moe")
-    ),
-    # Their attention writes scores in float32, where a row of nothing but padding, masked by the
-    # least of float64, comes out as nan; and float64 is what all is measured by.
+    # generate() wants a sound after the text, or the hidden states of another model.
+    *(Case(family, generates=False) for family in ("csm", "qwen3_omni_moe")),
+    Case("gradium_phonon_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
+    Case("pocket_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
+    Case("qwen2_5_omni", config=text(rope_parameters=MROPE), generates=False),
+    # In float64, where a row of scores is masked by the least float64 and softmax is in float32,
+    # a token of padding becomes nan.
     *(
         Case(family, inputs=unpadded)
-        for family in (
-            "gemma2",
-            "granite_swa",
-            "granitemoe_swa",
-            "t5gemma",
-            "vaultgemma",
-        )
+        for family in ("gemma2", "granite_swa", "granitemoe_swa", "t5gemma", "vaultgemma")
     ),
+    # The language model alone: other parts are hard to make small.
     Case("granite4_vision", "Granite4VisionTextModel"),
     Case("higgs_audio_v2", "HiggsAudioV2ForConditionalGeneration"),
     Case("muse_spark", "MuseSparkTextModel"),
@@ -187,30 +141,59 @@ LANGUAGE = [
             ("youtu", {}),
         )
     ),
-    # The default case of families that have a row below.
-    *map(
-        Case,
-        "axk1 deepseek_v3 dots3_note gemma4 glm4_moe_lite llama4 minimax_m3_vl muse_glimmer "
-        "qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe youtu".split(),
-    ),
+    # As they come; these families have another row below.
+    Case("axk1"),
+    Case("deepseek_v3"),
+    Case("dots3_note"),
+    Case("gemma4"),
+    Case("glm4_moe_lite"),
+    Case("llama4"),
+    Case("minimax_m3_vl"),
+    Case("muse_glimmer"),
+    Case("qwen3_5"),
+    Case("qwen3_5_moe"),
+    Case("qwen3_vl"),
+    Case("qwen3_vl_moe"),
+    Case("youtu"),
 ]
 
 # Models whose inputs are not, or not only, tokens.
 WIDE = {"num_attention_heads": 2, "head_dim": 32}  # for the pairs of three coordinates
 OTHERS = [
     Case("blt", "BltGlobalTransformer", {}, draw(inputs_embeds=(10, 64))),
-    # at least 32 channels of a head rotate
-    Case("clvp", "ClvpEncoder", {"num_attention_heads": 2}, lambda _: {"input_ids": torch.ones(1, 9).long()}),
-    Case("dia", "DiaModel", {"decoder_config": {"cross_hidden_size": 64}}, lambda model: tokens(model) | {"decoder_input_ids": torch.ones(ROWS, 10, 9).long()}),
+    Case(
+        "clvp",
+        "ClvpEncoder",
+        {"num_attention_heads": 2},  # at least 32 channels of a head rotate
+        lambda _: {"input_ids": torch.randint(SPECIAL, (ROWS, 9))},
+    ),
+    Case(
+        "dia",
+        "DiaModel",
+        {"decoder_config": {"cross_hidden_size": 64}},
+        lambda model: tokens(model) | {"decoder_input_ids": torch.randint(SPECIAL, (ROWS, 10, 9))},
+    ),
     Case(
         "idefics",
-        inputs=lambda model: tokens(model)
-        | {
-            "image_encoder_embeddings": torch.randn(ROWS, 1, 4, 64),
-            "image_attention_mask": torch.ones(ROWS, 10, 1),
-        },
+        inputs=lambda model: (
+            tokens(model)
+            | {
+                "image_encoder_embeddings": torch.randn(ROWS, 1, 4, 64),
+                "image_attention_mask": torch.ones(ROWS, 10, 1),
+            }
+        ),
     ),
-    Case("esmfold2", "EsmFold2AtomDecoder", {"esmc_config": {"num_key_value_heads": 4}, "atom_encoder": {**WIDE, "output_dim": 384}, "structure_head": {"diffusion_module": {"atom_encoder": WIDE}}}, atoms, float64=False),
+    Case(
+        "esmfold2",
+        "EsmFold2AtomDecoder",
+        {
+            "esmc_config": {"num_key_value_heads": 4},
+            "atom_encoder": {**WIDE, "output_dim": 384},
+            "structure_head": {"diffusion_module": {"atom_encoder": WIDE}},
+        },
+        atoms,
+        float64=False,
+    ),
     Case("kyutai_speech_to_text", "KyutaiSpeechToTextModel", {}, draw(inputs_embeds=(10, 64))),
     Case(
         "muse_glimmer_assistant",
@@ -219,14 +202,24 @@ OTHERS = [
         draw(noise_embeds=(4, 64), context_hidden_states=(10, 5 * 64)),
     ),
     Case("timesfm2_5", "TimesFm2_5Model", {}, draw(past_values=(64,))),
-    Case("voxtral_realtime", "VoxtralRealtimeTextModel", {}, lambda model: tokens(model) | {"t_cond": torch.randn(ROWS, 1, 64)}),
+    Case(
+        "voxtral_realtime",
+        "VoxtralRealtimeTextModel",
+        {},
+        lambda model: tokens(model) | {"t_cond": torch.randn(ROWS, 1, 64)},
+    ),
 ]
 
 DEEPSTACK = {"deepstack_visual_indexes": [0]}
 VISION = [
     Case("cohere_compass", "CohereCompassVisionModel", DEEPSTACK, patches),
     Case("dinov3_vit", "DINOv3ViTModel", {}, images),
-    Case("dots3_note", "Dots3NoteVisionModel", {"adapter_in_dim": 64, "pyramid_num_routed": [-1, 4]}, patches),
+    Case(
+        "dots3_note",
+        "Dots3NoteVisionModel",
+        {"adapter_in_dim": 64, "pyramid_num_routed": [-1, 4]},
+        patches,
+    ),
     Case(
         "edgetam_video",
         "EdgeTamVideoMemoryAttention",
@@ -237,7 +230,12 @@ VISION = [
         },
         lambda model: memory(model) | {"num_spatial_memory_tokens": 2},
     ),
-    Case("efficientloftr", "EfficientLoFTRModel", {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}, draw(pixel_values=(2, 3, 64, 64))),
+    Case(
+        "efficientloftr",
+        "EfficientLoFTRModel",
+        {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8},
+        draw(pixel_values=(2, 3, 64, 64)),
+    ),
     Case("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel", {}, patches),
     Case("exaone4_5", "Exaone4_5_VisionModel", {}, patches),
     Case(
@@ -257,7 +255,12 @@ VISION = [
     Case("kimi_k25", "Kimi_K25VisionModel", {}, shaped(-1, 3, 8, 8)),
     Case("lfm3_vl", "Lfm3VlVisionModel", {}, patches),
     Case("lightglue", "LightGlueForKeypointMatching", {}, draw(pixel_values=(2, 3, 64, 64))),
-    Case("llama4", "Llama4VisionModel", {"intermediate_size": 256, "projector_input_dim": 64, "projector_output_dim": 64}, images),
+    Case(
+        "llama4",
+        "Llama4VisionModel",
+        {"intermediate_size": 256, "projector_input_dim": 64, "projector_output_dim": 64},
+        images,
+    ),
     Case("minimax_m3_vl", "MiniMaxM3VLVisionModel", {}, patches),
     Case("mlcd", "MLCDVisionModel", {}, images),
     Case("muse_glimmer", "MuseGlimmerVisionModel", {}, patches),
@@ -278,7 +281,12 @@ VISION = [
     Case("sam3_tracker_video", "Sam3TrackerVideoMemoryAttention", MEMORY, memory),
     Case("sapiens2", "Sapiens2Model", {}, images),
     Case("step3p7", "Step3p7VisionModel", {}, images),
-    Case("video_llama_3", "VideoLlama3VisionModel", {}, lambda model: patches(model) | {"merge_sizes": torch.ones(2).long()}),
+    Case(
+        "video_llama_3",
+        "VideoLlama3VisionModel",
+        {},
+        lambda model: patches(model) | {"merge_sizes": torch.ones(2).long()},
+    ),
     Case("vjepa2", "VJEPA2Model", {}, draw(**VIDEO)),
 ]
 
@@ -298,14 +306,31 @@ AUDIO = [
     Case("mimi", "MimiTransformerModel", {}, draw(hidden_states=(10, 64))),
     Case("moonshine", inputs=speech),
     Case("moonshine_streaming", config={"num_key_value_heads": 4}, inputs=speech),
-    Case("nemotron3_5_transcribe", "Nemotron3_5TranscribeAsrAudioModel", {}, draw(input_features=(24, 16))),
-    Case("nemotron3_diarization", "Nemotron3DiarizationAudioModel", {}, draw(input_features=(24, 16))),
+    Case(
+        "nemotron3_5_transcribe",
+        "Nemotron3_5TranscribeAsrAudioModel",
+        {},
+        draw(input_features=(24, 16)),
+    ),
+    Case(
+        "nemotron3_diarization", "Nemotron3DiarizationAudioModel", {}, draw(input_features=(24, 16))
+    ),
     Case("musicflamingo", config={"audio_config": {"max_source_positions": 8}}, inputs=song),
     Case("neucodec", "NeuCodecDecoder", {"num_key_value_heads": 4}, draw(hidden_states=(12, 128))),
     Case("pe_audio", "PeAudioEncoder", {}, draw(input_values=(1, 6000))),
-    Case("pocket_tts_audio_tokenizer", "PocketTTSAudioTokenizerModel", {"upsample_groups": 32}, draw(input_values=(1, 4000))),
+    Case(
+        "pocket_tts_audio_tokenizer",
+        "PocketTTSAudioTokenizerModel",
+        {"upsample_groups": 32},
+        draw(input_values=(1, 4000)),
+    ),
     Case("seamless_m4t", "SeamlessM4TSpeechEncoder", ROTARY, draw(input_features=(24, 160))),
-    Case("wav2vec2_bert", "Wav2Vec2BertModel", {**ROTARY, "feature_projection_input_dim": 16}, draw(input_features=(24, 16))),
+    Case(
+        "wav2vec2_bert",
+        "Wav2Vec2BertModel",
+        {**ROTARY, "feature_projection_input_dim": 16},
+        draw(input_features=(24, 16)),
+    ),
     Case("wav2vec2_conformer", "Wav2Vec2ConformerModel", ROTARY, draw(input_values=(2000,))),
     Case("xcodec2", "Xcodec2Decoder", {"num_key_value_heads": 4}, draw(hidden_states=(12, 128))),
 ]

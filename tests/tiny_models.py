@@ -16,35 +16,31 @@ from types import CodeType, ModuleType
 
 import torch
 import transformers
+from tiny_inputs import SPECIAL, tokens
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 ROTATION = re.compile(r"_?apply_(\w+_)?(rotary|rope)\w*|\w+_rope|\w+_apply_rotary_emb|rotate_\w+")
-VOCAB, SPECIAL = 128, 64  # tokens from SPECIAL on mark images, ends of text and the like
-ROWS, TOKENS, PADDING = 2, 10, 3  # of a batch; the last row begins with PADDING tokens of padding
+VOCAB = 128
 
 # Size of a configuration's fields, by name: four heads of 16 channels, two heads of keys.
 SIZES = {
-    64: "conv_hidden_size d_model dim embed_dim emb_dim encoder_hidden_size hidden_dim hidden_size "
-    "n_embd out_hidden_size output_dim output_size projection_dim text_hidden_size "
-    "text_config_hidden_size vision_output_dim",
+    64: "d_model embed_dim encoder_hidden_size hidden_size n_embd out_hidden_size output_dim "
+    "projection_dim text_hidden_size vision_output_dim",
     48: "decoder_ffn_dim dense_intermediate_size encoder_ffn_dim expert_ffn_hidden_size ffn_dim "
-    "ffn_hidden_size hidden_size_per_layer_input intermediate_size intermediate_size_mlp mlp_dim "
-    "moe_intermediate_size moe_shared_expert_intermediate_size n_inner share_expert_dim "
-    "shared_expert_intermediate_size speech_encoder_intermediate_size",
+    "ffn_hidden_size hidden_size_per_layer_input intermediate_size intermediate_size_mlp "
+    "mlp_dim moe_intermediate_size share_expert_dim shared_expert_intermediate_size "
+    "speech_encoder_intermediate_size",
     32: "image_size index_head_dim kv_lora_rank o_lora_rank projector_hidden_size q_lora_rank",
-    16: "attention_head_dim attention_hidden_size_per_head global_head_dim head_dim kv_channels "
-    "linear_key_head_dim linear_value_head_dim mamba_d_state mamba_chunk_size num_mel_bins "
-    "qk_nope_head_dim qk_rope_head_dim swa_head_dim v_head_dim",
-    8: "index_topk mamba_n_heads mamba_num_heads patch_size sliding_window",
-    4: "attention_heads decoder_attention_heads encoder_attention_heads index_n_heads "
-    "linear_num_value_heads moe_num_experts n_head n_heads n_routed_experts num_attention_heads "
-    "num_experts num_heads num_local_experts num_sliding_attention_heads "
-    "speech_encoder_attention_heads",
+    16: "attention_head_dim head_dim kv_channels linear_key_head_dim linear_value_head_dim "
+    "mamba_chunk_size mamba_d_state num_mel_bins qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    8: "index_topk mamba_n_heads patch_size sliding_window",
+    4: "decoder_attention_heads encoder_attention_heads index_n_heads linear_num_value_heads "
+    "moe_num_experts n_head n_heads n_routed_experts num_attention_heads num_experts "
+    "num_heads num_local_experts num_sliding_attention_heads speech_encoder_attention_heads",
     2: "decoder_layers depth encoder_layers linear_num_key_heads moe_k moe_topk n_layer n_layers "
     "num_experts_per_tok num_hidden_layers num_key_value_heads num_kv_heads num_layers "
-    "num_global_key_value_heads speech_encoder_layers swa_num_key_value_heads temporal_patch_size "
-    "top_k_experts",
+    "speech_encoder_layers temporal_patch_size",
     1: "first_k_dense_replace n_group n_shared_experts num_shared_experts topk_group",
 }
 FIELDS = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -59,7 +55,7 @@ class Case:
     family: str
     model: str = ""  # the class; by default the family's language model
     config: dict = dataclasses.field(default_factory=dict)  # beyond what SIZES does
-    inputs: Callable | None = None  # model -> arguments of forward, in place of `tokens`
+    inputs: Callable = tokens  # model -> arguments of forward
     variant: str = ""  # what tells it from the family's other cases
     generates: bool = True  # False where generate() wants more than tokens
     float64: bool = True  # False where a layer insists on float32
@@ -161,44 +157,9 @@ def build(case: Case) -> nn.Module:
     return model
 
 
-def tokens(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Token ids with left padding, and positions of their own for each row where forward has them."""
-    accepted = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    mask[-1, :PADDING] = 0
-    shift = torch.arange(ROWS)[:, None] * 5
-    known = {}
-    for side in ("", "decoder_"):
-        known |= {
-            f"{side}input_ids": torch.randint(3, SPECIAL, (ROWS, TOKENS), generator=generator),
-            f"{side}attention_mask": mask,
-            f"{side}position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + shift,
-        }
-    return {name: value for name, value in known.items() if name in accepted}
-
-
-def unpadded(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: torch.ones_like(x) if "mask" in n else x for n, x in tokens(model).items()}
-
-
-def patches(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Two images as a list of patches, and how many of them each has in time, height and width."""
-    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
-    depth = next((value for name, value in vars(model.config).items() if name in ("temporal_patch_size", "patch_temporal")), 1)
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * depth * model.config.patch_size**2)
-    names = inspect.signature(model.forward).parameters
-    return {next(iter(names)): pixels, next(name for name in names if "grid" in name): grid}
-
-
-def images(model: nn.Module) -> dict[str, torch.Tensor]:
-    size = model.config.image_size
-    return {"pixel_values": torch.randn(ROWS, 3, size, size)}
-
-
 def inputs(case: Case, model: nn.Module) -> dict:
     torch.manual_seed(2)
-    return (case.inputs or tokens)(model)
+    return case.inputs(model)
 
 
 def floats(output) -> Iterator[torch.Tensor]:

@@ -1,7 +1,6 @@
-"""Which model families of transformers `patch(model)` has been proved on, as recorded by a test run.
+"""The model families of transformers that `patch(model)` has been proved on: the tests' record.
 
-tests/test_model_families.py writes the record (`pytest --record-families`) and holds every later run
-to it.
+`pytest --record-families` writes it, and tests/test_model_families.py holds every later run to it.
 """
 
 import json
@@ -26,7 +25,7 @@ def family(name: str) -> str:
 
 
 def by_convention(record: dict[str, Any]) -> dict[str, list[str]]:
-    """The families that passed, for each convention that they rotate by; the largest group first."""
+    """The families that passed, by the conventions that they rotate by, the largest group first."""
     groups: dict[str, dict[str, None]] = {}
     for name, model in record["families"].items():
         if model["result"] == "passed":
@@ -73,7 +72,10 @@ def text(record: dict[str, Any]) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table for README.md."""
-    rows = [f"| {convention} | {', '.join(names)} |" for convention, names in by_convention(record).items()]
+    rows = [
+        f"| {convention} | {', '.join(names)} |"
+        for convention, names in by_convention(record).items()
+    ]
     lines = [summary(record) + ".", "", "| rotation | families |", "|---|---|", *rows]
     if left := exceptions(record):
         lines += ["", "Not among them:", "", *(f"- {line}" for line in left)]
@@ -84,5 +86,8 @@ def inserted(document: str, record: dict[str, Any]) -> str:
     """A document with the table between its marks."""
     begin, end = "<!-- families -->", "<!-- /families -->"
     return re.sub(
-        f"{begin}.*?{end}", lambda _: f"{begin}\n{markdown(record)}\n{end}", document, flags=re.DOTALL
+        f"{begin}.*?{end}",
+        lambda _: f"{begin}\n{markdown(record)}\n{end}",
+        document,
+        flags=re.DOTALL,
     )

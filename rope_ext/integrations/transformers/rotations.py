@@ -116,7 +116,7 @@ def rotate_both(
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """x with the channels of a head side by side, as the operators read them (zaya: from a conv)."""
+    """x with the channels of a head side by side, as the operators read them (not so in zaya)."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
