@@ -1,0 +1,1 @@
+"""rope_ext in the place of what other libraries rotate with."""
