@@ -209,6 +209,13 @@ def test_exports_even_when_it_has_never_run_before():
     assert torch.ops.rope.apply_rotary_qk.default in targets
 
 
+def test_is_found_within_transforms_of_functions():
+    hook = hook_of(function_of(ROTATIONS[0]))
+    found = []
+    torch.vmap(lambda x: found.append(rotation_of(type(hook))) or x)(random(B, S))
+    assert found == [ROTATIONS[0]]
+
+
 def test_the_layer_itself_is_refused():
     with pytest.raises(TypeError, match="expected kernels to bind forward to the hook of a model"):
         RotaryPosEmb()(*inputs(ROTATIONS[0]))
