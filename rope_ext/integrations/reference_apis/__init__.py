@@ -1,0 +1,36 @@
+"""Signatures that people already call, each a few lines on the operators.
+
+========================  =====================================================================
+module                    what is matched
+========================  =====================================================================
+flash_attention           ``flash_attn.layers.rotary.apply_rotary_emb``
+llama                     ``apply_rotary_emb`` of Meta's Llama, with complex tables
+torchtune                 ``torchtune.modules.RotaryPositionalEmbeddings``
+rotary_embedding_torch    ``rotary_embedding_torch.RotaryEmbedding``
+onnx                      the operator RotaryEmbedding of ONNX, opset 23
+torch_functional          ``torch.nn.functional.rotary_embedding``, as proposed for PyTorch
+========================  =====================================================================
+
+None of these libraries is needed. Everything is differentiable, takes the four dtypes of the
+operators on the CPU and on CUDA, computes in float32 (float64 for float64) and rounds once; x, q
+and k are never copied, and there is no host synchronisation. What a function does otherwise than
+the one that it is named after is in its docstring.
+"""
+
+from rope_ext.integrations.reference_apis import (
+    flash_attention,
+    llama,
+    onnx,
+    rotary_embedding_torch,
+    torch_functional,
+    torchtune,
+)
+
+__all__ = [
+    "flash_attention",
+    "llama",
+    "onnx",
+    "rotary_embedding_torch",
+    "torch_functional",
+    "torchtune",
+]

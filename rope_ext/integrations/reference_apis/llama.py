@@ -1,0 +1,41 @@
+"""The rotary function of Meta's Llama, with complex tables.
+
+Source of what is matched: github.com/meta-llama/llama, ``llama/model.py``, and llama3, the same.
+Models of Meta's pair neighbouring channels.
+"""
+
+import torch
+from torch import Tensor
+
+from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.ops import apply_rotary_qk
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by complex numbers, as ``llama.model.apply_rotary_emb``.
+
+    Args:
+        xq: [B, S, H, D].
+        xk: [B, S, KH, D], of xq's dtype.
+        freqs_cis: complex64 or complex128 [S, D / 2], the rows of the tokens' positions
+            (``precompute_freqs_cis(...)[start_pos : start_pos + S]``), or [1|B, S, D / 2]. Its
+            absolute value scales, as that of YaRN does.
+
+    Returns:
+        The rotated xq and xk, of their shapes and dtypes.
+
+    Differs from Llama: rows for each sequence of the batch are taken too; float64 stays float64.
+    The real and imaginary parts of freqs_cis, S D numbers, are copied, as they lie side by side.
+    """
+    function = "llama.apply_rotary_emb"
+    if not freqs_cis.is_complex():
+        refuse(function, "freqs_cis", "to be complex64 or complex128", freqs_cis.dtype)
+    if xq.dim() != 4:
+        refuse(function, "xq", "to have shape [B, S, H, D]", xq)
+    batch, seq, _, head_dim = xq.shape
+    rows = (seq, head_dim // 2)
+    if freqs_cis.shape not in (rows, (1, *rows), (batch, *rows)):
+        expected = f"to have shape {list(rows)} or [1|{batch}, {rows[0]}, {rows[1]}]"
+        refuse(function, "freqs_cis", expected, freqs_cis)
+    cos, sin = torch.view_as_real(freqs_cis).movedim(-1, 0).contiguous().unbind()
+    return apply_rotary_qk(xq, xk, cos, sin, interleaved=True)
