@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import rope_ext
-from rope_ext.integrations import families
+from rope_ext.integrations.transformers import families
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rope_ext import _C
-from rope_ext.integrations import families
+from rope_ext.integrations.transformers import families
 
 CUDA = pytest.param(
     "cuda",
@@ -97,7 +97,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--record-families",
         action="store_true",
-        help="run every model family, and write the results to rope_ext/integrations and README.md",
+        help="run every model family, and write the results to the package and README.md",
     )
 
 

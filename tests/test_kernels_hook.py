@@ -14,15 +14,12 @@ from types import MethodType
 import pytest
 import torch
 
-from rope_ext.integrations.kernels_hub import (
-    HOOK,
-    RotaryPosEmb,
-    Rotation,
+from rope_ext.integrations.transformers import (
     hooked_rotations,
     kernel_mapping,
     register_kernels,
-    rotation_of,
 )
+from rope_ext.integrations.transformers.kernels_hook import HOOK, RotaryPosEmb, rotation_of
 
 if find_spec("kernels") is None or find_spec("transformers") is None:
     pytest.skip("transformers and kernels are not both installed", allow_module_level=True)
@@ -58,16 +55,15 @@ SIZES = {
     "intermediate_size": 96,
     "vocab_size": VOCABULARY,
 }
-HALF_SPLIT = Rotation(per_channel=True, interleaved=False, negated=False, partial=False)
 
 # Each with another convention behind the same hook.
 FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES), HALF_SPLIT),
-    "nanochat": (NanoChatForCausalLM, NanoChatConfig(**SIZES), HALF_SPLIT._replace(negated=True)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES), "half-split"),
+    "nanochat": (NanoChatForCausalLM, NanoChatConfig(**SIZES), "half-split, negative angle"),
     "gpt_oss": (
         GptOssForCausalLM,
         GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
-        HALF_SPLIT._replace(per_channel=False),
+        "half-split, one angle a pair",
     ),
 }
 
@@ -141,7 +137,8 @@ def test_a_kernelized_model_computes_and_learns_the_same(family, mode):
     assert calls_of_the_operator(lambda: model(tokens())) == 0
     register_kernels()
     kernels.kernelize(model, mode=mode, device="cpu")
-    assert list(hooked_rotations(model).values()) == [FAMILIES[family][2]]
+    (rotation,) = hooked_rotations(model).values()
+    assert rotation.convention == FAMILIES[family][2]
     assert calls_of_the_operator(lambda: model(tokens())) == model.config.num_hidden_layers
     assert_same_training(outputs_and_gradients(model), expected)
     release(model)
@@ -214,7 +211,7 @@ def test_every_hooked_function_of_transformers_keeps_its_rotation(module):
         own = MethodType(type(hook).forward, hook)
         rotation = rotation_of(type(hook))
         assert rotation is not None
-        width = D if rotation.per_channel else D // 2
+        width = D // 2 if rotation.pairs.columns == "a pair" else D
         for unsqueeze_dim, heads_first in ((1, True), (2, False)):
             q, k = (
                 random(*((B, H, S, D) if heads_first else (B, S, H, D))) for H in (HEADS, KV_HEADS)

@@ -19,8 +19,8 @@ from tiny_families import CASES, NOT_REACHED, NOT_RUN  # noqa: E402
 from tiny_models import build, families, floats, innermost, inputs, rotations  # noqa: E402
 
 from rope_ext.__main__ import main  # noqa: E402
-from rope_ext.integrations import families as families_of_record  # noqa: E402
 from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch  # noqa: E402
+from rope_ext.integrations.transformers import families as families_of_record  # noqa: E402
 
 NOISE = 16 * torch.finfo(torch.float32).eps  # of the largest value among the tensors compared
 NEW_TOKENS = 6

@@ -81,8 +81,8 @@ def patch(model: nn.Module) -> Report:
     earlier keeps its old graph. The result has q's dtype: where a model's own function would return
     float32 for a bfloat16 q because its tables are float32, the patched model does not.
 
-    Each rotation is recognized by the names of its parameters and by what it computes for small
-    random tensors, never by the model's name: see :mod:`~.recognition`.
+    Each rotation is recognized by the names of its parameters and by what it computes for a few
+    numbers, never by the model's name: see :mod:`~.recognition`.
 
     Args:
         model: any module that holds transformers' attention modules, such as a model, or one layer.

@@ -9,13 +9,17 @@ import textwrap
 from importlib import resources
 from typing import Any
 
-RECORD = "transformers_families.json"  # beside this file
+RECORD = "families.json"  # beside this file
 NOT_PASSED = ("refused", "failed", "not run")
 
 
 def load() -> dict[str, Any]:
     """The record: the version of transformers, and for each model what came of it."""
-    text = resources.files("rope_ext.integrations").joinpath(RECORD).read_text(encoding="utf-8")
+    text = (
+        resources.files("rope_ext.integrations.transformers")
+        .joinpath(RECORD)
+        .read_text(encoding="utf-8")
+    )
     return json.loads(text)
 
 

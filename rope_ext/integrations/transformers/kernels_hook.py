@@ -7,52 +7,24 @@ and ``model.set_use_kernels(True)`` replace it by what is registered under that 
 under ``torch.compile``, on the CPU and on CUDA.
 
 The hook's name does not tell the convention: one model's function rotates by the negative angle,
-others take tables with one angle a pair. So the layer asks the function that it replaces: each is
-called once, on a few numbers, and what it computes decides. A function that is none of the
-operator's rotations goes on doing its work itself, as does any call that the operator can't take.
+others take tables with one angle a pair. So the layer asks the function that it replaces, as
+:func:`patch` does: what it computes decides. A function that is not recognized goes on doing its
+work itself.
 
 Source: transformers 5.22, ``integrations/hub_kernels.py``; kernels 0.17, ``layer/layer.py``.
 """
 
-import functools
-import itertools
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from rope_ext import reference
-from rope_ext.ops import apply_rotary_qk
+from rope_ext.integrations.transformers.recognition import Rotation, recognize_function
+from rope_ext.integrations.transformers.rotations import Pairs, q_and_k
 
 HOOK = "rotary_pos_emb"
-
-
-class Rotation(NamedTuple):
-    """What a model's own function computes."""
-
-    per_channel: bool  # cos and sin [.., D], one angle a channel; else [.., D / 2], one a pair
-    interleaved: bool  # pairs are neighbouring channels instead of halves
-    negated: bool  # by the negative angle
-    partial: bool  # cos and sin may be narrower than D: the other channels stay
-
-    def __str__(self) -> str:
-        return ", ".join(
-            (
-                "interleaved" if self.interleaved else "half-split",
-                "one angle a channel" if self.per_channel else "one angle a pair",
-                *(["negative angle"] if self.negated else []),
-                *(["partial"] if self.partial else []),
-            )
-        )
-
-    def rotary_dim(self, width: int, head_dim: int) -> int | None:
-        """The channels that rotate by tables of this width; None: not a call that was tried."""
-        dim = width if self.per_channel else 2 * width
-        return dim if dim == head_dim or (self.partial and 0 < dim < head_dim) else None
 
 
 class RotaryPosEmb(nn.Module):
@@ -77,85 +49,34 @@ class RotaryPosEmb(nn.Module):
             sin: as cos.
             unsqueeze_dim: the dimension of q that counts heads.
         """
-        rotation = rotation_of(type(self))
-        rotary_dim = None
-        if rotation is not None and unsqueeze_dim in (1, 2) and (q.dim(), cos.dim()) == (4, 3):
-            rotary_dim = rotation.rotary_dim(cos.shape[-1], q.shape[-1])
-        if rotation is None or rotary_dim is None:
+        pairs = pairs_of(type(self))
+        if pairs is None:
             return type(self).forward(self, q, k, cos, sin, unsqueeze_dim)
-        return apply_rotary_qk(
-            q,
-            k,
-            cos,
-            -sin if rotation.negated else sin,
-            rotary_dim=rotary_dim,
-            interleaved=rotation.interleaved,
-            layout="bhsd" if unsqueeze_dim == 1 else "bshd",
-        )
+        return q_and_k(pairs)(q, k, cos, sin, unsqueeze_dim)
 
 
 @torch.compiler.assume_constant_result
-def rotation_of(hook: type[nn.Module]) -> Rotation | None:
-    """What the function of a hook computes, or None, with a warning, if no rotation of ours."""
-    return _rotation_of(hook)
-
-
-@functools.cache
-def _rotation_of(hook: type[nn.Module]) -> Rotation | None:
-    if hook.forward is RotaryPosEmb.forward:
-        raise TypeError(
-            "rope_ext kernels_hub.RotaryPosEmb: expected kernels to bind forward to the "
-            "hook of a model, got a call of the layer itself"
-        )
-    # Numbers, even while a model is traced with tensors that have none.
-    with _disable_current_modes(), torch.no_grad():
-        for per_channel, interleaved, negated in itertools.product(
-            (True, False), (False, True), (False, True)
-        ):
-            rotation = Rotation(per_channel, interleaved, negated, partial=False)
-            if _computes(hook, rotation, rotary_dim=8):
-                partial = _computes(hook, rotation, rotary_dim=6)
-                return rotation._replace(partial=partial)
+def pairs_of(hook: type[nn.Module]) -> Pairs | None:
+    """Which channels and columns the function of a hook pairs; None, with a warning, if unknown."""
+    rotation = rotation_of(hook)
+    if rotation is not None:
+        return rotation.pairs
     warnings.warn(
-        f"rope_ext: {_name(hook)} is none of the rotations of rope::apply_rotary_qk and is not "
-        "replaced",
+        f"rope_ext: {_name(hook)} is no rotation that rope_ext knows and is not replaced",
         stacklevel=3,
     )
     return None
 
 
-def _computes(hook: type[nn.Module], rotation: Rotation, rotary_dim: int) -> bool:
-    """Whether the hook's own function is this rotation, of heads of 8 channels.
-
-    Every number of the tables is another one, so a function that reads half of a table, or
-    rearranges it, is another rotation.
-    """
-    width = rotary_dim if rotation.per_channel else rotary_dim // 2
-    q, k, cos, sin = (
-        torch.arange(math.prod(shape), dtype=torch.float32, device="cpu")
-        .add(start)
-        .sin()
-        .view(shape)
-        for start, shape in enumerate(((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, width), (2, 5, width)))
-    )
-    try:
-        results = hook.forward(None, q, k, cos, sin)  # type: ignore[arg-type]
-        ours = [
-            reference.apply_rotary(
-                x.transpose(1, 2),
-                cos,
-                -sin if rotation.negated else sin,
-                rotary_dim=rotary_dim,
-                interleaved=rotation.interleaved,
-            ).transpose(1, 2)
-            for x in (q, k)
-        ]
-        # Of numbers up to 1, so a few roundings of 2^-24.
-        return all(
-            torch.allclose(*pair, rtol=0, atol=1e-6) for pair in zip(results, ours, strict=True)
+def rotation_of(hook: type[nn.Module]) -> Rotation | None:
+    """What the function of a hook computes; None if that is no rotation of whole q and k."""
+    if hook.forward is RotaryPosEmb.forward:
+        raise TypeError(
+            "kernels_hook.RotaryPosEmb: expected kernels to bind forward to the hook of a model, "
+            "got a call of the layer itself"
         )
-    except Exception:  # it is someone else's function, not made for these shapes
-        return False
+    rotation = recognize_function(hook)
+    return rotation if rotation is not None and rotation.form is q_and_k else None
 
 
 def _name(hook: type[nn.Module]) -> str:
@@ -209,9 +130,7 @@ def kernel_mapping() -> dict[str, dict[Any, Any]]:
     try:
         from kernels import CUDAProperties, Device, Mode
     except ImportError as error:
-        raise ImportError(
-            f"rope_ext kernels_hub: expected the package kernels, got {error}"
-        ) from error
+        raise ImportError(f"register_kernels: expected the package kernels, got {error}") from error
     # kernels takes a layer for training and torch.compile for all other uses as well.
     layer = {Mode.TRAINING | Mode.TORCH_COMPILE: _Repository()}
     # All capabilities, but fewer than transformers' own entry is for: the narrower one is taken,
