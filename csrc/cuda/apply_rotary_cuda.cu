@@ -25,10 +25,10 @@ struct Place {
 
 // Calls work(in, out) for each of the thread's heads, at channels of theirs. Everything is computed
 // again for each head from the kernel's arguments: pointers kept for q and k would cost registers.
-template <class E, class Work>
+template <class E, class Channel, class Work>
 __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
-                                          const Place& place, uint32_t channel_in,
-                                          uint32_t channel_out, const Work& work) {
+                                          const Place& place, Channel channel_in,
+                                          Channel channel_out, const Work& work) {
   const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
     return place.b * stride_b + place.s * stride_s + head * stride_h;
   };
@@ -89,9 +89,8 @@ __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan&
   constexpr int kPairs = In::kPairs;
   TurnsOf<In, kFullWidth> turns;
   load_turns<In, kMixed, kFullWidth>(turns, args, plan, place, unit);
-  const uint32_t first = static_cast<uint32_t>(args.rotary_offset);
-  const uint32_t channel_in = first + unit * plan.in.step;
-  const uint32_t channel_out = kMixed || N == 1 ? first + unit * plan.out.step : channel_in;
+  const uint32_t channel_in = unit * plan.in.step;
+  const uint32_t channel_out = kMixed || N == 1 ? unit * plan.out.step : channel_in;
   for_heads<E>(args, plan, place, channel_in, channel_out, [&](const E* in, E* out) {
     In x;
     x.load_from(in, plan.in);
@@ -109,8 +108,8 @@ __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan&
 template <class E, int N>
 __device__ __forceinline__ void copy_heads(const RotaryArgs& args, const Plan& plan,
                                            const Place& place, uint32_t unit) {
-  uint32_t channel = unit * N;
-  if (channel >= args.rotary_offset) channel += static_cast<uint32_t>(args.rotary_dim);
+  int32_t channel = static_cast<int32_t>(unit * N) - static_cast<int32_t>(args.rotary_offset);
+  if (channel >= 0) channel += static_cast<int32_t>(args.rotary_dim);
   for_heads<E>(args, plan, place, channel, channel, [](const E* in, E* out) {
     Vector<E, N> v;
     load(v, in);
@@ -231,10 +230,10 @@ void launch_element(const RotaryArgs& args, void* stream) {
     alignment.add(x->out, args.batch, args.seq, x->heads);
     in_place = in_place && x->in.data == x->out.data;
   }
-  alignment.add_elements(args.rotary_offset);
   Alignment rotated = alignment, copied = alignment;
   const bool all_interleaved = args.interleaved && args.interleaved_out;
   rotated.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  copied.add_elements(args.rotary_offset);
   copied.add_elements(args.rotary_dim);
   copied.add_elements(args.head_dim - args.rotary_dim);
 

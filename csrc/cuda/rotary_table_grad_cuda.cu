@@ -119,10 +119,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
     const uint32_t unit = first + thread - lane * g.unit_lanes;
     TurnGrad<C> sums[kPairs] = {};
     if (unit < plan.units && lane < lanes) {
-      const uint32_t first_channel = static_cast<uint32_t>(args.rotary_offset);
-      const uint32_t channel_x = first_channel + unit * plan.x.step;
-      const uint32_t channel_grad =
-          kMixed || N == 1 ? first_channel + unit * plan.grad.step : channel_x;
+      const uint32_t channel_x = unit * plan.x.step;
+      const uint32_t channel_grad = kMixed || N == 1 ? unit * plan.grad.step : channel_x;
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
         int64_t b = i, s = tokens.s;
@@ -199,7 +197,6 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
     alignment.add(x->grad, args.batch, args.seq, x->heads);
     alignment.add(x->x, args.batch, args.seq, x->heads);
   }
-  alignment.add_elements(args.rotary_offset);
   const bool all_interleaved = args.interleaved && args.interleaved_out;
   alignment.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
   // At most four pairs a thread, with four sums each: more would take more than 64 registers.
