@@ -32,7 +32,7 @@ Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   check_device_supported(op, x);
   RotaryArgs args = check_apply_rotary({op, x, nullptr, cos, sin, position_ids, options});
   Tensor out = output_like(x);
-  set_output(args.q, out);
+  set_output(args.q, out, args.rotary_offset);
   rotate(x, args);
   return out;
 }
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, con
   RotaryArgs args = check_apply_rotary({op, q, &k, cos, sin, position_ids, options});
   Tensor out_q = output_like(q);
   Tensor out_k = output_like(k);
-  set_output(args.q, out_q);
-  set_output(args.k, out_k);
+  set_output(args.q, out_q, args.rotary_offset);
+  set_output(args.k, out_k, args.rotary_offset);
   rotate(q, args);
   return {out_q, out_k};
 }
@@ -64,7 +64,7 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, options};
   RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  set_in_place(args.q, x);
+  set_in_place(args.q, x, args.rotary_offset);
   rotate(x, args);
 }
 
@@ -78,8 +78,8 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
   const RotaryInputs in{op, q, &k, cos, sin, position_ids, options};
   RotaryArgs args = check_apply_rotary(in);
   check_in_place(in);
-  set_in_place(args.q, q);
-  set_in_place(args.k, k);
+  set_in_place(args.q, q, args.rotary_offset);
+  set_in_place(args.k, k, args.rotary_offset);
   rotate(q, args);
 }
 

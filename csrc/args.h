@@ -16,7 +16,7 @@ inline constexpr int64_t size_of(DType dtype) {
   return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
 }
 
-// A tensor [B, S, H, D] whose last stride is 1.
+// A tensor [B, S, H, D] whose last stride is 1. `data` points at its first channel that rotates.
 template <class Pointer>
 struct Heads {
   Pointer data;
@@ -77,7 +77,7 @@ struct RotaryTableGradArgs {
   const char* op;
   GradHeads q, k;
   DType dtype;
-  int64_t batch, seq, rotary_dim, rotary_offset;
+  int64_t batch, seq, rotary_dim;
   void* grad_cos;  // contiguous [grad_batch, rows, W]
   void* grad_sin;
   DType table_dtype;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <type_traits>
 
 #include "check_parts.h"
 #include "overlap.h"
@@ -75,10 +76,14 @@ Sizes sizes_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(3), false};
 }
 
-// Strides of [B, S, H, D] or [T, H, D].
+// x [B, S, H, D] or [T, H, D], whose elements begin at `data`, from its first rotating channel on.
 template <class Pointer>
-Heads<Pointer> heads_of(const Tensor& x, Pointer data) {
+Heads<Pointer> heads_of(const Tensor& x, Pointer data, int64_t rotary_offset) {
+  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
   const auto strides = x.strides();
+  if (rotary_offset > 0 && data != nullptr) {
+    data = static_cast<Byte*>(data) + rotary_offset * static_cast<int64_t>(x.element_size());
+  }
   if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
   return {data, strides[0], strides[1], strides[2]};
 }
@@ -208,13 +213,13 @@ PositionIds check_position_ids(const char* op, const Tensor& ids, const Tensor& 
   return position_ids_of(ids, sizes.packed);
 }
 
-RotatedHeads rotated_heads(const Tensor& x) {
-  return {heads_of(x, x.const_data_ptr()), {}, x.size(x.dim() - 2)};
+RotatedHeads rotated_heads(const Tensor& x, int64_t rotary_offset) {
+  return {heads_of(x, x.const_data_ptr(), rotary_offset), {}, x.size(x.dim() - 2)};
 }
 
-GradHeads grad_heads(const Tensor& grad, const Tensor& x) {
-  return {heads_of(grad, grad.const_data_ptr()), heads_of(x, x.const_data_ptr()),
-          x.size(x.dim() - 2)};
+GradHeads grad_heads(const Tensor& grad, const Tensor& x, int64_t rotary_offset) {
+  return {heads_of(grad, grad.const_data_ptr(), rotary_offset),
+          heads_of(x, x.const_data_ptr(), rotary_offset), x.size(x.dim() - 2)};
 }
 
 // A tensor whose last stride is 1.
@@ -252,8 +257,8 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in) {
     args.position_ids =
         check_position_ids(in.op, *in.position_ids, in.q, q_name, sizes, args.table.rows);
   }
-  args.q = rotated_heads(in.q);
-  if (in.k) args.k = rotated_heads(*in.k);
+  args.q = rotated_heads(in.q, args.rotary_offset);
+  if (in.k) args.k = rotated_heads(*in.k, args.rotary_offset);
   return args;
 }
 
@@ -295,12 +300,12 @@ void check_in_place(const RotaryInputs& in) {
   }
 }
 
-void set_output(RotatedHeads& heads, const Tensor& out) {
-  heads.out = heads_of(out, out.mutable_data_ptr());
+void set_output(RotatedHeads& heads, const Tensor& out, int64_t rotary_offset) {
+  heads.out = heads_of(out, out.mutable_data_ptr(), rotary_offset);
 }
 
-void set_in_place(RotatedHeads& heads, const Tensor& x) {
-  set_output(heads, x);
+void set_in_place(RotatedHeads& heads, const Tensor& x, int64_t rotary_offset) {
+  set_output(heads, x, rotary_offset);
   heads.in.data = heads.out.data;  // a copy-on-write tensor has moved
 }
 
@@ -330,9 +335,10 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
   args.interleaved = in.options.interleaved;
   args.interleaved_out = interleaved_out(in.options);
   args.inverse = in.options.inverse;
+  int64_t rotary_offset;
   const Table table =
       check_table(in.op, in.cos, in.cos, in.q, "q", sizes, in.token_order.has_value(), in.options,
-                  args.rotary_dim, args.rotary_offset);
+                  args.rotary_dim, rotary_offset);
   args.table_dtype = table.dtype;
   args.full_width = table.full_width;
   args.table_interleaved = table.interleaved;
@@ -371,8 +377,8 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
       }
     }
   }
-  args.q = grad_heads(in.grad_q, in.q);
-  if (in.k) args.k = grad_heads(*in.grad_k, *in.k);
+  args.q = grad_heads(in.grad_q, in.q, rotary_offset);
+  if (in.k) args.k = grad_heads(*in.grad_k, *in.k, rotary_offset);
   return args;
 }
 

@@ -44,9 +44,9 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in);
 // be written twice, or read as table or position while it is written.
 void check_in_place(const RotaryInputs& in);
 
-// Points `heads` of a checked call to its output, a tensor of x's shape.
-void set_output(RotatedHeads& heads, const Tensor& out);
-void set_in_place(RotatedHeads& heads, const Tensor& x);
+// Points q or k of a checked call to its output, a tensor of its shape.
+void set_output(RotatedHeads& heads, const Tensor& out, int64_t rotary_offset);
+void set_in_place(RotatedHeads& heads, const Tensor& x, int64_t rotary_offset);
 
 struct TableGradInputs {
   const char* op;

@@ -249,7 +249,7 @@ def _apply_rotary_qk_backward(
 def inverted(options: dict[str, Any]) -> dict[str, Any]:
     """The options of the inverse rotation, which is the backward: it reads the result's order."""
     inverse = {**options, "inverse": not options["inverse"]}
-    if options["interleaved_out"] is not None:
+    if options.get("interleaved_out") is not None:
         inverse["interleaved"] = options["interleaved_out"]
         inverse["interleaved_out"] = options["interleaved"]
     return inverse

@@ -74,13 +74,9 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    options = {
-        "rotary_dim": rotary_dim,
-        "rotary_offset": rotary_offset,
-        "interleaved": interleaved,
-        "interleaved_out": interleaved_out,
-        "inverse": inverse,
-    }
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    if rotary_offset != 0 or interleaved_out is not None:  # most calls do without, and are faster
+        options.update(rotary_offset=rotary_offset, interleaved_out=interleaved_out)
     view = as_bshd(x, layout, "apply_rotary")
     if not inplace:
         return from_bshd(
@@ -130,13 +126,9 @@ def apply_rotary_qk(
     Raises:
         RuntimeError: as :func:`apply_rotary`.
     """
-    options = {
-        "rotary_dim": rotary_dim,
-        "rotary_offset": rotary_offset,
-        "interleaved": interleaved,
-        "interleaved_out": interleaved_out,
-        "inverse": inverse,
-    }
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
+    if rotary_offset != 0 or interleaved_out is not None:  # most calls do without, and are faster
+        options.update(rotary_offset=rotary_offset, interleaved_out=interleaved_out)
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     rope = torch.ops.rope

@@ -10,6 +10,13 @@ import torch
 from rope_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# The order of the pairs in x and in the result.
+ORDERS = {
+    "half-split": {},
+    "interleaved": {"interleaved": True},
+    "neighbours to halves": {"interleaved": True, "interleaved_out": False},
+    "halves to neighbours": {"interleaved": False, "interleaved_out": True},
+}
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -99,12 +106,21 @@ def rounded_once(x, cos, sin, position_ids=None, **options):
     return reference.apply_rotary(x_, cos, sin, position_ids, **options).to(x.dtype)
 
 
+def inverse_of(options):
+    """The options of the rotation back: what the backward is."""
+    back = {**options, "inverse": not options.get("inverse", False)}
+    if options.get("interleaved_out") is not None:
+        back["interleaved"] = options["interleaved_out"]
+        back["interleaved_out"] = options.get("interleaved", False)
+    return back
+
+
 def assert_near_exact(got, x, cos, sin, position_ids=None, **options):
     """|got - exact| <= 0.5 ulp(exact) + 2^-23 (|x1 c| + |x2 s|), elementwise, for x below float64.
 
     One evaluation in float32 rounds two products and a sum, each by at most 2^-24 of its value, so
     by 2^-23 (|x1 c| + |x2 s|) together; then one rounding to x's dtype. A float64 table counts as
-    rounded to float32, the dtype of the arithmetic. Channels past rotary_dim have to be equal.
+    rounded to float32, the dtype of the arithmetic. Channels that do not rotate have to be equal.
     """
     cos, sin = (t.float() if t.dtype == torch.float64 else t for t in (cos, sin))
     x, cos, sin, position_ids = on_cpu([x, cos, sin, position_ids], torch.float64)
@@ -113,8 +129,8 @@ def assert_near_exact(got, x, cos, sin, position_ids=None, **options):
     plus = reference.apply_rotary(x.abs(), cos.abs(), sin.abs(), position_ids, **options)
     minus = reference.apply_rotary(x.abs(), cos.abs(), -sin.abs(), position_ids, **options)
     allowed = 0.5 * ulp(exact, got.dtype) + 2.0**-23 * torch.maximum(plus, minus)
-    dim = options.get("rotary_dim") or 2 * cos.shape[-1]
-    allowed[..., dim:] = 0
+    first, dim = options.get("rotary_offset", 0), options.get("rotary_dim") or 2 * cos.shape[-1]
+    allowed[..., :first] = allowed[..., first + dim :] = 0
     error = (got.detach().cpu().double() - exact).abs()
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (

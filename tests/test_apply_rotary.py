@@ -6,9 +6,11 @@ import pytest
 import torch
 from support import (
     DTYPES,
+    ORDERS,
     assert_near_exact,
     assert_same_bits,
     in_layout,
+    inverse_of,
     name_of,
     on_cpu,
     random,
@@ -41,7 +43,9 @@ class Case:
     ids: str | None = None  # "S", "1S", "BS", "T"
     ids_dtype: torch.dtype = torch.int64
     interleaved: bool = False
+    interleaved_out: bool | None = None
     inverse: bool = False
+    offset: int = 0  # rotary_offset
     layout: str = "bshd"
 
 
@@ -91,6 +95,33 @@ CASES = [
     Case("full width, rows", "per token, R wide", R=16, W=16, table="per token", dtype=F16),
     Case("full width, ids", "looked up", R=16, W=16, ids="BS", table_dtype=BF16),
     Case("half width, R given", "rotary_dim said, table of pairs", R=16, W=8, D=20),
+    # the last channels, or some in the middle
+    Case("last channels", "queries of latent attention", D=24, R=8, offset=16, dtype=BF16),
+    Case("last channels, interleaved", "as DeepSeek-V2 has them", K=1, D=192, R=64, offset=128,
+         interleaved=True, dtype=BF16, ids="BS"),
+    Case("middle", "channels before and after, no vector aligned", D=29, R=16, offset=5,
+         layout="bhsd"),
+    Case("middle, rotary_dim from the table", "R is 2 W, where it begins is said", D=20, W=6,
+         offset=3, dtype=F16),
+    Case("middle, full width, inverse", "everything counts from the offset", D=23, R=10, W=10,
+         offset=7, inverse=True, layout="thd"),
+    # another order in the result
+    Case("neighbours to halves", "DeepSeek-V3: interleaved in, halves out", K=1, D=192, R=64,
+         offset=128, interleaved=True, interleaved_out=False, dtype=BF16),
+    Case("halves to neighbours", "its backward, but for the sign", D=192, R=64, offset=128,
+         interleaved_out=True, dtype=BF16),
+    Case("neighbours to halves, inverse", "the way back of halves to neighbours", D=40, R=36,
+         interleaved=True, interleaved_out=False, inverse=True, layout="sbhd"),
+    Case("neighbours to halves, full width", "columns in the order of the result", D=21, R=18,
+         W=18, offset=2, interleaved=True, interleaved_out=False),
+    Case("halves to neighbours, full width", "the same, neighbours", D=32, R=32, W=32, ids="BS",
+         interleaved_out=True, dtype=F16),
+    Case("neighbours to halves, full width, inverse", "columns in the order of x", D=16, R=16,
+         W=16, interleaved=True, interleaved_out=False, inverse=True),
+    Case("halves to neighbours, full width, inverse", "the same, halves", D=40, R=32, W=32,
+         offset=8, interleaved_out=True, inverse=True, dtype=BF16, layout="bhsd"),
+    Case("the order said twice", "interleaved_out may be what it is anyway", interleaved=True,
+         interleaved_out=True),
     # inverse
     Case("inverse", "the backward of half-split", inverse=True, D=64, dtype=BF16),
     Case("inverse, interleaved", "the backward of interleaved", inverse=True, interleaved=True),
@@ -126,6 +157,7 @@ def inputs_of(case, device):
     ids_shape = {None: None, "S": (seq,), "1S": (1, seq), "BS": (B, seq), "T": (seq,)}[case.ids]
     ids = ids_shape and random_positions(*ids_shape, rows=rows, dtype=case.ids_dtype, device=device)
     options = {"interleaved": case.interleaved, "inverse": case.inverse}
+    options |= {"interleaved_out": case.interleaved_out, "rotary_offset": case.offset}
     if case.R is not None:
         options["rotary_dim"] = case.R
     q, k = (x if x is None else in_layout(x, case.layout).to(device) for x in (q, k))
@@ -155,34 +187,35 @@ def test_case_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_every_dtype_goes_with_every_table_dtype(dtype, table_dtype, interleaved, backend):
-    x = random(B, S, 3, 44, dtype=dtype, device=backend)
+def test_every_dtype_goes_with_every_table_dtype(dtype, table_dtype, order, backend):
+    x = random(B, S, 3, 52, dtype=dtype, device=backend)
     for width in (20, 40):  # one angle a pair, one a channel
         cos, sin = random_table(L, width, dtype=table_dtype, device=backend)
-        options = {"rotary_dim": 40, "interleaved": interleaved}
+        options = {"rotary_dim": 40, "rotary_offset": 8, **ORDERS[order]}
         y = rope.apply_rotary(x, cos, sin, **options)
         assert_same_bits(y, rounded_once(x, cos, sin, **options))
         if dtype != F64:
             assert_near_exact(y, x, cos, sin, **options)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pairs", PAIRS)
-def test_any_number_of_pairs(pairs, interleaved, backend):
+def test_any_number_of_pairs(pairs, order, backend):
     for dtype in (F32, BF16, F16, F64):
-        for rest in (0, 1, 6):  # channels past rotary_dim
-            x = random(B, 3, 2, 2 * pairs + rest, dtype=dtype, device=backend)
-            cos, sin = random_table(3, pairs, device=backend)
-            y = rope.apply_rotary(x, cos, sin, interleaved=interleaved)
-            assert_same_bits(y, rounded_once(x, cos, sin, interleaved=interleaved))
+        cos, sin = random_table(3, pairs, device=backend)
+        for before, after in ((0, 0), (0, 1), (8, 6)):  # channels that do not rotate
+            x = random(B, 3, 2, before + 2 * pairs + after, dtype=dtype, device=backend)
+            options = {"rotary_offset": before, **ORDERS[order]}
+            y = rope.apply_rotary(x, cos, sin, **options)
+            assert_same_bits(y, rounded_once(x, cos, sin, **options))
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("full_width", [False, True], ids=["angle a pair", "angle a channel"])
-def test_long_heads_of_short_sequences(full_width, interleaved, backend):
+def test_long_heads_of_short_sequences(full_width, order, backend):
     """[B, H, S, D] in memory is walked by blocks of tokens, whose rows of the table share a scratch
     memory: numbers of tokens and of pairs that do not divide it.
     """
@@ -191,19 +224,20 @@ def test_long_heads_of_short_sequences(full_width, interleaved, backend):
             for dim in (130, 144, 160, 192, 256, 600):
                 x = random(1, 2, tokens, dim, dtype=dtype, device=backend).transpose(1, 2)
                 cos, sin = random_table(tokens, dim if full_width else dim // 2, device=backend)
-                options = {"rotary_dim": dim, "interleaved": interleaved}
+                options = {"rotary_dim": dim, **ORDERS[order]}
                 y = rope.apply_rotary(x, cos, sin, **options)
                 assert_same_bits(y, rounded_once(x, cos, sin, **options))
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_portable_and_avx2_give_the_same_bits(dtype, interleaved, avx2):
+def test_portable_and_avx2_give_the_same_bits(dtype, order, avx2):
     q, k = random(2, 9, 3, 52, dtype=dtype), random(2, 9, 1, 52, dtype=dtype)
     cos, sin = random_table(9, 21)
-    fast = rope.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved)
+    options = {"rotary_offset": 7, **ORDERS[order]}
+    fast = rope.apply_rotary_qk(q, k, cos, sin, **options)
     _C.set_cpu_capability("portable")
-    slow = rope.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved)
+    slow = rope.apply_rotary_qk(q, k, cos, sin, **options)
     assert_same_bits(fast[0], slow[0])
     assert_same_bits(fast[1], slow[1])
 
@@ -263,10 +297,13 @@ def test_scores_depend_on_the_distance_of_positions_only(device):
     assert (score(8, 0) - score(7, 0)).abs() > 1e-3
 
 
-def test_inverse_undoes_the_rotation(device):
-    x = random(B, S, 3, 16, dtype=F64, device=device)
+@pytest.mark.parametrize("order", ORDERS)
+def test_inverse_undoes_the_rotation(order, device):
+    x = random(B, S, 3, 21, dtype=F64, device=device)
     cos, sin = random_table(S, 8, dtype=F64, device=device)
-    y = rope.apply_rotary(rope.apply_rotary(x, cos, sin), cos, sin, inverse=True)
+    options = {"rotary_offset": 3, **ORDERS[order]}
+    y = rope.apply_rotary(x, cos, sin, **options)
+    y = rope.apply_rotary(y, cos, sin, **inverse_of(options))
     torch.testing.assert_close(y.cpu(), x.cpu(), rtol=0, atol=1e-14)
 
 

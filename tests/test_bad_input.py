@@ -65,9 +65,9 @@ def rotate(rotation, arguments):
     return ROTATIONS[rotation](*positional, **arguments)
 
 
-def expect_refusal(rotation, arguments, expected, got, error=RuntimeError):
+def expect_refusal(rotation, arguments, expected, got, error=RuntimeError, operator=None):
     """Runs the rotation; it has to raise the message and leave all tensors as they were."""
-    operator = OPERATOR.get(rotation, rotation)
+    operator = operator or OPERATOR.get(rotation, rotation)
     first = "q" if rotation in OF_PAIRS else "x"
     message = f"{operator}: expected {expected.format(x=first)}"
     tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
@@ -127,6 +127,17 @@ CASES = [
          "18"),
     Case("table without columns", lambda a: dict(zip(("cos", "sin"), like(a, L, 0), strict=True)),
          "rotary_dim, twice the width of cos, to be even, at least 2 and at most head_dim 16", "0"),
+    # rotary_offset
+    Case("rotary_offset below 0", lambda a: {"rotary_offset": -1},
+         "rotary_offset to be at least 0 and at most head_dim - rotary_dim, 16 - 16", "-1"),
+    Case("rotary_offset where all rotates", lambda a: {"rotary_offset": 1},
+         "rotary_offset to be at least 0 and at most head_dim - rotary_dim, 16 - 16", "1"),
+    Case("rotary_offset too far", lambda a: {"rotary_offset": 5, "rotary_dim": 12,
+                                             **tables(a, L, 6)},
+         "rotary_offset to be at least 0 and at most head_dim - rotary_dim, 16 - 12", "5"),
+    Case("rotary_offset past all", lambda a: {"rotary_offset": 2**63 - 1},
+         "rotary_offset to be at least 0 and at most head_dim - rotary_dim, 16 - 16",
+         str(2**63 - 1)),
     # cos and sin
     Case("table too narrow", lambda a: {"rotary_dim": 16, **tables(a, L, 7)},
          "cos to have shape [L, 8|16]", f"[{L}, 7]"),
@@ -223,6 +234,45 @@ def test_bad_argument_is_refused_and_nothing_written(case, rotation, device):
     arguments = good_arguments(device, ids=case.ids)
     arguments.update(case.change(arguments))
     expect_refusal(rotation, arguments, case.expected, case.got)
+
+
+@pytest.mark.parametrize("rotation", IN_PLACE)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+def test_another_order_of_the_pairs_is_refused_in_place(interleaved, rotation, device):
+    """A rotation writes its pairs where it read them."""
+    arguments = {**good_arguments(device), "interleaved": interleaved}
+    arguments["interleaved_out"] = not interleaved
+    name = rotation.removesuffix(" in place")
+    operator = rotation if name == rotation else f"rope_ext.{name}"
+    expected = f"interleaved_out to be None or interleaved, {interleaved}"
+    expect_refusal(rotation, arguments, expected, str(not interleaved), operator=operator)
+
+
+@pytest.mark.parametrize("function", [rope_ext.apply_rotary, rope_ext.apply_rotary_qk])
+def test_another_order_of_the_pairs_is_refused_in_place_under_compile(function):
+    """Where a graph needs gradients it rotates out of place, which could do it."""
+    q = random(B, S, H, D).requires_grad_()
+    cos, sin = random_table(S, P)
+    count = 2 if function is rope_ext.apply_rotary_qk else 1
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def rotate(q):
+        xs = [q * (i + 1) for i in range(count)]
+        return function(*xs, cos, sin, interleaved_out=True, inplace=True)
+
+    with pytest.raises(Exception, match="expected interleaved_out to be None or interleaved"):
+        rotate(q)
+
+
+@pytest.mark.parametrize("rotary_offset", [-1, 5])
+def test_bad_rotary_offset_of_the_gradient_to_the_table_is_refused(rotary_offset, device):
+    x, (cos, _) = random(B, S, H, D, device=device), random_table(S, 6, device=device)
+    message = (
+        "rope::apply_rotary_table_backward: expected rotary_offset to be at least 0 and at most "
+        f"head_dim - rotary_dim, 16 - 12, got {rotary_offset}"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        rope.apply_rotary_table_backward(x, x, None, None, cos, rotary_offset=rotary_offset)
 
 
 @pytest.mark.parametrize("rotation", OF_PAIRS)

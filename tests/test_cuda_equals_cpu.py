@@ -7,7 +7,15 @@ gradient to the table is summed in another order, as heads are spread over threa
 
 import pytest
 import torch
-from support import DTYPES, assert_same_bits, name_of, random, random_positions, random_table
+from support import (
+    DTYPES,
+    ORDERS,
+    assert_same_bits,
+    name_of,
+    random,
+    random_positions,
+    random_table,
+)
 
 import rope_ext
 
@@ -25,9 +33,18 @@ ROTATIONS = {
     "inverse": (48, 24, {"inverse": True}),
     "partial, 8-byte vectors": (24, 12, {}),
     "partial, single elements": (6, 3, {}),
+    "last channels": (16, 8, {"rotary_offset": 32}),
+    "middle, single elements": (38, 19, {"rotary_offset": 5}),
+    "neighbours to halves": (48, 24, {"interleaved": True, "interleaved_out": False}),
+    "halves to neighbours, last": (32, 16, {"interleaved_out": True, "rotary_offset": 16}),
+    "halves to neighbours, single elements": (42, 21, {"interleaved_out": True}),
+    "neighbours to halves, one angle a channel":
+        (32, 32, {"rotary_offset": 8, "interleaved": True, "interleaved_out": False}),
+    "halves to neighbours, one angle a channel, inverse":
+        (48, 48, {"interleaved_out": True, "inverse": True}),
     "one angle a channel": (48, 48, {}),
     "one angle a channel, interleaved, inverse": (32, 32, {"interleaved": True, "inverse": True}),
-}
+}  # fmt: skip
 
 
 def on_cuda(*tensors):
@@ -70,15 +87,18 @@ def test_gradient_to_inv_freq(tokens):
     assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("offset", [0, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_gradient_to_the_table_within_the_rounding_of_its_sums(dtype):
+def test_gradient_to_the_table_within_the_rounding_of_its_sums(dtype, offset, order):
     """n products summed in any order are within n 2^-24 of the sum of their sizes (2^-53 in
     float64): Higham, Accuracy and Stability of Numerical Algorithms, 4.2. Two orders: twice that.
     """
     q, grad = random(B, S, H, D, dtype=dtype), random(B, S, H, D, dtype=dtype, seed=1)
-    cos, _ = random_table(S, D // 2, dtype=torch.float64)
-    expected = rope.apply_rotary_table_backward(grad, q, None, None, cos)
-    got = rope.apply_rotary_table_backward(*on_cuda(grad, q, None, None, cos))
+    cos, _ = random_table(S, (D - offset) // 4 * 2, dtype=torch.float64)
+    options = {"rotary_offset": offset, **ORDERS[order]}
+    expected = rope.apply_rotary_table_backward(grad, q, None, None, cos, **options)
+    got = rope.apply_rotary_table_backward(*on_cuda(grad, q, None, None, cos), **options)
     products = 2 * B * H
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     sizes = (grad.double().abs().amax() * q.double().abs().amax() * products).item()

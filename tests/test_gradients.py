@@ -8,6 +8,7 @@ from support import (
     DTYPES,
     assert_derivatives,
     assert_same_bits,
+    inverse_of,
     name_of,
     on_cpu,
     random,
@@ -51,6 +52,25 @@ CASES = [
          options=(*FULL, ("inverse", True))),
     Case("full width, rows, interleaved, inverse", "all at once", table=(1, S, 4),
          options=(("rotary_dim", 4), ("interleaved", True), ("inverse", True))),
+    Case("last channels", "none after them", table=(L, 2), options=(("rotary_offset", 2),)),
+    Case("middle, ids", "channels before and after", table=(L, 1), ids=[4, 0, 4],
+         options=(("rotary_offset", 3), ("inverse", True))),
+    Case("neighbours to halves", "grad and x in different orders",
+         options=(("interleaved", True), ("interleaved_out", False))),
+    Case("halves to neighbours, inverse, ids", "the other way", ids=[[4, 4, 1], [0, 4, 4]],
+         table=(L, 2), options=(("interleaved_out", True), ("inverse", True),
+                                ("rotary_offset", 1))),
+    Case("neighbours to halves, full width", "columns in the order of the result", table=(1, S, 4),
+         options=(("rotary_dim", 4), ("interleaved", True), ("interleaved_out", False),
+                  ("rotary_offset", 2))),
+    Case("halves to neighbours, full width, ids", "the same, neighbours", table=(L, 6),
+         ids=[[1, 1, 1], [1, 2, 0]], options=(*FULL, ("interleaved_out", True))),
+    Case("halves to neighbours, full width, inverse", "columns in the order of x", table=(L, 4),
+         options=(("rotary_dim", 4), ("interleaved_out", True), ("inverse", True),
+                  ("rotary_offset", 1))),
+    Case("neighbours to halves, full width, inverse", "the same, neighbours", table=(L, 6),
+         options=(("rotary_dim", 6), ("interleaved", True), ("interleaved_out", False),
+                  ("inverse", True))),
     Case("packed", "no batch", packed=True),
     Case("packed, ids", "no batch, repeated rows", packed=True, ids=[3, 3, 0]),
 ]  # fmt: skip
@@ -137,7 +157,7 @@ def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_gradient_to_x_is_the_rotation_back(case, dtype, backend):
     q, k, cos, sin, ids, options = inputs_of(case, backend, dtype, torch.float32)
-    inverse = {**options, "inverse": not options.get("inverse", False)}
+    inverse = inverse_of(options)
     q.requires_grad_()
     k.requires_grad_()
     outputs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
@@ -158,9 +178,11 @@ def exact_table_grads(xs, seeds, cos, sin, ids, options):
     # terms of sin, or, for the transpose at full width, of the other half of sin.
     sizes = [x.abs() for x in xs], [g.abs() for g in seeds]
     cos_size = grads(*sizes)[0]
-    dim = options.get("rotary_dim") or 2 * cos.shape[-1]
+    dim, first = options.get("rotary_dim") or 2 * cos.shape[-1], options.get("rotary_offset", 0)
     swap = swapped(torch.arange(dim), options.get("interleaved", False))
-    swapped_xs = [torch.cat((x[..., :dim][..., swap], x[..., dim:]), -1) for x in sizes[0]]
+    swapped_xs = [x.clone() for x in sizes[0]]
+    for x, of in zip(swapped_xs, sizes[0], strict=True):
+        x[..., first : first + dim] = of[..., first + swap]
     sin_size = grads(swapped_xs, sizes[1])[0]
     if options.get("inverse") and cos.shape[-1] == dim:
         sin_size = sin_size[..., swap]

@@ -33,9 +33,10 @@ def guarded(*shape, dtype, device):
     return whole[GUARD : GUARD + count].view(shape), whole
 
 
+@pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("view", VIEWS)
-def test_only_the_view_is_written_and_holds_the_rotation(view, dtype, backend):
+def test_only_the_view_is_written_and_holds_the_rotation(view, dtype, offset, backend):
     wholes = []
 
     def base(*shape):
@@ -47,10 +48,10 @@ def test_only_the_view_is_written_and_holds_the_rotation(view, dtype, backend):
     expected_whole = wholes[0].cpu().clone()
     cos, sin = random_table(L, P, device=backend)
     ids = random_positions(B, S, rows=L, device=backend)
-    expected = rounded_once(x, cos, sin, ids)
+    expected = rounded_once(x, cos, sin, ids, rotary_offset=offset)
     # the same view of a copy of everything, with the expected values in it
     expected_whole.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(expected)
-    assert rope.apply_rotary_(x, cos, sin, ids) is None
+    assert rope.apply_rotary_(x, cos, sin, ids, rotary_offset=offset) is None
     assert_same_bits(wholes[0], expected_whole)
 
 
@@ -229,10 +230,14 @@ def out_of_place(qkv, cos, sin, ids, **options):
 
 
 IN_PLACE = [views_in_place, narrow_in_place, copies_in_place, layout_in_place]
-OPTIONS = [{}, {"interleaved": True, "inverse": True}]
+OPTIONS = {
+    "default": {},
+    "interleaved, inverse": {"interleaved": True, "inverse": True},
+    "last channels": {"rotary_offset": D - 2 * P, "interleaved_out": False},
+}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["default", "interleaved, inverse"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("rotate", IN_PLACE, ids=lambda function: function.__name__)
 def test_gradients_in_place_equal_those_out_of_place(rotate, options, device):
     expected = gradients(out_of_place, device, **options)

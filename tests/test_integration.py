@@ -45,7 +45,8 @@ def test_opcheck_of_the_rotation(pair, ids, grad, device):
     operator = rope.apply_rotary_qk.default if pair else rope.apply_rotary.default
     arguments = rotary_arguments(device, ids=ids, grad=grad, pair=pair)
     torch.library.opcheck(operator, arguments)
-    torch.library.opcheck(operator, arguments, {"interleaved": True, "inverse": True})
+    options = {"interleaved": True, "interleaved_out": False, "inverse": True}
+    torch.library.opcheck(operator, arguments, options)
 
 
 @pytest.mark.parametrize("grad", ["none", "x"])
@@ -54,6 +55,8 @@ def test_opcheck_of_other_layouts_and_tables(grad, device):
     x = x.requires_grad_() if grad == "x" else x
     rows = random_table(B, S, 12, device=device)
     torch.library.opcheck(rope.apply_rotary.default, (x, *rows), {"rotary_dim": 12})
+    options = {"rotary_dim": 12, "rotary_offset": 3, "interleaved_out": True}
+    torch.library.opcheck(rope.apply_rotary.default, (x, *rows), options)
     packed = random(S, H, D, dtype=torch.bfloat16, device=device)
     tables = random_table(L, 4, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(rope.apply_rotary.default, (packed, *tables))
@@ -65,6 +68,10 @@ def test_opcheck_of_the_rotation_in_place(pair, ids, device):
     operator = rope.apply_rotary_qk_.default if pair else rope.apply_rotary_.default
     arguments = rotary_arguments(device, ids=ids, grad="none", pair=pair)
     torch.library.opcheck(operator, arguments)
+    *xs, cos, sin, position_ids = arguments
+    arguments = *xs, cos[:, :4], sin[:, :4], position_ids
+    options = {"rotary_offset": 5, "interleaved": True, "interleaved_out": True}
+    torch.library.opcheck(operator, arguments, options)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -84,13 +91,15 @@ def test_opcheck_of_the_gradient_to_the_table(ids, pair, grad, device):
     xs = [random(B, S, H, D, device=device, seed=seed) for seed in (1, 2)]
     xs += [random(B, S, K, D, device=device, seed=s) for s in (3, 4)] if pair else [None, None]
     xs = [None if x is None else x.requires_grad_(grad) for x in xs]
-    cos, _ = random_table(L, P, device=device)
     order = offsets = None
     if ids:
         rows, order = random_positions(B * S, rows=L).sort()
         offsets = torch.searchsorted(rows, torch.arange(L + 1)).to(device)
         order = order.to(device)
-    torch.library.opcheck(rope.apply_rotary_table_backward.default, (*xs, cos, order, offsets))
+    options = {"rotary_offset": 4, "interleaved": True, "interleaved_out": False} if pair else {}
+    cos, _ = random_table(L, P // 2 if pair else P, device=device)
+    arguments = *xs, cos, order, offsets
+    torch.library.opcheck(rope.apply_rotary_table_backward.default, arguments, options)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -168,7 +177,13 @@ def rotate_in_place(q, k, inv_freq, ids):
     return rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True)
 
 
-COMPILED = [rotate_rows, rotate_table, rotate_no_ids, rotate_in_place]
+def rotate_last_channels(q, k, inv_freq, ids):
+    cos, sin = rope_ext.cos_sin(inv_freq[:5], ids)
+    options = {"rotary_offset": D - 10, "interleaved": True, "interleaved_out": False}
+    return rope_ext.apply_rotary_qk(q, k, cos, sin, **options)
+
+
+COMPILED = [rotate_rows, rotate_table, rotate_no_ids, rotate_in_place, rotate_last_channels]
 
 
 def compile_inputs(device, seq, grad):

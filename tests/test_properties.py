@@ -9,6 +9,7 @@ from support import (
     DTYPES,
     assert_near_exact,
     assert_same_bits,
+    inverse_of,
     random,
     random_positions,
     rounded_once,
@@ -60,12 +61,18 @@ def inputs(draw):
     packed = draw(st.booleans())
     batch = 1 if packed else draw(st.integers(0, 4))
     seq, heads = draw(st.integers(0, 9)), draw(st.integers(0, 6))
-    pairs, rest = draw(st.integers(1, 41)), draw(st.integers(0, 5))
+    pairs, before, after = (
+        draw(st.integers(1, 41)),
+        draw(st.integers(0, 9)),
+        draw(st.integers(0, 5)),
+    )
     seed = draw(st.integers(0, 1000))
     tokens = (seq,) if packed else (batch, seq)
-    memory, x = draw(strided((*tokens, heads, 2 * pairs + rest), dtype, seed))
+    memory, x = draw(strided((*tokens, heads, before + 2 * pairs + after), dtype, seed))
 
     options = {"interleaved": draw(st.booleans()), "inverse": draw(st.booleans())}
+    options["interleaved_out"] = draw(st.sampled_from([None, False, True]))
+    options["rotary_offset"] = before
     width = pairs
     if draw(st.booleans()):
         options["rotary_dim"] = 2 * pairs
@@ -124,10 +131,11 @@ def test_any_rotation_is_exact_and_writes_no_input(case):
 @with_capability
 def test_any_rotation_in_place_writes_its_view_alone(case):
     arguments = (case.cos, case.sin, case.position_ids)
+    options = {**case.options, "interleaved_out": None}
     expected = case.memory.clone()
     view = expected.as_strided(case.x.shape, case.x.stride(), case.x.storage_offset())
-    view.copy_(rounded_once(case.x, *arguments, **case.options))
-    rope.apply_rotary_(case.x, *arguments, **case.options)
+    view.copy_(rounded_once(case.x, *arguments, **options))
+    rope.apply_rotary_(case.x, *arguments, **options)
     assert_same_bits(case.memory, expected)
 
 
@@ -138,8 +146,8 @@ def test_any_gradient_to_x_is_the_transposed_rotation(case):
     y = rope.apply_rotary(x, case.cos, case.sin, case.position_ids, **case.options)
     seed = random(*y.shape, dtype=y.dtype, seed=5)
     (grad,) = torch.autograd.grad(y, x, seed)
-    inverse = {**case.options, "inverse": not case.options["inverse"]}
-    assert_same_bits(grad, rounded_once(seed, case.cos, case.sin, case.position_ids, **inverse))
+    back = inverse_of(case.options)
+    assert_same_bits(grad, rounded_once(seed, case.cos, case.sin, case.position_ids, **back))
 
 
 @st.composite

@@ -23,6 +23,35 @@ def test_interleaved_pairs_by_hand():
     assert reference.apply_rotary(x, cos, sin, interleaved=True).flatten().tolist() == expected
 
 
+def test_last_channels_and_another_order_by_hand():
+    x = torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 6)
+    cos, sin = torch.tensor([[10.0, 20.0]]), torch.tensor([[0.5, 0.25]])
+    pairs = (1 * 10 - 2 * 0.5, 2 * 10 + 1 * 0.5), (3 * 20 - 4 * 0.25, 4 * 20 + 3 * 0.25)
+    options = {"rotary_offset": 1, "interleaved": True}
+    y = reference.apply_rotary(x, cos, sin, **options)
+    assert y.flatten().tolist() == [9, *pairs[0], *pairs[1], 5]
+    y = reference.apply_rotary(x, cos, sin, **options, interleaved_out=False)
+    assert y.flatten().tolist() == [9, pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], 5]
+    x = x[..., [0, 1, 3, 2, 4, 5]]
+    y = reference.apply_rotary(x, cos, sin, rotary_offset=1, interleaved_out=True)
+    assert y.flatten().tolist() == [9, *pairs[0], *pairs[1], 5]
+
+
+def test_columns_of_unequal_halves_are_in_the_order_of_the_result_by_hand():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 4)
+    cos, sin = torch.tensor([[10.0, 20.0, 30.0, 40.0]]), torch.tensor([[0.5, 0.25, 0.125, 2.0]])
+    orders = {"interleaved": True, "interleaved_out": False}  # pairs (1, 2) and (3, 4)
+    y = reference.apply_rotary(x, cos, sin, rotary_dim=4, **orders)
+    first = [1 * 10 - 2 * 0.5, 3 * 20 - 4 * 0.25]
+    assert y.flatten().tolist() == [*first, 2 * 30 + 1 * 0.125, 4 * 40 + 3 * 2.0]
+    # The way back, with the same table: the transposed matrix.
+    dense = torch.cat([reference.apply_rotary(row.view(1, 1, 4), cos, sin, rotary_dim=4, **orders)
+                       for row in torch.eye(4)]).view(4, 4)  # fmt: skip
+    back = {"interleaved": False, "interleaved_out": True, "inverse": True}
+    y = reference.apply_rotary(x, cos, sin, rotary_dim=4, **back)
+    assert torch.equal(y.flatten(), dense @ x.flatten())
+
+
 def test_unequal_halves_by_hand():
     x = torch.tensor([1.0, 2.0]).view(1, 1, 2)
     cos, sin = torch.tensor([[3.0, 5.0]]), torch.tensor([[7.0, 11.0]])

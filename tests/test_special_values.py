@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from support import DTYPES, assert_same_bits, name_of, random, random_table, rounded_once
+from support import (
+    DTYPES,
+    ORDERS,
+    assert_same_bits,
+    name_of,
+    random,
+    random_table,
+    rounded_once,
+)
 
 rope = torch.ops.rope
 
@@ -16,9 +24,9 @@ def every_value(dtype):
     return torch.where(values.isfinite(), values, torch.zeros((), dtype=dtype)).view(1, -1, 1, D)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, interleaved, backend):
+def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, order, backend):
     """With angles at which sums are ties (cos = sin = 0.5), overflow (1) and are exact (0)."""
     x = every_value(dtype).to(backend)
     tokens = x.shape[1]
@@ -26,8 +34,8 @@ def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, interleaved, b
     for c, s in angles.tolist():
         cos = torch.full((tokens, P), c).to(backend)
         sin = torch.full((tokens, P), s).to(backend)
-        y = rope.apply_rotary(x, cos, sin, interleaved=interleaved)
-        assert_same_bits(y, rounded_once(x, cos, sin, interleaved=interleaved))
+        y = rope.apply_rotary(x, cos, sin, **ORDERS[order])
+        assert_same_bits(y, rounded_once(x, cos, sin, **ORDERS[order]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
@@ -107,19 +115,21 @@ def test_zeros_keep_the_signs_of_the_formula(dtype, backend):
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_channels_past_rotary_dim_keep_their_bits(dtype, inplace, backend):
+def test_channels_that_do_not_rotate_keep_their_bits(dtype, inplace, backend):
     """Even NaNs with a payload, which arithmetic would make quiet."""
     as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[torch.finfo(dtype).bits // 8]
-    payload = torch.arange(5, dtype=as_int) + 1
+    before, after = 3, 5
+    others = [*range(before), *range(before + D, before + D + after)]
+    payload = torch.arange(before + after, dtype=as_int) + 1
     signalling = torch.tensor(float("inf"), dtype=dtype).view(as_int) + payload
-    x = random(1, S, 2, D + 5, dtype=dtype)
-    x.view(as_int)[..., D:] = signalling
-    expected = x.view(as_int)[..., D:].clone()
+    x = random(1, S, 2, before + D + after, dtype=dtype)
+    x.view(as_int)[..., others] = signalling
+    expected = x.view(as_int)[..., others].clone()
     x = x.to(backend)
     cos, sin = random_table(S, P, device=backend)
     if inplace:
-        rope.apply_rotary_(x, cos, sin)
+        rope.apply_rotary_(x, cos, sin, rotary_offset=before)
         y = x
     else:
-        y = rope.apply_rotary(x, cos, sin)
-    assert torch.equal(y.cpu().view(as_int)[..., D:], expected)
+        y = rope.apply_rotary(x, cos, sin, rotary_offset=before)
+    assert torch.equal(y.cpu().view(as_int)[..., others], expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import (
     DTYPES,
+    ORDERS,
     VIEWS,
     assert_same_bits,
     name_of,
@@ -23,15 +24,15 @@ def base_on(device, dtype, seed=0):
     return lambda *shape: random(*shape, dtype=dtype, device=device, seed=seed)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("view", VIEWS)
-def test_view_is_rotated_as_its_copy_is(view, dtype, interleaved, backend):
+def test_view_is_rotated_as_its_copy_is(view, dtype, order, backend):
     x = VIEWS[view](base_on(backend, dtype), B, S, H, D)
     cos, sin = random_table(L, P, device=backend)
     ids = random_positions(B, S, rows=L, device=backend)
-    y = rope.apply_rotary(x, cos, sin, ids, interleaved=interleaved)
-    assert_same_bits(y, rounded_once(x, cos, sin, ids, interleaved=interleaved))
+    y = rope.apply_rotary(x, cos, sin, ids, **ORDERS[order])
+    assert_same_bits(y, rounded_once(x, cos, sin, ids, **ORDERS[order]))
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -78,6 +79,22 @@ def test_misaligned_data_are_rotated_alike(offset, dtype, backend):
     assert_same_bits(rope.apply_rotary(x, cos, sin), expected)
     rope.apply_rotary_(x, cos, sin)
     assert_same_bits(x, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("offset", [1, 2, 4, 5, 8])
+def test_rotation_from_a_misaligned_channel_on_is_the_same(offset, dtype, order, backend):
+    """The heads are aligned to 16 bytes and more; the first channel that rotates need not be."""
+    D, P = 80, 32
+    x = random(B, S, H, D, dtype=dtype, device=backend)
+    cos, sin = random_table(S, P, device=backend)
+    options = {"rotary_offset": offset, **ORDERS[order]}
+    expected = rounded_once(x, cos, sin, **options)
+    assert_same_bits(rope.apply_rotary(x, cos, sin, **options), expected)
+    if "interleaved_out" not in options:
+        rope.apply_rotary_(x, cos, sin, **options)
+        assert_same_bits(x, expected)
 
 
 TABLES = {

@@ -147,6 +147,15 @@ ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t fir
   }
 }
 
+// Copies the channels of one head before and after those that rotate, at which in and out point.
+template <class T>
+__attribute__((noinline)) void copy_others(const RotaryArgs& args, const T* in, T* out) {
+  const int64_t before = args.rotary_offset, past = args.rotary_dim;
+  const int64_t after = args.head_dim - before - past;
+  if (before > 0) memcpy(out - before, in - before, before * sizeof(T));
+  if (after > 0) memcpy(out + past, in + past, after * sizeof(T));
+}
+
 template <class T, bool kInterleaved, bool kInterleavedOut>
 void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64_t begin,
                         int64_t end) {
@@ -155,8 +164,7 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
   constexpr int64_t kLanes = sizeof(typename P::Vector) / sizeof(A);
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t half = args.rotary_dim / 2;
-  const int64_t before = args.rotary_offset;
-  const int64_t after = args.head_dim - args.rotary_offset - args.rotary_dim;
+  const int64_t others = args.head_dim - args.rotary_dim;
   static_assert(kScratchPairs >= kMaxBlockTokens * kLanes, "a chunk holds a vector of each token");
   const int64_t chunk = kScratchPairs / blocks.tokens / kLanes * kLanes;  // rows are whole vectors
   RowScratch<A> rows;
@@ -183,16 +191,13 @@ void apply_rotary_range(const RotaryArgs& args, const TokenBlocks& blocks, int64
         const RotatedHeads& x = is_q ? args.q : args.k;
         const int64_t h = is_q ? head : head - args.q.heads;
         const T* in = static_cast<const T*>(x.in.data) + b * x.in.stride_b +
-                      s_begin * x.in.stride_s + h * x.in.stride_h + before;
+                      s_begin * x.in.stride_s + h * x.in.stride_h;
         T* out = static_cast<T*>(x.out.data) + b * x.out.stride_b + s_begin * x.out.stride_s +
-                 h * x.out.stride_h + before;
+                 h * x.out.stride_h;
         for (int64_t t = 0; t < tokens; ++t) {
           rotate_head<T, kInterleaved, kInterleavedOut, A>(in, out, half, first, pairs,
                                                            rows.row(t));
-          if (first == 0 && in != out) {
-            if (before > 0) memcpy(out - before, in - before, before * sizeof(T));
-            if (after > 0) memcpy(out + args.rotary_dim, in + args.rotary_dim, after * sizeof(T));
-          }
+          if (first == 0 && others > 0 && in != out) copy_others(args, in, out);
           in += x.in.stride_s;
           out += x.out.stride_s;
         }

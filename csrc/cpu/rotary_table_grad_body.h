@@ -50,9 +50,9 @@ ROPE_HOST_DEVICE void accumulate_token(const RotaryTableGradArgs& args, int64_t 
                                        int64_t first, int64_t pairs, const TurnGrad<A*>& sums) {
   for (const GradHeads* heads : {&args.q, &args.k}) {
     const T* grad = static_cast<const T*>(heads->grad.data) + b * heads->grad.stride_b +
-                    s * heads->grad.stride_s + args.rotary_offset;
-    const T* x = static_cast<const T*>(heads->x.data) + b * heads->x.stride_b +
-                 s * heads->x.stride_s + args.rotary_offset;
+                    s * heads->grad.stride_s;
+    const T* x =
+        static_cast<const T*>(heads->x.data) + b * heads->x.stride_b + s * heads->x.stride_s;
     for (int64_t h = 0; h < heads->heads; ++h) {
       accumulate_head<T, kInterleaved, kInterleavedOut, A>(grad + h * heads->grad.stride_h,
                                                            x + h * heads->x.stride_h,

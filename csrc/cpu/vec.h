@@ -175,13 +175,12 @@ struct Pairs {
 };
 
 // Two bfloat16 in each 32-bit word: they become floats, and words again, without moving a lane.
-ROPE_HOST_DEVICE void unpack(const void* from, Float8& low, Float8& high) {
-  const Uint8 words = read<Uint8>(from);
+ROPE_HOST_DEVICE void unpack(const Uint8& words, Float8& low, Float8& high) {
   low = bit_cast<Float8>(words << 16);
   high = bit_cast<Float8>(words & 0xffff0000u);
 }
-ROPE_HOST_DEVICE void pack(void* to, const Float8& low, const Float8& high) {
-  write(to, (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u));
+ROPE_HOST_DEVICE void pack(Uint8& words, const Float8& low, const Float8& high) {
+  words = (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u);
 }
 
 // An interleaved pair is one word, x1 below x2.
@@ -190,11 +189,13 @@ struct Pairs<BFloat16, true> {
   using Vector = Float8;
   static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16*, Vector& x1,
                                     Vector& x2) {
-    unpack(first, x1, x2);
+    unpack(read<Uint8>(first), x1, x2);
   }
   static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16*, const Vector& x1,
                                      const Vector& x2) {
-    pack(first, x1, x2);
+    Uint8 words;
+    pack(words, x1, x2);
+    write(first, words);
   }
 };
 
@@ -216,33 +217,55 @@ ROPE_HOST_DEVICE EvenOdd operator-(const EvenOdd& a, const EvenOdd& b) {
   return {a.even - b.even, a.odd - b.odd};
 }
 
-// The pairs as the rotation takes them, and puts them back, in one order or another: for bfloat16
-// that is and stays half-split, in the order of EvenOdd, in which the rows of the table then lie as
-// well.
-template <class T, bool kInterleaved, bool kInterleavedOut>
-struct RotationPairs {
-  static constexpr bool kEvenOddRows = false;
-  using Vector = typename Lanes<T>::Vector;
-  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
-    Pairs<T, kInterleaved>::load(first, second, x1, x2);
+// 16 pairs of bfloat16, even and odd by the index of the pair: of the half-split that moves no
+// lane, of the interleaved whole words.
+template <bool kInterleaved>
+struct EvenOddPairs {
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, EvenOdd& x1,
+                                    EvenOdd& x2) {
+    if constexpr (kInterleaved) {
+      Float8 even, odd;
+      deinterleave(read<Float8>(first), read<Float8>(first + 16), even, odd);
+      unpack(bit_cast<Uint8>(even), x1.even, x2.even);
+      unpack(bit_cast<Uint8>(odd), x1.odd, x2.odd);
+    } else {
+      unpack(read<Uint8>(first), x1.even, x1.odd);
+      unpack(read<Uint8>(second), x2.even, x2.odd);
+    }
   }
-  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
-    Pairs<T, kInterleavedOut>::store(first, second, x1, x2);
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const EvenOdd& x1,
+                                     const EvenOdd& x2) {
+    Uint8 a, b;
+    if constexpr (kInterleaved) {
+      Float8 low, high;
+      pack(a, x1.even, x2.even);
+      pack(b, x1.odd, x2.odd);
+      interleave(bit_cast<Float8>(a), bit_cast<Float8>(b), low, high);
+      write(first, low);
+      write(first + 16, high);
+    } else {
+      pack(a, x1.even, x1.odd);
+      pack(b, x2.even, x2.odd);
+      write(first, a);
+      write(second, b);
+    }
   }
 };
-template <>
-struct RotationPairs<BFloat16, false, false> {
-  static constexpr bool kEvenOddRows = true;
-  using Vector = EvenOdd;
-  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, Vector& x1,
-                                    Vector& x2) {
-    unpack(first, x1.even, x1.odd);
-    unpack(second, x2.even, x2.odd);
+
+// The pairs as the rotation takes them, and puts them back, in one order or another. Where bfloat16
+// are or become half-split they are in the order of EvenOdd, and so are the rows of the table.
+template <class T, bool kInterleaved, bool kInterleavedOut>
+struct RotationPairs {
+  static constexpr bool kEvenOddRows =
+      std::is_same_v<T, BFloat16> && !(kInterleaved && kInterleavedOut);
+  using Vector = std::conditional_t<kEvenOddRows, EvenOdd, typename Lanes<T>::Vector>;
+  template <bool kOrder>
+  using InOrder = std::conditional_t<kEvenOddRows, EvenOddPairs<kOrder>, Pairs<T, kOrder>>;
+  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
+    InOrder<kInterleaved>::load(first, second, x1, x2);
   }
-  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const Vector& x1,
-                                     const Vector& x2) {
-    pack(first, x1.even, x1.odd);
-    pack(second, x2.even, x2.odd);
+  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
+    InOrder<kInterleavedOut>::store(first, second, x1, x2);
   }
 };
 

@@ -10,12 +10,12 @@ namespace {
 
 struct Plan {
   RotaryGeometry geometry;
-  UnitLayout layout;
+  UnitLayout in, out;
+  TableLayout table;
   uint32_t rotate_units, copy_units;  // of one head; copy_units == 0 in place
   uint32_t copy_bytes;                // of one copy unit
   uint32_t heads;                     // of q and k together
   uint32_t head_step;                 // of a thread
-  bool table_aligned;                 // the units' pieces of table rows are aligned vectors
 };
 
 // One token, and the thread's first head of q and k counted together.
@@ -23,13 +23,14 @@ struct Place {
   uint32_t b, s, head;
 };
 
-// Calls work(in, out) for each of the thread's heads, at `channel`. Everything is computed again
-// for each head from the kernel's arguments: pointers kept for q and k would cost registers.
-template <class E, class Work>
+// Calls work(in, out) for each of the thread's heads, at channels of theirs. Everything is computed
+// again for each head from the kernel's arguments: pointers kept for q and k would cost registers.
+template <class E, class Channel, class Work>
 __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
-                                          const Place& place, uint32_t channel, const Work& work) {
+                                          const Place& place, Channel channel_in,
+                                          Channel channel_out, const Work& work) {
   const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
-    return place.b * stride_b + place.s * stride_s + head * stride_h + channel;
+    return place.b * stride_b + place.s * stride_s + head * stride_h;
   };
 #pragma unroll 1
   for (uint32_t head = place.head; head < plan.heads; head += plan.head_step) {
@@ -39,10 +40,13 @@ __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& pl
     const E* in =
         static_cast<const E*>(is_q ? q.in.data : k.in.data) +
         offset(head, is_q ? q.in.stride_b : k.in.stride_b, is_q ? q.in.stride_s : k.in.stride_s,
-               is_q ? q.in.stride_h : k.in.stride_h);
-    E* out = static_cast<E*>(is_q ? q.out.data : k.out.data) +
-             offset(head, is_q ? q.out.stride_b : k.out.stride_b,
-                    is_q ? q.out.stride_s : k.out.stride_s, is_q ? q.out.stride_h : k.out.stride_h);
+               is_q ? q.in.stride_h : k.in.stride_h) +
+        channel_in;
+    E* out =
+        static_cast<E*>(is_q ? q.out.data : k.out.data) +
+        offset(head, is_q ? q.out.stride_b : k.out.stride_b, is_q ? q.out.stride_s : k.out.stride_s,
+               is_q ? q.out.stride_h : k.out.stride_h) +
+        channel_out;
     work(in, out);
   }
 }
@@ -55,9 +59,9 @@ __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& p
 }
 
 // A position outside the table turns by NaN: the kernel can't raise without stopping the stream.
-template <class U, bool kFullWidth>
+template <class U, bool kMixed, bool kFullWidth>
 __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const RotaryArgs& args,
-                                           const Plan& plan, const Place& place, uint32_t channel) {
+                                           const Plan& plan, const Place& place, uint32_t unit) {
   using C = typename U::C;
   const int64_t row = row_of(args.position_ids, place);
   if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(args.table.rows)) {
@@ -66,42 +70,47 @@ __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const 
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, {nan, nan, nan, nan});
     return;
   }
-  const bool one_a_channel = kFullWidth && args.table.full_width;
-  const uint32_t column = args.interleaved && !one_a_channel ? channel / 2 : channel;
-  read_table<U, kFullWidth>(turns, args.table, plan.table_aligned, plan.layout, place.b, row,
-                            column);
+  const bool neighbours = kMixed ? args.table.interleaved : U::kNeighbours;
+  read_table<U, kFullWidth>(turns, args.table, neighbours, plan.table, place.b, row,
+                            unit * plan.table.step);
   if (args.inverse) {
 #pragma unroll
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, inverse_of(turns.at(j)));
   }
 }
 
-template <class E, int N, bool kInterleaved, bool kFullWidth>
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
 __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan& plan,
                                              const Place& place, uint32_t unit) {
-  using U = Unit<E, N, kInterleaved>;
-  using C = typename U::C;
-  const uint32_t channel = unit * plan.layout.step;
-  TurnsOf<U, kFullWidth> turns;
-  load_turns<U, kFullWidth>(turns, args, plan, place, channel);
-  for_heads<E>(args, plan, place, channel, [&](const E* in, E* out) {
-    U x;
-    x.load_from(in, plan.layout);
-    C x1[U::kPairs], x2[U::kPairs];
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using In = UnitOf<E, N, kInterleaved, kMixed>;
+  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
+  using C = typename In::C;
+  constexpr int kPairs = In::kPairs;
+  TurnsOf<In, kFullWidth> turns;
+  load_turns<In, kMixed, kFullWidth>(turns, args, plan, place, unit);
+  const uint32_t channel_in = unit * plan.in.step;
+  const uint32_t channel_out = kMixed || N == 1 ? unit * plan.out.step : channel_in;
+  for_heads<E>(args, plan, place, channel_in, channel_out, [&](const E* in, E* out) {
+    In x;
+    x.load_from(in, plan.in);
+    C x1[kPairs], x2[kPairs];
     x.unpack_to(x1, x2);
 #pragma unroll
-    for (int j = 0; j < U::kPairs; ++j) rotate(turns.at(j), x1[j], x2[j]);
-    x.pack_from(x1, x2);
-    x.store_to(out, plan.layout);
+    for (int j = 0; j < kPairs; ++j) rotate(turns.at(j), x1[j], x2[j]);
+    Out y;
+    y.pack_from(x1, x2);
+    y.store_to(out, plan.out);
   });
 }
 
-// Channels past rotary_dim, N at a time.
+// Channels before and after those that rotate, N at a time.
 template <class E, int N>
 __device__ __forceinline__ void copy_heads(const RotaryArgs& args, const Plan& plan,
                                            const Place& place, uint32_t unit) {
-  const uint32_t channel = static_cast<uint32_t>(args.rotary_dim) + unit * N;
-  for_heads<E>(args, plan, place, channel, [](const E* in, E* out) {
+  int32_t channel = static_cast<int32_t>(unit * N) - static_cast<int32_t>(args.rotary_offset);
+  if (channel >= 0) channel += static_cast<int32_t>(args.rotary_dim);
+  for_heads<E>(args, plan, place, channel, channel, [](const E* in, E* out) {
     Vector<E, N> v;
     load(v, in);
     store(v, out);
@@ -125,9 +134,11 @@ constexpr int resident_blocks(int n, bool interleaved, bool full_width) {
 }
 
 // kFullWidth: table.full_width is looked at; without it the table is known to have P columns.
-// args.k.*.data point as far before k that heads can be counted on from those of q.
-template <class E, int N, bool kInterleaved, bool kFullWidth>
-__global__ void __launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved, kFullWidth))
+// args.k.*.data point as far before k that heads can be counted on from those of q. N == 1: pairs
+// in any order, before and after.
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+__global__ void __launch_bounds__(kBlockThreads,
+                                  resident_blocks(N, kInterleaved&& kInterleavedOut, kFullWidth))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
   const RotaryGeometry& g = plan.geometry;
   const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
@@ -146,7 +157,7 @@ __global__ void __launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved
   const Place place{b, s, split * g.head_lanes + head_lane};
 
   if (unit < plan.rotate_units) {
-    rotate_heads<E, N, kInterleaved, kFullWidth>(args, plan, place, unit);
+    rotate_heads<E, N, kInterleaved, kInterleavedOut, kFullWidth>(args, plan, place, unit);
   } else if (unit >= plan.rotate_units + plan.copy_units) {
     return;
   } else if (plan.copy_bytes == 16) {
@@ -158,20 +169,26 @@ __global__ void __launch_bounds__(kBlockThreads, resident_blocks(N, kInterleaved
   }
 }
 
-template <class E, int N, bool kInterleaved, bool kFullWidth>
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
 void launch_units(RotaryArgs args, Plan plan, void* stream) {
-  using U = Unit<E, N, kInterleaved>;
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using In = UnitOf<E, N, kInterleaved, kMixed>;
+  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
   const Table& table = args.table;
-  const int64_t run = U::kNeighbours && table.full_width ? 2 * U::kPairs : U::kPairs;
+  const bool neighbours = table.full_width && table.interleaved;
+  plan.table.step = neighbours ? 2 * In::kPairs : In::kPairs;
+  plan.table.second = neighbours ? 1 : static_cast<uint32_t>(args.rotary_dim / 2);
+  const int64_t run = neighbours && N > 1 ? 2 * In::kPairs : In::kPairs;
   Alignment alignment(size_of(table.dtype));
   alignment.add_address(table.cos);
   alignment.add_address(table.sin);
   alignment.add_elements(table.cos_stride_row | table.sin_stride_row);
   alignment.add_elements(table.cos_stride_b | table.sin_stride_b);
-  plan.table_aligned = alignment.allows(std::min<int64_t>(run * size_of(table.dtype), 16));
+  plan.table.aligned = alignment.allows(std::min<int64_t>(run * size_of(table.dtype), 16));
 
-  plan.layout = U::layout(args.rotary_dim, args.interleaved);
-  plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / U::kPairs);
+  plan.in = In::layout(args.rotary_dim, args.interleaved);
+  plan.out = Out::layout(args.rotary_dim, args.interleaved_out);
+  plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / In::kPairs);
   const int64_t units = int64_t{plan.rotate_units} + plan.copy_units;
   if (units == 0) return;
   plan.geometry = rotary_geometry(units, plan.heads, args.batch, args.seq, sm_count(args.op));
@@ -179,18 +196,27 @@ void launch_units(RotaryArgs args, Plan plan, void* stream) {
 
   args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
   args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
-  launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kFullWidth>, plan.geometry.grid,
-         plan.geometry.block_threads, stream, args, plan);
+  launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kInterleavedOut, kFullWidth>,
+         plan.geometry.grid, plan.geometry.block_threads, stream, args, plan);
 }
 
 template <class E, int N>
 void launch_layout(const RotaryArgs& args, const Plan& plan, void* stream) {
-  if (N > 1 && args.interleaved) {
-    launch_units<E, N, N != 1, true>(args, plan, stream);
-  } else if (N > 1 && !args.table.full_width) {
-    launch_units<E, N, false, N == 1>(args, plan, stream);
+  if constexpr (N == 1) {
+    launch_units<E, 1, false, false, true>(args, plan, stream);
+  } else if (args.interleaved && args.interleaved_out) {
+    launch_units<E, N, true, true, true>(args, plan, stream);
+  } else if (N * sizeof(E) == 16 && args.interleaved != args.interleaved_out) {
+    constexpr bool kWhole = N * sizeof(E) == 16;
+    if (args.interleaved) {
+      launch_units<E, N, true, !kWhole, true>(args, plan, stream);
+    } else {
+      launch_units<E, N, false, kWhole, true>(args, plan, stream);
+    }
+  } else if (!args.table.full_width) {
+    launch_units<E, N, false, false, false>(args, plan, stream);
   } else {
-    launch_units<E, N, false, true>(args, plan, stream);
+    launch_units<E, N, false, false, true>(args, plan, stream);
   }
 }
 
@@ -205,7 +231,9 @@ void launch_element(const RotaryArgs& args, void* stream) {
     in_place = in_place && x->in.data == x->out.data;
   }
   Alignment rotated = alignment, copied = alignment;
-  rotated.add_elements(args.interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  const bool all_interleaved = args.interleaved && args.interleaved_out;
+  rotated.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  copied.add_elements(args.rotary_offset);
   copied.add_elements(args.rotary_dim);
   copied.add_elements(args.head_dim - args.rotary_dim);
 
@@ -213,12 +241,12 @@ void launch_element(const RotaryArgs& args, void* stream) {
   plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
   plan.copy_bytes = static_cast<uint32_t>(copied.widest());
   if (!in_place) {
-    const int64_t past = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(E));
-    plan.copy_units = static_cast<uint32_t>(past / plan.copy_bytes);
+    const int64_t others = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(E));
+    plan.copy_units = static_cast<uint32_t>(others / plan.copy_bytes);
   }
   if (rotated.widest() == 16) {
     launch_layout<E, 16 / sizeof(E)>(args, plan, stream);
-  } else if (sizeof(E) < 8 && rotated.widest() == 8) {
+  } else if (sizeof(E) < 8 && rotated.widest() == 8 && args.interleaved == args.interleaved_out) {
     launch_layout<E, 8 / sizeof(E)>(args, plan, stream);
   } else {
     launch_layout<E, 1>(args, plan, stream);

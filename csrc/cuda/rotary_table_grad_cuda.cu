@@ -9,7 +9,7 @@ namespace {
 
 struct Plan {
   TableGradGeometry geometry;
-  UnitLayout layout;
+  UnitLayout x, grad;
   uint32_t units;  // of one head
   uint32_t heads;  // of q and k together
 };
@@ -30,16 +30,17 @@ __device__ __forceinline__ Tokens tokens_of(const RotaryTableGradArgs& args, int
   return {grad_b, grad_b + 1, row};
 }
 
-// Adds what the thread's heads of one token give, of q and k counted together; `channel` is the
-// unit's first.
-template <class U, class E>
-__device__ __forceinline__ void add_token(TurnGrad<typename U::C> (&sums)[U::kPairs],
+// Adds what the thread's heads of one token give, of q and k counted together; the channels are the
+// first of the units.
+template <class UnitOfX, class UnitOfGrad, class E>
+__device__ __forceinline__ void add_token(TurnGrad<typename UnitOfX::C> (&sums)[UnitOfX::kPairs],
                                           const RotaryTableGradArgs& args, const Plan& plan,
                                           uint32_t b, uint32_t s, uint32_t head_lane,
-                                          uint32_t channel) {
-  using C = typename U::C;
+                                          uint32_t channel_x, uint32_t channel_grad) {
+  using C = typename UnitOfX::C;
+  constexpr int kPairs = UnitOfX::kPairs;
   const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
-    return b * stride_b + s * stride_s + head * stride_h + channel;
+    return b * stride_b + s * stride_s + head * stride_h;
   };
 #pragma unroll 1
   for (uint32_t head = head_lane; head < plan.heads; head += plan.geometry.head_lanes) {
@@ -49,18 +50,21 @@ __device__ __forceinline__ void add_token(TurnGrad<typename U::C> (&sums)[U::kPa
     const E* grad =
         static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
         offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
-               is_q ? q.grad.stride_s : k.grad.stride_s, is_q ? q.grad.stride_h : k.grad.stride_h);
+               is_q ? q.grad.stride_s : k.grad.stride_s, is_q ? q.grad.stride_h : k.grad.stride_h) +
+        channel_grad;
     const E* x = static_cast<const E*>(is_q ? q.x.data : k.x.data) +
                  offset(head, is_q ? q.x.stride_b : k.x.stride_b,
-                        is_q ? q.x.stride_s : k.x.stride_s, is_q ? q.x.stride_h : k.x.stride_h);
-    U grad_unit, x_unit;
-    grad_unit.load_from(grad, plan.layout);
-    x_unit.load_from(x, plan.layout);
-    C g1[U::kPairs], g2[U::kPairs], x1[U::kPairs], x2[U::kPairs];
+                        is_q ? q.x.stride_s : k.x.stride_s, is_q ? q.x.stride_h : k.x.stride_h) +
+                 channel_x;
+    UnitOfGrad grad_unit;
+    UnitOfX x_unit;
+    grad_unit.load_from(grad, plan.grad);
+    x_unit.load_from(x, plan.x);
+    C g1[kPairs], g2[kPairs], x1[kPairs], x2[kPairs];
     grad_unit.unpack_to(g1, g2);
     x_unit.unpack_to(x1, x2);
 #pragma unroll
-    for (int j = 0; j < U::kPairs; ++j) accumulate(sums[j], g1[j], g2[j], x1[j], x2[j]);
+    for (int j = 0; j < kPairs; ++j) accumulate(sums[j], g1[j], g2[j], x1[j], x2[j]);
   }
 }
 
@@ -78,8 +82,8 @@ __device__ __forceinline__ void write_pair(const RotaryTableGradArgs& args, int6
       grad_sin[row * pairs + pair] = narrow<S>(turn.s1 + turn.s2);
       return;
     }
-    const int64_t first = row * args.rotary_dim + (args.interleaved ? 2 * pair : pair);
-    const int64_t second = first + (args.interleaved ? 1 : pairs);
+    const int64_t first = row * args.rotary_dim + (args.table_interleaved ? 2 * pair : pair);
+    const int64_t second = first + (args.table_interleaved ? 1 : pairs);
     grad_cos[first] = narrow<S>(turn.c1);
     grad_cos[second] = narrow<S>(turn.c2);
     grad_sin[first] = narrow<S>(turn.s1);
@@ -87,13 +91,16 @@ __device__ __forceinline__ void write_pair(const RotaryTableGradArgs& args, int6
   });
 }
 
-// args.k.*.data point as far before k that heads can be counted on from those of q.
-template <class E, int N, bool kInterleaved>
+// args.k.*.data point as far before k that heads can be counted on from those of q. N == 1: pairs
+// in any order, in x and in grad.
+template <class E, int N, bool kInterleaved, bool kInterleavedOut>
 __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
     rotary_table_grad_kernel(const RotaryTableGradArgs args, const Plan plan) {
-  using U = Unit<E, N, kInterleaved>;
-  using C = typename U::C;
-  constexpr int kPairs = U::kPairs;
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using UnitOfX = UnitOf<E, N, kInterleaved, kMixed>;
+  using UnitOfGrad = UnitOf<E, N, kInterleavedOut, kMixed>;
+  using C = typename UnitOfX::C;
+  constexpr int kPairs = UnitOfX::kPairs;
   __shared__ C shared[4 * kPairs][kBlockThreads];  // the four sums of each pair, a column a thread
 
   const int64_t row = block_index();  // of grad_batch * rows
@@ -112,7 +119,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
     const uint32_t unit = first + thread - lane * g.unit_lanes;
     TurnGrad<C> sums[kPairs] = {};
     if (unit < plan.units && lane < lanes) {
-      const uint32_t channel = unit * plan.layout.step;
+      const uint32_t channel_x = unit * plan.x.step;
+      const uint32_t channel_grad = kMixed || N == 1 ? unit * plan.grad.step : channel_x;
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
         int64_t b = i, s = tokens.s;
@@ -121,8 +129,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
           b = token / args.seq;
           s = token - b * args.seq;
         }
-        add_token<U, E>(sums, args, plan, static_cast<uint32_t>(b), static_cast<uint32_t>(s),
-                        head_lane, channel);
+        add_token<UnitOfX, UnitOfGrad, E>(sums, args, plan, static_cast<uint32_t>(b),
+                                          static_cast<uint32_t>(s), head_lane, channel_x,
+                                          channel_grad);
       }
     }
 
@@ -160,20 +169,23 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
   }
 }
 
-template <class E, int N, bool kInterleaved>
+template <class E, int N, bool kInterleaved, bool kInterleavedOut>
 void launch_units(RotaryTableGradArgs args, void* stream) {
-  using U = Unit<E, N, kInterleaved>;
-  const int64_t units = args.rotary_dim / 2 / U::kPairs;
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using UnitOfX = UnitOf<E, N, kInterleaved, kMixed>;
+  using UnitOfGrad = UnitOf<E, N, kInterleavedOut, kMixed>;
+  const int64_t units = args.rotary_dim / 2 / UnitOfX::kPairs;
   const int64_t rows = args.grad_batch * args.rows;
   const int64_t tokens = args.batch * args.seq;
   Plan plan;
-  plan.layout = U::layout(args.rotary_dim, args.interleaved);
+  plan.x = UnitOfX::layout(args.rotary_dim, args.interleaved);
+  plan.grad = UnitOfGrad::layout(args.rotary_dim, args.interleaved_out);
   plan.units = static_cast<uint32_t>(units);
   plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
   plan.geometry = table_grad_geometry(units, std::max<int64_t>(plan.heads, 1), tokens / rows, rows);
   args.k.grad = counted_on(args.k.grad, args.q.heads, sizeof(E));
   args.k.x = counted_on(args.k.x, args.q.heads, sizeof(E));
-  launch(args.op, rotary_table_grad_kernel<E, N, kInterleaved>, plan.geometry.grid,
+  launch(args.op, rotary_table_grad_kernel<E, N, kInterleaved, kInterleavedOut>, plan.geometry.grid,
          plan.geometry.block_threads, stream, args, plan);
 }
 
@@ -185,15 +197,21 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
     alignment.add(x->grad, args.batch, args.seq, x->heads);
     alignment.add(x->x, args.batch, args.seq, x->heads);
   }
-  alignment.add_elements(args.interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  const bool all_interleaved = args.interleaved && args.interleaved_out;
+  alignment.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
   // At most four pairs a thread, with four sums each: more would take more than 64 registers.
   constexpr int kWhole = 16 / sizeof(E), kHalfSplit = kWhole < 4 ? kWhole : 4;
-  if (args.interleaved && alignment.allows(16)) {
-    launch_units<E, kWhole, true>(args, stream);
-  } else if (!args.interleaved && alignment.allows(kHalfSplit * sizeof(E))) {
-    launch_units<E, kHalfSplit, false>(args, stream);
+  const bool mixed = args.interleaved != args.interleaved_out;
+  if (all_interleaved && alignment.allows(16)) {
+    launch_units<E, kWhole, true, true>(args, stream);
+  } else if (mixed && args.interleaved && alignment.allows(16)) {
+    launch_units<E, kHalfSplit, true, false>(args, stream);
+  } else if (mixed && alignment.allows(16)) {
+    launch_units<E, kHalfSplit, false, true>(args, stream);
+  } else if (!mixed && !all_interleaved && alignment.allows(kHalfSplit * sizeof(E))) {
+    launch_units<E, kHalfSplit, false, false>(args, stream);
   } else {
-    launch_units<E, 1, false>(args, stream);
+    launch_units<E, 1, false, false>(args, stream);
   }
 }
 

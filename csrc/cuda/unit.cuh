@@ -6,37 +6,41 @@
 
 namespace rope::cuda {
 
-// Where the units of a head [D] lie: unit u begins at channel u * step, and its second vector, if
-// it has one, `second` channels further. The same for every head, so it is computed on the host.
+// Where the units lie among the channels [R] of a head that rotate: unit u begins at channel
+// u * step, and its second vector, if it has one, `second` channels further. The same for every
+// head, so it is computed on the host.
 struct UnitLayout {
   uint32_t step, second;
 };
 
+// Both channels of a pair within one vector of N.
+constexpr bool are_neighbours(int n, bool interleaved) { return interleaved && n > 1; }
+
 // N > 1: half-split, N channels of the first half and their partners in the second; interleaved, N
-// neighbouring channels. N == 1: one pair of either layout, chosen at run time.
-template <class E, int N, bool kInterleaved>
+// neighbouring channels, or twice as many. N == 1: one pair of either order, chosen at run time.
+template <class E, int N, bool kInterleaved, int kVectors = are_neighbours(N, kInterleaved) ? 1 : 2>
 struct Unit {
-  static constexpr bool kNeighbours = kInterleaved && N > 1;  // both channels of a pair in a vector
-  static constexpr int kVectors = kNeighbours ? 1 : 2;
+  static constexpr bool kNeighbours = are_neighbours(N, kInterleaved);
   static constexpr int kPairs = kVectors * N / 2;
   using C = ArithmeticOf<E>;
 
   Vector<E, N> vectors[kVectors];
 
   static UnitLayout layout(int64_t rotary_dim, bool interleaved) {
-    const bool pair_by_pair = N == 1 && interleaved;
-    return {pair_by_pair ? 2u : N, pair_by_pair ? 1u : static_cast<uint32_t>(rotary_dim / 2)};
+    if (kNeighbours) return {kVectors * N, N};
+    if (N == 1 && interleaved) return {2, 1};
+    return {N, static_cast<uint32_t>(rotary_dim / 2)};
   }
 
   // from, to: the unit's first channel.
   __device__ __forceinline__ void load_from(const E* from, UnitLayout layout) {
     load(vectors[0], from);
-    if constexpr (kVectors == 2) load(vectors[1], from + layout.second);
+    if constexpr (kVectors == 2) load(vectors[1], from + (kNeighbours ? N : layout.second));
   }
 
   __device__ __forceinline__ void store_to(E* to, UnitLayout layout) const {
     store(vectors[0], to);
-    if constexpr (kVectors == 2) store(vectors[1], to + layout.second);
+    if constexpr (kVectors == 2) store(vectors[1], to + (kNeighbours ? N : layout.second));
   }
 
   __device__ __forceinline__ void unpack_to(C (&x1)[kPairs], C (&x2)[kPairs]) const {
@@ -61,6 +65,24 @@ struct Unit {
     for (int i = 0; i < kVectors; ++i) pack(vectors[i], x + i * N);
   }
 };
+
+// The unit that reads or writes pairs in one order; kMixed: beside another one that has the same N
+// pairs in the other order, half-split in two vectors of N, interleaved in as many channels.
+template <class E, int N, bool kInterleaved, bool kMixed>
+struct UnitIn {
+  using Type = Unit<E, N, kInterleaved>;
+};
+template <class E, int N>
+struct UnitIn<E, N, false, true> {
+  using Type = Unit<E, N, false>;
+};
+template <class E, int N>
+struct UnitIn<E, N, true, true> {
+  static constexpr int kWhole = 16 / sizeof(E), kLength = 2 * N < kWhole ? 2 * N : kWhole;
+  using Type = Unit<E, kLength, true, 2 * N / kLength>;
+};
+template <class E, int N, bool kInterleaved, bool kMixed>
+using UnitOf = typename UnitIn<E, N, kInterleaved, kMixed>::Type;
 
 // k as the kernels see it: with its heads counted on from those of q, from further before k.
 template <class Pointer>
