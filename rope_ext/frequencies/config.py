@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rope_ext.frequencies.bounds import Device, check_number
-from rope_ext.frequencies.families import BASE, OTHER_FORMS, PARTIAL, TWO_BASES
+from rope_ext.frequencies.families import BASE, INTERLEAVED, OTHER_FORMS, PARTIAL, TWO_BASES
 from rope_ext.frequencies.scaling import from_scaling, known_keys, rope_type_of
 from rope_ext.frequencies.spatial import axial
 
@@ -25,6 +25,7 @@ class Resolved(NamedTuple):
     base: float
     scaling: dict[str, Any]  # rope_type and its parameters
     max_position_embeddings: int | None
+    interleaved: bool  # as transformers has it for the model_type
 
 
 def from_config(
@@ -123,7 +124,9 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
         known = known_keys(rope_type, "from_config")
         scaling = {k: v for k, v in parameters.items() if k in known and v is not None}
         _fill_in(scaling, rope_type, config, longest, nested)
-    return Resolved(head_dim, rotary_dim, base, {"rope_type": rope_type, **scaling}, longest)
+    interleaved = _entry(config, "rope_interleave", default=model_type in INTERLEAVED)
+    scaling = {"rope_type": rope_type, **scaling}
+    return Resolved(head_dim, rotary_dim, base, scaling, longest, interleaved)
 
 
 def _fill_in(

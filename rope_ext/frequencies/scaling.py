@@ -118,3 +118,37 @@ def from_scaling(
     if rope_type != "proportional":
         options["rotary_dim"] = rotary_dim
     return function(head_dim, base=base, device=device, **options)
+
+
+def split_scaling(
+    head_dim: int,
+    base: float | None,
+    rotary_dim: int | None,
+    scaling: Mapping[str, Any] | None,
+) -> tuple[float, int, dict[str, Any]]:
+    """base, rotary_dim and the rest of scaling, of which the first two may come."""
+    rest = {key: value for key, value in (scaling or {}).items() if value is not None}
+    theta = rest.pop("rope_theta", None)
+    if base is not None and theta not in (None, base):
+        raise ValueError(
+            f"RotaryEmbedding: expected base to be rope_theta of scaling, {theta}, got {base}"
+        )
+    if rope_type_of(rest) == "proportional":
+        if rotary_dim not in (None, head_dim):
+            raise ValueError(
+                "RotaryEmbedding: expected rotary_dim to be head_dim for the rope_type "
+                f"'proportional', got {rotary_dim}"
+            )
+        part = None
+    else:
+        part = rest.pop("partial_rotary_factor", None)
+    if part is not None:
+        of_part = int(head_dim * part)
+        if rotary_dim not in (None, of_part):
+            raise ValueError(
+                "RotaryEmbedding: expected rotary_dim to be partial_rotary_factor of scaling times "
+                f"head_dim, {of_part}, got {rotary_dim}"
+            )
+        rotary_dim = of_part
+    base = base if base is not None else theta if theta is not None else 10000.0
+    return base, head_dim if rotary_dim is None else rotary_dim, rest
