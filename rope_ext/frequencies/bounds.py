@@ -26,14 +26,14 @@ def check_number(
         if bound is not None
     ]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and -math.inf < value < math.inf
     if (
         not number
-        or not math.isfinite(value)
         or (least is not None and value < least)
         or (above is not None and value <= above)
         or (most is not None and value > most)
     ):
-        kind = "" if number and math.isfinite(value) else "a finite number "
+        kind = "" if number else "a finite number "
         raise ValueError(
             f"frequencies.{function}: expected {name} to be {kind}{' and '.join(bounds)}, "
             f"got {value!r}"

@@ -161,7 +161,9 @@ def _parameters(
     # in an object rope_scaling may be another name of rope_parameters, with what was resolved
     parameters = (old or new) if isinstance(config, Mapping) else (new or old)
     labels = _entry(config, "_rope_type_labels", "layer_types", default=())
-    keys = [key for key, value in parameters.items() if key in labels or isinstance(value, Mapping)]
+    keys = [key for key in parameters if key in labels]
+    if not keys and any(isinstance(value, Mapping) for value in parameters.values()):
+        keys = list(parameters)
     if keys:
         if layer_type not in keys:
             raise ValueError(
