@@ -82,7 +82,6 @@ def compare_and_report(args: argparse.Namespace) -> int:
 
     checks = [generation.check, *long_prompt.checks, *step_checks]
     if args.rope_scaling:
-        rotary.forget_lengths(model)
         say(f"generating {args.tokens} tokens once more, with the tables of rope_ext")
         checks += [
             scaling.check_frequencies(model),

@@ -10,6 +10,7 @@ from torch import nn
 
 import rope_ext
 from rope_ext.demo.compare import Check, generate
+from rope_ext.demo.rotary import forget_lengths
 
 TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 # Shorter than the prompt, where a longer sequence has other frequencies: so that it comes to that.
@@ -81,6 +82,7 @@ def rotary_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_frequencies(model: nn.Module) -> Check:
     """rope_ext.frequencies on the model's config against the model's own, bit for bit."""
+    forget_lengths(model)
     (own,) = rotary_embeddings(model).values()
     inv_freq, attention_scaling = rope_ext.frequencies.from_config(model.config)
     expected = own.inv_freq.cpu()
