@@ -302,8 +302,11 @@ def test_captured_graph_follows_the_positions(name):
             assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("given", ["nothing", "position_ids", "regime_length", "regimes"])
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, given) for name in SCALINGS for given in ("nothing", "position_ids")]
+    + [(name, given) for name in BY_LENGTH for given in ("regime_length", "regimes")],
+)
 def test_scaling_compiles_to_one_graph_for_all_lengths(name, given, device):
     module, eager = make(name, device), make(name, device)
     torch._dynamo.reset()
@@ -324,6 +327,30 @@ def test_scaling_compiles_to_one_graph_for_all_lengths(name, given, device):
         assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
     if name == "dynamic":
         assert_same_bits(module.max_seq_len_cached.float(), eager.max_seq_len_cached.float())
+
+
+@pytest.mark.parametrize("name", ["yarn", "dynamic", "longrope"])
+def test_scaling_compiles_once_more_at_most_without_asking_for_dynamic_shapes(name):
+    module = make(name)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for seq in (50, 90, 33, 70, 12, 65):
+        compiled(*q_and_k(seq=seq), torch.arange(seq))
+    assert counter.frame_count <= 2
+
+
+def test_learned_frequencies_compile_with_their_gradient():
+    module, eager = make("yarn", learned=True), make("yarn", learned=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for seq in (7, 12):
+        q, k = q_and_k(seq=seq)
+        grads = []
+        for function, parameter in ((compiled, module.inv_freq), (eager, eager.inv_freq)):
+            out, _ = function(q, k)
+            grads.append(torch.autograd.grad(out, parameter, torch.ones_like(out))[0])
+        assert_same_bits(*grads)
 
 
 # ---- casts, moves, copies
