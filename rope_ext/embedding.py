@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rope_ext import frequencies
 from rope_ext.frequencies import config as configs
+from rope_ext.frequencies.bounds import exponents
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
 from rope_ext.ops import Layout, apply_rotary_qk, as_bshd
 from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest
@@ -58,6 +59,7 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor  # float32 [P], radians per token; of longrope and dynamic, up to the original
     long_inv_freq: Tensor  # float32 [P], of longrope, past it
+    exponents: Tensor  # float32 [P], of dynamic: those of the base
     max_seq_len_cached: Tensor  # int64 [], of dynamic: the length that its frequencies are for
 
     def __init__(
@@ -162,6 +164,7 @@ class RotaryEmbedding(nn.Module):
         if self.rope_type == "longrope":
             made["long_inv_freq"], long_scaling = make(self.original_max_position_embeddings + 1)
         elif self.rope_type == "dynamic":
+            made["exponents"] = exponents(self.rotary_dim, device)
             made["max_seq_len_cached"] = torch.full(
                 (), self.original_max_position_embeddings, dtype=torch.int64, device=device
             )
@@ -290,7 +293,7 @@ class RotaryEmbedding(nn.Module):
             regimes = LongRope(original, self.inv_freq, self.long_inv_freq, *scalings)
             return regimes.tables(positions, length)
         factor = self.scaling["factor"]
-        stretched = DynamicNtk(original, factor, self.base, self.rotary_dim, self.inv_freq)
+        stretched = DynamicNtk(original, factor, self.base, self.exponents, self.inv_freq)
         if regime_length is None:
             seen = self.max_seq_len_cached
             inside = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()

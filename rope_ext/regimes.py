@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rope_ext import frequencies, reference
+from rope_ext import reference
+from rope_ext.frequencies.ntk_aware import stretched_by
 from rope_ext.tables import tables
 
 
@@ -43,19 +44,14 @@ class DynamicNtk(NamedTuple):
     original_max_position_embeddings: int
     factor: float
     base: float
-    rotary_dim: int
+    exponents: Tensor  # [P]
     inv_freq: Tensor  # [P], up to the original length
 
     def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin of the positions, by the frequencies of length ([] or one a sequence)."""
         original = self.original_max_position_embeddings
-        stretched, _ = frequencies.dynamic_ntk(
-            self.rotary_dim,
-            factor=self.factor,
-            original_max_position_embeddings=original,
-            length=length,
-            base=self.base,
-            device=self.inv_freq.device,
+        stretched = stretched_by(
+            length, self.exponents, factor=self.factor, original=original, base=self.base
         )
         inv_freq = torch.where((length > original).unsqueeze(-1), stretched, self.inv_freq)
         if length.dim() == 0:

@@ -74,8 +74,8 @@ def rotary_embeddings(model: nn.Module) -> dict[str, nn.Module]:
     takes = {tuple(inspect.signature(module.forward).parameters) for module in found.values()}
     if len(found) != 1 or takes != {("x", "position_ids")}:
         raise NotScalable(
-            f"--rope-scaling needs a model with one rotary embedding of (x, position_ids); "
-            f"{type(model).__name__} has {len(found)}"
+            "--rope-scaling needs a model with one rotary embedding, of (x, position_ids); "
+            f"{type(model).__name__} has {len(found)}: {', '.join(found)}"
         )
     return found
 

@@ -95,10 +95,8 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
         return None
     rope_type = rope_type_of(parameters)
     alpha = parameters.get("alpha")
-    if rope_type == "longrope" or (
-        rope_type == "yarn" and model_type in ("phi3", "phi4_multimodal")
-    ):
-        rope_type = "longrope"
+    if rope_type == "yarn" and model_type in ("phi3", "phi4_multimodal"):
+        rope_type = "longrope"  # an older name of theirs
     elif (
         rope_type == "dynamic"
         and alpha

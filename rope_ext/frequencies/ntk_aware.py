@@ -113,19 +113,29 @@ def dynamic_ntk(
     check_number("dynamic_ntk", "base", base, above=0)
     original = original_max_position_embeddings
     check_length("dynamic_ntk", "original_max_position_embeddings", original)
-    power = rotary_dim / (rotary_dim - 2)
     if isinstance(length, Tensor):
         if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
             raise ValueError(
                 "frequencies.dynamic_ntk: expected length to be an integer or a tensor of them, "
                 f"got {length.dtype}"
             )
-        longest = length.clamp(min=original).unsqueeze(-1)
-        longest = longest * factor if isinstance(factor, int) else longest.float() * factor
-        stretched = base * (longest.float() / original - (factor - 1)) ** power
-    else:
-        if length is not None:
-            check_length("dynamic_ntk", "length", length)
-        longest = original if length is None else max(length, original)
-        stretched = base * (factor * longest / original - (factor - 1)) ** power
+        powers = exponents(rotary_dim, device)
+        length = length.clamp(min=original)
+        return stretched_by(length, powers, factor=factor, original=original, base=base), 1.0
+    if length is not None:
+        check_length("dynamic_ntk", "length", length)
+    longest = original if length is None else max(length, original)
+    power = rotary_dim / (rotary_dim - 2)
+    stretched = base * (factor * longest / original - (factor - 1)) ** power
     return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0
+
+
+def stretched_by(
+    length: Tensor, exponents: Tensor, *, factor: float, original: int, base: float
+) -> Tensor:
+    """inv_freq [*length.shape, P] of dynamic_ntk for lengths of at least original; unchecked."""
+    rotary_dim = 2 * exponents.shape[-1]
+    times = length * factor if isinstance(factor, int) else length.float() * factor
+    alpha = times.float() / original - (factor - 1)
+    stretched = base * alpha ** (rotary_dim / (rotary_dim - 2))
+    return (stretched.unsqueeze(-1) ** exponents).reciprocal()
