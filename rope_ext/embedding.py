@@ -93,7 +93,8 @@ class RotaryEmbedding(nn.Module):
                 "RotaryEmbedding: expected a rope_type whose frequencies do not depend on the "
                 f"length when learned=True, got {self.rope_type!r}"
             )
-        made, self.attention_scaling, self.long_attention_scaling = self._frequencies(device)
+        with torch.inference_mode(False):  # what is made in inference mode can't be trained
+            made, self.attention_scaling, self.long_attention_scaling = self._frequencies(device)
         for name, tensor in made.items():
             if learned:
                 self.register_parameter(name, nn.Parameter(tensor))

@@ -478,6 +478,14 @@ def test_learned_frequencies_stay_the_same_float32_parameter_through(cast):
     assert_same_bits(module.inv_freq, before)
 
 
+def test_learned_frequencies_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        module = make("yarn", learned=True)
+    q, k = q_and_k()
+    module(q, k)[0].square().sum().backward()
+    assert module.inv_freq.grad.isfinite().all()
+
+
 def test_learned_frequencies_of_a_meta_module_start_as_the_scaling_says(device):
     with torch.device("meta"):
         model = nn.ModuleList([make("yarn", None, learned=True)]).bfloat16()
