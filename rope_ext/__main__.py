@@ -74,6 +74,24 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         help="tokens of the training step (default 256)",
     )
+    demo.add_argument(
+        "--rope-scaling",
+        choices=("linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
+        help="give the model this rope scaling, in transformers and in rope_ext",
+    )
+    demo.add_argument(
+        "--factor",
+        type=at_least_one,
+        default=4.0,
+        help="of the rope scaling, at least 1 (default 4)",
+    )
+    demo.add_argument(
+        "--original",
+        type=positive,
+        metavar="TOKENS",
+        help="original_max_position_embeddings of the rope scaling (default: the model's "
+        "max_position_embeddings; for dynamic and longrope 1024, which the prompt exceeds)",
+    )
     demo.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return parser
 
@@ -82,6 +100,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {value}")
+    return value
+
+
+def at_least_one(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
     return value
 
 

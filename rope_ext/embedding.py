@@ -1,22 +1,18 @@
 """RotaryEmbedding: frequencies, tables and rotation in one module."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rope_ext import frequencies
-from rope_ext.ops import Layout, apply_rotary_qk, as_bshd, cos_sin, cos_sin_cache
-
-
-class _Table(NamedTuple):
-    """cos, sin [L, P], and the inv_freq, in its version, that they were made of."""
-
-    inv_freq: Tensor
-    version: int
-    cos: Tensor
-    sin: Tensor
+from rope_ext.frequencies import config as configs
+from rope_ext.frequencies.bounds import exponents
+from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
+from rope_ext.ops import Layout, apply_rotary_qk, as_bshd
+from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest
+from rope_ext.tables import TableCache, tables
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,30 +22,55 @@ class RotaryEmbedding(nn.Module):
     come from a table of the positions 0, 1, 2, ... which grows by doubling when a longer sequence
     comes. inv_freq and the table are float32 and stay so through ``.half()`` and ``.bfloat16()``.
     Neither is part of the state dict: they follow from the arguments. An ``inv_freq`` in a state
-    dict, as older checkpoints have it, is accepted and not used.
+    dict, as older checkpoints have it, is accepted and not used. Only learned frequencies are
+    parameters, and in the state dict.
+
+    Two scalings have frequencies that depend on the length of the sequence, which is one more than
+    the largest position of a call, over the whole batch, as in transformers:
+
+    - "dynamic": they are stretched for the longest sequence so far, from the original length on,
+      until a sequence is shorter than that again. What is remembered is ``max_seq_len_cached``, a
+      tensor on the device.
+    - "longrope": long factors for sequences past the original length, else short ones.
+
+    Keys that are in a cache already stay as they were rotated, so that a sequence that crosses the
+    original length while it is decoded has keys of two regimes, as in transformers. `regime_length`
+    avoids that: the length that a sequence is going to have, such as its prompt and the new tokens
+    together, given in each call, decides for all its keys, whatever else is in the batch.
 
     Args:
         head_dim: channels of a head, D.
-        base: see :func:`rope_ext.frequencies.default`.
-        rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: D.
+        base: see :func:`rope_ext.frequencies.default`. None: rope_theta of scaling, or 10,000.
+        rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: partial_rotary_factor of
+            scaling times D, or D.
         max_position_embeddings: positions that the model is meant for, in tokens. The table starts
             with at most so many rows; longer sequences are rotated just as exactly.
+        scaling: rope_type and its parameters, in the terms of Hugging Face; see
+            :func:`rope_ext.frequencies.from_scaling`. rope_theta and partial_rotary_factor may be
+            among them. None: "default".
+        learned: inv_freq is a parameter, trained from the frequencies that scaling says.
         interleaved: pairs are neighbouring channels instead of halves.
         device: where inv_freq lies; the module's ``.to(...)`` moves it.
 
     Raises:
-        ValueError: for a rotary_dim, base or max_position_embeddings out of bounds.
+        ValueError: for an argument out of bounds, and for learned frequencies with a scaling whose
+            frequencies depend on the length.
     """
 
-    inv_freq: Tensor  # float32 [P], radians per token
+    inv_freq: Tensor  # float32 [P], radians per token; of longrope and dynamic, up to the original
+    long_inv_freq: Tensor  # float32 [P], of longrope, past it
+    exponents: Tensor  # float32 [P], of dynamic: those of the base
+    max_seq_len_cached: Tensor  # int64 [], of dynamic: the length that its frequencies are for
 
     def __init__(
         self,
         head_dim: int,
         *,
-        base: float = 10000.0,
+        base: float | None = None,
         rotary_dim: int | None = None,
         max_position_embeddings: int,
+        scaling: Mapping[str, Any] | None = None,
+        learned: bool = False,
         interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -60,19 +81,101 @@ class RotaryEmbedding(nn.Module):
                 f"{max_position_embeddings}"
             )
         self.head_dim = head_dim
-        self.base = base
-        self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.interleaved = interleaved
-        inv_freq, self.attention_scaling = self._frequencies(device)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        # The table [L, P] lies beside the buffers: it is derived, and made where it is needed.
-        self._table: _Table | None = None
-
-    def _frequencies(self, device: torch.device | str | None) -> tuple[Tensor, float]:
-        return frequencies.default(
-            self.head_dim, base=self.base, rotary_dim=self.rotary_dim, device=device
+        self.base, self.rotary_dim, self.scaling = split_scaling(
+            head_dim, base, rotary_dim, scaling
         )
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_type = rope_type_of(self.scaling)
+        self.learned = learned
+        self.interleaved = interleaved
+        if learned and self.rope_type in BY_LENGTH:
+            raise ValueError(
+                "RotaryEmbedding: expected a rope_type whose frequencies do not depend on the "
+                f"length when learned=True, got {self.rope_type!r}"
+            )
+        with torch.inference_mode(False):  # what is made in inference mode can't be trained
+            made, self.attention_scaling, self.long_attention_scaling = self._frequencies(device)
+        for name, tensor in made.items():
+            if learned:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+        # Tables [L, P] lie beside the buffers: they are derived, and made where they are needed.
+        self._tables = TableCache()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        layer_type: str | None = None,
+        *,
+        learned: bool = False,
+        interleaved: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> "RotaryEmbedding | None":
+        """The rotation that a Hugging Face config asks for; None where such layers do not rotate.
+
+        Args:
+            config, layer_type: as for :func:`rope_ext.frequencies.from_config`.
+            learned, device: as for the class.
+            interleaved: as for the class. None: as models of the config's model_type have it in
+                transformers.
+
+        Raises:
+            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, and for the
+                configs of vision towers, whose tokens have several positions each.
+        """
+        resolved = configs.resolve(config, layer_type)
+        if resolved is None:
+            return None
+        if resolved.scaling["rope_type"] == "axial":
+            raise ValueError(
+                "RotaryEmbedding.from_config: expected tokens of one position each, got the "
+                "rope_type 'axial': see rope_ext.frequencies.axial"
+            )
+        return cls(
+            resolved.head_dim,
+            base=resolved.base,
+            rotary_dim=resolved.rotary_dim,
+            max_position_embeddings=resolved.max_position_embeddings or 2048,
+            scaling=resolved.scaling,
+            learned=learned,
+            interleaved=resolved.interleaved if interleaved is None else interleaved,
+            device=device,
+        )
+
+    def _frequencies(
+        self, device: torch.device | str | None
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """What depends on the device, by name, and the factors on cos and sin of both regimes."""
+
+        def make(length: int | None) -> tuple[Tensor, float]:
+            return frequencies.from_scaling(
+                self.head_dim,
+                self.scaling,
+                base=self.base,
+                rotary_dim=self.rotary_dim,
+                max_position_embeddings=self.max_position_embeddings,
+                length=length,
+                device=device,
+            )
+
+        inv_freq, scaling = make(None)
+        made, long_scaling = {"inv_freq": inv_freq}, scaling
+        if self.rope_type == "longrope":
+            made["long_inv_freq"], long_scaling = make(self.original_max_position_embeddings + 1)
+        elif self.rope_type == "dynamic":
+            made["exponents"] = exponents(self.rotary_dim, device)
+            made["max_seq_len_cached"] = torch.full(
+                (), self.original_max_position_embeddings, dtype=torch.int64, device=device
+            )
+        return made, scaling, long_scaling
+
+    @property
+    def original_max_position_embeddings(self) -> int:
+        """The longest sequence, in tokens, of the training before the context was extended."""
+        key = "original_max_position_embeddings"
+        return self.scaling.get(key, self.max_position_embeddings)
 
     def forward(
         self,
@@ -81,6 +184,7 @@ class RotaryEmbedding(nn.Module):
         position_ids: Tensor | None = None,
         layout: Layout = "bshd",
         *,
+        regime_length: int | Tensor | None = None,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Returns q and k, rotated.
@@ -91,27 +195,39 @@ class RotaryEmbedding(nn.Module):
             position_ids: int32 or int64 [S], [1|B, S], or [T] for "thd", in tokens, of any size.
                 None: 0, 1, 2, ... in each sequence.
             layout: the order of the dimensions of q and k.
+            regime_length: for "dynamic" and "longrope", the length in tokens that decides the
+                frequencies: an integer, or int32 or int64 [], or one a sequence [B], or for "thd"
+                one a token [T]. Leaves max_seq_len_cached as it is. Without effect on other
+                scalings. None: from the positions.
             inplace: write into q and k.
         """
-        seq, head_dim = as_bshd(q, layout, "RotaryEmbedding", "q").shape[-3::2]
+        view = as_bshd(q, layout, "RotaryEmbedding", "q")
+        seq, head_dim = view.shape[-3::2]
         if head_dim != self.head_dim:
             raise ValueError(
                 f"RotaryEmbedding: expected q to have head_dim {self.head_dim}, got {head_dim}"
             )
-        if position_ids is None:
-            cos, sin = self.table(seq)
-        else:
-            if position_ids.dim() > (1 if layout == "thd" else 2):
-                raise ValueError(
-                    "RotaryEmbedding: expected position_ids to have shape "
-                    f"{'[T]' if layout == 'thd' else '[S] or [1|B, S]'}, "
-                    f"got {list(position_ids.shape)}"
-                )
-            cos, sin = cos_sin(
-                self.inv_freq, position_ids, attention_scaling=self.attention_scaling
+        packed = layout == "thd"
+        if position_ids is not None and position_ids.dim() > (1 if packed else 2):
+            raise ValueError(
+                "RotaryEmbedding: expected position_ids to have shape "
+                f"{'[T]' if packed else '[S] or [1|B, S]'}, got {list(position_ids.shape)}"
             )
-            if layout != "thd" and position_ids.dim() == 1:
-                cos, sin = cos[None], sin[None]
+        if isinstance(regime_length, Tensor) and regime_length.dim() > 0:
+            if list(regime_length.shape) != [view.shape[0]]:
+                raise ValueError(
+                    f"RotaryEmbedding: expected regime_length to have shape [] or "
+                    f"[{'T' if packed else 'B'}] = [{view.shape[0]}], "
+                    f"got {list(regime_length.shape)}"
+                )
+            if packed and position_ids is None:
+                position_ids = torch.arange(seq, device=regime_length.device)
+        if position_ids is None:
+            cos, sin = self.table(seq, regime_length=regime_length)
+        else:
+            if not packed and position_ids.dim() == 1:
+                position_ids = position_ids[None]
+            cos, sin = self.cos_sin(position_ids, regime_length=regime_length)
         return apply_rotary_qk(
             q,
             k,
@@ -123,49 +239,105 @@ class RotaryEmbedding(nn.Module):
             inplace=inplace,
         )
 
-    def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [L, P], of the positions 0 to L - 1, where L >= length."""
-        learned = self.inv_freq.requires_grad and torch.is_grad_enabled()
-        if learned or torch.compiler.is_compiling():  # a graph would be bound to a table's length
-            return cos_sin_cache(self.inv_freq, length, attention_scaling=self.attention_scaling)
-        version = 0 if self.inv_freq.is_inference() else self.inv_freq._version
-        made = self._table
-        if made is None or made.inv_freq is not self.inv_freq or made.version != version:
-            rows = 0
+    def cos_sin(
+        self, position_ids: Tensor, *, regime_length: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [*position_ids.shape, P]: once a step, for all layers of a model.
+
+        Args:
+            position_ids: int32 or int64 [B, S] or [T], in tokens.
+            regime_length: as for :meth:`forward`.
+        """
+        length = checked_regime_length(regime_length, self.inv_freq.device)
+        if self.rope_type in BY_LENGTH:
+            return self._by_length(position_ids, length)
+        return tables(self.inv_freq, position_ids, self.attention_scaling)
+
+    def table(
+        self, length: int, *, regime_length: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [L, P], of the positions 0 to L - 1, where L >= length.
+
+        With a regime_length [B] of "dynamic" or "longrope" there is one for each: [B, L, P].
+        """
+        regime = checked_regime_length(regime_length, self.inv_freq.device)
+        # a graph would be bound to a table's length, and no gradient passes through a kept one
+        afresh = torch.compiler.is_compiling() or (
+            self.inv_freq.requires_grad and torch.is_grad_enabled()
+        )
+        if self.rope_type == "dynamic" or (
+            self.rope_type == "longrope" and (afresh or isinstance(regime, Tensor))
+        ):
+            return self._by_length(length, regime)
+        if afresh:
+            return tables(self.inv_freq, length, self.attention_scaling)
+        name, scaling = "inv_freq", self.attention_scaling
+        if self.rope_type == "longrope":
+            regime = length if regime is None else regime
+            if regime > self.original_max_position_embeddings:
+                name, scaling = "long_inv_freq", self.long_attention_scaling
+        rows = min(2048, self.max_position_embeddings)
+        return self._tables.get(name, getattr(self, name), scaling, length, rows)
+
+    def _by_length(
+        self, positions: Tensor | int, regime_length: int | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of position_ids or of 0 to positions - 1, in the regime of the length."""
+        original = self.original_max_position_embeddings
+        if isinstance(regime_length, Tensor):
+            length = regime_length.long()
         else:
-            rows = made.cos.shape[0]
-        if made is None or rows < max(length, 1):
-            rows = max(length, 2 * rows or min(2048, self.max_position_embeddings))
-            # Not an inference tensor, even if made in inference mode: training may come later.
-            with torch.inference_mode(False), torch.no_grad():
-                cos, sin = cos_sin_cache(
-                    self.inv_freq, rows, attention_scaling=self.attention_scaling
-                )
-            made = self._table = _Table(self.inv_freq, version, cos, sin)
-        return made.cos, made.sin
+            given = positions if regime_length is None else regime_length
+            length = longest(given, self.inv_freq.device)
+        if self.rope_type == "longrope":
+            scalings = self.attention_scaling, self.long_attention_scaling
+            regimes = LongRope(original, self.inv_freq, self.long_inv_freq, *scalings)
+            return regimes.tables(positions, length)
+        factor = self.scaling["factor"]
+        stretched = DynamicNtk(original, factor, self.base, self.exponents, self.inv_freq)
+        if regime_length is None:
+            seen = self.max_seq_len_cached
+            inside = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+            if not inside and seen.is_inference():  # could not be written here
+                seen = self.max_seq_len_cached = seen.clone()
+            length = stretched.remember(seen, length)
+        return stretched.tables(positions, length)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Follows moves to another device, but takes no dtype and no value: to_empty() has none."""
-        before = self.inv_freq
-        super()._apply(fn, recurse)
-        device = self.inv_freq.device
-        if before.is_meta and device.type != "meta":
-            self.inv_freq, _ = self._frequencies(device)
-        else:
-            self.inv_freq = before.to(device)
-        self._table = None
+        was_meta = self.inv_freq.is_meta
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if tensor.is_meta else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        if was_meta and not self.inv_freq.is_meta:
+            made, *_ = self._frequencies(self.inv_freq.device)
+            for name, tensor in made.items():
+                if self.learned:
+                    setattr(self, name, nn.Parameter(tensor, getattr(self, name).requires_grad))
+                else:
+                    setattr(self, name, tensor)
+        self._tables = TableCache()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "inv_freq", None)
+        if not self.learned:
+            state_dict.pop(prefix + "inv_freq", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.learned and self.inv_freq.dtype != torch.float32:  # load_state_dict(assign=True)
+            inv_freq = self.inv_freq
+            self.inv_freq = nn.Parameter(inv_freq.detach().float(), inv_freq.requires_grad)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_table": None}
+        return {**super().__getstate__(), "_tables": TableCache()}
 
     def extra_repr(self) -> str:
+        scaled = f"scaling={self.scaling}, " if self.rope_type != "default" else ""
+        learned = "learned=True, " if self.learned else ""
         return (
             f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}, "
-            f"max_position_embeddings={self.max_position_embeddings}, "
+            f"max_position_embeddings={self.max_position_embeddings}, {scaled}{learned}"
             f"interleaved={self.interleaved}"
         )

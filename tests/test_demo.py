@@ -11,7 +11,7 @@ import torch
 
 import rope_ext
 from rope_ext.__main__ import main
-from rope_ext.demo import compare, models, rotary, weights
+from rope_ext.demo import compare, models, rotary, scaling, weights
 
 # the demo needs a model library that rope_ext itself doesn't; the test extra installs it
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
@@ -252,6 +252,74 @@ def test_a_patch_that_never_runs_ends_with_status_1(monkeypatch, capsys):
     monkeypatch.setattr(rotary, "rotary_modules", lambda model: [elsewhere])
     assert main(["demo", "--random", *SMALL_DEMO]) == 1
     assert "FAILED: the model's rotary function ran 0 times" in capsys.readouterr().err
+
+
+def test_random_demo_passes_with_a_rope_scaling(capsys):
+    options = ["--rope-scaling", "dynamic", "--factor", "8", "--original", "16"]
+    assert main(["demo", "--random", *SMALL_DEMO, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "rope_type dynamic, factor 8.0, original_max_position_embeddings 16" in shown
+    assert "PASSED: all 7 comparisons" in shown
+
+
+@pytest.mark.parametrize("rope_type", scaling.TYPES)
+def test_all_comparisons_pass_with_a_rope_scaling(model, tokens, rope_type):
+    """The original length, 16, is crossed while tokens are generated."""
+    scaling.apply(model, rope_type, 8.0, 16)
+    generation = compare.compare_generation(model, tokens[:, :10], 12)
+    checks = [
+        generation.check,
+        scaling.check_frequencies(model),
+        scaling.check_generation(model, tokens[:, :10], generation.own),
+        *compare.compare_prompt(model, tokens).checks,
+    ]
+    for check in checks:
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("rope_type", scaling.TYPES)
+def test_rope_scaling_changes_what_the_model_computes(model, tokens, rope_type):
+    with torch.no_grad():
+        before = model(tokens).logits
+        scaling.apply(model, rope_type, 8.0, 16)
+        assert (model(tokens).logits - before).abs().max() > 1e-2
+
+
+def test_each_run_starts_without_the_lengths_of_the_one_before(model, tokens):
+    scaling.apply(model, "dynamic", 8.0, 16)
+    with torch.no_grad():
+        first = model(tokens[:, :17]).logits
+        model(tokens)
+        assert not torch.equal(model(tokens[:, :17]).logits, first)
+        rotary.forget_lengths(model)
+        assert torch.equal(model(tokens[:, :17]).logits, first)
+
+
+def test_other_frequencies_fail_the_comparisons_of_a_rope_scaling(model, tokens, monkeypatch):
+    scaling.apply(model, "yarn", 8.0, 16)
+    own = compare.compare_generation(model, tokens, 12).own
+    assert scaling.check_frequencies(model).passed
+    assert scaling.check_generation(model, tokens, own).passed
+    monkeypatch.setattr(
+        rope_ext.frequencies, "from_config", lambda config: rope_ext.frequencies.default(16)
+    )
+    assert not scaling.check_frequencies(model).passed
+    wrong = rope_ext.RotaryEmbedding(16, base=3.0, max_position_embeddings=64)
+    monkeypatch.setattr(rope_ext.RotaryEmbedding, "from_config", lambda config: wrong)
+    assert not scaling.check_generation(model, tokens, own).passed
+
+
+def test_a_model_without_the_one_rotary_embedding_is_refused_by_name(model):
+    model.model.another = type(model.model.rotary_emb)(model.config)
+    with pytest.raises(scaling.NotScalable, match="LlamaForCausalLM has 2"):
+        scaling.apply(model, "yarn", 4.0, None)
+
+
+@pytest.mark.parametrize("factor", ["0.5", "nan", "inf"])
+def test_a_factor_out_of_bounds_is_refused_with_status_2(factor, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--random", "--rope-scaling", "yarn", "--factor", factor])
+    assert "expected a number of at least 1" in capsys.readouterr().err
 
 
 def test_without_network_and_cache_a_random_model_runs_and_the_reason_is_shown(

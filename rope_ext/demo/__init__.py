@@ -4,6 +4,7 @@ weights.py   SmolLM2-135M: fetched, checked, converted, cached
 models.py    what is run: pretrained or random, and the text it reads
 rotary.py    replaces a model's rotary function and restores it
 compare.py   what differs, in tokens, logits, gradients and time
+scaling.py   another rope scaling for the model, and what differs in frequencies and tables
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import rope_ext
-from rope_ext.demo import compare, models, rotary, weights
+from rope_ext.demo import compare, models, rotary, scaling, weights
 
 NEEDED = ("transformers", "gguf", "accelerate")
 
@@ -30,7 +31,12 @@ def run(args: argparse.Namespace) -> int:
     """Runs the demo as the command line asks. Returns 0: all equal, 1: not, 2: it could not run."""
     try:
         return compare_and_report(args)
-    except (CannotRun, weights.ChecksumMismatch, rotary.NotLlamaForm) as error:
+    except (
+        CannotRun,
+        weights.ChecksumMismatch,
+        rotary.NotLlamaForm,
+        scaling.NotScalable,
+    ) as error:
         print(f"rope_ext demo: {error}", file=sys.stderr)
         return 2
     except compare.NeverCalled as error:
@@ -47,12 +53,16 @@ def compare_and_report(args: argparse.Namespace) -> int:
 
     model, tokenizer, title = load(args)
     replaced = rotary.require_llama_form(model)
-    model.to(args.device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", args.prompt_tokens)
+    scaled = None
+    if args.rope_scaling:
+        scaled = scaling.apply(model, args.rope_scaling, args.factor, args.original)
+        limit = int(limit * args.factor)
+    model.to(args.device)
     prompt_tokens = min(args.prompt_tokens, limit)
     if prompt_tokens < args.prompt_tokens:
         say(f"the model reads {limit:,} tokens at most: --prompt-tokens {limit}")
-    describe(model, title, replaced, args.device)
+    describe(model, title, replaced, args.device, scaled)
 
     device = torch.device(args.device)
     prompt = models.chat_tokens(tokenizer, args.prompt, device)
@@ -71,6 +81,12 @@ def compare_and_report(args: argparse.Namespace) -> int:
     step_checks, step_calls = compare.compare_training_step(model, batch)
 
     checks = [generation.check, *long_prompt.checks, *step_checks]
+    if args.rope_scaling:
+        say(f"generating {args.tokens} tokens once more, with the tables of rope_ext")
+        checks += [
+            scaling.check_frequencies(model),
+            scaling.check_generation(model, prompt, generation.own),
+        ]
     show_checks(checks)
     layers = model.config.get_text_config().num_hidden_layers
     calls = (generation.calls, long_prompt.calls, step_calls)
@@ -128,7 +144,9 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, object, str]:
     return *models.load_pretrained(str(folder)), "SmolLM2-135M-Instruct"
 
 
-def describe(model: nn.Module, title: str, replaced: list[str], device: str) -> None:
+def describe(
+    model: nn.Module, title: str, replaced: list[str], device: str, scaled: str | None
+) -> None:
     config = model.config.get_text_config()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = (
@@ -145,6 +163,8 @@ def describe(model: nn.Module, title: str, replaced: list[str], device: str) -> 
         f"rope_ext {rope_ext.__version__}",
         "replaced": ", ".join(replaced),
     }
+    if scaled:
+        rows["scaling"] = scaled
     for name, value in rows.items():
         print(f"{name:8}  {value}")
 

@@ -94,6 +94,7 @@ def rotary_modules(model: nn.Module) -> list[ModuleType]:
 @contextlib.contextmanager
 def replaced_rotary(model: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[Tally]:
     """Within the block every rotary function f of `model` is `make(f)`, counted; then f again."""
+    forget_lengths(model)
     tally = Tally()
     originals = [(module, getattr(module, NAME)) for module in rotary_modules(model)]
     try:
@@ -103,6 +104,14 @@ def replaced_rotary(model: nn.Module, make: Callable[[Callable], Callable]) -> I
     finally:
         for module, original in originals:
             setattr(module, NAME, original)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """As if no sequence had been read: frequencies may depend on the longest one so far."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and hasattr(module, "original_max_seq_len"):
+            module.inv_freq = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""NTK-aware scaling: a longer context by a larger base, which slows the low frequencies most."""
+
+import torch
+from torch import Tensor
+
+from rope_ext.frequencies.bounds import (
+    Device,
+    check_length,
+    check_number,
+    check_rotary_dim,
+    exponents,
+)
+
+
+def ntk(
+    head_dim: int,
+    *,
+    alpha: float,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    device: Device = None,
+) -> tuple[Tensor, float]:
+    """NTK-aware scaling: :func:`default` with ``base * alpha ** (R / (R - 2))``.
+
+    The lowest frequency becomes alpha times slower, the highest stays as it is.
+
+    Args:
+        head_dim, base, device: as for :func:`default`.
+        alpha: how many times longer the context becomes; at least 1.
+        rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
+
+    Returns:
+        inv_freq, float32 [R / 2], and attention_scaling, 1.0.
+
+    Raises:
+        ValueError: for an argument outside of these bounds.
+
+    Source: u/bloc97, "NTK-Aware Scaled RoPE", r/LocalLLaMA 2023; YaRN, arXiv 2309.00071,
+    section 3.1.
+    """
+    return _stretched("ntk", head_dim, alpha, base, rotary_dim, device)
+
+
+def ntk_alpha(
+    head_dim: int,
+    *,
+    alpha: float,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    device: Device = None,
+) -> tuple[Tensor, float]:
+    """The name that transformers gives to :func:`ntk` in Hunyuan's models.
+
+    Their config.json says rope type "dynamic" with an alpha; the length of the sequence plays no
+    part.
+
+    Source: compute_ntk_alpha_rope_parameters of transformers, modeling_hunyuan_v1_dense.py.
+    """
+    return _stretched("ntk_alpha", head_dim, alpha, base, rotary_dim, device)
+
+
+def _stretched(
+    function: str,
+    head_dim: int,
+    alpha: float,
+    base: float,
+    rotary_dim: int | None,
+    device: Device,
+) -> tuple[Tensor, float]:
+    rotary_dim = check_rotary_dim(function, head_dim, rotary_dim, least=4)
+    check_number(function, "alpha", alpha, least=1)
+    check_number(function, "base", base, above=0)
+    stretched = base * alpha ** (rotary_dim / (rotary_dim - 2))
+    return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0
+
+
+def dynamic_ntk(
+    head_dim: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    length: int | Tensor | None = None,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    device: Device = None,
+) -> tuple[Tensor, float]:
+    """NTK-aware scaling by the length of the sequence.
+
+    :func:`ntk` with ``alpha = factor * L / O - (factor - 1)``, where L is length, but at least O,
+    the original_max_position_embeddings: nothing changes up to O, and at L tokens the context is
+    stretched as far as it is needed.
+
+    Args:
+        head_dim, base, device: as for :func:`default`.
+        factor: how fast the context is stretched; at least 1.
+        original_max_position_embeddings: the longest sequence of the training, in tokens, O.
+            transformers takes max_position_embeddings of the config.
+        length: of the sequence, in tokens. An integer tensor of any shape is read on its device,
+            without waiting for it. None: O.
+        rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
+
+    Returns:
+        inv_freq, float32 [R / 2], for a tensor [*length.shape, R / 2]; and attention_scaling, 1.0.
+
+    Raises:
+        ValueError: for an argument outside of these bounds.
+
+    Source: u/emozilla, "Dynamically Scaled RoPE", r/LocalLLaMA 2023; YaRN, arXiv 2309.00071,
+    section 3.3; rope type "dynamic" of transformers.
+    """
+    rotary_dim = check_rotary_dim("dynamic_ntk", head_dim, rotary_dim, least=4)
+    check_number("dynamic_ntk", "factor", factor, least=1)
+    check_number("dynamic_ntk", "base", base, above=0)
+    original = original_max_position_embeddings
+    check_length("dynamic_ntk", "original_max_position_embeddings", original)
+    if isinstance(length, Tensor):
+        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+            raise ValueError(
+                "frequencies.dynamic_ntk: expected length to be an integer or a tensor of them, "
+                f"got {length.dtype}"
+            )
+        powers = exponents(rotary_dim, device)
+        length = length.clamp(min=original)
+        return stretched_by(length, powers, factor=factor, original=original, base=base), 1.0
+    if length is not None:
+        check_length("dynamic_ntk", "length", length)
+    longest = original if length is None else max(length, original)
+    power = rotary_dim / (rotary_dim - 2)
+    stretched = base * (factor * longest / original - (factor - 1)) ** power
+    return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0
+
+
+def stretched_by(
+    length: Tensor, exponents: Tensor, *, factor: float, original: int, base: float
+) -> Tensor:
+    """inv_freq [*length.shape, P] of dynamic_ntk for lengths of at least original; unchecked."""
+    rotary_dim = 2 * exponents.shape[-1]
+    times = length * factor if isinstance(factor, int) else length.float() * factor
+    alpha = times.float() / original - (factor - 1)
+    stretched = base * alpha ** (rotary_dim / (rotary_dim - 2))
+    return (stretched.unsqueeze(-1) ** exponents).reciprocal()

@@ -1,0 +1,154 @@
+"""from_scaling: every method from a dict in the terms of Hugging Face (rope_type and the rest)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rope_ext.frequencies.basic import default, proportional
+from rope_ext.frequencies.bounds import Device
+from rope_ext.frequencies.context import linear, llama3, longrope, yarn
+from rope_ext.frequencies.ntk_aware import dynamic_ntk, ntk, ntk_alpha
+
+# rope_type: the function, the keys it needs, the keys it may have
+METHODS: dict[str, tuple[Callable[..., tuple[Tensor, float]], set[str], set[str]]] = {
+    "default": (default, set(), set()),
+    "linear": (linear, {"factor"}, set()),
+    "ntk": (ntk, {"alpha"}, set()),
+    "ntk_alpha": (ntk_alpha, {"alpha"}, set()),
+    "dynamic": (dynamic_ntk, {"factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        yarn,
+        {"factor", "original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": (
+        longrope,
+        {"short_factor", "long_factor", "original_max_position_embeddings"},
+        {"factor", "attention_factor", "short_mscale", "long_mscale"},
+    ),
+    "llama3": (
+        llama3,
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+    "proportional": (proportional, set(), {"factor", "partial_rotary_factor"}),
+}
+BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the length of the sequence
+# what other names say
+ALIASES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}
+
+
+def rope_type_of(scaling: Mapping[str, Any] | None) -> str:
+    """rope_type, or type as older configs call it; "default" without either."""
+    scaling = scaling or {}
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    return ALIASES.get(name, name)
+
+
+def known_keys(rope_type: str, function: str = "from_scaling") -> set[str]:
+    """The keys of a rope type; raises a ValueError for one that is not known."""
+    if rope_type not in METHODS:
+        raise ValueError(
+            f"frequencies.{function}: expected rope_type to be one of {', '.join(METHODS)}, "
+            f"got {rope_type!r}"
+        )
+    _, needed, optional = METHODS[rope_type]
+    return needed | optional
+
+
+def from_scaling(
+    head_dim: int,
+    scaling: Mapping[str, Any] | None,
+    *,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    max_position_embeddings: int | None = None,
+    length: int | Tensor | None = None,
+    device: Device = None,
+) -> tuple[Tensor, float]:
+    """The frequencies of a dict such as ``{"rope_type": "yarn", "factor": 4.0, ...}``.
+
+    Args:
+        head_dim: channels of a head, D.
+        scaling: rope_type and its parameters, named as the arguments of its function here. The rope
+            types: default, linear, ntk, ntk_alpha, dynamic (:func:`dynamic_ntk`), yarn, longrope,
+            llama3, proportional. A value of None is as none given. None: default.
+        base, rotary_dim, device: as for :func:`default`. proportional has all of D rotate.
+        max_position_embeddings: in tokens. For dynamic the original_max_position_embeddings, and
+            for longrope factor times them, where the dict does not have these.
+        length: of the sequence, for dynamic (also a tensor) and longrope; without effect on others.
+
+    Returns:
+        inv_freq, float32 [P], and attention_scaling.
+
+    Raises:
+        ValueError: for an unknown rope_type, a key that it does not have, a key that it needs and
+            that is not there, and what its function refuses.
+
+    Source: rope_parameters of transformers, modeling_rope_utils.py.
+    """
+    rope_type = rope_type_of(scaling)
+    known = known_keys(rope_type)
+    function, needed, _ = METHODS[rope_type]
+    options = {
+        key: value
+        for key, value in (scaling or {}).items()
+        if value is not None and key not in ("rope_type", "type")
+    }
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"frequencies.from_scaling: expected the keys of rope_type {rope_type!r} to be among "
+            f"{', '.join(sorted(known)) or 'none'}, got {', '.join(unknown)}"
+        )
+    if rope_type == "dynamic" and max_position_embeddings is not None:
+        options.setdefault("original_max_position_embeddings", max_position_embeddings)
+    if missing := sorted(needed - options.keys()):
+        raise ValueError(
+            f"frequencies.from_scaling: expected rope_type {rope_type!r} to have "
+            f"{', '.join(missing)}, got {', '.join(sorted(options)) or 'nothing'}"
+        )
+    if rope_type == "longrope" and "factor" not in options and max_position_embeddings is not None:
+        original = options["original_max_position_embeddings"]
+        if isinstance(original, int) and original > 0:
+            # below 1 it is without effect, as in transformers
+            options["factor"] = max(1.0, max_position_embeddings / original)
+    if rope_type in BY_LENGTH:
+        options["length"] = length
+    if rope_type != "proportional":
+        options["rotary_dim"] = rotary_dim
+    return function(head_dim, base=base, device=device, **options)
+
+
+def split_scaling(
+    head_dim: int,
+    base: float | None,
+    rotary_dim: int | None,
+    scaling: Mapping[str, Any] | None,
+) -> tuple[float, int, dict[str, Any]]:
+    """base, rotary_dim and the rest of scaling, of which the first two may come."""
+    rest = {key: value for key, value in (scaling or {}).items() if value is not None}
+    theta = rest.pop("rope_theta", None)
+    if base is not None and theta not in (None, base):
+        raise ValueError(
+            f"RotaryEmbedding: expected base to be rope_theta of scaling, {theta}, got {base}"
+        )
+    if rope_type_of(rest) == "proportional":
+        if rotary_dim not in (None, head_dim):
+            raise ValueError(
+                "RotaryEmbedding: expected rotary_dim to be head_dim for the rope_type "
+                f"'proportional', got {rotary_dim}"
+            )
+        part = None
+    else:
+        part = rest.pop("partial_rotary_factor", None)
+    if part is not None:
+        of_part = int(head_dim * part)
+        if rotary_dim not in (None, of_part):
+            raise ValueError(
+                "RotaryEmbedding: expected rotary_dim to be partial_rotary_factor of scaling times "
+                f"head_dim, {of_part}, got {rotary_dim}"
+            )
+        rotary_dim = of_part
+    base = base if base is not None else theta if theta is not None else 10000.0
+    return base, head_dim if rotary_dim is None else rotary_dim, rest

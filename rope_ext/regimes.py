@@ -1,0 +1,108 @@
+"""Frequencies that depend on the length of a sequence: which regime, and the angles of it.
+
+All of it happens on the device, with tensors: no value is waited for, nothing branches on data, so
+that graphs can be captured and compiled, one for all lengths.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rope_ext import reference
+from rope_ext.frequencies.ntk_aware import stretched_by
+from rope_ext.tables import tables
+
+
+class LongRope(NamedTuple):
+    """The two regimes of longrope."""
+
+    original_max_position_embeddings: int
+    short_inv_freq: Tensor  # [P]
+    long_inv_freq: Tensor  # [P]
+    short_scaling: float
+    long_scaling: float
+
+    def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin of the positions, long where length ([] or one a sequence) is past the original.
+
+        positions: position_ids, or a number of them, 0, 1, 2, ...
+        """
+        is_long = length > self.original_max_position_embeddings
+        if length.dim() == 0 and self.short_scaling == self.long_scaling:
+            inv_freq = torch.where(is_long, self.long_inv_freq, self.short_inv_freq)
+            return tables(inv_freq, positions, self.short_scaling)
+        short = tables(self.short_inv_freq, positions, self.short_scaling)
+        long = tables(self.long_inv_freq, positions, self.long_scaling)
+        is_long = _beside(is_long.unsqueeze(-1), positions)
+        return torch.where(is_long, long[0], short[0]), torch.where(is_long, long[1], short[1])
+
+
+class DynamicNtk(NamedTuple):
+    """NTK-aware scaling by length."""
+
+    original_max_position_embeddings: int
+    factor: float
+    base: float
+    exponents: Tensor  # [P]
+    inv_freq: Tensor  # [P], up to the original length
+
+    def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin of the positions, by the frequencies of length ([] or one a sequence)."""
+        original = self.original_max_position_embeddings
+        stretched = stretched_by(
+            length, self.exponents, factor=self.factor, original=original, base=self.base
+        )
+        inv_freq = torch.where((length > original).unsqueeze(-1), stretched, self.inv_freq)
+        if length.dim() == 0:
+            return tables(inv_freq, positions)
+        if not isinstance(positions, Tensor):
+            positions = torch.arange(positions, device=length.device)[None]
+        # the operators take one inv_freq; float64 is as exact for positions below 2^29
+        cos, sin = reference.cos_sin(_beside(inv_freq, positions), positions)
+        return cos.float(), sin.float()
+
+    def remember(self, seen: Tensor, length: Tensor) -> Tensor:
+        """The length that decides, from the longest so far and now; it is written into `seen`.
+
+        It grows, and falls back to the original when a sequence is shorter than that.
+        """
+        original = self.original_max_position_embeddings
+        return seen.copy_(torch.where(length < original, original, torch.maximum(seen, length)))
+
+
+def longest(positions: Tensor | int, device: torch.device) -> Tensor:
+    """One more than the largest position, int64 []."""
+    if not isinstance(positions, Tensor):
+        return torch.full((), positions, dtype=torch.int64, device=device)
+    if positions.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    return positions.max().long() + 1
+
+
+def _beside(x: Tensor, positions: Tensor | int) -> Tensor:
+    """x [], [B, C] or [T, C] so that it broadcasts with rows [B, S, P] or [T, P]."""
+    packed = isinstance(positions, Tensor) and positions.dim() == 1
+    return x if x.dim() < 2 or packed else x.unsqueeze(1)
+
+
+def checked_regime_length(
+    regime_length: int | Tensor | None, device: torch.device
+) -> int | Tensor | None:
+    """As it is; refuses what is no length, by name."""
+    if isinstance(regime_length, Tensor):
+        if regime_length.dtype not in (torch.int32, torch.int64) or regime_length.dim() > 1:
+            raise ValueError(
+                "RotaryEmbedding: expected regime_length to be int32 or int64 of shape [], [B] or "
+                f"[T], got {regime_length.dtype} {list(regime_length.shape)}"
+            )
+        if regime_length.device != device:
+            raise ValueError(
+                f"RotaryEmbedding: expected regime_length on the device of inv_freq, {device}, "
+                f"got {regime_length.device}"
+            )
+    elif regime_length is not None and regime_length < 1:
+        raise ValueError(
+            f"RotaryEmbedding: expected regime_length to be at least 1, got {regime_length}"
+        )
+    return regime_length

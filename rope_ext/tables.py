@@ -1,0 +1,51 @@
+"""Tables of cos and sin: of given positions, or of 0, 1, 2, ..., kept until frequencies change."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rope_ext.ops import cos_sin, cos_sin_cache
+
+
+def tables(
+    inv_freq: Tensor, positions: Tensor | int, attention_scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos, sin [*positions.shape, P] of position_ids, or [positions, P] of 0 to positions - 1."""
+    if isinstance(positions, Tensor):
+        return cos_sin(inv_freq, positions, attention_scaling=attention_scaling)
+    return cos_sin_cache(inv_freq, positions, attention_scaling=attention_scaling)
+
+
+class _Table(NamedTuple):
+    """cos, sin [L, P], and the inv_freq, in its version, that they were made of."""
+
+    inv_freq: Tensor
+    version: int
+    cos: Tensor
+    sin: Tensor
+
+
+class TableCache:
+    """One table a name, made anew when its frequencies change, and twice as long when it grows."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, _Table] = {}
+
+    def get(
+        self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
+        version = 0 if inv_freq.is_inference() else inv_freq._version
+        made = self.made.get(name)
+        if made is None or made.inv_freq is not inv_freq or made.version != version:
+            rows = 0
+        else:
+            rows = made.cos.shape[0]
+        if made is None or rows < max(length, 1):
+            rows = max(length, 2 * rows or first_rows)
+            # Not an inference tensor, even if made in inference mode: training may come later.
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = tables(inv_freq, rows, attention_scaling)
+            made = self.made[name] = _Table(inv_freq, version, cos, sin)
+        return made.cos, made.sin

@@ -1,0 +1,642 @@
+"""RotaryEmbedding with scaled, length-dependent and learned frequencies."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from support import assert_same_bits, on_cpu, random
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rope_ext
+from rope_ext import RotaryEmbedding, frequencies, reference
+
+B, S, H, K, D = 2, 5, 4, 2, 16
+P = D // 2
+ORIGINAL = 64  # tokens that the regimes change after
+ULP = 2.0**-23  # of float32 numbers of about 1
+
+SCALINGS = {
+    "default": None,
+    "linear": {"factor": 4.0},
+    "ntk": {"alpha": 4.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL},
+    "longrope": {
+        "short_factor": [1 + i / P for i in range(P)],
+        "long_factor": [2 + i for i in range(P)],
+        "original_max_position_embeddings": ORIGINAL,
+        "factor": 4.0,
+    },
+    "longrope, a factor on cos and sin for each regime": {
+        "short_factor": [1 + i / P for i in range(P)],
+        "long_factor": [2 + i for i in range(P)],
+        "original_max_position_embeddings": ORIGINAL,
+        "short_mscale": 1.25,
+        "long_mscale": 1.5,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+BY_LENGTH = [name for name in SCALINGS if name.startswith(("dynamic", "longrope"))]
+IN_TRANSFORMERS = [name for name in SCALINGS if name not in ("ntk", BY_LENGTH[-1])]
+# positions of calls one after another: grow, stay, shrink a little, shrink below, grow again
+LAST_POSITIONS = (10, 63, 64, 99, 70, 63, 62, 80, 300, 64, 5, 64)
+
+
+def scaling_of(name):
+    return {"rope_type": name.split(",")[0], **(SCALINGS[name] or {})}
+
+
+def make(name, device="cpu", **options):
+    return RotaryEmbedding(
+        D,
+        **{
+            "max_position_embeddings": ORIGINAL,
+            "scaling": scaling_of(name),
+            "device": device,
+            **options,
+        },
+    )
+
+
+def q_and_k(device="cpu", *, seq=S, packed=False):
+    tokens = (seq,) if packed else (B, seq)
+    return random(*tokens, H, D, device=device), random(*tokens, K, D, device=device, seed=1)
+
+
+def ids_up_to(last, device="cpu"):
+    return torch.tensor([[0, 1, last // 2, last], [0, 1, 2, 3]], device=device)
+
+
+def truth(module, position_ids, length):
+    """cos, sin in float64, rounded, of the frequencies of a sequence of `length` tokens."""
+    inv_freq, attention_scaling = frequencies.from_scaling(
+        D,
+        module.scaling,
+        base=module.base,
+        rotary_dim=module.rotary_dim,
+        max_position_embeddings=module.max_position_embeddings,
+        length=length,
+    )
+    cos, sin = reference.cos_sin(inv_freq, position_ids.cpu(), attention_scaling=attention_scaling)
+    return cos.float(), sin.float()
+
+
+def assert_tables(got, expected, *, device="cpu", largest=0.0):
+    """To 1 ulp. On CUDA, and by tensors, frequencies may be another rounding or two of pow: 4 ulp
+    of the largest angle (in radians).
+    """
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        atol = ULP * (2 + 4 * largest)
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=atol)
+
+
+class NoValueIsRead(TorchDispatchMode):
+    """Fails where a tensor's value becomes Python's: what makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+        ), func
+        return func(*args, **(kwargs or {}))
+
+
+# ---- what is computed
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_tables_are_those_of_transformers(name):
+    """Call after call. Theirs round the angle, to 2^-24 of it, and each of cos and sin twice."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(
+        head_dim=D,
+        max_position_embeddings=ORIGINAL,
+        rope_parameters={"rope_theta": 10000.0, **scaling_of(name)},
+    )
+    theirs, ours = LlamaRotaryEmbedding(config), make(name)
+    for last in LAST_POSITIONS:
+        position_ids = ids_up_to(last)
+        expected = theirs(torch.empty(()), position_ids)
+        for got, other in zip(ours.cos_sin(position_ids), expected, strict=True):
+            allowed = ours.attention_scaling * (last * 2.0**-24 + 4 * 2.0**-24)
+            torch.testing.assert_close(got, other[..., :P], rtol=0, atol=allowed)
+        if name == "dynamic":
+            assert int(ours.max_seq_len_cached) == int(theirs.max_seq_len_cached)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["position_ids", "table"])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_q_and_k_are_rotated_in_the_regime_of_their_length(name, ids, device):
+    module = make(name, device)
+    longest = ORIGINAL
+    for seq in (10, 64, 65, 130, 70, 64, 30, 65):
+        longest = max(longest, seq) if seq >= ORIGINAL else ORIGINAL
+        length = longest if name == "dynamic" else seq
+        q, k = q_and_k(device, seq=seq)
+        position_ids = torch.arange(seq, device=device) if ids else None
+        cos, sin = truth(module, torch.arange(seq)[None], length)
+        for x, y in zip((q, k), module(q, k, position_ids), strict=True):
+            expected = reference.apply_rotary(
+                x.cpu().double(), cos.double(), sin.double(), rotary_dim=module.rotary_dim
+            )
+            # the table to 1 ulp, angles on CUDA to 4 ulp of them; two products and a sum
+            largest = 4 * seq if device.type == "cuda" or name == "dynamic" else 0
+            allowed = 1.5 * ULP * (4 + largest) * x.abs().max().item()
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_positions_given_are_those_not_given(name, device):
+    given, not_given = make(name, device), make(name, device)
+    for seq in (10, 65, 130, 70, 30):
+        q, k = q_and_k(device, seq=seq)
+        for ids in (torch.arange(seq), torch.arange(seq).expand(1, -1)):
+            for a, b in zip(given(q, k, ids.to(device)), not_given(q, k), strict=True):
+                assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_sequences_past_the_table_grow_it_and_are_exact(name, device):
+    module = make(name, device)
+    for seq in (3, 65, 5000, 20_000):
+        cos, sin = module.table(seq)
+        at = torch.tensor([0, seq // 2, seq - 1])
+        got = [t.cpu()[at] for t in (cos, sin)]
+        angles = float(seq) if device.type == "cuda" or name == "dynamic" else 0.0
+        assert_tables(got, truth(module, at, seq), largest=angles)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bshd", "thd"])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_empty_batches_are_rotated(name, packed, device):
+    shape = (0, H, D) if packed else (B, 0, H, D)
+    x = torch.empty(shape, device=device)
+    ids = torch.empty(0, dtype=torch.int64, device=device)
+    layout = "thd" if packed else "bshd"
+    for position_ids in (None, ids):
+        out, _ = make(name, device)(x, x, position_ids, layout)
+        assert out.shape == shape
+
+
+# ---- the regime of each sequence
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_regime_length_decides_for_each_sequence_as_if_it_were_alone(name, device):
+    module = make(name, device)
+    lengths = torch.tensor([40, 200], device=device)
+    seq = 30
+    q, k = q_and_k(device, seq=seq)
+    ids = torch.arange(seq, device=device) + 7
+    for position_ids in (None, ids, ids[None], ids.expand(B, -1)):
+        together = module(q, k, position_ids, regime_length=lengths)
+        for b, length in enumerate(lengths.tolist()):
+            one = slice(b, b + 1)
+            mine = position_ids
+            if position_ids is not None and position_ids.dim() == 2 and len(position_ids) > 1:
+                mine = position_ids[one]
+            for options in (length, torch.tensor(length, device=device)):
+                alone = module(q[one], k[one], mine, regime_length=options)
+                for x, y in zip(together, alone, strict=True):
+                    # angles below 40 radians, of frequencies that may be rounded otherwise
+                    atol = 1.5 * ULP * (4 + 4 * 40) * y.abs().max().item()
+                    torch.testing.assert_close(x[one], y, rtol=0, atol=atol)
+    if name == "dynamic":
+        assert int(module.max_seq_len_cached) == ORIGINAL
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_regime_length_of_packed_sequences_is_one_a_token(name, device):
+    module = make(name, device)
+    q, k = q_and_k(device, seq=9, packed=True)
+    ids = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=device)
+    lengths = torch.tensor([40] * 4 + [200] * 5, device=device)
+    out_q, _ = module(q, k, ids, "thd", regime_length=lengths)
+    for part, length in ((slice(0, 4), 40), (slice(4, 9), 200)):
+        alone, _ = module(q[part], k[part], ids[part], "thd", regime_length=length)
+        torch.testing.assert_close(out_q[part], alone, rtol=0, atol=40 * ULP * 4)
+    without_ids, _ = module(q, k, None, "thd", regime_length=lengths)
+    expected, _ = module(q, k, torch.arange(9, device=device), "thd", regime_length=lengths)
+    assert_same_bits(without_ids, expected)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_keys_of_a_decoded_sequence_are_those_of_its_prefill_with_one_regime(name, device):
+    """A prompt of 60 and 10 new tokens, one by one: across the original length of 64."""
+    module = make(name, device)
+    total = 70
+    q, k = q_and_k(device, seq=total)
+    _, whole = module(q, k, regime_length=total)
+    steps = [slice(0, 60), *(slice(s, s + 1) for s in range(60, total))]
+    ids = torch.arange(total, device=device)
+    cache = torch.cat([module(q[:, s], k[:, s], ids[s], regime_length=total)[1] for s in steps], 1)
+    assert_same_bits(cache, whole)
+    cache = torch.cat([module(q[:, s], k[:, s], ids[s])[1] for s in steps], 1)
+    if name in BY_LENGTH:  # as documented: keys rotated before stay as they are
+        assert not torch.equal(cache, whole)
+    else:
+        assert_same_bits(cache, whole)
+
+
+def test_regime_length_is_without_effect_on_other_scalings(device):
+    q, k = q_and_k(device)
+    module = make("yarn", device)
+    for a, b in zip(module(q, k, regime_length=10**6), module(q, k), strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- on the device
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_no_value_is_waited_for(name, device):
+    module = make(name, device)
+    lengths = torch.tensor([40, 200], device=device)
+    ids = torch.arange(70, device=device)
+    q, k = q_and_k(device, seq=70)
+    module(q, k)  # the first table
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoValueIsRead():
+            for length in (None, 100, lengths, lengths[0]):
+                module(q, k, regime_length=length)
+                module(q, k, ids, regime_length=length)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", SCALINGS)
+def test_captured_graph_follows_the_positions(name):
+    module, eager = make(name, "cuda"), make(name, "cuda")
+    q, k = q_and_k("cuda", seq=1)
+    ids = torch.zeros(B, 1, dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        module(q, k, ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(q, k, ids)
+    for position in LAST_POSITIONS:
+        ids.fill_(position)
+        graph.replay()
+        for a, b in zip(out, eager(q, k, ids), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, given) for name in SCALINGS for given in ("nothing", "position_ids")]
+    + [(name, given) for name in BY_LENGTH for given in ("regime_length", "regimes")],
+)
+def test_scaling_compiles_to_one_graph_for_all_lengths(name, given, device):
+    module, eager = make(name, device), make(name, device)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    graphs = None
+    for seq in (50, 90, 33, 70, 12, 65):
+        q, k = q_and_k(device, seq=seq)
+        ids = torch.arange(seq, device=device) if given != "nothing" else None
+        length = {
+            "regime_length": seq + 3,
+            "regimes": torch.tensor([seq, seq + 9], device=device),
+        }.get(given)
+        got = compiled(q, k, ids, regime_length=length)
+        for a, b in zip(got, eager(q, k, ids, regime_length=length), strict=True):
+            assert_same_bits(a, b)
+        graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
+    if name == "dynamic":
+        assert_same_bits(module.max_seq_len_cached.float(), eager.max_seq_len_cached.float())
+
+
+@pytest.mark.parametrize("name", ["yarn", "dynamic", "longrope"])
+def test_scaling_compiles_once_more_at_most_without_asking_for_dynamic_shapes(name):
+    module = make(name)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for seq in (50, 90, 33, 70, 12, 65):
+        compiled(*q_and_k(seq=seq), torch.arange(seq))
+    assert counter.frame_count <= 2
+
+
+def test_learned_frequencies_compile_with_their_gradient():
+    module, eager = make("yarn", learned=True), make("yarn", learned=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for seq in (7, 12):
+        q, k = q_and_k(seq=seq)
+        grads = []
+        for function, parameter in ((compiled, module.inv_freq), (eager, eager.inv_freq)):
+            out, _ = function(q, k)
+            grads.append(torch.autograd.grad(out, parameter, torch.ones_like(out))[0])
+        assert_same_bits(*grads)
+
+
+# ---- casts, moves, copies
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_frequencies_stay_float32_through_casts_and_meta(name, device):
+    plain = make(name, device)
+    with torch.device("meta"):
+        on_meta = nn.ModuleList([make(name, None)])
+    q, k = q_and_k(device, seq=70)
+    for module in (
+        nn.ModuleList([make(name, device)]).bfloat16()[0],
+        on_meta.bfloat16().to_empty(device=device)[0],
+        make(name, device).to_empty(device=device),
+        copy.deepcopy(make(name, device)),
+        pickle.loads(pickle.dumps(make(name, device))),
+    ):
+        for a, b in zip(module.buffers(), plain.buffers(), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        for a, b in zip(module(q, k), copy.deepcopy(plain)(q, k), strict=True):
+            assert_same_bits(a, b)
+        assert list(module.state_dict()) == []
+
+
+def test_what_was_seen_moves_with_a_copy():
+    module = make("dynamic")
+    module(*q_and_k(seq=100))
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.half()):
+        assert int(other.max_seq_len_cached) == 100
+    assert int(make("dynamic").max_seq_len_cached) == ORIGINAL
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_module_made_and_used_in_inference_mode_goes_on_outside_of_it(name, device):
+    q, k = q_and_k(device, seq=70)
+    with torch.inference_mode():
+        module = make(name, device)
+        first = module(q, k)
+    fresh = make(name, device)
+    with torch.inference_mode():
+        fresh(q, k)
+    for used in (module, fresh):
+        leaf = q.clone().requires_grad_()
+        out, _ = used(leaf, k)
+        assert_same_bits(out, first[0])
+        assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
+
+
+# ---- learned frequencies
+
+
+LEARNABLE = [name for name in SCALINGS if name not in BY_LENGTH]
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_learned_frequencies_start_as_the_scaling_says_and_are_in_the_state_dict(name, device):
+    module = make(name, device, learned=True)
+    assert list(module.state_dict()) == ["inv_freq"]
+    assert [n for n, _ in module.named_parameters()] == ["inv_freq"]
+    assert_same_bits(module.inv_freq, make(name, device).inv_freq)
+    other = make("default", device, learned=True)
+    other.load_state_dict(module.state_dict(), strict=True)
+    assert_same_bits(other.inv_freq, module.inv_freq)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({}, strict=True)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["position_ids", "table"])
+@pytest.mark.parametrize("name", ["default", "yarn"])
+def test_gradient_of_learned_frequencies_is_that_of_plain_float64(name, ids, device):
+    module = make(name, device, learned=True)
+    q, k = q_and_k(device)
+    position_ids = torch.arange(S, device=device) if ids else None
+    seeds = [random(*x.shape, device=device, seed=3) for x in (q, k)]
+    got = torch.autograd.grad(module(q, k, position_ids), module.inv_freq, seeds)[0]
+    inv_freq = module.inv_freq.detach().cpu().double().requires_grad_()
+    cos, sin = reference.cos_sin(
+        inv_freq, torch.arange(S)[None], attention_scaling=module.attention_scaling
+    )
+    inputs, grads = on_cpu([q, k], torch.float64), on_cpu(seeds, torch.float64)
+    outputs = [reference.apply_rotary(x, cos, sin) for x in inputs]
+    expected = torch.autograd.grad(outputs, inv_freq, grads)[0]
+    # float32 sums of B S (H + K) products of about 3 normal numbers and positions up to S
+    terms = B * S * (H + K)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=terms * S * 27 * 2.0**-24)
+
+
+def test_learned_frequencies_learn():
+    """From constant frequencies to those that made the target."""
+    module = make("default", learned=True)
+    with torch.no_grad():
+        module.inv_freq.copy_(frequencies.constant(D, value=0.3)[0])
+    teacher = make("default")
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    q, k = q_and_k()
+    target, _ = teacher(q, k)
+    losses = []
+    for _ in range(60):
+        loss = (module(q, k)[0] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "to(float64)": lambda module: module.to(torch.float64),
+    "inside a model": lambda module: nn.ModuleList([module]).bfloat16()[0],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_learned_frequencies_stay_the_same_float32_parameter_through(cast):
+    module = make("default", learned=True)
+    parameter, before = module.inv_freq, module.inv_freq.detach().clone()
+    module(*q_and_k())[0].sum().backward()
+    module = CASTS[cast](module)
+    assert module.inv_freq is parameter  # the optimizer's
+    assert module.inv_freq.grad.dtype == torch.float32
+    assert_same_bits(module.inv_freq, before)
+
+
+def test_learned_frequencies_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        module = make("yarn", learned=True)
+    q, k = q_and_k()
+    module(q, k)[0].square().sum().backward()
+    assert module.inv_freq.grad.isfinite().all()
+
+
+def test_learned_frequencies_of_a_meta_module_start_as_the_scaling_says(device):
+    with torch.device("meta"):
+        model = nn.ModuleList([make("yarn", None, learned=True)]).bfloat16()
+    model.to_empty(device=device)
+    assert isinstance(model[0].inv_freq, nn.Parameter)
+    assert_same_bits(model[0].inv_freq, make("yarn", device).inv_freq)
+
+
+def test_learned_frequencies_of_a_16_bit_checkpoint_become_float32():
+    saved = {"inv_freq": frequencies.default(D, base=500.0)[0].bfloat16()}
+    for assign in (False, True):
+        module = make("default", learned=True)
+        module.load_state_dict(saved, strict=True, assign=assign)
+        assert isinstance(module.inv_freq, nn.Parameter)
+        assert_same_bits(module.inv_freq, saved["inv_freq"].float())
+
+
+def test_table_follows_learned_frequencies(device):
+    module = make("default", device, learned=True)
+    q, k = q_and_k(device)
+    ids = torch.arange(S, device=device)
+    for _ in range(2):
+        with torch.no_grad():
+            for a, b in zip(module(q, k), module(q, k, ids), strict=True):
+                assert_same_bits(a, b)
+            module.inv_freq.mul_(0.5)
+
+
+def test_learned_frequencies_in_place_are_refused_as_long_as_they_are_trained():
+    module = make("default", learned=True)
+    q, k = q_and_k()
+    kept = q.clone()
+    with pytest.raises(RuntimeError, match="cos and sin to need no gradient when inplace=True"):
+        module(q, k, inplace=True)
+    assert_same_bits(q, kept)
+    with torch.no_grad():
+        module(q, k, inplace=True)
+    assert not torch.equal(q, kept)
+
+
+# ---- from configs and dicts
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4 * D,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "rope_theta": 5e5,
+}
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_module_from_a_config_is_the_one_from_its_arguments(name, device):
+    config = {**LLAMA, "rope_scaling": scaling_of(name)}
+    module = RotaryEmbedding.from_config(config, device=device)
+    other = make(name, device, base=5e5, max_position_embeddings=256)
+    q, k = q_and_k(device, seq=70)
+    for a, b in zip(module(q, k), other(q, k), strict=True):
+        assert_same_bits(a, b)
+    assert module.attention_scaling == other.attention_scaling
+
+
+def test_rope_theta_and_partial_rotary_factor_of_a_dict_count():
+    scaling = {
+        "rope_type": "linear",
+        "factor": 2.0,
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.5,
+    }
+    module = RotaryEmbedding(D, max_position_embeddings=ORIGINAL, scaling=scaling)
+    expected, _ = frequencies.linear(D, factor=2.0, base=5e5, rotary_dim=D // 2)
+    assert_same_bits(module.inv_freq, expected)
+    assert module.rotary_dim == D // 2
+    assert "linear" in str(module)
+    assert scaling["rope_theta"] == 5e5  # the caller's
+
+
+def test_layers_that_do_not_rotate_have_no_module():
+    config = {**LLAMA, "rope_parameters": {"full_attention": None, "sliding_attention": {}}}
+    assert RotaryEmbedding.from_config(config, "full_attention") is None
+    assert RotaryEmbedding.from_config(config, "sliding_attention") is not None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "interleaved"), [("llama", False), ("cohere", True), ("deepseek_v3", True)]
+)
+def test_pairs_are_those_of_the_model_type(model_type, interleaved):
+    config = {**LLAMA, "model_type": model_type}
+    assert RotaryEmbedding.from_config(config).interleaved is interleaved
+    assert RotaryEmbedding.from_config(config, interleaved=not interleaved).interleaved is (
+        not interleaved
+    )
+    halves = RotaryEmbedding.from_config({**config, "rope_interleave": False})
+    assert not halves.interleaved
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": {"rope_type": "yarnn"}}, "rope_type to be one of .* got 'yarnn'"),
+        ({"scaling": {"rope_type": "yarn", "factor": 4.0}}, "to have original_max_position_emb"),
+        ({"scaling": {"rope_type": "linear", "factor": 0.5}}, "factor to be at least 1, got 0.5"),
+        ({"scaling": scaling_of("dynamic"), "learned": True}, "learned=True, got 'dynamic'"),
+        ({"scaling": scaling_of("longrope"), "learned": True}, "learned=True, got 'longrope'"),
+        ({"scaling": {"rope_theta": 5e5}, "base": 1e4}, "rope_theta of scaling, 500000.0, got 1"),
+        (
+            {"scaling": {"partial_rotary_factor": 0.5}, "rotary_dim": 16},
+            "partial_rotary_factor of scaling times head_dim, 8, got 16",
+        ),
+        ({"scaling": scaling_of("proportional"), "rotary_dim": 8}, "rotary_dim to be head_dim"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"expected .*{message}"):
+        RotaryEmbedding(D, **{"max_position_embeddings": ORIGINAL, **options})
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "at least 1, got 0"),
+        (torch.ones(B), r"int32 or int64 of shape .* got torch.float32 \[2\]"),
+        (torch.ones(B, 1, dtype=torch.int64), r"\[\] or \[B\] = \[2\], got \[2, 1\]"),
+        (torch.ones(B + 1, dtype=torch.int64), r"\[\] or \[B\] = \[2\], got \[3\]"),
+        (torch.ones((), dtype=torch.int64, device="meta"), "on the device of inv_freq, cpu"),
+    ],
+)
+@pytest.mark.parametrize("name", ["yarn", "longrope"])
+def test_regime_length_that_does_not_fit_is_refused_by_name(name, length, message):
+    q, k = q_and_k()
+    for ids in (None, torch.arange(S)):
+        with pytest.raises(
+            ValueError, match=f"RotaryEmbedding: expected regime_length .*{message}"
+        ):
+            make(name)(q, k, ids, regime_length=length)
+
+
+def test_the_config_of_a_vision_tower_is_refused():
+    config = {**LLAMA, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
+    with pytest.raises(ValueError, match="tokens of one position each, got the rope_type 'axial'"):
+        RotaryEmbedding.from_config(config)
+
+
+def test_attention_factor_multiplies_the_scores(device):
+    """YaRN: q and k by 0.1 ln 4 + 1 each."""
+    q, k = q_and_k(device)
+    module = make("yarn", device)
+    out_q, _ = module(q, k, torch.zeros(S, dtype=torch.int64, device=device))
+    torch.testing.assert_close(out_q, q * (0.1 * math.log(4) + 1), rtol=2 * ULP, atol=0)
+    assert rope_ext.RotaryEmbedding is RotaryEmbedding
