@@ -1,0 +1,532 @@
+"""Frequencies: the bits of transformers for published models and random parameters; configs."""
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import assert_same_bits
+
+from rope_ext import frequencies
+
+transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.gemma4.modeling_gemma4 import (  # noqa: E402
+    Gemma4TextRotaryEmbedding,
+    Gemma4VisionRotaryEmbedding,
+)
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding  # noqa: E402
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import (  # noqa: E402
+    HunYuanDenseV1RotaryEmbedding,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding  # noqa: E402
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding  # noqa: E402
+
+SEED_LENGTHS = (1, 100, 4096, 4097, 131_072)
+
+# The factors of Phi-3-mini-128k rise like these, from about 1 to 3 and to 64, a number a pair.
+PHI3_SHORT = [round(1 + 2 * (i / 47) ** 2, 2) for i in range(48)]
+PHI3_LONG = [round(1.07 * (64 / 1.07) ** (i / 47), 2) for i in range(48)]
+
+LLAMA31 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+DEEPSEEK_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+GPT_OSS_YARN = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "yarn",
+    "truncate": False,
+}
+HUNYUAN_ALPHA = {
+    "alpha": 1000.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "type": "dynamic",
+}
+
+
+def config_json(model_type, hidden_size, num_attention_heads, max_position_embeddings, **others):
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_attention_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "num_hidden_layers": 6,
+        **others,
+    }
+
+
+GEMMA3 = config_json(
+    "gemma3_text",
+    2560,
+    8,
+    131072,
+    head_dim=256,
+    rope_theta=1000000.0,
+    rope_local_base_freq=10000.0,
+    rope_scaling={"factor": 8.0, "rope_type": "linear"},
+)
+GEMMA4 = config_json(
+    "gemma4_text",
+    2304,
+    8,
+    131072,
+    head_dim=256,
+    global_head_dim=512,
+    layer_types=["sliding_attention"] * 5 + ["full_attention"],
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1_000_000.0,
+        },
+    },
+)
+NESTED_YARN = config_json(
+    "gemma3_text",
+    2560,
+    8,
+    131072,
+    head_dim=256,
+    layer_types=["sliding_attention"] * 5 + ["full_attention"],
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {**GPT_OSS_YARN, "rope_theta": 1_000_000.0},
+    },
+)
+
+# name: config.json with what is published that matters here, layer type, class of transformers
+PUBLISHED = {
+    "Llama-2-7b: no rope_theta": (config_json("llama", 4096, 32, 4096), None),
+    "Llama-3.1-8B": (
+        config_json("llama", 4096, 32, 131072, rope_theta=500000.0, rope_scaling=LLAMA31),
+        None,
+    ),
+    "Llama-3.2-1B": (
+        config_json(
+            "llama",
+            2048,
+            32,
+            131072,
+            head_dim=64,
+            rope_theta=500000.0,
+            rope_scaling={**LLAMA31, "factor": 32.0},
+        ),
+        None,
+    ),
+    "Mistral-7B-v0.3": (config_json("mistral", 4096, 32, 32768, rope_theta=1000000.0), None),
+    "Qwen2.5-7B with YaRN": (
+        config_json(
+            "qwen2",
+            3584,
+            28,
+            32768,
+            rope_theta=1000000.0,
+            rope_scaling={
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+        ),
+        None,
+    ),
+    "Phi-3-mini-128k": (
+        config_json(
+            "phi3",
+            3072,
+            32,
+            131072,
+            original_max_position_embeddings=4096,
+            rope_theta=10000.0,
+            rope_scaling={"long_factor": PHI3_LONG, "short_factor": PHI3_SHORT, "type": "longrope"},
+        ),
+        None,
+    ),
+    "DeepSeek-V3: a part of the head of its own": (
+        config_json(
+            "deepseek_v3",
+            7168,
+            128,
+            163840,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=128,
+            rope_theta=10000,
+            rope_scaling=DEEPSEEK_YARN,
+        ),
+        None,
+    ),
+    "Gemma-3-4b, full": (GEMMA3, "full_attention"),
+    "Gemma-3-4b, sliding: another base": (GEMMA3, "sliding_attention"),
+    "Gemma 4, full: heads of 512": (GEMMA4, "full_attention"),
+    "Gemma 4, sliding": (GEMMA4, "sliding_attention"),
+    "YaRN by layer type: truncate is not read there": (NESTED_YARN, "full_attention"),
+    "GPT-NeoX-20B: a quarter of the head": (
+        config_json("gpt_neox", 6144, 64, 2048, rotary_pct=0.25, rotary_emb_base=10000),
+        None,
+    ),
+    "gpt-oss-20b: not truncated": (
+        config_json(
+            "gpt_oss",
+            2880,
+            64,
+            131072,
+            head_dim=64,
+            rope_theta=150000,
+            rope_scaling=GPT_OSS_YARN,
+        ),
+        None,
+    ),
+    "SmolLM2-135M": (config_json("llama", 576, 9, 8192, rope_theta=100000), None),
+    "Hunyuan-7B: dynamic with alpha": (
+        config_json(
+            "hunyuan_v1_dense",
+            4096,
+            32,
+            32768,
+            head_dim=128,
+            rope_theta=10000.0,
+            rope_scaling=HUNYUAN_ALPHA,
+        ),
+        None,
+    ),
+    "GLM-4-9B: half a head, unsaid": (
+        config_json("glm", 4096, 32, 131072, head_dim=128, rope_theta=10000.0),
+        None,
+    ),
+    "a dynamic Llama": (
+        config_json("llama", 4096, 32, 4096, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        None,
+    ),
+}
+ROTARY_CLASSES = {
+    "gpt_neox": GPTNeoXRotaryEmbedding,
+    "gemma4_text": Gemma4TextRotaryEmbedding,
+    "glm": Phi3RotaryEmbedding,
+    "hunyuan_v1_dense": HunYuanDenseV1RotaryEmbedding,
+    "phi3": Phi3RotaryEmbedding,
+}
+
+
+def config_object(json):
+    json = copy.deepcopy(json)  # the classes write into it
+    return transformers.AutoConfig.for_model(json.pop("model_type"), **json)
+
+
+def of_transformers(config, layer_type, length=None):
+    """inv_freq and attention factor as the family's rotary module has them."""
+    if config.model_type == "gemma4_text":
+        config = config.per_layer_config[layer_type]
+    parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    rotary = ROTARY_CLASSES.get(config.model_type, LlamaRotaryEmbedding)
+    rope_type = parameters["rope_type"]
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    if rope_type == "dynamic" and "alpha" in parameters:
+        return rotary.compute_ntk_alpha_rope_parameters(config)
+    if rope_type == "default" and layer_type:
+        return Gemma4TextRotaryEmbedding.compute_default_rope_parameters(config, **options)
+    if rope_type == "default":
+        return rotary.compute_default_rope_parameters(config)
+    return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length, **options)
+
+
+def assert_equal(got, expected):
+    assert_same_bits(got[0], expected[0])
+    assert got[0].dtype == torch.float32
+    assert type(got[1]) is float
+    assert got[1] == expected[1]
+
+
+# ---- against transformers
+
+
+@pytest.mark.parametrize("form", ["config.json", "object", "saved again"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_bits_of_transformers(name, form):
+    json, layer_type = PUBLISHED[name]
+    config = config_object(json)
+    given = {"config.json": json, "object": config, "saved again": config.to_dict()}[form]
+    before = copy.deepcopy(given)
+    for length in (None, *SEED_LENGTHS):
+        expected = of_transformers(config_object(json), layer_type, length)
+        assert_equal(frequencies.from_config(given, layer_type, length=length), expected)
+    assert form == "object" or given == before
+
+
+def test_attention_factors_are_those_that_the_papers_give():
+    """YaRN: 0.1 ln 4 + 1. Phi-3: sqrt(1 + ln 32 / ln 4096). DeepSeek-V3: its two mscale cancel."""
+    for name, expected in (
+        ("Qwen2.5-7B with YaRN", 0.1 * math.log(4) + 1),
+        ("Phi-3-mini-128k", math.sqrt(1 + 5 / 12)),
+        ("DeepSeek-V3: a part of the head of its own", 1.0),
+        ("gpt-oss-20b: not truncated", 0.1 * math.log(32) + 1),
+    ):
+        _, attention_scaling = frequencies.from_config(*PUBLISHED[name])
+        assert attention_scaling == pytest.approx(expected, rel=1e-15)
+
+
+def numbers(least, most):
+    return st.floats(least, most, allow_nan=False, width=32)
+
+
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+FACTORS = numbers(1, 128) | st.integers(1, 128)
+BASES = numbers(100, 1e8) | st.sampled_from([10000, 10000.0, 500000.0, 1000000])
+HEADS = st.integers(2, 64).map(lambda pairs: 2 * pairs)
+LENGTHS = st.integers(16, 1_000_000)
+
+
+def llama(head_dim, base, longest, **parameters):
+    return transformers.LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=longest,
+        rope_parameters={"rope_theta": base, **parameters},
+    )
+
+
+def compare(head_dim, base, longest, parameters, length=None):
+    """Function, dict and config against transformers."""
+    config = llama(head_dim, base, longest, **copy.deepcopy(parameters))
+    rope_type = parameters["rope_type"]
+    expected = ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)
+    options = {"max_position_embeddings": longest, "length": length, "base": base}
+    assert_equal(frequencies.from_scaling(head_dim, parameters, **options), expected)
+    assert_equal(frequencies.from_config(config, length=length), expected)
+
+
+@EXAMPLES
+@given(HEADS, BASES, LENGTHS, FACTORS)
+def test_linear_has_the_bits_of_transformers(head_dim, base, longest, factor):
+    compare(head_dim, base, longest, {"rope_type": "linear", "factor": factor})
+
+
+@EXAMPLES
+@given(HEADS, BASES, LENGTHS, FACTORS, st.none() | LENGTHS)
+def test_dynamic_has_the_bits_of_transformers(head_dim, base, longest, factor, length):
+    parameters = {"rope_type": "dynamic", "factor": factor}
+    compare(head_dim, base, longest, parameters, length)
+    if length is not None:  # transformers' modules give a tensor
+        length = torch.tensor(length)
+        expected = ROPE_INIT_FUNCTIONS["dynamic"](
+            llama(head_dim, base, longest, **parameters), seq_len=length
+        )
+        options = {"original_max_position_embeddings": longest, "factor": factor, "base": base}
+        assert_equal(frequencies.dynamic_ntk(head_dim, length=length, **options), expected)
+        several = frequencies.dynamic_ntk(head_dim, length=length.expand(2, 3), **options)[0]
+        assert several.shape == (2, 3, head_dim // 2)
+        torch.testing.assert_close(several[1, 2], expected[0], rtol=2.0**-22, atol=0)
+
+
+@EXAMPLES
+@given(
+    st.tuples(HEADS, BASES, LENGTHS, LENGTHS, FACTORS),
+    st.tuples(numbers(1, 8), numbers(1, 64), st.booleans()),
+    st.none() | numbers(0.5, 2),
+    st.none() | numbers(0, 2),
+    st.none() | numbers(0, 2),
+)
+def test_yarn_has_the_bits_of_transformers(common, ramp, attention_factor, mscale, mscale_all_dim):
+    head_dim, base, longest, original, factor = common
+    slow, ratio, truncate = ramp
+    parameters = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_slow": slow,
+        "beta_fast": slow * ratio,
+        "truncate": truncate,
+        "attention_factor": attention_factor,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
+    }
+    compare(head_dim, base, longest, parameters)
+
+
+@EXAMPLES
+@given(
+    st.tuples(HEADS, BASES, LENGTHS, LENGTHS),
+    st.none() | FACTORS,
+    st.none() | numbers(0.5, 2),
+    st.none() | LENGTHS,
+    st.randoms(use_true_random=False),
+)
+def test_longrope_has_the_bits_of_transformers(common, factor, attention_factor, length, random):
+    head_dim, base, longest, original = common
+    parameters = {
+        "rope_type": "longrope",
+        "short_factor": [random.uniform(0.5, 4) for _ in range(head_dim // 2)],
+        "long_factor": [random.uniform(0.5, 64) for _ in range(head_dim // 2)],
+        "original_max_position_embeddings": original,
+        "factor": factor,
+        "attention_factor": attention_factor,
+    }
+    compare(head_dim, base, longest, parameters, length)
+
+
+@EXAMPLES
+@given(st.tuples(HEADS, BASES, LENGTHS, LENGTHS, FACTORS), numbers(0.25, 8), numbers(1.125, 16))
+def test_llama3_has_the_bits_of_transformers(common, low, ratio):
+    head_dim, base, longest, original, factor = common
+    parameters = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": low * ratio,
+        "original_max_position_embeddings": original,
+    }
+    compare(head_dim, base, longest, parameters)
+
+
+@EXAMPLES
+@given(HEADS, BASES, st.none() | FACTORS, st.none() | numbers(0, 1))
+def test_proportional_has_the_bits_of_transformers(head_dim, base, factor, part):
+    parameters = {"rope_type": "proportional", "factor": factor, "partial_rotary_factor": part}
+    parameters = {key: value for key, value in parameters.items() if value is not None}
+    compare(head_dim, base, 4096, parameters)
+
+
+@EXAMPLES
+@given(st.sampled_from([32, 64, 80, 96, 128, 256]), BASES, st.sampled_from([0.25, 0.5, 0.75, 1.0]))
+def test_partial_has_the_bits_of_transformers(head_dim, base, part):
+    config = transformers.GPTNeoXConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        rope_parameters={"rope_theta": base, "partial_rotary_factor": part},
+    )
+    expected = GPTNeoXRotaryEmbedding.compute_default_rope_parameters(config)
+    assert_equal(frequencies.partial(head_dim, rotary_pct=part, base=base), expected)
+    assert_equal(frequencies.from_config(config), expected)
+
+
+def test_vision_towers_have_the_bits_of_transformers():
+    config = transformers.AutoConfig.for_model("gemma4_vision")
+    expected = Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters(config)
+    assert_equal(frequencies.axial(config.head_dim, base=100.0), expected)
+    assert_equal(frequencies.from_config(config), expected)
+    config = transformers.PixtralVisionConfig(rope_parameters={"rope_theta": 10000.0})
+    expected = PixtralVisionRotaryEmbedding.compute_axial_rope_parameters(config)
+    inv_freq, _ = frequencies.axial(config.head_dim, alternating=True)
+    assert_same_bits(inv_freq.flatten(), expected[0])
+    assert_equal(frequencies.from_config(config), expected)
+
+
+# ---- configs
+
+
+def test_layers_of_a_type_without_parameters_do_not_rotate():
+    config = copy.deepcopy(GEMMA4)
+    config["rope_parameters"]["full_attention"] = None
+    assert frequencies.from_config(config, "full_attention") is None
+    assert frequencies.from_config(config, "sliding_attention") is not None
+    assert frequencies.from_config(config_object(config), "full_attention") is None
+
+
+def test_text_config_of_a_multimodal_config_is_the_one_that_is_read():
+    outer = {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {"hidden_size": 7}}
+    for layer_type in ("full_attention", "sliding_attention"):
+        expected = frequencies.from_config(GEMMA3, layer_type)
+        assert_equal(frequencies.from_config(outer, layer_type), expected)
+
+
+def test_rotary_dim_of_a_config_counts():
+    json = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "rotary_dim": 64}
+    assert_equal(frequencies.from_config(json), frequencies.default(256, rotary_dim=64))
+
+
+def test_su_is_an_older_name_of_longrope():
+    """As Phi-3 had it when it was published."""
+    json, _ = PUBLISHED["Phi-3-mini-128k"]
+    older = {**json, "rope_scaling": {**json["rope_scaling"], "type": "su"}}
+    for length in (None, 4097):
+        expected = frequencies.from_config(json, length=length)
+        assert_equal(frequencies.from_config(older, length=length), expected)
+
+
+def test_any_object_with_the_entries_is_a_config(monkeypatch):
+    """Without transformers: the frequencies import nothing of it."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    class Config:
+        head_dim = 64
+        rope_theta = 5e5
+        max_position_embeddings = 131072
+        rope_scaling = LLAMA31
+
+    options = {key: value for key, value in LLAMA31.items() if key != "rope_type"}
+    assert_equal(frequencies.from_config(Config()), frequencies.llama3(64, base=5e5, **options))
+
+
+def test_phimoe_has_a_factor_of_attention_for_each_regime():
+    json = config_json(
+        "phimoe",
+        4096,
+        32,
+        131072,
+        head_dim=96,
+        original_max_position_embeddings=4096,
+        rope_scaling={
+            "short_factor": PHI3_SHORT,
+            "long_factor": PHI3_LONG,
+            "short_mscale": 1.243163121016122,
+            "long_mscale": 1.5,
+            "type": "longrope",
+        },
+    )
+    for length, factors, attention_scaling in (
+        (4096, PHI3_SHORT, 1.243163121016122),
+        (4097, PHI3_LONG, 1.5),
+    ):
+        got = frequencies.from_config(json, length=length)
+        plain, _ = frequencies.default(96, base=1e6)
+        torch.testing.assert_close(got[0], plain / torch.tensor(factors), rtol=2.0**-22, atol=0)
+        assert got[1] == attention_scaling
+
+
+# ---- refusals
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("config", "layer_type", "message"),
+    [
+        ({"rope_scaling": {"type": "yarnn"}, "head_dim": 64}, None, "rope_type to be one of"),
+        ({"hidden_size": 64}, None, "config to have head_dim, or hidden_size and num_attention"),
+        (GEMMA4, None, "layer_type to be one of sliding_attention, full_attention, got None"),
+        (GEMMA4, "linear_attention", "layer_type to be one of .* got 'linear_attention'"),
+        (GEMMA3, None, "layer_type to be one of full_attention, sliding_attention, got None"),
+        ({"head_dim": 64, "partial_rotary_factor": NAN}, None, "partial_rotary_factor"),
+        ({"head_dim": 64, "rope_theta": -1}, None, "rope_theta to be above 0, got -1"),
+        ({"model_type": "dinov3_vit", "head_dim": 64}, None, "got 'dinov3_vit', which turns by"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_name(config, layer_type, message):
+    with pytest.raises(ValueError, match=rf"frequencies\.from_config: expected .*{message}"):
+        frequencies.from_config(config, layer_type)
