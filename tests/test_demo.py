@@ -12,11 +12,11 @@ import torch
 import rope_ext
 from rope_ext.__main__ import main
 from rope_ext.demo import compare, models, rotary, scaling, weights
+from rope_ext.integrations.transformers import rotations
 
 # the demo needs a model library that rope_ext itself doesn't; the test extra installs it
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 from transformers.models.cohere import modeling_cohere  # noqa: E402
-from transformers.models.gpt_neox import modeling_gpt_neox  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 SMALL_DEMO = [
@@ -57,12 +57,12 @@ def tokens():
 @pytest.fixture
 def wrong_angle(monkeypatch):
     """rope_ext with its angles 0.1 % too large in the sine: what a comparison has to see."""
-    right = rope_ext.apply_rotary_qk
+    right = rotations.rotate_both
 
-    def wrong(q, k, cos, sin, *args, **options):
-        return right(q, k, cos, sin * 1.001, *args, **options)
+    def wrong(pairs, q, k, cos, sin, *args):
+        return right(pairs, q, k, cos, sin * 1.001, *args)
 
-    monkeypatch.setattr(rope_ext, "apply_rotary_qk", wrong)
+    monkeypatch.setattr(rotations, "rotate_both", wrong)
 
 
 @pytest.fixture
@@ -143,24 +143,23 @@ def test_rope_ext_has_the_same_float32_bits_as_the_original(unsqueeze_dim):
     cos, sin = torch.randn(2, 2, 7, 16)
     if unsqueeze_dim == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
-    got = rotary.rope_ext_rotary(q, k, cos, sin, unsqueeze_dim)
+    original = modeling_llama.apply_rotary_pos_emb
+    expected = original(q, k, cos, sin, unsqueeze_dim)
+    got = rotary.with_rope_ext(original)(q, k, cos, sin, unsqueeze_dim)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
-def test_a_partial_rotation_of_the_same_form_is_accepted():
-    assert rotary.find_other_form(modeling_gpt_neox.apply_rotary_pos_emb) is None
-    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
-    cos, sin = torch.randn(2, 1, 5, 4)
-    expected = modeling_gpt_neox.apply_rotary_pos_emb(q, k, cos, sin)
-    got = rotary.rope_ext_rotary(q, k, cos, sin)
-    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-
-
-def test_other_conventions_and_other_arguments_are_refused():
-    problem = rotary.find_other_form(modeling_cohere.apply_rotary_pos_emb)  # interleaved pairs
-    assert problem == "doesn't compute x cos + rotate_half(x) sin"
-    assert "takes (x, freqs)" in rotary.find_other_form(lambda x, freqs: x)
+@pytest.mark.parametrize(
+    ("rotation", "reason"),
+    [
+        (modeling_cohere.apply_rotary_pos_emb, "is interleaved, not half-split"),
+        (lambda x, freqs: x, "is a rotation that rope_ext does not know"),
+    ],
+)
+def test_other_conventions_and_other_arguments_are_refused(model, monkeypatch, rotation, reason):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotation)
+    with pytest.raises(rotary.NotLlamaForm, match=reason):
+        rotary.require_llama_form(model)
 
 
 # ---- the comparisons
@@ -190,7 +189,7 @@ def test_a_wrong_rotation_fails_every_comparison_but_the_tokens(model, tokens):
 
 
 def test_different_tokens_are_counted(model, tokens, monkeypatch):
-    monkeypatch.setattr(rope_ext, "apply_rotary_qk", lambda q, k, *args, **options: (-q, k))
+    monkeypatch.setattr(rotations, "rotate_both", lambda pairs, q, k, *args: (-q, k))
     generation = compare.compare_generation(model, tokens[:, :5], 12)
     assert generation.check.difference == (generation.own != generation.ours).sum() > 0
     assert not generation.check.passed
@@ -357,7 +356,7 @@ def test_a_model_with_another_rotation_is_refused_with_status_2(monkeypatch, cap
         modeling_llama, "apply_rotary_pos_emb", modeling_cohere.apply_rotary_pos_emb
     )
     assert main(["demo", "--random", *SMALL_DEMO]) == 2
-    assert "doesn't compute x cos + rotate_half(x) sin" in capsys.readouterr().err
+    assert "apply_rotary_pos_emb is interleaved, not half-split" in capsys.readouterr().err
 
 
 def test_missing_transformers_is_said_with_the_command_that_helps(monkeypatch, capsys):

@@ -211,7 +211,7 @@ def show_timings(model: nn.Module, calls: dict[str, rotary.Call]) -> None:
         "on the model's own q and k"
     )
     for name, call in calls.items():
-        own, ours = compare.time_side_by_side(call, [original, rotary.rope_ext_rotary])
+        own, ours = compare.time_side_by_side(call, [original, rotary.with_rope_ext(original)])
         shapes = [f"{list(x.shape)} strides {list(x.stride())}" for x in call[:2]]
         print(f"{name:8} q {shapes[0]}, k {shapes[1]}")
         for label, t in (("transformers", own), ("rope_ext", ours)):

@@ -19,8 +19,6 @@ from rope_ext.demo.rotary import (
     Tally,
     one_ulp_off,
     replaced_rotary,
-    rope_ext_rotary,
-    rotate_half,
     unchanged,
     with_rope_ext,
 )
@@ -129,7 +127,7 @@ def compare_prompt(model: nn.Module, tokens: torch.Tensor) -> Prompt:
 
         def both(q, k, cos, sin, unsqueeze_dim=1):
             own = original(q, k, cos, sin, unsqueeze_dim)
-            ours = rope_ext_rotary(q, k, cos, sin, unsqueeze_dim)
+            ours = with_rope_ext(original)(q, k, cos, sin, unsqueeze_dim)
             c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
             for x, theirs, mine in zip((q, k), own, ours, strict=True):
                 rotation_differences.append(rotation_difference(x, c, s, theirs, mine))
@@ -168,7 +166,7 @@ def rotation_difference(x, cos, sin, own, ours) -> torch.Tensor:
     """
     unturned = x.shape[-1] - cos.shape[-1]
     turned = x[..., : cos.shape[-1]]
-    size = (turned * cos).abs() + (rotate_half(turned) * sin).abs()
+    size = (turned * cos).abs() + (turned.roll(turned.shape[-1] // 2, -1) * sin).abs()
     size = nn.functional.pad(size, (0, unturned))
     difference = (own - ours).abs()
     return torch.where(difference == 0, 0.0, difference / size).max()

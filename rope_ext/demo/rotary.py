@@ -7,7 +7,6 @@ instance; both are called the same way, so both are replaced and restored the sa
 """
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-import rope_ext
+from rope_ext.integrations.transformers.recognition import recognize
+from rope_ext.integrations.transformers.rotations import ALL_PAIRS, q_and_k
 
 NAME = "apply_rotary_pos_emb"
 FLOAT32_EPS = 2.0**-23
@@ -46,22 +46,15 @@ class Tally:
         return counted
 
 
-def rope_ext_rotary(q, k, cos, sin, unsqueeze_dim=1):
-    """What takes the place of `apply_rotary_pos_emb`: the same arguments and results, by rope_ext.
-
-    unsqueeze_dim=1: q [B, H, S, D], k [B, Hk, S, D]; 2: q [B, S, H, D], k [B, S, Hk, D].
-    cos, sin [1|B, S, R]: one angle a channel, for the first R channels.
-    """
-    layout = "bhsd" if unsqueeze_dim == 1 else "bshd"
-    return rope_ext.apply_rotary_qk(q, k, cos, sin, rotary_dim=cos.shape[-1], layout=layout)
-
-
 def unchanged(original: Callable) -> Callable:
     return original
 
 
 def with_rope_ext(original: Callable) -> Callable:
-    return rope_ext_rotary
+    """What patch(model) puts in the place of `original`."""
+    rotation = recognize(original)
+    assert rotation is not None, "require_llama_form comes first"
+    return rotation.replacement
 
 
 def one_ulp_off(original: Callable) -> Callable:
@@ -114,58 +107,18 @@ def forget_lengths(model: nn.Module) -> None:
             module.max_seq_len_cached = module.original_max_seq_len
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x1, x2) -> (-x2, x1), the halves of the last dimension."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
 def require_llama_form(model: nn.Module) -> list[str]:
     """The full names of the model's rotary functions, all of Llama's form.
 
-    Many families have a function of this name that pairs other channels or takes other tables:
-    replacing those would change the model. Raises NotLlamaForm with the reason.
+    The comparisons call them with q and k and know the error of a half-split rotation; patch(model)
+    knows others. Raises NotLlamaForm with the reason.
     """
     modules = rotary_modules(model)
     if not modules:
         raise NotLlamaForm(f"{type(model).__module__} has no function {NAME}")
     for module in modules:
-        if problem := find_other_form(getattr(module, NAME)):
-            raise NotLlamaForm(f"{module.__name__}.{NAME} {problem}")
+        rotation = recognize(getattr(module, NAME))
+        got = "a rotation that rope_ext does not know" if rotation is None else rotation.convention
+        if rotation is None or rotation.form is not q_and_k or rotation.pairs != ALL_PAIRS[0]:
+            raise NotLlamaForm(f"{module.__name__}.{NAME} is {got}, not {ALL_PAIRS[0].name}")
     return [f"{module.__name__}.{NAME}" for module in modules]
-
-
-def find_other_form(function: Callable) -> str | None:
-    """How `function` differs from Llama's rotary function, in words; None when it doesn't."""
-    # an nn.Module's own __call__ shows only (*args, **kwargs)
-    shown = function.forward if isinstance(function, nn.Module) else function
-    parameters = inspect.signature(shown).parameters
-    if (
-        list(parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]
-        or parameters["unsqueeze_dim"].default != 1
-    ):
-        taken = ", ".join(map(str, parameters.values()))
-        return f"takes ({taken}), expected (q, k, cos, sin, unsqueeze_dim=1)"
-
-    generator = torch.Generator().manual_seed(0)
-    cos, sin = torch.randn(
-        2, 2, 5, 8, generator=generator
-    )  # [B, S, D] each; halves differ on purpose
-    for unsqueeze_dim in (1, 2):
-        q = torch.randn(2, 4, 5, 8, generator=generator)  # [B, H, S, D]
-        k = torch.randn(2, 2, 5, 8, generator=generator)  # [B, Hk, S, D]
-        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-        expected = [x * c + rotate_half(x) * s for x in (q, k)]
-        if unsqueeze_dim == 2:
-            q, k, *expected = (x.transpose(1, 2) for x in (q, k, *expected))
-        try:
-            got = function(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        except Exception as error:
-            return f"fails on q [2, 4, 5, 8], cos [2, 5, 8]: {type(error).__name__}: {error}"
-        # a few roundings of numbers of size 1 to 10: another convention is off by 1 and more
-        if not all(
-            g.shape == e.shape and torch.allclose(g, e, rtol=0, atol=1e-5)
-            for g, e in zip(got, expected, strict=True)
-        ):
-            return "doesn't compute x cos + rotate_half(x) sin"
-    return None
