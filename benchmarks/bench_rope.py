@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import bench_cuda
 import torch
-from common import CASES, GPU_CASES, Case, microseconds
-from rivals import eager
+from common import CPU_CASES, GPU_CASES, Case, microseconds
+from rivals import eager, widened
 
 import rope_ext
 
@@ -45,24 +45,33 @@ def bench(case: Case, dtype: torch.dtype, rounds: int) -> None:
     k = torch.randn(case.batch, case.seq, case.k_heads, case.head_dim, dtype=dtype)
     inv_freq, _ = rope_ext.frequencies.default(case.head_dim, rotary_dim=case.rotary_dim)
     cos, sin = rope_ext.cos_sin_cache(inv_freq, case.seq)
-    wide_cos = torch.cat((cos, cos), -1)[None, :, None].to(dtype)
-    wide_sin = torch.cat((sin, sin), -1)[None, :, None].to(dtype)
+    options = {**case.options, "interleaved_out": case.interleaved_out}
+    halves_out = case.interleaved and case.interleaved_out is False
+    interleaved = case.interleaved and not halves_out
+    wide_cos = widened(cos, interleaved)[None, :, None].to(dtype)
+    wide_sin = widened(sin, interleaved)[None, :, None].to(dtype)
 
-    exact = rope_ext.reference.apply_rotary(q.double(), cos.double(), sin.double())
-    error = (rope_ext.apply_rotary(q, cos, sin) - exact).abs().max().item()
+    def eagerly(x: torch.Tensor) -> torch.Tensor:
+        """The last channels are cut off, and put back; halves are made of neighbours first."""
+        if case.rotary_offset == 0:
+            return eager(x, wide_cos, wide_sin, interleaved)
+        kept, last = x[..., : case.rotary_offset], x[..., case.rotary_offset :]
+        if halves_out:
+            last = last.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat((kept, eager(last, wide_cos, wide_sin, interleaved)), -1)
+
+    exact = rope_ext.reference.apply_rotary(q.double(), cos.double(), sin.double(), **options)
+    error = (rope_ext.apply_rotary(q, cos, sin, **options) - exact).abs().max().item()
     allowed = 2.0 * torch.finfo(dtype).eps * exact.abs().max().item()
     if error > allowed:
         raise SystemExit(f"{case.name}: wrong result, error {error:.3g} above {allowed:.3g}")
 
     functions: dict[str, Callable[[], object]] = {
-        "in place": lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin),
+        "in place": lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin, **case.options),
         "floor rmw": lambda: (q.mul_(1), k.mul_(1)),
-        "out of place": lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin),
+        "out of place": lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin, **options),
         "floor clone": lambda: (q.clone(), k.clone()),
-        "eager": lambda: (
-            eager(q, wide_cos, wide_sin, case.interleaved),
-            eager(k, wide_cos, wide_sin, case.interleaved),
-        ),
+        "eager": lambda: (eagerly(q), eagerly(k)),
     }
     times = measure(functions, rounds)
     median = {name: statistics.median(t) for name, t in times.items()}
@@ -91,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="few tokens: does everything run?")
     arguments = parser.parse_args()
-    cases = GPU_CASES if arguments.device == "cuda" else CASES
+    cases = GPU_CASES if arguments.device == "cuda" else CPU_CASES
     if arguments.quick:
         cases = [case.with_few_tokens() for case in cases]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rope_ext.__version__}")

@@ -29,8 +29,9 @@ template <class E, class Channel, class Work>
 __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
                                           const Place& place, Channel channel_in,
                                           Channel channel_out, const Work& work) {
-  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
-    return place.b * stride_b + place.s * stride_s + head * stride_h;
+  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h,
+                          Channel channel) {
+    return place.b * stride_b + place.s * stride_s + head * stride_h + channel;
   };
 #pragma unroll 1
   for (uint32_t head = place.head; head < plan.heads; head += plan.head_step) {
@@ -40,13 +41,11 @@ __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& pl
     const E* in =
         static_cast<const E*>(is_q ? q.in.data : k.in.data) +
         offset(head, is_q ? q.in.stride_b : k.in.stride_b, is_q ? q.in.stride_s : k.in.stride_s,
-               is_q ? q.in.stride_h : k.in.stride_h) +
-        channel_in;
+               is_q ? q.in.stride_h : k.in.stride_h, channel_in);
     E* out =
         static_cast<E*>(is_q ? q.out.data : k.out.data) +
         offset(head, is_q ? q.out.stride_b : k.out.stride_b, is_q ? q.out.stride_s : k.out.stride_s,
-               is_q ? q.out.stride_h : k.out.stride_h) +
-        channel_out;
+               is_q ? q.out.stride_h : k.out.stride_h, channel_out);
     work(in, out);
   }
 }
@@ -70,9 +69,10 @@ __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const 
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, {nan, nan, nan, nan});
     return;
   }
+  constexpr bool kHalfSplit = !kMixed && !U::kNeighbours && U::kPairs > 1;
   const bool neighbours = kMixed ? args.table.interleaved : U::kNeighbours;
-  read_table<U, kFullWidth>(turns, args.table, neighbours, plan.table, place.b, row,
-                            unit * plan.table.step);
+  const uint32_t column = unit * (kHalfSplit ? U::kPairs : plan.table.step);
+  read_table<U, kFullWidth>(turns, args.table, neighbours, plan.table, place.b, row, column);
   if (args.inverse) {
 #pragma unroll
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, inverse_of(turns.at(j)));
@@ -89,8 +89,8 @@ __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan&
   constexpr int kPairs = In::kPairs;
   TurnsOf<In, kFullWidth> turns;
   load_turns<In, kMixed, kFullWidth>(turns, args, plan, place, unit);
-  const uint32_t channel_in = unit * plan.in.step;
-  const uint32_t channel_out = kMixed || N == 1 ? unit * plan.out.step : channel_in;
+  const uint32_t channel_in = In::channel_of(unit, plan.in);
+  const uint32_t channel_out = Out::channel_of(unit, plan.out);
   for_heads<E>(args, plan, place, channel_in, channel_out, [&](const E* in, E* out) {
     In x;
     x.load_from(in, plan.in);

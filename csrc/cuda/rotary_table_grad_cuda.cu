@@ -39,23 +39,23 @@ __device__ __forceinline__ void add_token(TurnGrad<typename UnitOfX::C> (&sums)[
                                           uint32_t channel_x, uint32_t channel_grad) {
   using C = typename UnitOfX::C;
   constexpr int kPairs = UnitOfX::kPairs;
-  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h) {
-    return b * stride_b + s * stride_s + head * stride_h;
+  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h,
+                          uint32_t channel) {
+    return b * stride_b + s * stride_s + head * stride_h + channel;
   };
 #pragma unroll 1
   for (uint32_t head = head_lane; head < plan.heads; head += plan.geometry.head_lanes) {
     // Field by field: a choice between whole structs would put them into local memory.
     const bool is_q = head < static_cast<uint32_t>(args.q.heads);
     const GradHeads &q = args.q, &k = args.k;
-    const E* grad =
-        static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
-        offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
-               is_q ? q.grad.stride_s : k.grad.stride_s, is_q ? q.grad.stride_h : k.grad.stride_h) +
-        channel_grad;
-    const E* x = static_cast<const E*>(is_q ? q.x.data : k.x.data) +
-                 offset(head, is_q ? q.x.stride_b : k.x.stride_b,
-                        is_q ? q.x.stride_s : k.x.stride_s, is_q ? q.x.stride_h : k.x.stride_h) +
-                 channel_x;
+    const E* grad = static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
+                    offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
+                           is_q ? q.grad.stride_s : k.grad.stride_s,
+                           is_q ? q.grad.stride_h : k.grad.stride_h, channel_grad);
+    const E* x =
+        static_cast<const E*>(is_q ? q.x.data : k.x.data) +
+        offset(head, is_q ? q.x.stride_b : k.x.stride_b, is_q ? q.x.stride_s : k.x.stride_s,
+               is_q ? q.x.stride_h : k.x.stride_h, channel_x);
     UnitOfGrad grad_unit;
     UnitOfX x_unit;
     grad_unit.load_from(grad, plan.grad);
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
     const uint32_t unit = first + thread - lane * g.unit_lanes;
     TurnGrad<C> sums[kPairs] = {};
     if (unit < plan.units && lane < lanes) {
-      const uint32_t channel_x = unit * plan.x.step;
-      const uint32_t channel_grad = kMixed || N == 1 ? unit * plan.grad.step : channel_x;
+      const uint32_t channel_x = UnitOfX::channel_of(unit, plan.x);
+      const uint32_t channel_grad = UnitOfGrad::channel_of(unit, plan.grad);
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
         int64_t b = i, s = tokens.s;

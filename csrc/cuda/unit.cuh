@@ -32,6 +32,11 @@ struct Unit {
     return {N, static_cast<uint32_t>(rotary_dim / 2)};
   }
 
+  // The first channel of unit `index`.
+  static __device__ __forceinline__ uint32_t channel_of(uint32_t index, UnitLayout layout) {
+    return index * (N == 1 ? layout.step : kNeighbours ? kVectors * N : N);
+  }
+
   // from, to: the unit's first channel.
   __device__ __forceinline__ void load_from(const E* from, UnitLayout layout) {
     load(vectors[0], from);
