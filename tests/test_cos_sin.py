@@ -326,5 +326,5 @@ def test_frequencies_refuse_a_rotary_dim_out_of_bounds(rotary_dim, base):
 
 @pytest.mark.parametrize("base", [0.0, -1e4, float("nan")])
 def test_frequencies_refuse_a_base_that_is_not_positive(base):
-    with pytest.raises(ValueError, match=f"expected base to be above 0, got {base}"):
+    with pytest.raises(ValueError, match=f"expected base to be .*above 0, got {base}"):
         rope_ext.frequencies.default(64, base=base)

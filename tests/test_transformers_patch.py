@@ -99,13 +99,29 @@ def test_another_model_of_the_family_is_not_affected(model, tokens):
     patch(model)
     assert rotations_of_rope_ext(other, tokens) == 0
     assert modeling_llama.apply_rotary_pos_emb is function
-    assert "forward" not in vars(other.model.layers[0].self_attn)
+    assert type(other.model.layers[0].self_attn) is modeling_llama.LlamaAttention
 
 
 def test_a_part_of_a_model_can_be_patched(model, tokens):
     report = patch(model.model.layers[1])
     assert report.modules == ("self_attn",)
     assert rotations_of_rope_ext(model, tokens) == 1
+
+
+def test_a_model_of_which_a_part_was_patched_is_patched_as_a_whole(model, tokens):
+    patch(model.model.layers[1])
+    with patched(model) as report:
+        assert len(report.sites) == rotations_of_rope_ext(model, tokens) == LAYERS
+    assert rotations_of_rope_ext(model, tokens) == 1
+
+
+def test_modules_keep_the_names_and_bases_of_their_classes(model):
+    patch(model)
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention, modeling_llama.LlamaAttention)
+    assert type(attention).__name__ == "LlamaAttention"
+    assert type(attention).__module__ == modeling_llama.__name__
+    assert repr(attention).startswith("LlamaAttention(")
 
 
 def test_what_a_patched_method_uses_is_looked_up_when_it_runs(model, tokens, monkeypatch):
@@ -188,11 +204,20 @@ def test_unpatch_of_a_model_that_is_not_patched_does_nothing(model, tokens):
 def test_a_copy_of_a_patched_model_is_patched_by_itself(model, tokens):
     patch(model)
     twin = copy.deepcopy(model)
-    assert twin.model.layers[0].self_attn.forward.__self__ is twin.model.layers[0].self_attn
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.q_proj.weight.zero_()
+    assert not torch.equal(twin(tokens).logits, model(tokens).logits)
     unpatch(model)
     assert rotations_of_rope_ext(twin, tokens) == LAYERS
     unpatch(twin)
     assert rotations_of_rope_ext(twin, tokens) == 0
+
+
+@pytest.mark.parametrize("of", [copy.copy, nn.Module._replicate_for_data_parallel])
+def test_a_shallow_copy_uses_its_own_weights(of, model, tokens):
+    patch(model)
+    attention = model.model.layers[0].self_attn
+    assert of(attention).forward.__self__ is not attention
 
 
 def test_a_patched_model_is_saved_as_one_that_needs_no_rope_ext(model, tokens):
@@ -204,9 +229,12 @@ def test_a_patched_model_is_saved_as_one_that_needs_no_rope_ext(model, tokens):
     loaded = torch.load(file, weights_only=False)
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert rotations_of_rope_ext(loaded, tokens) == 0
+    patch(loaded)
+    assert rotations_of_rope_ext(loaded, tokens) == LAYERS
 
 
-def test_a_model_with_hooks_of_accelerate_is_patched_under_them(model, tokens):
+@pytest.mark.parametrize("first", ["hook", "patch"])
+def test_hooks_of_accelerate_stay_before_and_after_a_patch(first, model, tokens):
     hooks = pytest.importorskip("accelerate.hooks")
 
     class CountCalls(hooks.ModelHook):
@@ -218,8 +246,10 @@ def test_a_model_with_hooks_of_accelerate_is_patched_under_them(model, tokens):
 
     attention = model.model.layers[0].self_attn
     hook = CountCalls()
+    if first == "patch":
+        patch(model)
     hooks.add_hook_to_module(attention, hook)
-    patch(model)
+    assert len(patch(model).sites) == LAYERS
     assert rotations_of_rope_ext(model, tokens) == LAYERS
     assert hook.calls == 1
     unpatch(model)
@@ -232,6 +262,15 @@ def test_a_model_with_hooks_of_accelerate_is_patched_under_them(model, tokens):
 # --------------------------------------------------------------------------------- what is refused
 
 # Rotations as models write them, and such as no model has: one function a file of a model.
+
+
+def detached(q, k, cos, sin, unsqueeze_dim=1):
+    return standard(q.detach(), k, cos, sin, unsqueeze_dim)
+
+
+def another_one_for_a_single_token(q, k, cos, sin, unsqueeze_dim=1):
+    q, k = standard(q, k, cos, sin, unsqueeze_dim)
+    return (2 * q if q.shape[-2] == 1 else q), k
 
 
 def rotate_half(x):
@@ -289,6 +328,8 @@ UNKNOWN = [
     rolled_channels,
     slightly_larger,
     in_place,
+    detached,
+    another_one_for_a_single_token,
     with_position_ids_that_count,
     always_fails,
     other_parameters,
@@ -340,7 +381,7 @@ def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(
     with pytest.raises(UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary_pos_"):
         patch(both)
     assert rotations_of_rope_ext(model, tokens) == 0
-    assert "forward" not in vars(other)
+    assert type(other).__mro__[1] is nn.Module
 
 
 def test_a_model_without_a_rotation_is_refused():
@@ -366,6 +407,61 @@ class Derived(Attention):
 """
     with pytest.raises(UnrecognizedRotation, match=r"Derived\.forward to rotate itself"):
         patch(model_with(standard, derived).Derived())
+
+
+HIDDEN_ROTATIONS = {
+    "a private name": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        self.__calls = 1
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a decorator without wraps": """
+def quietly(function):
+    return lambda *args: function(*args)
+class Derived(Attention):
+    @quietly
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a method of the class": """
+class Derived(Attention):
+    @classmethod
+    def turned(cls, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "an import inside": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a base that is called by its name": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return Attention.forward(self, q, k, cos, sin)
+""",
+}
+
+
+@pytest.mark.parametrize("source", HIDDEN_ROTATIONS.values(), ids=HIDDEN_ROTATIONS)
+def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind(source):
+    file = model_with(standard, source)
+    both = nn.ModuleList([file.Attention(), file.Derived()])
+    with pytest.raises(UnrecognizedRotation, match="nothing has been changed"):
+        patch(both)
+    assert type(both[0]) is file.Attention
+
+
+def test_names_that_only_contain_such_a_word_are_no_rotations():
+    source = """
+def read_property(x):
+    return x
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(read_property(q), k, cos, sin)
+"""
+    assert len(patch(model_with(standard, source).Derived()).sites) == 1
 
 
 def test_a_method_with_super_and_decorators_is_rebuilt_with_both():

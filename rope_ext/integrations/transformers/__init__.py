@@ -6,7 +6,9 @@
     print(patch(model))
 
 patching.py      patch, unpatch: one loaded model
+rebuilding.py    the methods that rotate, with other rotations
 recognition.py   which rotation a model's own function is
+probes.py        what it is tried with
 rotations.py     each of these rotations as calls of the operators
 kernels_hook.py  register_kernels: every model of a process, through the package `kernels`
 families.py      the model families that this has been tested on: families.json, the tests' record
@@ -17,14 +19,8 @@ from rope_ext.integrations.transformers.kernels_hook import (
     kernel_mapping,
     register_kernels,
 )
-from rope_ext.integrations.transformers.patching import (
-    Report,
-    Site,
-    UnrecognizedRotation,
-    patch,
-    patched,
-    unpatch,
-)
+from rope_ext.integrations.transformers.patching import Report, Site, patch, patched, unpatch
+from rope_ext.integrations.transformers.rebuilding import UnrecognizedRotation
 
 __all__ = [
     "Report",

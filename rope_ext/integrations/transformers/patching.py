@@ -1,16 +1,13 @@
 """patch(model): the rotation of one loaded model, replaced.
 
-The methods of a model's modules that call a rotation are compiled once more from their own source,
-with the rotation's name bound to its replacement, and set on the module itself. So neither classes
-nor their files' globals change: another model of the same family goes on as it was. Everything else
-that these methods use is looked up where it always was.
+The methods of a module that call a rotation are compiled once more from their own source, with the
+rotation's name bound to its replacement (rebuilding.py). They become the methods of a class derived
+from the module's own, of the same name, and the module becomes an instance of that class. So
+neither classes nor their files' globals change, and another model of the family goes on as it was.
 """
 
-import ast
 import contextlib
-import inspect
-import re
-import textwrap
+import copy
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,22 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext.integrations.transformers.recognition import (
-    Rotation,
-    recognize,
-    recognize_method,
+from rope_ext.integrations.transformers.rebuilding import (
+    RebuiltMethod,
+    UnrecognizedRotation,
+    rebuilt_methods,
 )
-
-# What is taken for a rotation by its name, and then has to be one by its parameters and results.
-_ROTATION = re.compile(r"rotary|rope|rotat", re.IGNORECASE)
-_ROTATION_METHOD = re.compile(r"^_?(apply_)?(rotary|rope|rotat)", re.IGNORECASE)
-
-_ORIGINAL = "_rope_ext_original"  # on a replacement: the function that it stands in for
-_SITES = "_rope_ext_sites"
-
-
-class UnrecognizedRotation(ValueError):
-    """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +34,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`patch` replaced."""
+    """What rotates with rope_ext in a patched model."""
 
     sites: tuple[Site, ...]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The names of the modules that now rotate with rope_ext."""
+        """The names of the modules that rotate with rope_ext."""
         return tuple(dict.fromkeys(site.module for site in self.sites))
 
     @property
@@ -67,9 +53,8 @@ class Report:
         for convention in self.conventions:
             sites = [site for site in self.sites if site.convention == convention]
             calls = ", ".join(dict.fromkeys(f"{site.method} -> {site.function}" for site in sites))
-            lines.append(
-                f"  {convention}: {calls} ({len(sites)}, from {sites[0].module or 'model'})"
-            )
+            where = sites[0].module or "the model"
+            lines.append(f"  {convention}: {calls} ({len(sites)}, from {where})")
         return "\n".join(lines)
 
 
@@ -77,222 +62,160 @@ def patch(model: nn.Module) -> Report:
     """Lets a loaded transformers model rotate its queries and keys with rope_ext.
 
     Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
-    form. A patched model trains, generates, compiles and is saved as before; a model compiled
-    earlier keeps its old graph. The result has q's dtype: where a model's own function would return
-    float32 for a bfloat16 q because its tables are float32, the patched model does not.
+    form. A patched model trains, generates, compiles and is copied as before; a model compiled
+    earlier keeps its old graph. Saved as a whole and loaded again it is an unpatched model. The
+    result has q's dtype: where a model's own function would return float32 for a bfloat16 q because
+    its tables are float32, the patched model does not.
 
     Each rotation is recognized by the names of its parameters and by what it computes for a few
-    numbers, never by the model's name: see :mod:`~.recognition`.
+    numbers, never by the model's name: see recognition.py. It is called for that, and afterwards no
+    more: what else it does, such as counting its calls, is not done.
 
     Args:
         model: any module that holds transformers' attention modules, such as a model, or one layer.
 
     Returns:
-        The places that now rotate with rope_ext. For a model that is patched already, those of
-        before.
+        All places that now rotate with rope_ext, also those that an earlier call replaced.
 
     Raises:
         UnrecognizedRotation: when the model has no rotation, or one that is not recognized. Nothing
             has been changed then.
     """
-    found = _patched_sites(model)
-    if found:
-        return Report(found)
-    sites: list[Site] = []
-    overrides: list[tuple[nn.Module, str, Callable[..., Any]]] = []
-    rebuilt: dict[Any, tuple[Callable[..., Any], dict[str, Rotation]] | None] = {}
-    for name, module in model.named_modules():
-        for method, function, owner in _methods(module):
-            key = (owner, method)
-            if key not in rebuilt:
-                rebuilt[key] = _replacement_of(owner, method, function)
-            replacement = rebuilt[key]
-            if replacement is None:
-                continue
-            attribute = _attribute_for(module, method, name)
-            overrides.append((module, attribute, replacement[0]))
-            sites += [
-                Site(name, method, rotation, found.convention)
-                for rotation, found in replacement[1].items()
-            ]
-    if not sites:
-        raise UnrecognizedRotation(
-            f"patch: expected model to have modules that call a rotation, such as "
-            f"apply_rotary_pos_emb, got {type(model).__name__} without any"
-        )
-    for module, attribute, function in overrides:
-        static = isinstance(inspect.getattr_static(type(module), attribute, None), staticmethod)
-        setattr(module, attribute, function if static else types.MethodType(function, module))
-    return Report(tuple(sites))
+    _patch(model)
+    return _report(model)
 
 
 def unpatch(model: nn.Module) -> None:
     """Undoes :func:`patch`, for a model or any part of one, if it was patched."""
     for module in model.modules():
-        for attribute, value in list(vars(module).items()):
-            original = getattr(value, _ORIGINAL, None)
-            if original is None:
-                continue
-            if attribute == _HOOKED_FORWARD:
-                setattr(module, attribute, types.MethodType(original, module))
-            else:
-                delattr(module, attribute)
+        _unpatch(module)
 
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
     """A model, patched for the length of a ``with`` block, which gets the report."""
-    was_patched = bool(_patched_sites(model))
-    report = patch(model)
+    changed = _patch(model)
     try:
-        yield report
+        yield _report(model)
     finally:
-        if not was_patched:
-            unpatch(model)
+        for module in changed:
+            _unpatch(module)
+
+
+def _patch(model: nn.Module) -> list[nn.Module]:
+    """Patches what isn't patched; the modules that it changed."""
+    changes: list[tuple[nn.Module, type, str | None]] = []
+    classes: dict[type, type | None] = {}
+    for name, module in model.named_modules():
+        own = type(module)
+        if issubclass(own, _Patched):
+            continue
+        if own not in classes:
+            methods = rebuilt_methods(own)
+            classes[own] = _derived(own, methods) if methods else None
+        derived = classes[own]
+        if derived is not None:
+            changes.append((module, derived, _hooked(module, derived.methods, name)))
+    if not changes and not _report(model).sites:
+        raise UnrecognizedRotation(
+            "patch: expected model to have modules that call a rotation, such as "
+            f"apply_rotary_pos_emb, got {type(model).__name__} without any"
+        )
+    for module, derived, hooked in changes:
+        module.__class__ = derived
+        if hooked:
+            function = derived.methods[hooked].function
+            setattr(module, _HOOKED_FORWARD, types.MethodType(function, module))
+    return [module for module, _, _ in changes]
+
+
+def _unpatch(module: nn.Module) -> None:
+    patched_class = type(module)
+    if not issubclass(patched_class, _Patched):
+        return
+    if "original" not in vars(patched_class):
+        raise RuntimeError(
+            f"unpatch: expected a module as patch left it, got one whose class has become "
+            f"{patched_class.__name__} since: unpatch before that"
+        )
+    module.__class__ = patched_class.original
+    # A hook that was added meanwhile holds the patched method, one from before was given it.
+    hooked = vars(module).get(_HOOKED_FORWARD)
+    replaced = patched_class.methods.get("forward")
+    if replaced and getattr(hooked, "__func__", None) is replaced.function:
+        setattr(module, _HOOKED_FORWARD, types.MethodType(replaced.original, module))
+
+
+def _report(model: nn.Module) -> Report:
+    return Report(
+        tuple(
+            Site(name, method, function, rotation.convention)
+            for name, module in model.named_modules()
+            if issubclass(type(module), _Patched)
+            for method, rebuilt in type(module).methods.items()
+            for function, rotation in rebuilt.rotations.items()
+        )
+    )
 
 
 # Where accelerate's hooks (device_map, offloading) keep the forward that they wrap.
 _HOOKED_FORWARD = "_old_forward"
 
 
-def _patched_sites(model: nn.Module) -> tuple[Site, ...]:
-    return tuple(
-        Site(name, *site)
-        for name, module in model.named_modules()
-        for value in vars(module).values()
-        for site in getattr(value, _SITES, ())
-    )
-
-
-def _attribute_for(module: nn.Module, method: str, name: str) -> str:
-    if method not in vars(module):
-        return method
-    hooked = vars(module).get(_HOOKED_FORWARD)
-    if method == "forward" and inspect.ismethod(hooked) and hooked.__self__ is module:
-        return _HOOKED_FORWARD
-    raise UnrecognizedRotation(
-        f"patch: expected module {name!r} to have the {method} of its class "
-        f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
-    )
-
-
-def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any], type]]:
-    """Name, function and class of each method written outside of torch.nn."""
-    found: dict[str, Callable[..., Any]] = {}
-    for owner in type(module).__mro__:
-        if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+def _hooked(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> str | None:
+    """The method that a hook of accelerate has wrapped, if one has; refuses other wrappers."""
+    for method, rebuilt in methods.items():
+        if method not in vars(module):
             continue
-        for name, attribute in vars(owner).items():
-            if isinstance(attribute, staticmethod):
-                attribute = attribute.__func__
-            if not isinstance(attribute, types.FunctionType):
-                continue
-            if name not in found:
-                found[name] = attribute
-                yield name, attribute, owner
-            elif _calls_super(found[name]) and _called_rotations(inspect.unwrap(attribute)):
-                raise UnrecognizedRotation(
-                    f"patch: expected {type(module).__name__}.{name} to rotate itself, got "
-                    f"one that may call {owner.__name__}.{name}, which rotates; nothing has been "
-                    "changed"
-                )
-
-
-def _calls_super(function: Callable[..., Any]) -> bool:
-    return "__class__" in inspect.unwrap(function).__code__.co_freevars
-
-
-def _called_rotations(function: types.FunctionType) -> dict[str, Callable[..., Any]]:
-    """The globals that a function calls and that are rotations by their names."""
-    return {
-        name: function.__globals__[name]
-        for name in sorted(_global_names(function.__code__))
-        if _ROTATION.search(name)
-        and isinstance(function.__globals__.get(name), (types.FunctionType, nn.Module))
-    }
-
-
-def _replacement_of(
-    owner: type, method: str, function: Callable[..., Any]
-) -> tuple[Callable[..., Any], dict[str, Rotation]] | None:
-    """The method with its rotations replaced, and these; None for a method that does not rotate."""
-    written = inspect.unwrap(function)  # inside of decorators
-    called = _called_rotations(written)
-    if not called and _ROTATION_METHOD.match(method):
-        rotation = recognize_method(written)
-        if rotation is None:
-            raise _unrecognized(owner, method, written)
-        replacement, rotations = rotation.replacement, {method: rotation}
-    elif called:
-        rotations = {}
-        for name, called_function in called.items():
-            rotation = recognize(called_function)
-            if rotation is None:
-                raise _unrecognized(owner, method, called_function, name)
-            rotations[name] = rotation
-        bindings = {name: rotation.replacement for name, rotation in rotations.items()}
-        replacement = _compiled_with(owner, written, bindings)
-    else:
-        return None
-    setattr(replacement, _ORIGINAL, function)
-    setattr(replacement, _SITES, [(method, n, r.convention) for n, r in rotations.items()])
-    return replacement, rotations
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
-
-
-def _compiled_with(
-    owner: type, function: types.FunctionType, bindings: dict[str, Callable[..., Any]]
-) -> Callable[..., Any]:
-    """The method, decorators included, with some of its globals bound to other values.
-
-    It is compiled inside a function that has these as parameters, and ``__class__``, which super()
-    looks for; its globals are those of its file still.
-    """
-    where = f"{owner.__module__}.{function.__qualname__}"
-    free = set(function.__code__.co_freevars) - {"__class__"}
-    if free:
+        own = vars(module)[method]
+        hooked = vars(module).get(_HOOKED_FORWARD)
+        if method == "forward" and getattr(hooked, "__func__", None) is rebuilt.original:
+            return method
+        if getattr(own, "__func__", None) is rebuilt.original:  # as unpickling leaves it
+            continue
         raise UnrecognizedRotation(
-            f"patch: expected {where} to be a plain method, got one that uses {', '.join(free)} of "
-            "an enclosing function"
+            f"patch: expected module {name!r} to have the {method} of its class "
+            f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
         )
-    try:
-        lines, first_line = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError) as error:
-        raise UnrecognizedRotation(f"patch: expected the source of {where}, got {error}") from error
-    ast.increment_lineno(tree, first_line - 1)  # tracebacks show the lines of the model's file
-    names = [*bindings, "__class__"]
-    factory = ast.parse("def bind(): pass").body[0]
-    assert isinstance(factory, ast.FunctionDef)
-    factory.args.args = [ast.arg(name) for name in names]
-    factory.body = [tree.body[0], ast.Return(ast.Name(function.__name__, ast.Load()))]
-    module = ast.fix_missing_locations(ast.Module([factory], []))
-    flags = function.__code__.co_flags & _FUTURE_ANNOTATIONS
-    code = compile(module, inspect.getfile(function), "exec", flags, dont_inherit=True)
-    local: dict[str, Any] = {}
-    exec(code, function.__globals__, local)
-    made = local["bind"](*bindings.values(), owner)
-    made = made.__func__ if isinstance(made, staticmethod) else made
-    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
-    return made
+    return None
 
 
-_FUTURE_ANNOTATIONS = 0x1000000  # CO_FUTURE_ANNOTATIONS of `from __future__ import annotations`
+class _Patched:
+    """Mixed into the classes of patched modules."""
+
+    original: type  # the module's class before
+    methods: dict[str, RebuiltMethod]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the original class, which needs no rope_ext to be loaded."""
+        _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        original = type(self).original
+        return (original.__new__, (original, *arguments), *rest)
+
+    def __copy__(self) -> Any:
+        return self._copied(lambda state: dict(state))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._copied(lambda state: copy.deepcopy(state, memo), memo)
+
+    def _copied(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+        """A patched copy; the state is what pickle would take."""
+        new = type(self).__new__(type(self))
+        if memo is not None:
+            memo[id(self)] = new
+        new.__setstate__(copied(self.__reduce_ex__(2)[2]))
+        return new
 
 
-def _unrecognized(
-    owner: type, method: str, function: Any, name: str | None = None
-) -> UnrecognizedRotation:
-    function = type(function).forward if isinstance(function, nn.Module) else function
-    return UnrecognizedRotation(
-        f"patch: expected {owner.__name__}.{method} to rotate as one of the known conventions, got "
-        f"{name or method}{inspect.signature(function)} of {function.__module__}, which computes "
-        "something else; nothing has been changed"
-    )
+def _derived(own: type, methods: dict[str, RebuiltMethod]) -> type:
+    """The class of own's patched instances."""
+    namespace: dict[str, Any] = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+        "original": own,
+        "methods": methods,
+    }
+    for name, rebuilt in methods.items():
+        namespace[name] = staticmethod(rebuilt.function) if rebuilt.static else rebuilt.function
+    return type(own.__name__, (_Patched, own), namespace)

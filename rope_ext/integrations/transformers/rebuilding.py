@@ -1,0 +1,215 @@
+"""The methods of a class that rotate, compiled once more with other rotations.
+
+Everything else that such a method uses is looked up where it always was.
+"""
+
+import ast
+import dis
+import inspect
+import re
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from rope_ext.integrations.transformers.recognition import (
+    Rotation,
+    recognize,
+    recognize_method,
+)
+
+# What is taken for a rotation by its name, and then has to be one by its parameters and results.
+_ROTATION = re.compile(r"(^|_)(rotary|rope|rotate)(_|$)")
+_ROTATION_METHOD = re.compile(r"^_?apply_(rotary|rope)(_|$)")
+
+_FUTURE_ANNOTATIONS = 0x1000000  # CO_FUTURE_ANNOTATIONS of `from __future__ import annotations`
+
+
+class UnrecognizedRotation(ValueError):
+    """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
+
+
+class RebuiltMethod(NamedTuple):
+    """A method with its rotations replaced."""
+
+    function: Callable[..., Any]
+    original: Callable[..., Any]
+    rotations: dict[str, Rotation]  # by the names that the method calls them by
+    static: bool
+
+
+def rebuilt_methods(owner: type) -> dict[str, RebuiltMethod]:
+    """Those of a class and its bases that rotate. Raises UnrecognizedRotation."""
+    rebuilt: dict[str, RebuiltMethod] = {}
+    for name, attribute, defining in _methods(owner):
+        static = isinstance(attribute, staticmethod)
+        function = attribute.__func__ if static else attribute
+        if not isinstance(function, types.FunctionType):
+            continue
+        written = inspect.unwrap(function)  # inside of decorators
+        rotations = _rotations(defining, name, written)
+        if not rotations:
+            continue
+        if [*rotations] == [name]:  # the method is the rotation
+            new = rotations[name].replacement
+        else:
+            bindings = {called: rotation.replacement for called, rotation in rotations.items()}
+            new = _compiled_with(defining, written, bindings)
+        rebuilt[name] = RebuiltMethod(new, function, rotations, static)
+    return rebuilt
+
+
+def _methods(owner: type) -> Iterator[tuple[str, Any, type]]:
+    """Name, attribute and class of all that is written outside of torch.nn and not overridden.
+
+    Refuses what can't be rebuilt and rotates: methods of a class, those that an overriding one
+    calls, and those hidden in a decorator.
+    """
+    found: dict[str, Any] = {}
+    for defining in owner.__mro__:
+        if defining.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, attribute in vars(defining).items():
+            if not isinstance(attribute, (types.FunctionType, staticmethod, classmethod)):
+                continue
+            function = getattr(attribute, "__func__", attribute)
+            where = f"{defining.__name__}.{name}"
+            if name in found:
+                if _may_call(found[name], defining) and _rotates(function):
+                    raise _refusal(f"{owner.__name__}.{name} to rotate itself", f"{where}, too")
+                continue
+            found[name] = function
+            if isinstance(attribute, classmethod):
+                if _rotates(function):
+                    raise _refusal(f"{where} to be a plain method", "a method of the class")
+                continue
+            if _hides_a_rotation(function):
+                raise _refusal(
+                    f"the decorators of {where} to use functools.wraps", "one that hides it"
+                )
+            yield name, attribute, defining
+
+
+def _may_call(function: Any, base: type) -> bool:
+    code = inspect.unwrap(function).__code__
+    return "__class__" in code.co_freevars or base.__name__ in code.co_names
+
+
+def _rotates(function: Any) -> bool:
+    written = inspect.unwrap(function)
+    return isinstance(written, types.FunctionType) and bool(_called_rotations(written))
+
+
+def _hides_a_rotation(function: Any) -> bool:
+    """Whether a decorator holds a function that rotates, other than in __wrapped__."""
+    shown = set()
+    while isinstance(function, types.FunctionType):
+        shown.add(function)
+        for cell in function.__closure__ or ():
+            with_contents = getattr(cell, "cell_contents", None)
+            if (
+                isinstance(with_contents, types.FunctionType)
+                and with_contents is not getattr(function, "__wrapped__", None)
+                and not _ROTATION.search(with_contents.__name__)
+                and _called_rotations(with_contents)
+            ):
+                return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _rotations(defining: type, name: str, written: types.FunctionType) -> dict[str, Rotation]:
+    """What a method rotates with, by name; {} if it does not."""
+    called = _called_rotations(written)
+    if not called and _ROTATION_METHOD.match(name):
+        rotation = recognize_method(written)
+        if rotation is None:
+            raise _unrecognized(defining, name, written, name)
+        return {name: rotation}
+    rotations = {}
+    for function_name, function in called.items():
+        rotation = recognize(function)
+        if rotation is None:
+            raise _unrecognized(defining, name, function, function_name)
+        rotations[function_name] = rotation
+    return rotations
+
+
+def _called_rotations(function: types.FunctionType) -> dict[str, Callable[..., Any]]:
+    """The globals that a function uses and that are rotations by their names."""
+    loaded, imported = set(), set()
+    for instruction in _instructions(function.__code__):
+        if instruction.opname == "LOAD_GLOBAL":
+            loaded.add(instruction.argval)
+        elif instruction.opname == "IMPORT_FROM":
+            imported.add(instruction.argval)
+    if hidden := sorted(name for name in imported if _ROTATION.search(name)):
+        raise _refusal(
+            f"{function.__module__}.{function.__qualname__} to rotate with functions of its file",
+            f"{', '.join(hidden)}, imported inside of it",
+        )
+    return {
+        name: function.__globals__[name]
+        for name in sorted(loaded)
+        if _ROTATION.search(name)
+        and isinstance(function.__globals__.get(name), (types.FunctionType, nn.Module))
+    }
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
+
+
+def _compiled_with(
+    owner: type, function: types.FunctionType, bindings: dict[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The method, decorators included, with some of its globals bound to other values.
+
+    It is compiled inside a function that has these as parameters, and ``__class__``, which super()
+    looks for; its globals are those of its file still.
+    """
+    where = f"{owner.__module__}.{function.__qualname__}"
+    free = sorted(set(function.__code__.co_freevars) - {"__class__"})
+    if free:
+        raise _refusal(f"{where} to be a plain method", f"one that uses {', '.join(free)} outside")
+    try:
+        lines, first_line = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError) as error:
+        raise _refusal(f"the source of {where}", str(error)) from error
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if private := sorted(n for n in names if n.startswith("__") and not n.endswith("__")):
+        # in a class their names would be others
+        raise _refusal(f"{where} to use no private names", ", ".join(private))
+    ast.increment_lineno(tree, first_line - 1)  # tracebacks show the lines of the model's file
+    factory = ast.parse("def bind(): pass").body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.args.args = [ast.arg(name) for name in (*bindings, "__class__")]
+    factory.body = [tree.body[0], ast.Return(ast.Name(function.__name__, ast.Load()))]
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    flags = function.__code__.co_flags & _FUTURE_ANNOTATIONS
+    code = compile(module, inspect.getfile(function), "exec", flags, dont_inherit=True)
+    local: dict[str, Any] = {}
+    exec(code, function.__globals__, local)
+    made = local["bind"](*bindings.values(), owner)
+    made = made.__func__ if isinstance(made, staticmethod) else made
+    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
+    return made
+
+
+def _refusal(expected: str, got: str) -> UnrecognizedRotation:
+    return UnrecognizedRotation(f"patch: expected {expected}, got {got}; nothing has been changed")
+
+
+def _unrecognized(owner: type, method: str, function: Any, name: str) -> UnrecognizedRotation:
+    function = type(function).forward if isinstance(function, nn.Module) else function
+    return _refusal(
+        f"{owner.__name__}.{method} to rotate as one of the known conventions",
+        f"{name}{inspect.signature(function)} of {function.__module__}, which computes something "
+        "else",
+    )
