@@ -83,6 +83,35 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
   rotate(q, args);
 }
 
+void apply_rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+                      bool inverse, const Tensor& out) {
+  const char* const op = "apply_rotary.out";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
+  check_device_supported(op, x);
+  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, options};
+  RotaryArgs args = check_apply_rotary(in);
+  check_out(in, out, nullptr);
+  set_output(args.q, out, args.rotary_offset);
+  rotate(x, args);
+}
+
+void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                         const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                         int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+                         bool inverse, const Tensor& out_q, const Tensor& out_k) {
+  const char* const op = "apply_rotary_qk.out";
+  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
+  check_device_supported(op, q);
+  const RotaryInputs in{op, q, &k, cos, sin, position_ids, options};
+  RotaryArgs args = check_apply_rotary(in);
+  check_out(in, out_q, &out_k);
+  set_output(args.q, out_q, args.rotary_offset);
+  set_output(args.k, out_k, args.rotary_offset);
+  rotate(q, args);
+}
+
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
     const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,

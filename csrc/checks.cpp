@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include "check_parts.h"
-#include "overlap.h"
 
 namespace rope {
 
@@ -86,10 +85,6 @@ Heads<Pointer> heads_of(const Tensor& x, Pointer data, int64_t rotary_offset) {
   }
   if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
   return {data, strides[0], strides[1], strides[2]};
-}
-
-bool interleaved_out(const RotaryOptions& options) {
-  return options.interleaved_out.value_or(options.interleaved);
 }
 
 Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& x,
@@ -222,19 +217,6 @@ GradHeads grad_heads(const Tensor& grad, const Tensor& x, int64_t rotary_offset)
           heads_of(x, x.const_data_ptr(), rotary_offset), x.size(x.dim() - 2)};
 }
 
-// A tensor whose last stride is 1.
-Footprint footprint_of(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t bytes = static_cast<int64_t>(t.element_size());
-  const size_t last = sizes.size() - 1;
-  const bool runs = strides[last] == 1 || sizes[last] == 1;
-  Footprint out(t.const_data_ptr(), bytes * (runs ? sizes[last] : 1));
-  for (size_t d = 0; d < sizes.size() - (runs ? 1 : 0); ++d) {
-    out.add_dim(sizes[d], strides[d] * bytes);
-  }
-  return out;
-}
-
 }  // namespace
 
 RotaryArgs check_apply_rotary(const RotaryInputs& in) {
@@ -260,44 +242,6 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in) {
   args.q = rotated_heads(in.q, args.rotary_offset);
   if (in.k) args.k = rotated_heads(*in.k, args.rotary_offset);
   return args;
-}
-
-void check_in_place(const RotaryInputs& in) {
-  const char* const q_name = in.k ? "q" : "x";
-  struct Written {
-    const char* name;
-    const Tensor* t;
-  };
-  const bool interleaved = in.options.interleaved;
-  if (interleaved_out(in.options) != interleaved) {
-    const auto name = [](bool value) { return value ? "True" : "False"; };
-    refuse(in.op,
-           text("interleaved_out to be None or interleaved, ", name(interleaved),
-                ", as a rotation in place leaves the pairs where they are"),
-           name(!interleaved));
-  }
-  const Written written[] = {{q_name, &in.q}, {"k", in.k}};
-  for (const Written& w : written) {
-    if (w.t == nullptr || w.t->numel() == 0) continue;
-    const Footprint bytes = footprint_of(*w.t);
-    if (overlaps_itself(bytes)) {
-      refuse(in.op, text(w.name, " to have no two elements in one place, as it is written"),
-             text("strides ", shape_text(w.t->strides()), " for shape ", shape_text(*w.t)));
-    }
-    const OptionalTensor& ids = in.position_ids;
-    const Written read[] = {
-        {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", ids ? &*ids : nullptr}};
-    for (const Written& r : read) {
-      if (r.t != nullptr && r.t->numel() > 0 && overlap(bytes, footprint_of(*r.t))) {
-        refuse(in.op, text(r.name, " to share no memory with ", w.name, ", which is written"),
-               "overlapping tensors");
-      }
-    }
-  }
-  if (in.k && in.q.numel() > 0 && in.k->numel() > 0 &&
-      overlap(footprint_of(in.q), footprint_of(*in.k))) {
-    refuse(in.op, "q and k to share no memory, as both are written", "overlapping tensors");
-  }
 }
 
 void set_output(RotatedHeads& heads, const Tensor& out, int64_t rotary_offset) {

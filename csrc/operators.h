@@ -33,6 +33,14 @@ void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const
                       const OptionalTensor& position_ids, OptionalInt rotary_dim,
                       int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                       bool inverse);
+void apply_rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+                      bool inverse, const Tensor& out);
+void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                         const OptionalTensor& position_ids, OptionalInt rotary_dim,
+                         int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
+                         bool inverse, const Tensor& out_q, const Tensor& out_k);
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
     const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,

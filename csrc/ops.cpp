@@ -34,6 +34,15 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "apply_rotary_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, "
       "Tensor? position_ids=None, *, int? rotary_dim=None, int rotary_offset=0, "
       "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
+  // into tensors like x, or like q and k, that share no memory with what is read
+  m.def(
+      "apply_rotary.out(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out) -> ()");
+  m.def(
+      "apply_rotary_qk.out(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
+      "*, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
 
   // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
   m.def(
@@ -65,6 +74,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("apply_rotary_qk", TORCH_BOX(&rope::apply_rotary_qk));
   m.impl("apply_rotary_", TORCH_BOX(&rope::apply_rotary_));
   m.impl("apply_rotary_qk_", TORCH_BOX(&rope::apply_rotary_qk_));
+  m.impl("apply_rotary.out", TORCH_BOX(&rope::apply_rotary_out));
+  m.impl("apply_rotary_qk.out", TORCH_BOX(&rope::apply_rotary_qk_out));
   m.impl("cos_sin_cache", TORCH_BOX(&rope::cos_sin_cache));
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));

@@ -20,6 +20,8 @@ def register() -> None:
     register_fake("rope::apply_rotary_qk", _fake_apply_rotary_qk)
     register_fake("rope::apply_rotary_", _fake_apply_rotary_)
     register_fake("rope::apply_rotary_qk_", _fake_apply_rotary_qk_)
+    register_fake("rope::apply_rotary.out", _fake_apply_rotary_out)
+    register_fake("rope::apply_rotary_qk.out", _fake_apply_rotary_qk_out)
     register_fake("rope::apply_rotary_table_backward", _fake_table_backward)
     register_fake("rope::cos_sin_cache", _fake_cos_sin_cache)
     register_fake("rope::cos_sin", _fake_cos_sin)
@@ -35,10 +37,14 @@ def register() -> None:
     ):
         register_autograd(f"rope::{name}", backward, setup_context=setup)
 
-    _IN_PLACE.impl("apply_rotary_", _in_place_kernel("apply_rotary_", ("x",)), **_BELOW_AUTOGRAD)
-    _IN_PLACE.impl(
-        "apply_rotary_qk_", _in_place_kernel("apply_rotary_qk_", ("q", "k")), **_BELOW_AUTOGRAD
-    )
+    for name, overload, arguments, outs in (
+        ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
+        ("apply_rotary_qk_", rope.apply_rotary_qk_.default, 4, ()),
+        ("apply_rotary.out", rope.apply_rotary.out, 3, ("out",)),
+        ("apply_rotary_qk.out", rope.apply_rotary_qk.out, 4, ("out_q", "out_k")),
+    ):
+        kernel = _writing_kernel(overload, arguments, outs)
+        _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
 
 
 # Fakes
@@ -100,6 +106,18 @@ def _fake_apply_rotary_qk(
     return _output_like(q), _output_like(k)
 
 
+def _fake_apply_rotary_out(x: Tensor, *args: Any, out: Tensor, **options: Any) -> None:
+    _fake_apply_rotary_(x, *args, op="apply_rotary.out", **options)
+    _check_device("apply_rotary.out", "x", x, out=out)
+
+
+def _fake_apply_rotary_qk_out(
+    q: Tensor, k: Tensor, *args: Any, out_q: Tensor, out_k: Tensor, **options: Any
+) -> None:
+    _fake_apply_rotary_qk_(q, k, *args, op="apply_rotary_qk.out", **options)
+    _check_device("apply_rotary_qk.out", "q", q, out_q=out_q, out_k=out_k)
+
+
 def _fake_table_backward(
     grad_q: Tensor,
     q: Tensor,
@@ -151,36 +169,42 @@ def _fake_cos_sin(
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
 
-# In place. A kernel of C++ alone would leave autograd in the dark: no version counter would tell it
-# that a tensor it saved has been written. Not used in inference mode, which counts no versions.
+# In place, or into out. A kernel of C++ alone would leave autograd in the dark: no version counter
+# would tell it that a tensor it saved has been written. Not used in inference mode, which counts no
+# versions.
 
-_IN_PLACE = torch.library.Library("rope", "IMPL")
+_WRITING = torch.library.Library("rope", "IMPL")
 _BELOW_AUTOGRAD = {"dispatch_key": "ADInplaceOrView", "with_keyset": True}
 
 
-def _in_place_kernel(op: str, written: tuple[str, ...]) -> Callable[..., None]:
-    """Refuses tensors that require grad, runs the operator, and counts up the written versions."""
-    overload = getattr(rope, op).default
-    names = (*written, "cos", "sin")
+def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Callable[..., None]:
+    """Refuses tensors that require grad, runs the operator, and counts up the written versions.
+
+    The first `arguments` are the differentiable ones; outs, or without any those that come before
+    cos and sin, are written.
+    """
+    op = overload._schema.name + ("." + overload._overloadname if outs else "")
+    names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
+    instead = "rotate without out" if outs else "the functions of rope_ext differentiate in place"
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> None:
-        if not torch.is_inference_mode_enabled() and any(
-            tensor.is_inference() for tensor in args[: len(written)]
-        ):
+        written = tuple(options[name] for name in outs) or args[: arguments - 2]
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in written):
             raise RuntimeError(
-                f"rope::{op}: expected no inference tensor to be written outside of inference "
-                "mode, got one"
+                f"{op}: expected no inference tensor to be written outside of inference mode, got "
+                "one"
             )
         if torch.is_grad_enabled():
-            for name, tensor in zip(names, args, strict=False):
+            tensors = (*args[:arguments], *written) if outs else args[:arguments]
+            for name, tensor in zip(names, tensors, strict=True):
                 if tensor.requires_grad:
                     raise RuntimeError(
-                        f"rope::{op}: expected {name} to need no gradient (the functions of "
-                        "rope_ext differentiate in place), got a tensor that requires grad"
+                        f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
+                        "requires grad"
                     )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
-        torch.autograd.graph.increment_version(args[: len(written)])
+        torch.autograd.graph.increment_version(written)
 
     return kernel
 

@@ -31,6 +31,7 @@ def apply_rotary(
     inverse: bool = False,
     layout: Layout = "bshd",
     inplace: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rotates the pairs of channels of x by the angles of each token.
 
@@ -62,6 +63,8 @@ def apply_rotary(
         layout: the order of x's dimensions. cos, sin and position_ids do not depend on it.
         inplace: write into x and return it. Differentiable for x, saves no copy of it. The pairs
             stay where they are: interleaved_out has to be None or interleaved.
+        out: a tensor of x's shape and dtype, in the same layout, to write into and return: memory
+            that is there already. It shares none with x, cos or sin; nothing may need a gradient.
 
     Returns:
         The rotated x, of x's shape, dtype and order of dimensions in memory.
@@ -78,6 +81,11 @@ def apply_rotary(
     if rotary_offset != 0 or interleaved_out is not None:  # most calls do without, and are faster
         options.update(rotary_offset=rotary_offset, interleaved_out=interleaved_out)
     view = as_bshd(x, layout, "apply_rotary")
+    if out is not None:
+        _check_not_both("apply_rotary", inplace)
+        written = as_bshd(out, layout, "apply_rotary", "out")
+        torch.ops.rope.apply_rotary.out(view, cos, sin, position_ids, **options, out=written)
+        return out
     if not inplace:
         return from_bshd(
             torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options), layout
@@ -110,6 +118,7 @@ def apply_rotary_qk(
     inverse: bool = False,
     layout: Layout = "bshd",
     inplace: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k by the same angles, in one pass (one launch on CUDA).
 
@@ -119,6 +128,7 @@ def apply_rotary_qk(
             q and k may be views of one packed tensor, but may share no element.
         cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
             layout, inplace: as for :func:`apply_rotary`.
+        out: as for :func:`apply_rotary`, one for q and one for k.
 
     Returns:
         The rotated q and k.
@@ -132,6 +142,14 @@ def apply_rotary_qk(
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     rope = torch.ops.rope
+    if out is not None:
+        _check_not_both("apply_rotary_qk", inplace)
+        written_q = as_bshd(out[0], layout, "apply_rotary_qk", "out[0]")
+        written_k = as_bshd(out[1], layout, "apply_rotary_qk", "out[1]")
+        rope.apply_rotary_qk.out(
+            view_q, view_k, cos, sin, position_ids, **options, out_q=written_q, out_k=written_k
+        )
+        return out[0], out[1]
     if not inplace:
         out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
@@ -244,6 +262,11 @@ def _check_order_stays(function: str, interleaved: bool, interleaved_out: bool |
             f"{interleaved}, when inplace=True, as a rotation in place leaves the pairs where they "
             f"are, got {interleaved_out}"
         )
+
+
+def _check_not_both(function: str, inplace: bool) -> None:
+    if inplace:
+        raise ValueError(f"rope_ext.{function}: expected inplace=False with out, got inplace=True")
 
 
 def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:

@@ -27,7 +27,9 @@ class _Table(NamedTuple):
 
 
 class TableCache:
-    """One table a name, made anew when its frequencies change, and twice as long when it grows."""
+    """One table a name, made anew when its frequencies change; twice as long when it grows, by the
+    rows that are missing.
+    """
 
     def __init__(self) -> None:
         self.made: dict[str, _Table] = {}
@@ -38,14 +40,17 @@ class TableCache:
         """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
         version = 0 if inv_freq.is_inference() else inv_freq._version
         made = self.made.get(name)
-        if made is None or made.inv_freq is not inv_freq or made.version != version:
-            rows = 0
-        else:
-            rows = made.cos.shape[0]
-        if made is None or rows < max(length, 1):
-            rows = max(length, 2 * rows or first_rows)
+        if made is not None and (made.inv_freq is not inv_freq or made.version != version):
+            made = None
+        there = 0 if made is None else made.cos.shape[0]
+        if made is None or there < length:
+            rows = max(length, 2 * there or first_rows)
             # Not an inference tensor, even if made in inference mode: training may come later.
             with torch.inference_mode(False), torch.no_grad():
-                cos, sin = tables(inv_freq, rows, attention_scaling)
+                cos, sin = cos_sin_cache(
+                    inv_freq, rows - there, start=there, attention_scaling=attention_scaling
+                )
+                if made is not None:
+                    cos, sin = torch.cat((made.cos, cos)), torch.cat((made.sin, sin))
             made = self.made[name] = _Table(inv_freq, version, cos, sin)
         return made.cos, made.sin

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, reference
+from rope_ext import tables as kept_tables
 
 B, S, H, K, D = 2, 5, 4, 2, 16
 LAYOUTS = ["bshd", "bhsd", "sbhd", "thd"]
@@ -150,6 +151,22 @@ def test_table_is_made_once_and_grows_by_doubling():
     module = make(max_position_embeddings=131_072)
     tables = {module.table(length)[0].data_ptr(): None for length in range(1, 20_000, 7)}
     assert len(tables) <= len(sizes)
+
+
+def test_a_table_that_grows_computes_the_rows_that_are_missing(monkeypatch):
+    made = []
+
+    def counted(inv_freq, length, *, start=0, **options):
+        made.append((start, length))
+        return rope_ext.cos_sin_cache(inv_freq, length, start=start, **options)
+
+    monkeypatch.setattr(kept_tables, "cos_sin_cache", counted)
+    module = rope_ext.RotaryEmbedding(16, max_position_embeddings=8)
+    for length in (3, 9, 40):
+        cos, sin = module.table(length)
+    assert made == [(0, 8), (8, 8), (16, 24)]
+    for grown, whole in zip((cos, sin), rope_ext.cos_sin_cache(module.inv_freq, 40), strict=True):
+        assert torch.equal(grown, whole)
 
 
 def test_table_that_is_long_enough_is_the_same_one(device):
