@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
+
 
 @dataclass(frozen=True)
 class Case:

@@ -1,0 +1,101 @@
+"""Times functions in interleaved rounds, so that a busy machine slows all of them alike."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import rope_ext
+
+ROUND_SECONDS = 0.005
+LARGEST_HEAP_BLOCK = 31 << 20  # bytes; glibc never keeps blocks above 32 MiB
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of the rounds of one function, in seconds; or of their ratios to another's."""
+
+    median: float
+    low: float  # 10th percentile
+    high: float  # 90th percentile
+    best: float
+
+
+def summary(values: list[float]) -> Summary:
+    ordered = sorted(values)
+    low, high = (ordered[round(p * (len(ordered) - 1))] for p in (0.1, 0.9))
+    return Summary(statistics.median(ordered), low, high, ordered[0])
+
+
+def ratio(times: list[float], to: list[float]) -> Summary:
+    """Of the times of a function to another's in the same rounds; `best` is of the best rounds."""
+    rounds = summary([a / b for a, b in zip(times, to, strict=True)])
+    return Summary(rounds.median, rounds.low, rounds.high, min(times) / min(to))
+
+
+def seconds_a_call(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    tick: Callable[[], object] = lambda: None,
+    round_seconds: float = ROUND_SECONDS,
+) -> dict[str, list[float]]:
+    """Seconds a call, [rounds] for each function; a round is one call or fills round_seconds.
+
+    Calls tick after each round.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        once = seconds_a_call(function, 1)
+        if once < round_seconds:
+            once = seconds_a_call(function, 3)
+        calls[name] = max(1, int(round_seconds / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+            times[name].append(seconds_a_call(functions[name], calls[name]))
+        tick()
+    return times
+
+
+def settle_allocator() -> None:
+    """Brings glibc's thresholds to where a process that has freed large blocks has them.
+
+    They decide which results lie in fresh memory, and would otherwise depend on the cases before.
+    """
+    del_me = torch.empty(LARGEST_HEAP_BLOCK, dtype=torch.uint8)
+    del del_me
+
+
+def machine() -> str:
+    """What the times depend on, in a line."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    info = rope_ext._C.build_info()
+    return (
+        f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
+        f"load {load:.1f}; torch {torch.__version__}, rope_ext {rope_ext.__version__} "
+        f"({info['cpu_capability']}); {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
