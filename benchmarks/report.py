@@ -85,32 +85,47 @@ def goal_line(result: Result, goal: Goal) -> str:
     )
 
 
+FLOORS = (
+    "Floors: `rmw` reads, modifies and writes the same bytes, called as an operator with the same "
+    "arguments; `null` is such an operator that does nothing; `clone` copies into new memory; "
+    "`copy` copies into memory in use, past the caches; `fill` writes a new table."
+)
+
+
+def goals_table(results: list[Result]) -> list[str]:
+    lines = [goal_line(result, goal) for result in results for goal in result.goals]
+    if not lines:
+        return []
+    columns = "| case | way | goal | | measured | best rounds | fastest peer / rope_ext |"
+    return ["", FLOORS, "", columns, "|---" * 7 + "|", *lines]
+
+
+def case_table(result: Result) -> list[str]:
+    """Every way of a case; the last column is relative to the first way of rope_ext."""
+    first = next(name for name, kind in result.kinds.items() if kind == OURS)
+    lines = [f"### {result.case}", "", f"| way | | microseconds | / floor | / {first} |"]
+    lines.append("|---" * 5 + "|")
+    for name, times in result.times.items():
+        goal = result.goal_of(name)
+        floor = goal.floor if goal else None
+        cells = [name, result.kinds[name], times_cell(times)]
+        cells.append(f"{ratio(times, result.times[floor]).median:.2f}" if floor else "")
+        lines.append(row([*cells, f"{ratio(times, result.times[first]).median:.3f}"]))
+    if result.left_out:
+        lines += ["", *(f"- {name} left out: {why}" for name, why in result.left_out.items())]
+    return lines
+
+
 def markdown(results: list[Result], setting: str) -> str:
     lines = [
         f"{setting}.",
         "",
         "Microseconds, ratios: median of interleaved rounds (10th-90th percentile). A ratio is "
-        "taken round by round; `best rounds` is that of the fastest rounds of each. Floors: `rmw` "
-        "reads, modifies and writes the same bytes, called as an operator with the same arguments; "
-        "`null` is such an operator that does nothing; `clone` copies into new memory; `copy` "
-        "copies into memory in use, past the caches; `fill` writes a new table.",
-        "",
-        "| case | way | goal | | measured | best rounds | fastest peer / rope_ext |",
-        "|---" * 7 + "|",
-        *(goal_line(result, goal) for result in results for goal in result.goals),
+        "taken round by round; `best rounds` is that of the fastest rounds of each.",
+        *goals_table(results),
     ]
     for result in results:
-        lines += ["", f"### {result.case}", "", "| way | | microseconds | / floor | / rope_ext |"]
-        lines.append("|---" * 5 + "|")
-        first = next(name for name, kind in result.kinds.items() if kind == OURS)
-        for name, times in result.times.items():
-            goal = result.goal_of(name)
-            floor = goal.floor if goal else None
-            cells = [name, result.kinds[name], times_cell(times)]
-            cells.append(f"{ratio(times, result.times[floor]).median:.2f}" if floor else "")
-            lines.append(row([*cells, f"{ratio(times, result.times[first]).median:.2f}"]))
-        if result.left_out:
-            lines += ["", *(f"- {name} left out: {why}" for name, why in result.left_out.items())]
+        lines += ["", *case_table(result)]
     return "\n".join(lines) + "\n"
 
 
