@@ -9,6 +9,7 @@ from benchmark import CpuCase, Options
 from cases_cpu import CPU_CASES
 from measuring import machine, measure, settle_allocator
 from tqdm import tqdm
+from verify import WrongResult
 
 
 def chosen(patterns: list[str]) -> list[CpuCase]:
@@ -26,7 +27,10 @@ def time_case(case: CpuCase, options: Options, rounds: int, bar: tqdm) -> report
     mode = torch.inference_mode() if case.inference else contextlib.nullcontext()
     with mode:
         bar.set_description(f"{case.name}: verifying")
-        benchmark = case.make(options)
+        try:
+            benchmark = case.make(options)
+        except WrongResult as error:
+            raise SystemExit(f"{case.name}: {error}") from error
         bar.set_description(case.name)
         times = measure(benchmark.functions, rounds, bar.update)
     return report.Result(

@@ -134,7 +134,7 @@ def in_place(
     rotate = functools.partial(torch.ops.rope.apply_rotary_qk_, q, k, cos, sin, **given)
     before = q.clone(), k.clone()
     rotate()
-    verify(problem, before, (q, k))
+    verify(problem, before, (q, k), sample=options.quick)
     del before
 
     benchmark = Benchmark([Goal("in place", floor, limit)])
@@ -155,7 +155,7 @@ def out_of_place(shape: Case, dtype: torch.dtype, options: Options) -> Benchmark
     problem = make_problem(shape, dtype, options)
     q, k, (cos, sin) = problem.q, problem.k, tables(problem)
     rotate = functools.partial(torch.ops.rope.apply_rotary_qk, q, k, cos, sin)
-    verify(problem, (q, k), rotate())
+    verify(problem, (q, k), rotate(), sample=options.quick)
     benchmark = Benchmark([Goal("out of place", "clone", 1.05), Goal("out=", "copy", 1.15)])
     benchmark.add(OURS, "out of place", rotate)
 
@@ -168,7 +168,7 @@ def out_of_place(shape: Case, dtype: torch.dtype, options: Options) -> Benchmark
             into(k, cos, sin, out=outputs[1])
 
         given_outputs()
-        verify(problem, (q, k), outputs)
+        verify(problem, (q, k), outputs, sample=options.quick)
         benchmark.add(OURS, "out=", given_outputs)
     else:
         benchmark.left_out["out="] = "rope::apply_rotary has no overload `out`"
