@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 OURS, FLOOR, PEER = "rope_ext", "floor", "peer"
+PEER_GIVEN_OUTPUTS = "peer, given outputs"  # it does not pay for new memory
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Goal:
 
 @dataclass
 class Benchmark:
-    """Functions by name; kind: OURS, FLOOR or PEER."""
+    """Functions by name; kind: one of the constants above."""
 
     goals: list[Goal]
     functions: dict[str, Callable[[], object]] = field(default_factory=dict)

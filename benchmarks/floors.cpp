@@ -19,6 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
 constexpr int64_t kGrain = int64_t{32} << 10;  // bytes that are worth a thread
+constexpr int64_t kRowsAhead = 32;  // asked of memory early where rows are not neighbours
 constexpr int64_t kVector = 32;
 constexpr int64_t kHalfVector = 16;
 
@@ -55,7 +56,10 @@ void flip(uint8_t* at, int64_t bytes) {
 void flip_rows(const Rows& rows, int64_t begin, int64_t end) {
   uint8_t* const first = rows.first + begin * rows.stride;
   if (rows.bytes == rows.stride) return flip(first, (end - begin) * rows.stride);
-  for (int64_t i = 0; i < end - begin; ++i) flip(first + i * rows.stride, rows.bytes);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    __builtin_prefetch(first + (i + kRowsAhead) * rows.stride, 1);
+    flip(first + i * rows.stride, rows.bytes);
+  }
 }
 
 // Reads, modifies and writes in place what apply_rotary_qk_ would.

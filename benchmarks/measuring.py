@@ -1,5 +1,6 @@
 """Times functions in interleaved rounds, so that a busy machine slows all of them alike."""
 
+import ctypes
 import os
 import platform
 import statistics
@@ -12,7 +13,8 @@ import torch
 import rope_ext
 
 ROUND_SECONDS = 0.005
-LARGEST_HEAP_BLOCK = 31 << 20  # bytes; glibc never keeps blocks above 32 MiB
+LARGEST_HEAP_BLOCK = 32 << 20  # bytes; glibc's own limit
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ def measure(
     """
     calls = {}
     for name, function in functions.items():
-        function()
         once = seconds_a_call(function, 1)
         if once < round_seconds:
             once = seconds_a_call(function, 3)
@@ -65,18 +66,33 @@ def measure(
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+            give_back_free_memory()
             times[name].append(seconds_a_call(functions[name], calls[name]))
         tick()
     return times
 
 
-def settle_allocator() -> None:
-    """Brings glibc's thresholds to where a process that has freed large blocks has them.
+def c_library() -> ctypes.CDLL | None:
+    """glibc, where that is the C library."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
-    They decide which results lie in fresh memory, and would otherwise depend on the cases before.
+
+def settle_allocator() -> None:
+    """Fixes glibc's thresholds where those of a process end that has freed large blocks.
+
+    A block of LARGEST_HEAP_BLOCK and more then always lies in new memory, unless the heap has a
+    hole for it: see give_back_free_memory.
     """
-    del_me = torch.empty(LARGEST_HEAP_BLOCK, dtype=torch.uint8)
-    del del_me
+    if (library := c_library()) is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
+        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_HEAP_BLOCK)
+
+
+def give_back_free_memory() -> None:
+    """No function finds memory that another one has left."""
+    if (library := c_library()) is not None:
+        library.malloc_trim(0)
 
 
 def machine() -> str:

@@ -4,10 +4,10 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import FLOOR, OURS, PEER, Goal
+from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Goal
 from measuring import Summary, ratio, summary
 
-COLORS = {OURS: "#2a78b5", FLOOR: "#9a9a9a", PEER: "#d9822b"}
+COLORS = {OURS: "#2a78b5", FLOOR: "#9a9a9a", PEER: "#d9822b", PEER_GIVEN_OUTPUTS: "#e8b27a"}
 REACHED, MISSED, NOT_MEASURED = "reached", "**missed**", "not measured"
 CSV_COLUMNS = (
     *("case", "way", "kind", "rounds", "median_us", "p10_us", "p90_us", "best_us"),
@@ -26,8 +26,12 @@ class Result:
     kinds: dict[str, str]
     left_out: dict[str, str]
 
-    def fastest_peer(self) -> str | None:
-        peers = [name for name, kind in self.kinds.items() if kind == PEER]
+    def fastest_peer(self, way: str) -> str | None:
+        """Of those that do what `way` does: where it pays for new memory, so do they."""
+        goal = self.goal_of(way)
+        new_memory = goal is not None and (goal.floor or "").startswith("clone")
+        kinds = (PEER,) if new_memory else (PEER, PEER_GIVEN_OUTPUTS)
+        peers = [name for name, kind in self.kinds.items() if kind in kinds]
         return min(peers, key=lambda name: summary(self.times[name]).median, default=None)
 
     def goal_of(self, way: str) -> Goal | None:
@@ -71,7 +75,7 @@ def goal_line(result: Result, goal: Goal) -> str:
     if measured is None:
         return row([*cells, result.left_out.get(goal.way, ""), "", ""])
     unit = "" if goal.floor else " us"
-    peer = result.fastest_peer()
+    peer = result.fastest_peer(goal.way)
     against = ""
     if peer is not None:
         against = f"{ratio(result.times[peer], result.times[goal.way]).median:.1f} ({peer})"
@@ -134,7 +138,6 @@ def write_csv(path: Path, results: list[Result]) -> None:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         for result in results:
-            peer = result.fastest_peer()
             for name, times in result.times.items():
                 of = summary(times)
                 line = {
@@ -155,6 +158,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
                     line |= {"floor": goal.floor, "ratio": f"{to.median:.4f}"}
                     line |= {"ratio_p10": f"{to.low:.4f}", "ratio_p90": f"{to.high:.4f}"}
                     line["ratio_best"] = f"{to.best:.4f}"
+                peer = result.fastest_peer(name)
                 if peer is not None and result.kinds[name] == OURS:
                     line["fastest_peer"] = peer
                     line["peer_median_over_way"] = f"{ratio(result.times[peer], times).median:.4f}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import floors
 import torch
-from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
+from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
 from common import FIRST_POSITION, Case
 from rivals import Skip
 from rivals_cpu import RIVALS, SLOW_TO_MAKE, Peer, Problem, angle_slack
@@ -19,6 +19,7 @@ from verify import OURS_SLACK, PEERS_SLACK, WrongResult, check_rotation, exact_r
 
 import rope_ext
 
+QUICK_TOKENS = 4096  # --quick: more of them for rope_ext and transformers only
 DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
@@ -70,8 +71,10 @@ def add_peers(
     options: Options,
     step: Callable[..., Callable[[], object]],
 ) -> None:
+    many = problem.shape.tokens > QUICK_TOKENS
     for name, make in RIVALS.items():
-        if options.quick and name in SLOW_TO_MAKE:
+        slow = name in SLOW_TO_MAKE or (name != "transformers" and many)
+        if options.quick and slow:
             benchmark.left_out[name] = "--quick"
             continue
         try:
@@ -85,7 +88,8 @@ def add_peers(
             benchmark.left_out[name] = f"{type(error).__name__}: {first_line(error)}"
         else:
             other = peer.interleaved != problem.shape.interleaved
-            benchmark.add(PEER, name + ", interleaved" * other, function)
+            kind = PEER_GIVEN_OUTPUTS if peer.given_outputs else PEER
+            benchmark.add(kind, name + ", interleaved" * other, function)
 
 
 def first_line(error: Exception) -> str:
