@@ -32,7 +32,7 @@ def time_case(case: CpuCase, options: Options, rounds: int, bar: tqdm) -> report
         except WrongResult as error:
             raise SystemExit(f"{case.name}: {error}") from error
         bar.set_description(case.name)
-        times = measure(benchmark.functions, rounds, bar.update)
+        times = measure(benchmark.functions, rounds, bar.update, new_memory=case.new_memory)
     return report.Result(
         case.name, benchmark.goals, times, benchmark.kinds, dict(benchmark.left_out)
     )

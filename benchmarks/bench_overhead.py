@@ -164,7 +164,7 @@ def main() -> None:
                 functions = ways(requires_grad)
                 if not requires_grad:
                     counts = {way: allocations(function) for way, function in functions.items()}
-                times[name] = measure(functions, rounds, bar.update, ROUND_SECONDS)
+                times[name] = measure(functions, rounds, bar.update, round_seconds=ROUND_SECONDS)
     text = f"{setting}.\n\n{report(times, counts)}"
     print("\n" + text)
     if arguments.out is not None:

@@ -28,6 +28,7 @@ DTYPE = torch.bfloat16
 ROUNDS, QUICK_ROUNDS = 15, 3
 QUICK_TOKENS = 8192
 STEP = 1.5
+NEW_MEMORY = 1 << 20  # bytes from which on results lie in new memory: see measuring.py
 LLAMA = Case("Llama-3-8B", 1, 1, 32, 8, 128, 128)
 FLOOR_OF = {"in place": "rmw", "out of place": "clone"}
 
@@ -188,7 +189,8 @@ def main() -> None:
                 for size, shape in sweep.items():
                     bar.set_description(f"{name} = {size:,}, {count} threads")
                     ways, size_bytes = functions(shape)
-                    times = measure(ways, rounds, bar.update)
+                    new_memory = size_bytes >= NEW_MEMORY
+                    times = measure(ways, rounds, bar.update, new_memory=new_memory)
                     points.append(Point(name, count, size, size_bytes, times))
     text = markdown(points, setting)
     print("\n" + text)

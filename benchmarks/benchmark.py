@@ -41,3 +41,4 @@ class CpuCase:
     name: str
     make: Callable[[Options], Benchmark]
     inference: bool = True  # made and timed in inference mode
+    new_memory: bool = True  # see measuring.measure

@@ -22,7 +22,12 @@ LINES = "rmw of the rotated lines"
 
 
 def case(name: str, make: Callable[..., Benchmark], *arguments: object) -> CpuCase:
-    return CpuCase(name, functools.partial(make, *arguments), inference=make is not training)
+    return CpuCase(
+        name,
+        functools.partial(make, *arguments),
+        inference=make is not training,
+        new_memory="decode" not in name,
+    )
 
 
 CPU_CASES = [

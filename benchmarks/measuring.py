@@ -1,6 +1,7 @@
 """Times functions in interleaved rounds, so that a busy machine slows all of them alike."""
 
 import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -39,39 +40,53 @@ def ratio(times: list[float], to: list[float]) -> Summary:
     return Summary(rounds.median, rounds.low, rounds.high, min(times) / min(to))
 
 
-def seconds_a_call(function: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
+def seconds_a_call(function: Callable[[], object], calls: int, new_memory: bool = False) -> float:
+    """new_memory: free memory is given back before each call."""
+    if not new_memory:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    seconds = 0.0
     for _ in range(calls):
+        give_back_free_memory()
+        start = time.perf_counter()
         function()
-    return (time.perf_counter() - start) / calls
+        seconds += time.perf_counter() - start
+    return seconds / calls
 
 
 def measure(
     functions: dict[str, Callable[[], object]],
     rounds: int,
     tick: Callable[[], object] = lambda: None,
+    *,
     round_seconds: float = ROUND_SECONDS,
+    new_memory: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds a call, [rounds] for each function; a round is one call or fills round_seconds.
 
-    Calls tick after each round.
+    Calls tick after each round. new_memory: results, and what a function allocates on its way to
+    them, lie in memory that the operating system has to give at each call. That is so for large
+    results anyway, and for smaller ones it depends on what was freed before: here it is the same
+    for all.
     """
     calls = {}
     for name, function in functions.items():
-        once = seconds_a_call(function, 1)
+        once = seconds_a_call(function, 1, new_memory)
         if once < round_seconds:
-            once = seconds_a_call(function, 3)
+            once = seconds_a_call(function, 3, new_memory)
         calls[name] = max(1, int(round_seconds / max(once, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
-            give_back_free_memory()
-            times[name].append(seconds_a_call(functions[name], calls[name]))
+            times[name].append(seconds_a_call(functions[name], calls[name], new_memory))
         tick()
     return times
 
 
+@functools.cache
 def c_library() -> ctypes.CDLL | None:
     """glibc, where that is the C library."""
     library = ctypes.CDLL(None)
@@ -81,8 +96,7 @@ def c_library() -> ctypes.CDLL | None:
 def settle_allocator() -> None:
     """Fixes glibc's thresholds where those of a process end that has freed large blocks.
 
-    A block of LARGEST_HEAP_BLOCK and more then always lies in new memory, unless the heap has a
-    hole for it: see give_back_free_memory.
+    A block of LARGEST_HEAP_BLOCK and more then lies in new memory, unless the heap has a hole.
     """
     if (library := c_library()) is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
@@ -90,7 +104,6 @@ def settle_allocator() -> None:
 
 
 def give_back_free_memory() -> None:
-    """No function finds memory that another one has left."""
     if (library := c_library()) is not None:
         library.malloc_trim(0)
 
