@@ -28,8 +28,8 @@ from rope_ext.demo import models, rotary, weights
 from rope_ext.integrations.transformers import patch
 
 PROMPT, DECODED, CONTEXT, BATCH, SEQ = 2048, 128, 16, 2, 512  # tokens; CONTEXT: before decoding
-QUICK_SHARE = 8  # --quick divides them by it
-ROUNDS, QUICK_ROUNDS = 15, 3
+QUICK_SHARE = 16  # --quick divides them by it
+ROUNDS, QUICK_ROUNDS = 15, 2
 LEARNING_RATE = 1e-9  # the model is to stay what it is
 LOGITS_TOLERANCE = 1e-3  # relative to the largest: a compiled model adds in another order
 PATCHED, UNPATCHED, WITHOUT = "patched", "unpatched", "without rotation"
@@ -191,11 +191,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="fewer tokens, not compiled")
+    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument("--out", type=Path, help="folder for bench_model.md, .csv and .png")
     parser.add_argument("--random-layers", type=int, help="random weights, so many layers")
     parser.add_argument("--max-tokens", type=int, help="of every length; for tests")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     results, setting = run(arguments)
     print("\n" + report.markdown(results, setting))
