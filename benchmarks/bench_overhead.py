@@ -60,8 +60,8 @@ def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
     q_bhsd, k_bhsd = (x.detach().transpose(1, 2) for x in (q, k))
     module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=CONTEXT)
     positions = torch.full((1, 1), FIRST_POSITION)
-    table = module.table(CONTEXT)
-    no_rows = torch.empty(0, HEAD_DIM // 2)
+    table = module.table(CONTEXT)  # no inference tensors, in inference mode either
+    no_rows = tuple(rows[:0] for rows in table)
     rope, null = torch.ops.rope, floors.load()
     partial = functools.partial
     found = {
@@ -76,7 +76,7 @@ def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
     }
     if not requires_grad:
         found |= {
-            EMPTY: partial(rope.apply_rotary_qk_, *none, no_rows, no_rows),
+            EMPTY: partial(rope.apply_rotary_qk_, *none, *no_rows),
             f"{OPS}_": partial(rope.apply_rotary_qk_, q, k, *table),
             f"{OPS}_.default": partial(rope.apply_rotary_qk_.default, q, k, *table),
             FUNCTION + IN_PLACE: partial(rope_ext.apply_rotary_qk, q, k, *table, inplace=True),
