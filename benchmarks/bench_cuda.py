@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from common import Case, microseconds
+from common import FIRST_POSITION, Case, microseconds
 from rivals import RIVALS, Rotation, Skip, Tables
 from torch import Tensor
 
 import rope_ext
 
-FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
 ROUND_SECONDS = 0.005
 L2_MULTIPLE = 4
 IN_PLACE, OUT_OF_PLACE = "rope_ext, in place", "rope_ext"

@@ -1,20 +1,20 @@
-"""Times the rotation of q and k against eager PyTorch and against moving the same bytes.
+"""Times rope_ext against what moving the bytes takes, and against other libraries.
 
-    python benchmarks/bench_rope.py [--device cpu] [--rounds 30] [--quick]
+    python benchmarks/bench_rope.py [--quick] [--case NAME ...] [--out DIR]   # on the CPU
+    python benchmarks/bench_rope.py --device cuda                             # see bench_cuda.py
 
-With `--device cuda` it prints another table, against other libraries too: see bench_cuda.py. Here:
-every result is verified before it is timed, in inference mode. Times are medians of interleaved
-rounds with the 10th to 90th percentile. What carries over between machines is the ratio to the
-floor: `rmw` for in place (q.mul_(1), reads and writes every byte once), `clone` for out of place.
+Every result is verified against float64 before it is timed. On the CPU, each case has a goal: a
+ratio to a floor, which carries over between machines where times do not. cases_cpu.py lists cases
+and goals; floors.cpp has the floors; rivals_cpu.py the other libraries, of which those that are not
+installed are left out (pip install 'rope_ext[bench]' has them). --out writes Markdown, CSV and a
+chart. Close what else uses the processor: a goal is judged by medians.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from pathlib import Path
 
-import bench_cuda
 import torch
+<<<<<<< HEAD
 from common import CPU_CASES, GPU_CASES, Case, microseconds
 from rivals import eager, widened
 
@@ -92,24 +92,55 @@ def run(cases: list[Case], rounds: int) -> None:
     for case in cases:
         for dtype in (torch.float32, torch.bfloat16):
             bench(case, dtype, rounds)
+=======
+
+import rope_ext
+
+ROUNDS, QUICK_ROUNDS = 30, 3
+>>>>>>> bench
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="few tokens: does everything run?")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--quick", action="store_true", help="about a minute: does everything run?")
+    parser.add_argument("--case", action="append", default=[], help="CPU: cases with this in them")
+    parser.add_argument("--out", type=Path, help="CPU: folder for bench_rope.md, .csv and .png")
+    parser.add_argument("--max-tokens", type=int, help="CPU: of a case; for tests")
     arguments = parser.parse_args()
+<<<<<<< HEAD
     cases = GPU_CASES if arguments.device == "cuda" else CPU_CASES
+=======
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.device == "cuda":
+        run_cuda(arguments)
+        return
+    import bench_cpu
+    from benchmark import Options
+
+    bench_cpu.run(
+        bench_cpu.chosen(arguments.case),
+        Options(arguments.quick, arguments.max_tokens),
+        arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS),
+        arguments.out,
+    )
+
+
+def run_cuda(arguments: argparse.Namespace) -> None:
+    import bench_cuda
+    from common import GPU_CASES
+
+    cases = GPU_CASES
+>>>>>>> bench
     if arguments.quick:
         cases = [case.with_few_tokens() for case in cases]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rope_ext.__version__}")
-    if arguments.device == "cuda":
-        bench_cuda.run(cases, arguments.rounds, cold=not arguments.quick)
-    else:
-        run(cases, arguments.rounds)
+    bench_cuda.run(cases, arguments.rounds or ROUNDS, cold=not arguments.quick)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
+
 
 @dataclass(frozen=True)
 class Case:

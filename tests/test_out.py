@@ -160,7 +160,7 @@ def test_nothing_is_allocated():
 
 
 @pytest.mark.parametrize("operator", ["apply_rotary", "apply_rotary_qk"])
-def test_opcheck(operator, device):
+def test_opcheck_of_the_rotation_into_out(operator, device):
     q, k = random(B, S, H, D, device=device), random(B, S, HK, D, device=device)
     table = random_table(S, P, device=device)
     if operator == "apply_rotary":

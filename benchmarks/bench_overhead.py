@@ -1,0 +1,177 @@
+"""What a call costs beside its work, at decode sizes: boxing, checks, allocations, Python.
+
+    python benchmarks/bench_overhead.py [--quick] [--out DIR]
+
+q [1, 1, 32, 128] and k [1, 1, 8, 128] in bfloat16, one thread; in inference mode, in no_grad, and
+in grad mode (where nothing requires grad, and where q and k do). Differences are taken round by
+round. The goal: the functions of rope_ext add at most a microsecond to torch.ops.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import floors
+import torch
+from common import FIRST_POSITION
+from measuring import Summary, machine, measure, summary
+from torch import Tensor
+from tqdm import tqdm
+
+import rope_ext
+
+HEADS, KEY_HEADS, HEAD_DIM, CONTEXT = 32, 8, 128, 4096
+ROUNDS, QUICK_ROUNDS, ROUND_SECONDS = 41, 5, 0.004
+GOAL = 1e-6  # seconds that a Python function may add to torch.ops
+
+OPS, FUNCTION = "torch.ops.rope.apply_rotary_qk", "rope_ext.apply_rotary_qk"
+MODULE, EMPTY = "RotaryEmbedding", f"{OPS}_, no tokens"
+NULL_ONE, NULL = "null(x)", "null_qk_(q, k, cos, sin, ...)"
+NULL_OUT, ROWS = "null_qk, two outputs", "torch.ops.rope.cos_sin"
+IN_PLACE = ", in place"
+
+# what it is -> (way, the way that it adds to); the last column of those with a goal says it
+DIFFERENCES = {
+    "seven more arguments to box": (NULL, NULL_ONE),
+    "checks and dispatch of the kernel": (EMPTY, NULL),
+    "rotation of a token in place": (f"{OPS}_", EMPTY),
+    "two allocations": (NULL_OUT, NULL),
+    "torch.ops by overload": (f"{OPS}_.default", f"{OPS}_"),
+    f"{FUNCTION}, in place": (FUNCTION + IN_PLACE, f"{OPS}_"),
+    f"{FUNCTION}, in place, bhsd": (f"{FUNCTION}{IN_PLACE}, bhsd", f"{OPS}_"),
+    FUNCTION: (FUNCTION, OPS),
+    f"{MODULE}, in place": (MODULE + IN_PLACE, f"{OPS}_"),
+    MODULE: (MODULE, OPS),
+}
+WITH_GOAL = (FUNCTION, MODULE)
+
+
+def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
+    """Functions by name; those in place only where nothing requires grad."""
+
+    def heads(count: int, seq: int = 1) -> Tensor:
+        x = torch.randn(1, seq, count, HEAD_DIM, dtype=torch.bfloat16)
+        return x.requires_grad_(requires_grad)
+
+    q, k, none = heads(HEADS), heads(KEY_HEADS), (heads(HEADS, 0), heads(KEY_HEADS, 0))
+    q_bhsd, k_bhsd = (x.detach().transpose(1, 2) for x in (q, k))
+    module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=CONTEXT)
+    positions = torch.full((1, 1), FIRST_POSITION)
+    table = module.table(CONTEXT)  # no inference tensors, in inference mode either
+    no_rows = tuple(rows[:0] for rows in table)
+    rope, null = torch.ops.rope, floors.load()
+    partial = functools.partial
+    found = {
+        NULL_ONE: partial(null.null_one_, q),
+        NULL: partial(null.null_qk_, q, k, *table),
+        NULL_OUT: partial(null.null_qk, q, k, *table),
+        OPS: partial(rope.apply_rotary_qk, q, k, *table),
+        FUNCTION: partial(rope_ext.apply_rotary_qk, q, k, *table),
+        MODULE: partial(module, q, k),
+        f"{MODULE}, position_ids": partial(module, q, k, positions),
+        ROWS: partial(rope.cos_sin, module.inv_freq, positions),
+    }
+    if not requires_grad:
+        found |= {
+            EMPTY: partial(rope.apply_rotary_qk_, *none, *no_rows),
+            f"{OPS}_": partial(rope.apply_rotary_qk_, q, k, *table),
+            f"{OPS}_.default": partial(rope.apply_rotary_qk_.default, q, k, *table),
+            FUNCTION + IN_PLACE: partial(rope_ext.apply_rotary_qk, q, k, *table, inplace=True),
+            f"{FUNCTION}{IN_PLACE}, bhsd": partial(
+                rope_ext.apply_rotary_qk, q_bhsd, k_bhsd, *table, layout="bhsd", inplace=True
+            ),
+            MODULE + IN_PLACE: partial(module, q, k, inplace=True),
+        }
+    return found
+
+
+MODES: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], bool]] = {
+    "inference_mode": (torch.inference_mode, False),
+    "no_grad": (torch.no_grad, False),
+    "grad mode": (torch.enable_grad, False),
+    "requires_grad": (torch.enable_grad, True),
+}
+
+
+def allocations(function: Callable[[], object]) -> int:
+    """Blocks of memory that PyTorch's allocator gives out in one call."""
+    function()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
+
+
+def spread(of: Summary) -> str:
+    return f"{1e6 * of.median:.2f} ({1e6 * of.low:.2f}-{1e6 * of.high:.2f})"
+
+
+def report(times: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> str:
+    """Markdown, of the times by mode and way."""
+    modes = list(times)
+    rule = "|---" * len(modes) + "|"
+    lines = ["Microseconds: median (10th-90th percentile).", ""]
+    lines += [f"| call | allocations | {' | '.join(modes)} |", f"|---|---{rule}"]
+    for way, count in counts.items():
+        cells = [spread(summary(times[m][way])) if way in times[m] else "" for m in modes]
+        lines.append(f"| {way} | {count} | {' | '.join(cells)} |")
+    lines += ["", f"| what it adds | goal | {' | '.join(modes)} |", f"|---|---{rule}"]
+    for what, (way, base) in DIFFERENCES.items():
+        goal = what.startswith(WITH_GOAL)
+        cells = []
+        for mode in modes:
+            if way not in times[mode] or base not in times[mode]:
+                cells.append("")
+                continue
+            both = zip(times[mode][way], times[mode][base], strict=True)
+            added = summary([a - b for a, b in both])
+            verdict = (": reached" if added.median <= GOAL else ": **missed**") if goal else ""
+            cells.append(spread(added) + verdict)
+        meant = f"<= {1e6 * GOAL:.3g}" if goal else ""
+        lines.append(f"| {what} | {meant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, times: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mode", "call", "allocations", "rounds", "median_us", "p10_us", "p90_us"])
+        for mode, of_mode in times.items():
+            for way, values in of_mode.items():
+                of = summary(values)
+                figures = (f"{1e6 * x:.4f}" for x in (of.median, of.low, of.high))
+                writer.writerow([mode, way, counts[way], len(values), *figures])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--quick", action="store_true", help="seconds: does everything run?")
+    parser.add_argument("--out", type=Path, help="folder for bench_overhead.md and .csv")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    setting = machine()
+    times, counts = {}, {}
+    with tqdm(total=rounds * len(MODES), dynamic_ncols=True) as bar:
+        for name, (mode, requires_grad) in MODES.items():
+            bar.set_description(name)
+            with mode():
+                functions = ways(requires_grad)
+                if not requires_grad:
+                    counts = {way: allocations(function) for way, function in functions.items()}
+                times[name] = measure(functions, rounds, bar.update, round_seconds=ROUND_SECONDS)
+    text = f"{setting}.\n\n{report(times, counts)}"
+    print("\n" + text)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "bench_overhead.md").write_text(f"# bench_overhead\n\n{text}")
+        write_csv(arguments.out / "bench_overhead.csv", times, counts)
+
+
+if __name__ == "__main__":
+    main()

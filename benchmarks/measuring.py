@@ -1,0 +1,130 @@
+"""Times functions in interleaved rounds, so that a busy machine slows all of them alike."""
+
+import ctypes
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import rope_ext
+
+ROUND_SECONDS = 0.005
+LARGEST_HEAP_BLOCK = 32 << 20  # bytes; glibc's own limit
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of the rounds of one function, in seconds; or of their ratios to another's."""
+
+    median: float
+    low: float  # 10th percentile
+    high: float  # 90th percentile
+    best: float
+
+
+def summary(values: list[float]) -> Summary:
+    ordered = sorted(values)
+    low, high = (ordered[round(p * (len(ordered) - 1))] for p in (0.1, 0.9))
+    return Summary(statistics.median(ordered), low, high, ordered[0])
+
+
+def ratio(times: list[float], to: list[float]) -> Summary:
+    """Of the times of a function to another's in the same rounds; `best` is of the best rounds."""
+    rounds = summary([a / b for a, b in zip(times, to, strict=True)])
+    return Summary(rounds.median, rounds.low, rounds.high, min(times) / min(to))
+
+
+def seconds_a_call(function: Callable[[], object], calls: int, new_memory: bool = False) -> float:
+    """new_memory: free memory is given back before each call."""
+    if not new_memory:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    seconds = 0.0
+    for _ in range(calls):
+        give_back_free_memory()
+        start = time.perf_counter()
+        function()
+        seconds += time.perf_counter() - start
+    return seconds / calls
+
+
+def measure(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    tick: Callable[[], object] = lambda: None,
+    *,
+    round_seconds: float = ROUND_SECONDS,
+    new_memory: bool = False,
+) -> dict[str, list[float]]:
+    """Seconds a call, [rounds] for each function; a round is one call or fills round_seconds.
+
+    Calls tick after each round. new_memory: results, and what a function allocates on its way to
+    them, lie in memory that the operating system has to give at each call. That is so for large
+    results anyway, and for smaller ones it depends on what was freed before: here it is the same
+    for all.
+    """
+    calls = {}
+    for name, function in functions.items():
+        once = seconds_a_call(function, 1, new_memory)
+        if once < round_seconds:
+            once = seconds_a_call(function, 3, new_memory)
+        calls[name] = max(1, int(round_seconds / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+            times[name].append(seconds_a_call(functions[name], calls[name], new_memory))
+        tick()
+    return times
+
+
+@functools.cache
+def c_library() -> ctypes.CDLL | None:
+    """glibc, where that is the C library."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+def settle_allocator() -> None:
+    """Fixes glibc's thresholds where those of a process end that has freed large blocks.
+
+    A block of LARGEST_HEAP_BLOCK and more then lies in new memory, unless the heap has a hole.
+    """
+    if (library := c_library()) is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
+        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_HEAP_BLOCK)
+
+
+def give_back_free_memory() -> None:
+    if (library := c_library()) is not None:
+        library.malloc_trim(0)
+
+
+def machine() -> str:
+    """What the times depend on, in a line."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    info = rope_ext._C.build_info()
+    return (
+        f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
+        f"load {load:.1f}; torch {torch.__version__}, rope_ext {rope_ext.__version__} "
+        f"({info['cpu_capability']}); {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,189 @@
+"""Other ways to rotate q and k on a CPU, each made for one Problem.
+
+A maker returns a Peer. It raises Skip where its library does not offer the case, and ImportError
+where the library is not installed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from common import Case
+from rivals import Skip, widened
+from torch import Tensor
+
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q and k to be rotated, and the angles in the forms that libraries take.
+
+    q [B, S, Hq, D], k [B, S, Hk, D]; positions int64 [1|B, S]; inv_freq float32 [P];
+    cos, sin float32 [1|B, S, P].
+    """
+
+    shape: Case
+    q: Tensor
+    k: Tensor
+    positions: Tensor
+    inv_freq: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    rotate: Rotation
+    interleaved: bool  # its convention; the one of its library where it has only one
+    transposed: bool = False  # takes and returns [B, H, S, D], in the memory order of [B, S, H, D]
+    trains: bool = True
+    given_outputs: bool = False  # writes into memory that it has already
+    float32_angles: bool = False  # the error grows with the position
+
+    def layout(self, x: Tensor) -> Tensor:
+        """From [B, S, H, D] to what rotate takes, or back."""
+        return x.transpose(1, 2) if self.transposed else x
+
+
+def make_transformers(problem: Problem) -> Peer:
+    """The function of Llama, of GPT-NeoX (partial) or of GLM (interleaved)."""
+    shape, dtype = problem.shape, problem.q.dtype
+    if shape.interleaved:
+        from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
+    elif shape.rotary_dim < shape.head_dim:
+        from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+    else:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    # In each of them the table is cat(angles, angles); GLM reorders it at every call.
+    cos, sin = (widened(table, False).to(dtype) for table in (problem.cos, problem.sin))
+    return Peer(
+        lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), shape.interleaved, transposed=True
+    )
+
+
+def make_compiled(problem: Problem) -> Peer:
+    peer = make_transformers(problem)
+    torch.compiler.reset()  # each case is compiled for its own shape
+    rotate = torch.compile(peer.rotate, fullgraph=True, dynamic=False)
+    return Peer(rotate, peer.interleaved, transposed=True)
+
+
+def make_complex(problem: Problem) -> Peer:
+    """Complex multiplication in float32, as in Meta's llama/model.py."""
+    whole_head_only(problem)
+    turns = torch.complex(problem.cos, problem.sin)[:, :, None]  # [1|B, S, 1, P]
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+    return Peer(lambda q, k: (turn(q), turn(k)), interleaved=True)
+
+
+def make_rotary_embedding_torch(problem: Problem) -> Peer:
+    """Takes angles, and computes their cosines in every call."""
+    from rotary_embedding_torch import apply_rotary_emb
+
+    angles = problem.positions[..., None].float() * problem.inv_freq
+    angles = widened(angles, True)[:, :, None]  # [1|B, S, 1, R]
+    return Peer(
+        lambda q, k: (apply_rotary_emb(angles, q), apply_rotary_emb(angles, k)),
+        interleaved=True,
+        float32_angles=True,
+    )
+
+
+def make_torchtune(problem: Problem) -> Peer:
+    from torchtune.modules import RotaryPositionalEmbeddings
+
+    whole_head_only(problem)
+    last = int(problem.positions.max())
+    with torch.inference_mode(False):  # its table may be used in training
+        module = RotaryPositionalEmbeddings(problem.shape.head_dim, max_seq_len=last + 1)
+    positions = problem.positions.expand(problem.q.shape[:2])
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return module(q, input_pos=positions), module(k, input_pos=positions)
+
+    return Peer(rotate, interleaved=True, float32_angles=True)
+
+
+def make_onnxruntime(problem: Problem) -> Peer:
+    """RotaryEmbedding of opset 23, q and k in one graph, into memory that is there already."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    shape, dtype = problem.shape, problem.q.dtype
+    types = {torch.float32: (TensorProto.FLOAT, np.float32)}
+    if dtype not in types:
+        raise Skip(f"no {dtype} on the CPU")
+    onnx_type, numpy_type = types[dtype]
+
+    tokens = (shape.batch, shape.seq)
+    rows = (*tokens, shape.rotary_dim // 2)
+    inputs, outputs, nodes, bound = [], [], [], {}
+    for name, table in (("cos", problem.cos), ("sin", problem.sin)):
+        inputs.append(helper.make_tensor_value_info(name, onnx_type, rows))
+        bound[name] = table.expand(rows).to(dtype).contiguous()
+    for name, x, heads in (("q", problem.q, shape.q_heads), ("k", problem.k, shape.k_heads)):
+        flat = (*tokens, heads * shape.head_dim)
+        inputs.append(helper.make_tensor_value_info(name, onnx_type, flat))
+        outputs.append(helper.make_tensor_value_info(f"{name}_out", onnx_type, flat))
+        options = {"num_heads": heads, "interleaved": int(shape.interleaved)}
+        if shape.rotary_dim < shape.head_dim:
+            options["rotary_embedding_dim"] = shape.rotary_dim
+        nodes.append(
+            helper.make_node("RotaryEmbedding", [name, "cos", "sin"], [f"{name}_out"], **options)
+        )
+        bound[name], bound[f"{name}_out"] = x, torch.empty_like(x)
+    model = helper.make_model(
+        helper.make_graph(nodes, "rotation", inputs, outputs),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would otherwise spin into the time of the others
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    for value in inputs + outputs:
+        bind = binding.bind_output if value.name.endswith("_out") else binding.bind_input
+        size = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        bind(value.name, "cpu", 0, numpy_type, size, bound[value.name].data_ptr())
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if q is not problem.q or k is not problem.k:
+            raise ValueError("bound to other tensors")
+        session.run_with_iobinding(binding)
+        return bound["q_out"], bound["k_out"]
+
+    return Peer(rotate, shape.interleaved, trains=False, given_outputs=True)
+
+
+def whole_head_only(problem: Problem) -> None:
+    if problem.shape.rotary_dim < problem.shape.head_dim:
+        raise Skip("whole heads only")
+
+
+def angle_slack(problem: Problem) -> float:
+    """The error in radians of an angle whose frequency and product were rounded to float32."""
+    return int(problem.positions.max()) * torch.finfo(torch.float32).eps
+
+
+RIVALS = {
+    "transformers": make_transformers,
+    "transformers, compiled": make_compiled,
+    "complex multiplication": make_complex,
+    "rotary-embedding-torch": make_rotary_embedding_torch,
+    "torchtune": make_torchtune,
+    "onnxruntime": make_onnxruntime,
+}
+SLOW_TO_MAKE = {"transformers, compiled"}

@@ -1,0 +1,202 @@
+"""Cases of the rotation: in place, out of place, forward and backward.
+
+Making one verifies every result against float64 first: a wrong one of rope_ext ends the run, a
+wrong one of another library leaves that library out.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import floors
+import torch
+from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
+from common import FIRST_POSITION, Case
+from rivals import Skip
+from rivals_cpu import RIVALS, SLOW_TO_MAKE, Peer, Problem, angle_slack
+from torch import Tensor
+from verify import OURS_SLACK, PEERS_SLACK, WrongResult, check_rotation, exact_rows
+
+import rope_ext
+
+QUICK_TOKENS = 4096  # --quick: more of them for rope_ext and transformers only
+DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
+
+
+def make_problem(shape: Case, dtype: torch.dtype, options: Options) -> Problem:
+    if options.max_tokens is not None:
+        batch = min(shape.batch, options.max_tokens)
+        shape = replace(shape, batch=batch, seq=min(shape.seq, options.max_tokens // batch))
+    q, k = (
+        torch.randn(shape.batch, shape.seq, heads, shape.head_dim, dtype=dtype)
+        for heads in (shape.q_heads, shape.k_heads)
+    )
+    inv_freq, _ = rope_ext.frequencies.default(shape.head_dim, rotary_dim=shape.rotary_dim)
+    if shape.seq == 1:
+        positions = FIRST_POSITION + DECODE_STRIDE * torch.arange(shape.batch)[:, None]
+    else:
+        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + shape.seq)[None]
+    cos, sin = rope_ext.cos_sin(inv_freq, positions)
+    return Problem(shape, q, k, positions, inv_freq, cos, sin)
+
+
+def tables(problem: Problem) -> tuple[Tensor, Tensor]:
+    """What rope_ext is given: a table [S, P] for all sequences, rows [B, S, P] for decoding."""
+    if problem.shape.seq == 1:
+        return problem.cos, problem.sin
+    return problem.cos[0], problem.sin[0]
+
+
+def verify(
+    problem: Problem,
+    x: tuple[Tensor, ...],
+    got: tuple[Tensor, ...],
+    peer: Peer | None = None,
+    **options: bool,
+) -> None:
+    """q and k in x, [B, S, H, D] each, against what a peer, or rope_ext, made of them."""
+    cos, sin = exact_rows(problem.inv_freq, problem.positions)
+    options["interleaved"] = problem.shape.interleaved if peer is None else peer.interleaved
+    slack = OURS_SLACK if peer is None else PEERS_SLACK
+    slack *= torch.finfo(problem.q.dtype).eps
+    if peer is not None and peer.float32_angles:
+        slack += angle_slack(problem)
+    for name, before, after in zip("qk", x, got, strict=True):
+        check_rotation(name, after, before, cos, sin, slack=slack, **options)
+
+
+def add_peers(
+    benchmark: Benchmark,
+    problem: Problem,
+    options: Options,
+    step: Callable[..., Callable[[], object]],
+) -> None:
+    many = problem.shape.tokens > QUICK_TOKENS
+    for name, make in RIVALS.items():
+        slow = name in SLOW_TO_MAKE or (name != "transformers" and many)
+        if options.quick and slow:
+            benchmark.left_out[name] = "--quick"
+            continue
+        try:
+            peer = make(problem)
+            function = step(problem, peer)
+        except ImportError as error:
+            benchmark.left_out[name] = f"not importable ({first_line(error)})"
+        except (Skip, WrongResult) as error:
+            benchmark.left_out[name] = first_line(error)
+        except Exception as error:  # one that fails must not stop the others
+            benchmark.left_out[name] = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            other = peer.interleaved != problem.shape.interleaved
+            kind = PEER_GIVEN_OUTPUTS if peer.given_outputs else PEER
+            benchmark.add(kind, name + ", interleaved" * other, function)
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def forward(problem: Problem, peer: Peer) -> Callable[[], object]:
+    q, k = (peer.layout(x) for x in (problem.q, problem.k))
+    got = tuple(peer.layout(y) for y in peer.rotate(q, k))
+    verify(problem, (problem.q, problem.k), got, peer, sample=True)
+    return functools.partial(peer.rotate, q, k)
+
+
+def training_step(problem: Problem, peer: Peer | None) -> Callable[[], object]:
+    """Forward and backward of rope_ext, or of a peer; the gradients coming in are q and k."""
+    if peer is None:
+        cos, sin = tables(problem)
+        peer = Peer(lambda q, k: rope_ext.apply_rotary_qk(q, k, cos, sin), False)
+        ours = True
+    else:
+        ours = False
+    if not peer.trains:
+        raise Skip("no gradient")
+    grads = [peer.layout(x) for x in (problem.q, problem.k)]
+    inputs = [x.detach().requires_grad_() for x in grads]
+
+    def step() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        outputs = peer.rotate(*inputs)
+        return outputs, torch.autograd.grad(outputs, inputs, grads)
+
+    judged_as = None if ours else peer
+    x = (problem.q, problem.k)
+    outputs, gradients = ([peer.layout(y.detach()) for y in ys] for ys in step())
+    verify(problem, x, outputs, judged_as, sample=True)
+    verify(problem, x, gradients, judged_as, sample=True, inverse=True)
+    return step
+
+
+def in_place(
+    shape: Case, dtype: torch.dtype, floor: str, limit: float, options: Options
+) -> Benchmark:
+    problem = make_problem(shape, dtype, options)
+    q, k, (cos, sin) = problem.q, problem.k, tables(problem)
+    given = {"interleaved": shape.interleaved}
+    rotate = functools.partial(torch.ops.rope.apply_rotary_qk_, q, k, cos, sin, **given)
+    before = q.clone(), k.clone()
+    rotate()
+    verify(problem, before, (q, k), sample=options.quick)
+    del before
+
+    benchmark = Benchmark([Goal("in place", floor, limit)])
+    benchmark.add(OURS, "in place", rotate)
+    moved = functools.partial(floors.load().rmw_qk_, q, k, cos, sin, **given)
+    if shape.rotary_dim < shape.head_dim:
+        only = functools.partial(moved, rotary_dim=shape.rotary_dim)
+        benchmark.add(FLOOR, "rmw of the rotated lines", only)
+    benchmark.add(FLOOR, "rmw", moved)
+    null = functools.partial(floors.load().null_qk_, q, k, cos, sin, **given)
+    if problem.shape.seq == 1:
+        benchmark.add(FLOOR, "null", null)
+    add_peers(benchmark, problem, options, forward)
+    return benchmark
+
+
+def out_of_place(shape: Case, dtype: torch.dtype, options: Options) -> Benchmark:
+    problem = make_problem(shape, dtype, options)
+    q, k, (cos, sin) = problem.q, problem.k, tables(problem)
+    rotate = functools.partial(torch.ops.rope.apply_rotary_qk, q, k, cos, sin)
+    verify(problem, (q, k), rotate(), sample=options.quick)
+    benchmark = Benchmark([Goal("out of place", "clone", 1.05), Goal("out=", "copy", 1.15)])
+    benchmark.add(OURS, "out of place", rotate)
+
+    outputs = torch.empty_like(q), torch.empty_like(k)
+    if hasattr(torch.ops.rope.apply_rotary, "out"):
+        into = torch.ops.rope.apply_rotary.out
+
+        def given_outputs() -> None:
+            into(q, cos, sin, out=outputs[0])
+            into(k, cos, sin, out=outputs[1])
+
+        given_outputs()
+        verify(problem, (q, k), outputs, sample=options.quick)
+        benchmark.add(OURS, "out=", given_outputs)
+    else:
+        benchmark.left_out["out="] = "rope::apply_rotary has no overload `out`"
+
+    copy = floors.load().copy_
+    for name, streaming in (("copy", True), ("copy, plain stores", False)):
+        benchmark.add(
+            FLOOR,
+            name,
+            lambda streaming=streaming: (
+                copy(outputs[0], q, streaming=streaming),
+                copy(outputs[1], k, streaming=streaming),
+            ),
+        )
+    benchmark.add(FLOOR, "clone", lambda: (q.clone(), k.clone()))
+    add_peers(benchmark, problem, options, forward)
+    return benchmark
+
+
+def training(shape: Case, dtype: torch.dtype, options: Options) -> Benchmark:
+    problem = make_problem(shape, dtype, options)
+    q, k = problem.q, problem.k
+    benchmark = Benchmark([Goal("forward and backward", "clone x4", 1.10)])
+    benchmark.add(OURS, "forward and backward", training_step(problem, None))
+    benchmark.add(FLOOR, "clone x4", lambda: (q.clone(), k.clone(), q.clone(), k.clone()))
+    add_peers(benchmark, problem, options, training_step)
+    return benchmark

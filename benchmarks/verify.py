@@ -1,0 +1,95 @@
+"""Compares rotations and tables with float64 before they are timed."""
+
+import torch
+from torch import Tensor
+
+from rope_ext import reference
+
+# In units of eps of the dtype, relative to a pair's length. One rounding of the result is 0.5; the
+# rounded table 0.71, products 0.71 and a sum 0.5 are float32 in rope_ext, all in the dtype for
+# others: below 2 for float32, and 3 leaves others room for one more rounding.
+OURS_SLACK, PEERS_SLACK = 2.0, 3.0
+CHUNK = 256  # tokens turned in float64 at a time
+SAMPLE = 512  # tokens looked at where not all are
+
+
+class WrongResult(Exception):
+    """The message says which tensor, and by how much."""
+
+
+def check_rotation(
+    name: str,
+    got: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    slack: float,
+    interleaved: bool = False,
+    inverse: bool = False,
+    sample: bool = False,
+) -> None:
+    """Raises WrongResult where got is not x turned by the angles of cos and sin.
+
+    Args:
+        name: of got, for the message.
+        got, x: [B, S, H, D].
+        cos, sin: float64 [1|B, S, P], exact.
+        slack: allowed, relative to the length of a pair before it turned.
+        sample: look at SAMPLE tokens of each sequence, the first and the last among them.
+    """
+    if got.shape != x.shape or got.dtype != x.dtype:
+        raise WrongResult(f"{name} is {got.dtype} {list(got.shape)}, {x.dtype} {list(x.shape)}")
+    seq, dim = x.shape[1], 2 * cos.shape[-1]
+    tokens = torch.arange(seq)
+    if sample and seq > SAMPLE:
+        tokens = torch.linspace(0, seq - 1, SAMPLE, dtype=torch.float64).round().long()
+    for chunk in tokens.split(CHUNK):
+        before = x[:, chunk].double()
+        exact = reference.apply_rotary(
+            before, cos[:, chunk], sin[:, chunk], interleaved=interleaved, inverse=inverse
+        )
+        error = (got[:, chunk].double() - exact).abs()
+        allowed = slack * pair_lengths(before, dim, interleaved)
+        if not (error <= allowed).all():
+            over = (error / allowed.clamp_min(1e-300)).max().item()
+            raise WrongResult(f"{name} is wrong: error {over:.3g} times what is allowed")
+
+
+def pair_lengths(x: Tensor, dim: int, interleaved: bool) -> Tensor:
+    """For each channel the length of its pair; of channels past dim, which do not turn, 0."""
+    lengths = torch.zeros_like(x)
+    turned = x[..., :dim]
+    if interleaved:
+        length = torch.hypot(turned[..., 0::2], turned[..., 1::2])
+        lengths[..., :dim] = length.repeat_interleave(2, -1)
+    else:
+        first, second = turned.chunk(2, -1)
+        lengths[..., :dim] = torch.hypot(first, second).repeat(*[1] * (x.dim() - 1), 2)
+    return lengths
+
+
+def exact_rows(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 cos and sin [*positions.shape, P]."""
+    return reference.cos_sin(inv_freq, positions)
+
+
+def table_error(got: Tensor, exact: Tensor) -> float:
+    """Largest error of a float32 table in units in the last place of its exact float64 values."""
+    exponent = torch.frexp(exact.abs()).exponent
+    info = torch.finfo(torch.float32)
+    ulp = torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
+    return ((got.double() - exact).abs() / ulp.clamp_min(info.smallest_normal)).max().item()
+
+
+def check_table(name: str, got: Tensor, exact: Tensor, *, ulps: float) -> None:
+    error = table_error(got, exact)
+    if not error <= ulps:
+        raise WrongResult(f"{name} is wrong: error {error:.3g} ulp above {ulps:.3g}")
+
+
+def check_angles(name: str, got: Tensor, exact: Tensor, *, slack: float) -> None:
+    """For tables of angles that were rounded to float32: absolute."""
+    error = (got.double() - exact).abs().max().item()
+    if not error <= slack:
+        raise WrongResult(f"{name} is wrong: error {error:.3g} above {slack:.3g}")

@@ -1,0 +1,293 @@
+"""The benchmarks run, verify what they time, and report what they measured."""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
+pytest.importorskip("tqdm", reason="pip install 'rope_ext[test]'")
+pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+if not (shutil.which("g++") or shutil.which("c++")):
+    pytest.skip("floors.cpp needs a C++ compiler", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_model
+import bench_overhead
+import bench_rope
+import bench_scaling
+import floors
+import report
+import rotations_cpu
+import verify
+from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
+from cases_cpu import CPU_CASES
+from common import Case
+from rivals_cpu import Peer
+
+import rope_ext
+
+SMALL = Case("small", 2, 6, 4, 2, 16, 16)
+PARTIAL = Case("partial", 2, 6, 4, 2, 24, 16)
+BENCHMARKS = {  # each with arguments that keep it to a few seconds
+    "bench_rope": (bench_rope, ["--max-tokens=16"]),
+    "bench_overhead": (bench_overhead, []),
+    "bench_scaling": (bench_scaling, ["--max-tokens=512", "--threads=1"]),
+    "bench_model": (bench_model, ["--max-tokens=4", "--random-layers=1"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture
+def problem():
+    """Of a shape, as rope_ext gets it."""
+
+    def make(shape, dtype=torch.float32):
+        return rotations_cpu.make_problem(shape, dtype, Options())
+
+    return make
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- they run
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeypatch, capsys):
+    module, arguments = BENCHMARKS[name]
+    arguments = [name, "--quick", "--rounds=1", f"--out={tmp_path}", *arguments]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    written = (tmp_path / f"{name}.md").read_text()
+    assert "microseconds" in written.lower()
+    assert written.split("\n\n", 1)[1].strip() in capsys.readouterr().out
+    rows = rows_of(tmp_path / f"{name}.csv")
+    assert all(float(row["median_us"]) > 0 for row in rows)
+    if name == "bench_rope":  # every case, the goal of each, and transformers as a peer
+        assert {row["case"] for row in rows} == {case.name for case in CPU_CASES}
+        judged = {row["case"] for row in rows if row["goal"]}
+        assert judged == {case.name for case in CPU_CASES}
+        assert any(row["way"] == "transformers" for row in rows)
+
+
+def test_a_case_is_chosen_by_part_of_its_name():
+    import bench_cpu
+
+    assert len(bench_cpu.chosen([])) == len(CPU_CASES)
+    assert {case.name for case in bench_cpu.chosen(["decode 1,"])} == {
+        "decode 1, fp32, in place",
+        "decode 1, bf16, in place",
+    }
+    with pytest.raises(SystemExit, match="no case has nothing like it"):
+        bench_cpu.chosen(["nothing like it"])
+
+
+# ---- they verify
+
+
+def turned(problem, **options):
+    return rope_ext.reference.apply_rotary(problem.q, problem.cos, problem.sin, **options)
+
+
+def test_a_right_rotation_is_accepted(problem):
+    for shape in (SMALL, PARTIAL):
+        for dtype in (torch.float32, torch.bfloat16):
+            p = problem(shape, dtype)
+            got = rope_ext.apply_rotary_qk(p.q, p.k, p.cos, p.sin)
+            rotations_cpu.verify(p, (p.q, p.k), got)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda p: p.q,  # not turned
+        lambda p: turned(p, interleaved=True),  # other pairs
+        lambda p: turned(p, inverse=True),  # the other way
+        lambda p: turned(p).roll(1, 1),  # tokens in another place
+        lambda p: rope_ext.apply_rotary(p.q, *rope_ext.cos_sin(p.inv_freq, p.positions + 1)),
+        lambda p: turned(p) + 1e-4 * (torch.arange(24) == 20),  # in a channel that does not turn
+        lambda p: turned(p).to(torch.bfloat16).float(),  # rounded more than float32 is
+        lambda p: turned(p).double(),  # another dtype
+        lambda p: turned(p)[:, :-1],  # a token less
+        lambda p: turned(p) * float("nan"),
+    ],
+)
+def test_a_wrong_rotation_is_rejected(problem, wrong):
+    p = problem(PARTIAL)
+    with pytest.raises(verify.WrongResult, match=r"^q is "):
+        rotations_cpu.verify(p, (p.q, p.k), (wrong(p), p.k))
+
+
+def test_an_error_in_the_last_token_of_a_sample_is_found(problem):
+    shape = Case("long", 1, 3 * verify.SAMPLE + 1, 1, 1, 16, 16)
+    p = problem(shape)
+    q, k = rope_ext.apply_rotary_qk(p.q, p.k, p.cos, p.sin)
+    q[0, -1, 0, 0] += 1
+    with pytest.raises(verify.WrongResult, match=r"^q is wrong"):
+        rotations_cpu.verify(p, (p.q, p.k), (q, k), sample=True)
+
+
+def test_a_table_of_rounded_angles_is_rejected():
+    inv_freq, _ = rope_ext.frequencies.default(16)
+    positions = torch.arange(100_000, 100_010)
+    exact, _ = verify.exact_rows(inv_freq, positions)
+    right, _ = rope_ext.cos_sin(inv_freq, positions)
+    verify.check_table("cos", right, exact, ulps=1.0)
+    rounded = (positions[:, None].float() * inv_freq).cos()
+    with pytest.raises(verify.WrongResult, match=r"^cos is wrong: error .* ulp"):
+        verify.check_table("cos", rounded, exact, ulps=1.0)
+
+
+def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(problem, monkeypatch):
+    def missing(problem):
+        raise ImportError("No module named 'nowhere'")
+
+    def broken(problem):
+        raise RuntimeError("first line\nsecond line")
+
+    rivals = {
+        "right": lambda p: Peer(lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin), False),
+        "of other pairs": lambda p: Peer(
+            lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin, interleaved=True), True
+        ),
+        "wrong": lambda p: Peer(lambda q, k: (q, k), False),
+        "missing": missing,
+        "broken": broken,
+    }
+    monkeypatch.setattr(rotations_cpu, "RIVALS", rivals)
+    benchmark = Benchmark([])
+    rotations_cpu.add_peers(benchmark, problem(SMALL), Options(), rotations_cpu.forward)
+    assert set(benchmark.functions) == {"right", "of other pairs, interleaved"}
+    assert set(benchmark.left_out) == {"wrong", "missing", "broken"}
+    assert benchmark.left_out["wrong"].startswith("q is wrong: error ")
+    assert benchmark.left_out["missing"] == "not importable (No module named 'nowhere')"
+    assert benchmark.left_out["broken"] == "RuntimeError: first line"
+
+
+def test_a_wrong_result_of_rope_ext_ends_the_run(monkeypatch, tmp_path):
+    def other_way(problem, x, got, **options):
+        raise verify.WrongResult("q is wrong: error 3 times what is allowed")
+
+    monkeypatch.setattr(rotations_cpu, "verify", other_way)
+    monkeypatch.setattr(sys, "argv", ["bench_rope", "--quick", "--max-tokens=4", "--case=decode 1"])
+    with pytest.raises(SystemExit, match=r"^decode 1, fp32, in place: q is wrong"):
+        bench_rope.main()
+
+
+# ---- the floors
+
+
+def test_the_floor_in_place_writes_the_rotated_channels_and_no_others():
+    q, k = torch.randn(2, 3, 4, 24), torch.randn(2, 3, 2, 24)
+    before = q.clone(), k.clone()
+    table = torch.empty(3, 8)
+    rope_floors = floors.load()
+    rope_floors.null_qk_(q, k, table, table)
+    assert torch.equal(q, before[0])
+    assert torch.equal(k, before[1])
+    rope_floors.rmw_qk_(q, k, table, table, rotary_dim=16)
+    for x, old in zip((q, k), before, strict=True):
+        assert (x[..., :16] != old[..., :16]).all()
+        assert torch.equal(x[..., 16:], old[..., 16:])
+        assert x.isfinite().all()
+    rope_floors.rmw_qk_(q, k, table, table)
+    assert torch.equal(q[..., :16], before[0][..., :16])  # flipped back
+    assert (q[..., 16:] != before[0][..., 16:]).all()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_floors_of_copying_and_filling_write_everything(streaming):
+    x, y = torch.randn(3, 5, 40), torch.empty(3, 5, 40)
+    floors.load().copy_(y, x, streaming=streaming)
+    assert torch.equal(x, y)
+    floors.load().fill_(y, streaming=streaming)
+    assert not y.any()
+
+
+# ---- they report
+
+
+GOALS = (Goal("ours", "floor", 1.5), Goal("other way", "floor", 1.0))
+
+
+def made_up(ours, goals=GOALS):
+    """Times in microseconds of a floor 1 to 3, of ours as given, and of two peers."""
+    times = {"ours": ours, "floor": [1, 2, 3], "slow": [40, 80, 120], "fast": [4, 8, 12]}
+    return report.Result(
+        "made up",
+        list(goals),
+        {name: [1e-6 * t for t in values] for name, values in times.items()},
+        {"ours": OURS, "floor": FLOOR, "slow": PEER, "fast": PEER},
+        {"other way": "not there", "third": "not importable"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "measured"),
+    [
+        ([1.5, 3, 4.5], "reached", "1.50 (1.50-1.50)"),
+        ([1.6, 3.2, 4.8], "**missed**", "1.60 (1.60-1.60)"),
+        ([2, 2.4, 60], "**missed**", "2.00 (1.20-20.00)"),  # round by round: 2, 1.2, 20
+    ],
+)
+def test_a_goal_is_judged_by_the_median_ratio_to_its_floor(ours, verdict, measured):
+    result = made_up(ours)
+    line = report.goal_line(result, result.goals[0])
+    assert line.startswith(f"| made up | ours | <= 1.50 floor | {verdict} | {measured} |")
+    assert "(fast) |" in line
+
+
+def test_a_goal_without_a_floor_is_in_microseconds():
+    for limit, verdict in ((10e-6, "reached"), (2e-6, "**missed**")):
+        result = made_up([2, 3, 4], [Goal("ours", None, limit)])
+        assert result.verdict(result.goals[0]) == verdict
+        assert "3.00 (2.00-4.00) us" in report.goal_line(result, result.goals[0])
+
+
+def test_the_report_names_what_was_left_out_and_how_much_faster_peers_are():
+    text = report.markdown([made_up([2, 4, 6])], "a machine")
+    assert "| made up | other way | <= 1.00 floor | not measured | not there |" in text
+    assert "| ours | rope_ext | 4 (2-6) | 2.00 | 1.000 |" in text
+    assert "| slow | peer | 80 (40-120) |  | 20.000 |" in text
+    assert "- third left out: not importable" in text
+
+
+def test_the_csv_file_and_the_chart_hold_the_same(tmp_path):
+    paths = report.write(tmp_path, "made_up", [made_up([2, 4, 6])], "a machine")
+    rows = {row["way"]: row for row in rows_of(paths[1])}
+    assert list(rows) == ["ours", "floor", "slow", "fast"]
+    assert rows["ours"]["ratio"] == "2.0000"
+    assert rows["ours"]["fastest_peer"] == "fast"
+    assert rows["ours"]["peer_median_over_way"] == "2.0000"
+    assert rows["slow"]["median_us"] == "80.0000"
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_allocations_are_counted():
+    q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 2, 16)
+    table = torch.randn(2, 1, 8)
+    rope = torch.ops.rope
+    assert bench_overhead.allocations(lambda: rope.apply_rotary_qk_(q, k, *table)) == 0
+    assert bench_overhead.allocations(lambda: rope.apply_rotary_qk(q, k, *table)) == 2
+
+
+def test_a_step_in_the_scaling_is_reported_where_the_floor_has_none():
+    def point(size, in_place):
+        times = {"in place": [in_place], "rmw": [size], "out of place": [size], "clone": [size]}
+        return bench_scaling.Point("S", 1, size, size, times)
+
+    points = [point(1, 1.2), point(2, 2.4), point(4, 8.0)]
+    (step,) = bench_scaling.steps(points)
+    assert step == "in place, S: 1.20 times rmw at 2, 2.00 at 4 (1 threads)"
