@@ -2,7 +2,6 @@
 
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -11,10 +10,7 @@ FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would l
 
 @dataclass(frozen=True)
 class Case:
-    """q [B, S, Hq, D] and k [B, S, Hk, D] of which rotary_dim channels turn, from rotary_offset on.
-
-    interleaved_out: the order of the pairs in the result, where it is not that of q and k.
-    """
+    """q [B, S, Hq, D] and k [B, S, Hk, D] of which rotary_dim channels turn."""
 
     name: str
     batch: int
@@ -24,13 +20,6 @@ class Case:
     head_dim: int
     rotary_dim: int
     interleaved: bool = False
-    rotary_offset: int = 0
-    interleaved_out: bool | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of an operator that keeps the order of the pairs."""
-        return {"interleaved": self.interleaved, "rotary_offset": self.rotary_offset}
 
     @property
     def tokens(self) -> int:
@@ -53,11 +42,6 @@ CASES = [
     Case("Llama-3-8B decode", 64, 1, 32, 8, 128, 128),
     Case("SmolLM2 prefill", 1, 2048, 9, 3, 64, 64),
     Case("GPT-NeoX-20B prefill, partial", 1, 2048, 64, 64, 96, 24),
-]
-CPU_CASES = [
-    *CASES,
-    Case("Latent attention prefill, last channels", 1, 2048, 16, 1, 192, 64, True, 128),
-    Case("DeepSeek-V3 prefill, halves out", 1, 2048, 16, 1, 192, 64, True, 128, False),
 ]
 GPU_CASES = [
     *CASES,
