@@ -108,6 +108,21 @@ struct RowScratch {
   }
 };
 
+// Copies count < kBelow elements (kBelow a power of two) by moves of a fixed size each, which take
+// a fraction of the time of a memcpy whose size is not known.
+template <int64_t kBelow, class T>
+ROPE_HOST_DEVICE void copy_few(T* to, const T* from, int64_t count) {
+  if constexpr (kBelow > 1) {
+    constexpr int64_t kHalf = kBelow / 2;
+    if (count & kHalf) {
+      memcpy(to, from, kHalf * sizeof(T));
+      to += kHalf;
+      from += kHalf;
+    }
+    copy_few<kHalf>(to, from, count);
+  }
+}
+
 // Rotates pairs [first, first + pairs) of one head: in, out [R], rows of those pairs.
 template <class T, bool kInterleaved, bool kInterleavedOut, class A>
 ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t first, int64_t pairs,
@@ -137,13 +152,13 @@ ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t fir
     const int64_t rest = pairs - i;
     T ends[2 * kLanes] = {};
     T* const ends2 = ends + kLanes;
-    memcpy(ends, in + kStepIn * i, kStepIn * rest * sizeof(T));
-    if constexpr (!kInterleaved) memcpy(ends2, in + second_in + i, rest * sizeof(T));
+    copy_few<kStepIn * kLanes>(ends, in + kStepIn * i, kStepIn * rest);
+    if constexpr (!kInterleaved) copy_few<kLanes>(ends2, in + second_in + i, rest);
     P::load(ends, ends2, x1, x2);
     rotate(turn_at(i), x1, x2);
     P::store(ends, ends2, x1, x2);
-    memcpy(out + kStepOut * i, ends, kStepOut * rest * sizeof(T));
-    if constexpr (!kInterleavedOut) memcpy(out + second_out + i, ends2, rest * sizeof(T));
+    copy_few<kStepOut * kLanes>(out + kStepOut * i, ends, kStepOut * rest);
+    if constexpr (!kInterleavedOut) copy_few<kLanes>(out + second_out + i, ends2, rest);
   }
 }
 
