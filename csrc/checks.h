@@ -44,8 +44,8 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in);
 // be written twice, or read as table or position while it is written.
 void check_in_place(const RotaryInputs& in);
 
-// Further, for the operators that write into out_q and out_k (out): tensors like q and k, no element
-// of which may be written twice, or be read.
+// Further, for the operators that write into out_q and out_k (out): tensors like q and k, no
+// element of which may be written twice, or be read.
 void check_out(const RotaryInputs& in, const Tensor& out_q, const Tensor* out_k);
 
 // The order of the pairs in the result.

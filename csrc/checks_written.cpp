@@ -46,10 +46,10 @@ void check_written(const char* op, const Named (&written)[2], const Named (&read
   }
   if (!is_empty(written[0]) && !is_empty(written[1]) &&
       overlap(footprint_of(*written[0].t), footprint_of(*written[1].t))) {
-    refuse(op,
-           text(written[0].name, " and ", written[1].name,
-                " to share no memory, as both are written"),
-           "overlapping tensors");
+    refuse(
+        op,
+        text(written[0].name, " and ", written[1].name, " to share no memory, as both are written"),
+        "overlapping tensors");
   }
 }
 
