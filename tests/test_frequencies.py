@@ -267,3 +267,11 @@ def test_an_odd_head_is_refused_by_name(method):
 def test_a_dict_that_does_not_fit_is_refused_by_name(scaling, message):
     with pytest.raises(ValueError, match=rf"frequencies\.from_scaling: expected .*{message}"):
         frequencies.from_scaling(16, scaling)
+
+
+def test_dynamic_frequencies_lie_where_a_length_lies():
+    length = torch.ones(3, dtype=torch.int64, device="meta")
+    inv_freq, _ = frequencies.dynamic_ntk(
+        8, factor=2.0, original_max_position_embeddings=16, length=length
+    )
+    assert inv_freq.device == length.device
