@@ -78,10 +78,14 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if max_position_embeddings is not None and max_position_embeddings < 1:
+        if max_position_embeddings is not None and (
+            not isinstance(max_position_embeddings, int)
+            or isinstance(max_position_embeddings, bool)
+            or max_position_embeddings < 1
+        ):
             raise ValueError(
-                "RotaryEmbedding: expected max_position_embeddings to be at least 1, got "
-                f"{max_position_embeddings}"
+                "RotaryEmbedding: expected max_position_embeddings to be an integer of at least 1, "
+                f"got {max_position_embeddings!r}"
             )
         self.head_dim = head_dim
         self.base, self.rotary_dim, self.scaling = split_scaling(
@@ -125,8 +129,9 @@ class RotaryEmbedding(nn.Module):
                 transformers.
 
         Raises:
-            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, and for the
-                configs of vision towers, whose tokens have several positions each.
+            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, for the configs
+                of vision towers, whose tokens have several positions each, and for models that
+                rotate in more than one way.
         """
         resolved = configs.resolve(config, layer_type)
         if resolved is None:
@@ -135,6 +140,12 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 "RotaryEmbedding.from_config: expected tokens of one position each, got the "
                 "rope_type 'axial': see rope_ext.frequencies.axial"
+            )
+        if resolved.other_rotation is not None:
+            raise ValueError(
+                "RotaryEmbedding.from_config: expected a model_type with one rotation, of the "
+                f"first channels of a head, got one that {resolved.other_rotation}: see "
+                "rope_ext.frequencies.from_config and rope_ext.apply_rotary"
             )
         return cls(
             resolved.head_dim,

@@ -402,6 +402,24 @@ def test_copy_made_in_inference_mode_compiles_outside_of_it():
     assert int(module.max_seq_len_cached) == 100
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_position_embeddings": 32.5}, "max_position_embeddings to be an integer .* got 32.5"),
+        ({"max_position_embeddings": True}, "max_position_embeddings to be an integer .* got True"),
+        ({"scaling": "yarn"}, "scaling to be a dict or None, got 'yarn'"),
+        (
+            {"scaling": {"partial_rotary_factor": "x"}},
+            "partial_rotary_factor to be a finite number",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_or_dict_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        make("default", **options)
+
+
 @pytest.mark.parametrize("length", [True, 100.0, 0], ids=str)
 def test_what_is_no_length_is_refused(length):
     message = f"expected regime_length to be an integer of at least 1, got {length!r}"
