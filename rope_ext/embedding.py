@@ -36,7 +36,9 @@ class RotaryEmbedding(nn.Module):
     Keys that are in a cache already stay as they were rotated, so that a sequence that crosses the
     original length while it is decoded has keys of two regimes, as in transformers. `regime_length`
     avoids that: the length that a sequence is going to have, such as its prompt and the new tokens
-    together, given in each call, decides for all its keys, whatever else is in the batch.
+    together, given in each call, decides for all its keys, whatever else is in the batch. It is
+    also the way to use "dynamic" with activation checkpointing, which calls a second time, when
+    ``max_seq_len_cached`` is another.
 
     Args:
         head_dim: channels of a head, D.
@@ -44,7 +46,8 @@ class RotaryEmbedding(nn.Module):
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: partial_rotary_factor of
             scaling times D, or D.
         max_position_embeddings: positions that the model is meant for, in tokens. The table starts
-            with at most so many rows; longer sequences are rotated just as exactly.
+            with at most so many rows; longer sequences are rotated just as exactly. None: not
+            known, which a scaling that needs the number refuses.
         scaling: rope_type and its parameters, in the terms of Hugging Face; see
             :func:`rope_ext.frequencies.from_scaling`. rope_theta and partial_rotary_factor may be
             among them. None: "default".
@@ -68,17 +71,21 @@ class RotaryEmbedding(nn.Module):
         *,
         base: float | None = None,
         rotary_dim: int | None = None,
-        max_position_embeddings: int,
+        max_position_embeddings: int | None,
         scaling: Mapping[str, Any] | None = None,
         learned: bool = False,
         interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if max_position_embeddings < 1:
+        if max_position_embeddings is not None and (
+            not isinstance(max_position_embeddings, int)
+            or isinstance(max_position_embeddings, bool)
+            or max_position_embeddings < 1
+        ):
             raise ValueError(
-                "RotaryEmbedding: expected max_position_embeddings to be at least 1, got "
-                f"{max_position_embeddings}"
+                "RotaryEmbedding: expected max_position_embeddings to be an integer of at least 1, "
+                f"got {max_position_embeddings!r}"
             )
         self.head_dim = head_dim
         self.base, self.rotary_dim, self.scaling = split_scaling(
@@ -122,8 +129,9 @@ class RotaryEmbedding(nn.Module):
                 transformers.
 
         Raises:
-            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, and for the
-                configs of vision towers, whose tokens have several positions each.
+            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, for the configs
+                of vision towers, whose tokens have several positions each, and for models that
+                rotate in more than one way.
         """
         resolved = configs.resolve(config, layer_type)
         if resolved is None:
@@ -133,11 +141,17 @@ class RotaryEmbedding(nn.Module):
                 "RotaryEmbedding.from_config: expected tokens of one position each, got the "
                 "rope_type 'axial': see rope_ext.frequencies.axial"
             )
+        if resolved.other_rotation is not None:
+            raise ValueError(
+                "RotaryEmbedding.from_config: expected a model_type with one rotation, of the "
+                f"first channels of a head, got one that {resolved.other_rotation}: see "
+                "rope_ext.frequencies.from_config and rope_ext.apply_rotary"
+            )
         return cls(
             resolved.head_dim,
             base=resolved.base,
             rotary_dim=resolved.rotary_dim,
-            max_position_embeddings=resolved.max_position_embeddings or 2048,
+            max_position_embeddings=resolved.max_position_embeddings,
             scaling=resolved.scaling,
             learned=learned,
             interleaved=resolved.interleaved if interleaved is None else interleaved,
@@ -223,12 +237,12 @@ class RotaryEmbedding(nn.Module):
             if packed and position_ids is None:
                 position_ids = torch.arange(seq, device=regime_length.device)
         if position_ids is None:
-            cos, sin = self.table(seq, regime_length=regime_length)
+            cos, sin, seen = self._table(seq, regime_length)
         else:
             if not packed and position_ids.dim() == 1:
                 position_ids = position_ids[None]
-            cos, sin = self.cos_sin(position_ids, regime_length=regime_length)
-        return apply_rotary_qk(
+            cos, sin, seen = self._cos_sin(position_ids, regime_length)
+        rotated = apply_rotary_qk(
             q,
             k,
             cos,
@@ -238,6 +252,8 @@ class RotaryEmbedding(nn.Module):
             layout=layout,
             inplace=inplace,
         )
+        self._remember(seen)  # only what was not refused
+        return rotated
 
     def cos_sin(
         self, position_ids: Tensor, *, regime_length: int | Tensor | None = None
@@ -248,10 +264,25 @@ class RotaryEmbedding(nn.Module):
             position_ids: int32 or int64 [B, S] or [T], in tokens.
             regime_length: as for :meth:`forward`.
         """
+        cos, sin, seen = self._cos_sin(position_ids, regime_length)
+        self._remember(seen)
+        return cos, sin
+
+    def _cos_sin(
+        self, position_ids: Tensor, regime_length: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
         length = checked_regime_length(regime_length, self.inv_freq.device)
+        if isinstance(length, Tensor) and length.dim() == 1:
+            rows = position_ids.shape[0]
+            if length.shape[0] != rows and (position_ids.dim() == 1 or rows != 1):
+                raise ValueError(
+                    f"RotaryEmbedding: expected regime_length to have shape [] or [{rows}], as "
+                    f"position_ids {list(position_ids.shape)}, got {list(length.shape)}"
+                )
         if self.rope_type in BY_LENGTH:
             return self._by_length(position_ids, length)
-        return tables(self.inv_freq, position_ids, self.attention_scaling)
+        return *tables(self.inv_freq, position_ids, self.attention_scaling), None
 
     def table(
         self, length: int, *, regime_length: int | Tensor | None = None
@@ -260,29 +291,38 @@ class RotaryEmbedding(nn.Module):
 
         With a regime_length [B] of "dynamic" or "longrope" there is one for each: [B, L, P].
         """
+        cos, sin, seen = self._table(length, regime_length)
+        self._remember(seen)
+        return cos, sin
+
+    def _table(
+        self, length: int, regime_length: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
         regime = checked_regime_length(regime_length, self.inv_freq.device)
-        # a graph would be bound to a table's length, and no gradient passes through a kept one
-        afresh = torch.compiler.is_compiling() or (
-            self.inv_freq.requires_grad and torch.is_grad_enabled()
-        )
+        # A graph would be bound to a table's length, no gradient passes through a kept one, and
+        # what is learned may be written through .data, which no version counts.
+        afresh = torch.compiler.is_compiling() or self.learned or self.inv_freq.requires_grad
         if self.rope_type == "dynamic" or (
             self.rope_type == "longrope" and (afresh or isinstance(regime, Tensor))
         ):
             return self._by_length(length, regime)
         if afresh:
-            return tables(self.inv_freq, length, self.attention_scaling)
+            return *tables(self.inv_freq, length, self.attention_scaling), None
         name, scaling = "inv_freq", self.attention_scaling
         if self.rope_type == "longrope":
             regime = length if regime is None else regime
             if regime > self.original_max_position_embeddings:
                 name, scaling = "long_inv_freq", self.long_attention_scaling
-        rows = min(2048, self.max_position_embeddings)
-        return self._tables.get(name, getattr(self, name), scaling, length, rows)
+        rows = min(2048, self.max_position_embeddings or 2048)
+        return *self._tables.get(name, getattr(self, name), scaling, length, rows), None
 
     def _by_length(
         self, positions: Tensor | int, regime_length: int | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of position_ids or of 0 to positions - 1, in the regime of the length."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos, sin of position_ids or of 0 to positions - 1, in the regime of the length; and the
+        max_seq_len_cached from now on; None: as it is.
+        """
         original = self.original_max_position_embeddings
         if isinstance(regime_length, Tensor):
             length = regime_length.long()
@@ -292,16 +332,17 @@ class RotaryEmbedding(nn.Module):
         if self.rope_type == "longrope":
             scalings = self.attention_scaling, self.long_attention_scaling
             regimes = LongRope(original, self.inv_freq, self.long_inv_freq, *scalings)
-            return regimes.tables(positions, length)
+            return *regimes.tables(positions, length), None
         factor = self.scaling["factor"]
         stretched = DynamicNtk(original, factor, self.base, self.exponents, self.inv_freq)
+        seen = None
         if regime_length is None:
-            seen = self.max_seq_len_cached
-            inside = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-            if not inside and seen.is_inference():  # could not be written here
-                seen = self.max_seq_len_cached = seen.clone()
-            length = stretched.remember(seen, length)
-        return stretched.tables(positions, length)
+            length = seen = stretched.longest_so_far(self.max_seq_len_cached, length)
+        return *stretched.tables(positions, length), seen
+
+    def _remember(self, seen: Tensor | None) -> None:
+        if seen is not None:
+            self.max_seq_len_cached.copy_(seen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Follows moves to another device, but takes no dtype and no value: to_empty() has none."""
@@ -311,14 +352,15 @@ class RotaryEmbedding(nn.Module):
             result = fn(tensor)
             return result if tensor.is_meta else tensor.to(result.device)
 
-        super()._apply(moved, recurse)
-        if was_meta and not self.inv_freq.is_meta:
-            made, *_ = self._frequencies(self.inv_freq.device)
-            for name, tensor in made.items():
-                if self.learned:
-                    setattr(self, name, nn.Parameter(tensor, getattr(self, name).requires_grad))
-                else:
-                    setattr(self, name, tensor)
+        with torch.inference_mode(False):  # what is moved in inference mode may be written later
+            super()._apply(moved, recurse)
+            if was_meta and not self.inv_freq.is_meta:
+                made, *_ = self._frequencies(self.inv_freq.device)
+                for name, tensor in made.items():
+                    if self.learned:
+                        setattr(self, name, nn.Parameter(tensor, getattr(self, name).requires_grad))
+                    else:
+                        setattr(self, name, tensor)
         self._tables = TableCache()
         return self
 
@@ -332,6 +374,13 @@ class RotaryEmbedding(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tables": TableCache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.inference_mode(False):  # a copy made in inference mode may be written later
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
 
     def extra_repr(self) -> str:
         scaled = f"scaling={self.scaling}, " if self.rope_type != "default" else ""

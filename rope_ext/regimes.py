@@ -62,13 +62,15 @@ class DynamicNtk(NamedTuple):
         cos, sin = reference.cos_sin(_beside(inv_freq, positions), positions)
         return cos.float(), sin.float()
 
-    def remember(self, seen: Tensor, length: Tensor) -> Tensor:
-        """The length that decides, from the longest so far and now; it is written into `seen`.
+    def longest_so_far(self, seen: Tensor, length: Tensor) -> Tensor:
+        """The length that decides, from the longest so far, `seen`, and now.
 
-        It grows, and falls back to the original when a sequence is shorter than that.
+        It grows, and falls back to the original when a sequence is shorter than that. An empty one
+        leaves it.
         """
         original = self.original_max_position_embeddings
-        return seen.copy_(torch.where(length < original, original, torch.maximum(seen, length)))
+        longer = torch.where(length < original, original, torch.maximum(seen, length))
+        return torch.where(length == 0, seen, longer)
 
 
 def longest(positions: Tensor | int, device: torch.device) -> Tensor:
@@ -101,8 +103,11 @@ def checked_regime_length(
                 f"RotaryEmbedding: expected regime_length on the device of inv_freq, {device}, "
                 f"got {regime_length.device}"
             )
-    elif regime_length is not None and regime_length < 1:
+    elif regime_length is not None and (
+        isinstance(regime_length, (bool, float)) or regime_length < 1
+    ):
         raise ValueError(
-            f"RotaryEmbedding: expected regime_length to be at least 1, got {regime_length}"
+            f"RotaryEmbedding: expected regime_length to be an integer of at least 1, got "
+            f"{regime_length!r}"
         )
     return regime_length

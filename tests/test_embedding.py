@@ -17,6 +17,8 @@ from support import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, reference
@@ -228,6 +230,49 @@ CASTS = {
     "inside a model": lambda module: nn.ModuleList([module]).bfloat16()[0],
     "type": lambda module: module.type(torch.bfloat16),
 }
+
+
+def test_write_to_learned_frequencies_through_data_is_seen(device):
+    module = make(device, learned=True).eval()
+    with torch.no_grad():
+        module.table(4)
+        module.inv_freq.data.copy_(2 * module.inv_freq.data)
+        cos, _ = module.table(4)
+        assert_same_bits(cos[:4], rope_ext.cos_sin_cache(module.inv_freq, 4)[0])
+        module.inv_freq.data = 2 * module.inv_freq.data
+        cos, _ = module.table(4)
+        assert_same_bits(cos[:4], rope_ext.cos_sin_cache(module.inv_freq, 4)[0])
+
+
+@torch.inference_mode()
+def test_write_to_an_inference_tensor_is_seen(device):
+    module = make(device)
+    module.inv_freq = module.inv_freq.clone()  # its version is not counted
+    module.table(4)
+    module.inv_freq.mul_(2)
+    cos, _ = module.table(4)
+    assert_same_bits(cos[:4], rope_ext.cos_sin_cache(module.inv_freq, 4)[0])
+
+
+def test_table_of_a_trace_is_not_kept():
+    module = make("cpu")
+    q, k = random(B, S, H, D), random(B, S, K, D, seed=1)
+    expected = make("cpu")(q, k)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(module(q, k)[0], FakeTensor)
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(q, k)
+        for got in (module(q, k), traced(q, k)):
+            for a, b in zip(got, expected, strict=True):
+                assert type(a) is torch.Tensor
+                assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, nn.Module.double], ids=["deepcopy", "double"])
+def test_what_is_copied_or_cast_in_inference_mode_is_no_inference_tensor(copied):
+    with torch.inference_mode():
+        module = copied(make("cpu"))
+    assert not any(buffer.is_inference() for buffer in module.buffers())
 
 
 @pytest.mark.parametrize("cast", CASTS)

@@ -377,6 +377,89 @@ def test_scaled_frequencies_stay_float32_through_casts_and_meta(name, device):
         assert list(module.state_dict()) == []
 
 
+@pytest.mark.parametrize("ids", [True, False], ids=["position_ids", "table"])
+def test_what_is_refused_is_not_remembered(ids):
+    module = make("dynamic")
+    (q, _), (_, k) = q_and_k(seq=100), q_and_k(seq=99)
+    with pytest.raises(RuntimeError, match="99"):
+        module(q, k, torch.arange(100) if ids else None)
+    assert int(module.max_seq_len_cached) == ORIGINAL
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["position_ids", "table"])
+def test_empty_sequences_leave_what_was_seen(ids):
+    module = make("dynamic")
+    module(*q_and_k(seq=100))
+    module(*q_and_k(seq=0), torch.arange(0) if ids else None)
+    assert int(module.max_seq_len_cached) == 100
+
+
+def test_copy_made_in_inference_mode_compiles_outside_of_it():
+    with torch.inference_mode():
+        module = copy.deepcopy(make("dynamic"))
+    module.cos_sin = torch.compile(module.cos_sin, backend="aot_eager", fullgraph=True)
+    module.cos_sin(torch.arange(100))
+    assert int(module.max_seq_len_cached) == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_position_embeddings": 32.5}, "max_position_embeddings to be an integer .* got 32.5"),
+        ({"max_position_embeddings": True}, "max_position_embeddings to be an integer .* got True"),
+        ({"scaling": "yarn"}, "scaling to be a dict or None, got 'yarn'"),
+        (
+            {"scaling": {"partial_rotary_factor": "x"}},
+            "partial_rotary_factor to be a finite number",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_or_dict_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        make("default", **options)
+
+
+@pytest.mark.parametrize("length", [True, 100.0, 0], ids=str)
+def test_what_is_no_length_is_refused(length):
+    message = f"expected regime_length to be an integer of at least 1, got {length!r}"
+    with pytest.raises(ValueError, match=message):
+        make("longrope")(*q_and_k(), regime_length=length)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 5)], ids=str)
+def test_regime_lengths_that_are_not_those_of_the_positions_are_refused(shape):
+    message = f"expected regime_length to have shape .* or .{shape[0]}., .* got .2."
+    with pytest.raises(ValueError, match=message):
+        make("dynamic").cos_sin(
+            torch.zeros(shape, dtype=torch.int64), regime_length=torch.tensor([40, 80])
+        )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "needed"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
+        (
+            {**scaling_of("longrope"), "factor": None},
+            "factor or attention_factor",
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_config_without_the_lengths_that_its_scaling_needs_is_refused(scaling, needed):
+    config = {"model_type": "llama", "head_dim": D, "rope_scaling": scaling}
+    for made_by in (frequencies.from_config, RotaryEmbedding.from_config):
+        with pytest.raises(ValueError, match=needed):
+            made_by(config)
+
+
+def test_config_without_max_position_embeddings_rotates_where_nothing_needs_it():
+    module = RotaryEmbedding.from_config({"model_type": "llama", "head_dim": D})
+    assert module.max_position_embeddings is None
+    assert module.table(3)[0].shape[0] == 2048
+
+
 def test_what_was_seen_moves_with_a_copy():
     module = make("dynamic")
     module(*q_and_k(seq=100))

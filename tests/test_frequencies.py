@@ -217,7 +217,7 @@ NAN = float("nan")
         ("dynamic_ntk", {"original_max_position_embeddings": 0}, "an integer of at least 1"),
         ("dynamic_ntk", {"length": 0}, "length to be an integer of at least 1 .* got 0"),
         ("dynamic_ntk", {"length": torch.ones(())}, "length .* got torch.float32"),
-        ("yarn", {"factor": NAN}, "factor to be a finite number at least 1, got nan"),
+        ("yarn", {"factor": NAN}, "factor to be a finite number above 0, got nan"),
         ("yarn", {"base": 1.0}, "base to be above 1, got 1.0"),
         ("yarn", {"beta_fast": 0.5}, "beta_fast to be at least beta_slow 1, got 0.5"),
         ("yarn", {"beta_slow": 0}, "beta_slow to be above 0, got 0"),
@@ -267,3 +267,11 @@ def test_an_odd_head_is_refused_by_name(method):
 def test_a_dict_that_does_not_fit_is_refused_by_name(scaling, message):
     with pytest.raises(ValueError, match=rf"frequencies\.from_scaling: expected .*{message}"):
         frequencies.from_scaling(16, scaling)
+
+
+def test_dynamic_frequencies_lie_where_a_length_lies():
+    length = torch.ones(3, dtype=torch.int64, device="meta")
+    inv_freq, _ = frequencies.dynamic_ntk(
+        8, factor=2.0, original_max_position_embeddings=16, length=length
+    )
+    assert inv_freq.device == length.device

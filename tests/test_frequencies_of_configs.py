@@ -1,6 +1,7 @@
 """Frequencies: the bits of transformers for published models and random parameters; configs."""
 
 import copy
+import importlib
 import math
 import sys
 
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_same_bits
 
-from rope_ext import frequencies
+from rope_ext import RotaryEmbedding, frequencies
+from rope_ext.frequencies.config import resolve
+from rope_ext.frequencies.families import HEAD_DIM
+from rope_ext.integrations.transformers import families
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
@@ -509,6 +513,124 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
         assert got[1] == attention_scaling
 
 
+# ---- what a config.json leaves unsaid
+
+
+@pytest.mark.parametrize("model_type", [name for name in HEAD_DIM if name != "kimi_k2"])
+def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class(model_type):
+    config = transformers.AutoConfig.for_model(model_type)
+    json = {"model_type": model_type, "hidden_size": 960, "num_attention_heads": 8}
+    expected = []
+    for layer_type in getattr(config, "rope_parameters", None) or ():
+        if layer_type not in (getattr(config, "layer_types", None) or ()):
+            layer_type = None
+        try:
+            expected.append((layer_type, resolve(config, layer_type)))
+        except ValueError:  # one that needs a layer type: the test has the others
+            continue
+    assert expected
+    for layer_type, of_class in expected:
+        got = resolve(json, layer_type) if of_class is not None else None
+        if got is not None:
+            latent = hasattr(config, "qk_rope_head_dim")
+            assert got.head_dim == (of_class.rotary_dim if latent else of_class.head_dim)
+            assert layer_type is not None or got.rotary_dim == of_class.rotary_dim
+
+
+def test_zamba2_has_heads_of_twice_the_width():
+    config = transformers.AutoConfig.for_model("zamba2", hidden_size=960, num_attention_heads=8)
+    json = {"model_type": "zamba2", "hidden_size": 960, "num_attention_heads": 8}
+    assert resolve(json).head_dim == resolve(config, "hybrid").head_dim == 240
+
+
+WITHOUT_CONFIG = (
+    "esmfold2 (EsmFold2AtomDecoder)",
+    "mimi (MimiTransformerModel)",
+    "neucodec (NeuCodecDecoder)",
+    "xcodec2 (Xcodec2Decoder)",
+)
+
+
+def of_record():
+    """Config class, conventions: of the models whose tokens have one position each."""
+    spatial = ("vision", "2D", "after a prefix", "no heads", "from positions")
+    for name, family in families.load()["families"].items():
+        conventions = [
+            convention
+            for convention in family.get("convention", ())
+            if not any(word in convention for word in spatial)
+        ]
+        if conventions and name not in WITHOUT_CONFIG:
+            module = name.split(" ")[0]
+            yield pytest.param(module, family["model"], conventions, id=name)
+
+
+# whose "half-split" is the text, or the towers beside it
+OF_TEXT = {"mistral_large4": "interleaved in, halves out", "musicflamingo": "half-split"}
+
+
+@pytest.mark.parametrize(("family", "model", "conventions"), list(of_record()))
+def test_interleaved_is_as_the_record_of_the_models_has_it(family, model, conventions):
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config = getattr(modeling, model).config_class()
+    text = config.get_text_config()
+    if family in OF_TEXT:
+        conventions = [OF_TEXT[family]]
+    json = {"model_type": text.model_type, "head_dim": 64, "rope_parameters": {"rope_theta": 1e4}}
+    halves = [convention.startswith("half-split") for convention in conventions]
+    one = all(halves) or not any(halves) or hasattr(text, "rope_interleave")
+    try:
+        resolved = resolve(json)
+    except ValueError as error:
+        assert "expected a model_type whose frequencies follow" in str(error)  # noqa: PT017
+        return
+    if not one or conventions[0].startswith("last channels"):
+        with pytest.raises(ValueError, match="expected a model_type with one rotation"):
+            RotaryEmbedding.from_config(json)
+        return
+    assert resolved.interleaved == (not all(halves))
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "cohere2", "exaone4", "exaone_moe", "kolibri1"])
+@pytest.mark.parametrize("form", ["dict", "object"])
+def test_only_sliding_layers_of_some_models_rotate(model_type, form):
+    options = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    if form == "object":
+        config = transformers.AutoConfig.for_model(model_type, sliding_window=64, **options)
+    else:
+        config = {"model_type": model_type, "head_dim": 64, "sliding_window": 64, **options}
+    assert frequencies.from_config(config, "full_attention") is None
+    assert frequencies.from_config(config, "sliding_attention") is not None
+
+
+@pytest.mark.parametrize("model_type", ["exaone4", "exaone_moe"])
+def test_without_a_sliding_window_all_layers_rotate(model_type):
+    config = {"model_type": model_type, "head_dim": 64, "sliding_window": None}
+    assert frequencies.from_config(config, "full_attention") is not None
+
+
+def test_layers_that_no_rope_layers_or_layer_rope_theta_switch_off_do_not_rotate():
+    kinds = ["chunked_attention", "full_attention"]
+    for name, values in (("no_rope_layers", [1, 0]), ("layer_rope_theta", [5e5, 0])):
+        config = {"head_dim": 64, "layer_types": kinds, name: values}
+        assert frequencies.from_config(config, "full_attention") is None
+        assert frequencies.from_config(config, "chunked_attention") is not None
+
+
+def test_scaling_without_a_type_is_the_default_as_in_transformers():
+    json = config_json("llama", 4096, 32, 4096, rope_scaling={"factor": 4.0})
+    expected = of_transformers(config_object(json), None)
+    assert_equal(frequencies.from_config(json), expected)
+    assert_equal(frequencies.from_config(config_object(json)), expected)
+
+
+def test_yarn_for_a_context_shorter_than_the_original_has_the_bits_of_transformers():
+    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
+    json = config_json("llama", 4096, 32, 4096, rope_scaling=yarn)
+    expected = of_transformers(config_object(json), None)
+    assert_equal(frequencies.from_config(json), expected)
+
+
 # ---- refusals
 
 NAN = float("nan")
@@ -525,6 +647,17 @@ NAN = float("nan")
         ({"head_dim": 64, "partial_rotary_factor": NAN}, None, "partial_rotary_factor"),
         ({"head_dim": 64, "rope_theta": -1}, None, "rope_theta to be above 0, got -1"),
         ({"model_type": "dinov3_vit", "head_dim": 64}, None, "got 'dinov3_vit', which turns by"),
+        ({"model_type": "chatglm", "head_dim": 64}, None, "got 'chatglm', which has rope_ratio"),
+        ({"model_type": "falcon", "head_dim": 64, "alibi": True}, None, "'falcon' with alibi"),
+        ({"head_dim": 64, "rope_ratio": 500}, None, "rope_ratio to be 1, got 500"),
+        ({"head_dim": 64, "rope_scaling": "yarn"}, None, "rope_scaling to be a dict, got 'yarn'"),
+        ({"head_dim": 64, "max_position_embeddings": 32.5}, None, "max_position_embed.* got 32.5"),
+        ({"head_dim": 64, "partial_rotary_factor": "x"}, None, "partial_rotary_factor to be a fin"),
+        (
+            {"head_dim": 64, "layer_types": ["full_attention"]},
+            "sliding_attention",
+            "layer_type to be one of full_attention, got 'sliding_attention'",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(config, layer_type, message):

@@ -9,8 +9,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rope_ext.frequencies.bounds import Device, check_number
-from rope_ext.frequencies.families import BASE, INTERLEAVED, OTHER_FORMS, PARTIAL, TWO_BASES
+from rope_ext.frequencies.bounds import Device, check_length, check_number
+from rope_ext.frequencies.families import (
+    BASE,
+    FULL_HEAD_DIM,
+    HEAD_DIM,
+    INTERLEAVED,
+    ONLY_SLIDING,
+    ONLY_SLIDING_IF_ANY,
+    OTHER_FORMS,
+    OTHER_ROTATIONS,
+    PARTIAL,
+    TWO_BASES,
+)
 from rope_ext.frequencies.scaling import from_scaling, known_keys, rope_type_of
 from rope_ext.frequencies.spatial import axial
 
@@ -26,6 +37,7 @@ class Resolved(NamedTuple):
     scaling: dict[str, Any]  # rope_type and its parameters
     max_position_embeddings: int | None
     interleaved: bool  # as transformers has it for the model_type
+    other_rotation: str | None  # what the model_type does that interleaved does not say
 
 
 def from_config(
@@ -51,8 +63,8 @@ def from_config(
         for Pixtral that of the rows and then of the columns.
 
     Raises:
-        ValueError: for a config without head_dim, an unknown rope_type or layer_type, and what the
-            function of the rope_type refuses.
+        ValueError: for a config without head_dim, an unknown rope_type or layer_type, entries that
+            ask for what is not computed here, and what the function of the rope_type refuses.
 
     Resolved as transformers does: partial_rotary_factor (rotary_pct, rotary_dim, and for latent
     attention qk_rope_head_dim), head_dim or hidden_size / num_attention_heads, a factor of None
@@ -90,8 +102,9 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
             "frequencies.from_config: expected a model_type whose frequencies follow from "
             f"rope_parameters alone, got {model_type!r}, which {OTHER_FORMS[model_type]}"
         )
+    _check_entries(config, model_type)
     parameters, nested = _parameters(config, model_type, layer_type)
-    if parameters is None:
+    if parameters is None or not _rotates(config, model_type, layer_type):
         return None
     rope_type = rope_type_of(parameters)
     alpha = parameters.get("alpha")
@@ -112,6 +125,8 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
         base = _entry(config, "default_theta", default=10000.0)
     check_number("from_config", "rope_theta", base, above=0)
     longest = _entry(config, "max_position_embeddings", "n_positions")
+    if longest is not None:
+        check_length("from_config", "max_position_embeddings", longest)
 
     if rope_type == "axial":
         scaling = {
@@ -124,7 +139,45 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
         _fill_in(scaling, rope_type, config, longest, nested)
     interleaved = _entry(config, "rope_interleave", default=model_type in INTERLEAVED)
     scaling = {"rope_type": rope_type, **scaling}
-    return Resolved(head_dim, rotary_dim, base, scaling, longest, interleaved)
+    other = OTHER_ROTATIONS.get(model_type)
+    return Resolved(head_dim, rotary_dim, base, scaling, longest, interleaved, other)
+
+
+def _check_entries(config: Any, model_type: str) -> None:
+    """Refuses entries that ask for what is not computed here."""
+    if model_type == "falcon" and _entry(config, "alibi"):
+        raise ValueError(
+            "frequencies.from_config: expected a config that rotates, got 'falcon' with alibi"
+        )
+    ratio = _entry(config, "rope_ratio", default=1)
+    if ratio != 1:
+        raise ValueError(f"frequencies.from_config: expected rope_ratio to be 1, got {ratio!r}")
+    for name in ("rope_parameters", "rope_scaling"):
+        value = _entry(config, name, default={})
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"frequencies.from_config: expected {name} to be a dict, got {value!r}"
+            )
+
+
+def _rotates(config: Any, model_type: str, layer_type: str | None) -> bool:
+    """Whether layers of this type rotate, as the models have it beside their rope_parameters."""
+    if layer_type is None:
+        return True
+    if layer_type != "sliding_attention":
+        if model_type in ONLY_SLIDING:
+            return False
+        given = not isinstance(config, Mapping) or "sliding_window" in config
+        if model_type in ONLY_SLIDING_IF_ANY and not (
+            given and _entry(config, "sliding_window") is None
+        ):
+            return False
+    layer_types = _entry(config, "layer_types") or ()
+    of_layers = _entry(config, "no_rope_layers", "layer_rope_theta") or ()  # 0: none
+    of_type = [
+        value for value, kind in zip(of_layers, layer_types, strict=False) if kind == layer_type
+    ]
+    return not of_type or any(of_type)
 
 
 def _fill_in(
@@ -181,6 +234,12 @@ def _parameters(
         chosen = dict(parameters) if scaled else {}
         chosen.setdefault("rope_theta", _entry(config, key, default=base))
         return chosen, True
+    layer_types = _entry(config, "layer_types")
+    if layer_type is not None and layer_types and layer_type not in layer_types:
+        raise ValueError(
+            "frequencies.from_config: expected layer_type to be one of "
+            f"{', '.join(sorted(set(layer_types)))}, got {layer_type!r}"
+        )
     return dict(parameters), False
 
 
@@ -194,11 +253,15 @@ def _dims(
     rotated = _entry(config, "qk_rope_head_dim")
     part = parameters.get("partial_rotary_factor")
     if part is None:
-        part = _entry(
-            config, "partial_rotary_factor", "rotary_pct", default=PARTIAL.get(model_type)
-        )
+        part = _entry(config, "partial_rotary_factor", "rotary_pct")
+    if part is None and _entry(config, "rotary_dim") is None:
+        part = PARTIAL.get(model_type)
     if rotated and isinstance(config, Mapping) and (head_dim is None or part is None):
         head_dim = rotated  # latent attention: a part of the head of its own
+    if head_dim is None and isinstance(config, Mapping) and "head_dim" not in config:
+        if layer_type == "full_attention":
+            head_dim = FULL_HEAD_DIM.get(model_type)
+        head_dim = head_dim or HEAD_DIM.get(model_type)
     if head_dim is None:
         # embed_dim first: beside it, hidden_size is that of the language model
         hidden = _entry(config, "embed_dim", "hidden_size", "n_embd", "d_model")
@@ -208,7 +271,8 @@ def _dims(
                 "frequencies.from_config: expected config to have head_dim, or hidden_size and "
                 f"num_attention_heads, got {head_dim!r}, {hidden!r} and {heads!r}"
             )
-        head_dim = hidden // heads
+        # in Zamba2, attention has its input beside that of the model
+        head_dim = (2 * hidden if model_type == "zamba2" else hidden) // heads
     if rope_type_of(parameters) == "proportional":
         return head_dim, head_dim
     if part is None:

@@ -73,12 +73,13 @@ def yarn(
 
     Args:
         head_dim, base, rotary_dim, device: as for :func:`default`; base above 1.
-        factor: how many times longer the context becomes; at least 1.
+        factor: how many times longer the context becomes; above 0. Below 1, as transformers derives
+            it for a max_position_embeddings below O, the slow pairs turn faster.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
         beta_fast: turns in O tokens from which a pair stays as it is; above 0.
         beta_slow: turns in O tokens up to which a pair is interpolated; above 0, at most beta_fast.
         attention_factor: factor on cos and sin; above 0.
-        mscale, mscale_all_dim: see above; 0 or more, both or none.
+        mscale, mscale_all_dim: see above; 0 or more. One alone is without effect.
         truncate: round the ends of the ramp to whole pairs, outwards.
 
     Returns:
@@ -91,7 +92,7 @@ def yarn(
     truncate as rope type "yarn" of transformers has them.
     """
     rotary_dim = check_rotary_dim("yarn", head_dim, rotary_dim)
-    check_number("yarn", "factor", factor, least=1)
+    check_number("yarn", "factor", factor, above=0)
     check_number("yarn", "base", base, above=1)
     original = original_max_position_embeddings
     check_length("yarn", "original_max_position_embeddings", original)

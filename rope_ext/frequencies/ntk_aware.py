@@ -91,7 +91,8 @@ def dynamic_ntk(
     stretched as far as it is needed.
 
     Args:
-        head_dim, base, device: as for :func:`default`.
+        head_dim, base: as for :func:`default`.
+        device: as there. None: that of a length that is a tensor.
         factor: how fast the context is stretched; at least 1.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
             transformers takes max_position_embeddings of the config.
@@ -119,7 +120,7 @@ def dynamic_ntk(
                 "frequencies.dynamic_ntk: expected length to be an integer or a tensor of them, "
                 f"got {length.dtype}"
             )
-        powers = exponents(rotary_dim, device)
+        powers = exponents(rotary_dim, length.device if device is None else device)
         length = length.clamp(min=original)
         return stretched_by(length, powers, factor=factor, original=original, base=base), 1.0
     if length is not None:

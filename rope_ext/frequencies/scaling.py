@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from rope_ext.frequencies.basic import default, proportional
-from rope_ext.frequencies.bounds import Device
+from rope_ext.frequencies.bounds import Device, check_number
 from rope_ext.frequencies.context import linear, llama3, longrope, yarn
 from rope_ext.frequencies.ntk_aware import dynamic_ntk, ntk, ntk_alpha
 
@@ -88,6 +88,10 @@ def from_scaling(
 
     Source: rope_parameters of transformers, modeling_rope_utils.py.
     """
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise ValueError(
+            f"frequencies.from_scaling: expected scaling to be a dict or None, got {scaling!r}"
+        )
     rope_type = rope_type_of(scaling)
     known = known_keys(rope_type)
     function, needed, _ = METHODS[rope_type]
@@ -127,6 +131,8 @@ def split_scaling(
     scaling: Mapping[str, Any] | None,
 ) -> tuple[float, int, dict[str, Any]]:
     """base, rotary_dim and the rest of scaling, of which the first two may come."""
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise ValueError(f"RotaryEmbedding: expected scaling to be a dict or None, got {scaling!r}")
     rest = {key: value for key, value in (scaling or {}).items() if value is not None}
     theta = rest.pop("rope_theta", None)
     if base is not None and theta not in (None, base):
@@ -143,6 +149,7 @@ def split_scaling(
     else:
         part = rest.pop("partial_rotary_factor", None)
     if part is not None:
+        check_number("from_scaling", "partial_rotary_factor", part, above=0)
         of_part = int(head_dim * part)
         if rotary_dim not in (None, of_part):
             raise ValueError(

@@ -34,8 +34,9 @@ class RotaryEmbedding(nn.Module):
 
     Differs from rotary-embedding-torch: positions are exact, where it counts them in x's dtype,
     which for bfloat16 ends at 256; frequencies that are not learned stay as they are when the
-    module is cast; results have x's dtype and are rounded once. Not here: get_axial_freqs, and
-    cached keys with use_xpos, whose scales there depend on the length of the cache.
+    module is cast; results have x's dtype and are rounded once; of ``scale`` only the even columns
+    are read. Not here: forward, get_seq_pos, get_axial_freqs, and cached keys with use_xpos, whose
+    scales there depend on the length of the cache.
     """
 
     def __init__(
