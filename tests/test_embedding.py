@@ -433,7 +433,10 @@ def test_compiles_to_one_graph_for_all_lengths(ids, device):
         ({"rotary_dim": D + 2}, f"expected rotary_dim to be even, .* got {D + 2}"),
         ({"rotary_dim": 0}, "expected rotary_dim to be even, .* got 0"),
         ({"base": -1.0}, "expected base to be above 0, got -1.0"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings to be an integer of at least 1, got 0"),
+        (
+            {"max_position_embeddings": 0},
+            "to be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_arguments_out_of_bounds_are_refused(options, message):

@@ -255,8 +255,11 @@ def test_hooks_of_accelerate_stay_before_and_after_a_patch(first, model, tokens)
     unpatch(model)
     assert rotations_of_rope_ext(model, tokens) == 0
     assert hook.calls == 2
-    hooks.remove_hook_from_module(attention)
-    assert model(tokens).logits.isfinite().all()
+    hooks.remove_hook_from_module(attention)  # leaves the forward that it had kept on the module
+    patch(model)
+    assert rotations_of_rope_ext(model, tokens) == LAYERS
+    unpatch(model)
+    assert rotations_of_rope_ext(model, tokens) == 0
 
 
 # --------------------------------------------------------------------------------- what is refused

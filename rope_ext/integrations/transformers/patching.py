@@ -104,7 +104,7 @@ def patched(model: nn.Module) -> Iterator[Report]:
 
 def _patch(model: nn.Module) -> list[nn.Module]:
     """Patches what isn't patched; the modules that it changed."""
-    changes: list[tuple[nn.Module, type, str | None]] = []
+    changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
     for name, module in model.named_modules():
         own = type(module)
@@ -115,35 +115,39 @@ def _patch(model: nn.Module) -> list[nn.Module]:
             classes[own] = _derived(own, methods) if methods else None
         derived = classes[own]
         if derived is not None:
-            changes.append((module, derived, _hooked(module, derived.methods, name)))
+            _check_not_wrapped(module, derived._rope_ext_methods, name)
+            changes.append((module, derived))
     if not changes and not _report(model).sites:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
         )
-    for module, derived, hooked in changes:
+    for module, derived in changes:
         module.__class__ = derived
-        if hooked:
-            function = derived.methods[hooked].function
-            setattr(module, _HOOKED_FORWARD, types.MethodType(function, module))
-    return [module for module, _, _ in changes]
+        for method in derived._rope_ext_methods.values():
+            _rebind(module, method.original, method.function)
+    return [module for module, _ in changes]
 
 
 def _unpatch(module: nn.Module) -> None:
     patched_class = type(module)
     if not issubclass(patched_class, _Patched):
         return
-    if "original" not in vars(patched_class):
+    if "_rope_ext_original" not in vars(patched_class):
         raise RuntimeError(
-            f"unpatch: expected a module as patch left it, got one whose class has become "
+            "unpatch: expected a module as patch left it, got one whose class has become "
             f"{patched_class.__name__} since: unpatch before that"
         )
-    module.__class__ = patched_class.original
-    # A hook that was added meanwhile holds the patched method, one from before was given it.
-    hooked = vars(module).get(_HOOKED_FORWARD)
-    replaced = patched_class.methods.get("forward")
-    if replaced and getattr(hooked, "__func__", None) is replaced.function:
-        setattr(module, _HOOKED_FORWARD, types.MethodType(replaced.original, module))
+    module.__class__ = patched_class._rope_ext_original
+    for method in patched_class._rope_ext_methods.values():
+        _rebind(module, method.function, method.original)
+
+
+def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., Any]) -> None:
+    """Bound methods that a module itself holds: accelerate's hooks keep the forward they wrap."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.MethodType) and value.__func__ is before:
+            setattr(module, name, types.MethodType(now, module))
 
 
 def _report(model: nn.Module) -> Report:
@@ -152,44 +156,36 @@ def _report(model: nn.Module) -> Report:
             Site(name, method, function, rotation.convention)
             for name, module in model.named_modules()
             if issubclass(type(module), _Patched)
-            for method, rebuilt in type(module).methods.items()
+            for method, rebuilt in type(module)._rope_ext_methods.items()
             for function, rotation in rebuilt.rotations.items()
         )
     )
 
 
-# Where accelerate's hooks (device_map, offloading) keep the forward that they wrap.
-_HOOKED_FORWARD = "_old_forward"
-
-
-def _hooked(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> str | None:
-    """The method that a hook of accelerate has wrapped, if one has; refuses other wrappers."""
+def _check_not_wrapped(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> None:
+    """Refuses a module with a method of its own that calls the class's, other than accelerate's."""
     for method, rebuilt in methods.items():
-        if method not in vars(module):
-            continue
-        own = vars(module)[method]
-        hooked = vars(module).get(_HOOKED_FORWARD)
-        if method == "forward" and getattr(hooked, "__func__", None) is rebuilt.original:
-            return method
-        if getattr(own, "__func__", None) is rebuilt.original:  # as unpickling leaves it
-            continue
-        raise UnrecognizedRotation(
-            f"patch: expected module {name!r} to have the {method} of its class "
-            f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
-        )
-    return None
+        own = vars(module).get(method)
+        held = (own, vars(module).get("_old_forward") if method == "forward" else None)
+        if own is not None and all(
+            getattr(bound, "__func__", None) is not rebuilt.original for bound in held
+        ):
+            raise UnrecognizedRotation(
+                f"patch: expected module {name!r} to have the {method} of its class "
+                f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
+            )
 
 
 class _Patched:
     """Mixed into the classes of patched modules."""
 
-    original: type  # the module's class before
-    methods: dict[str, RebuiltMethod]
+    _rope_ext_original: type  # the module's class before
+    _rope_ext_methods: dict[str, RebuiltMethod]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original class, which needs no rope_ext to be loaded."""
         _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
-        original = type(self).original
+        original = type(self)._rope_ext_original
         return (original.__new__, (original, *arguments), *rest)
 
     def __copy__(self) -> Any:
@@ -213,8 +209,8 @@ def _derived(own: type, methods: dict[str, RebuiltMethod]) -> type:
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
-        "original": own,
-        "methods": methods,
+        "_rope_ext_original": own,
+        "_rope_ext_methods": methods,
     }
     for name, rebuilt in methods.items():
         namespace[name] = staticmethod(rebuilt.function) if rebuilt.static else rebuilt.function
