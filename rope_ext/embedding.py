@@ -23,7 +23,8 @@ class RotaryEmbedding(nn.Module):
     comes. inv_freq and the table are float32 and stay so through ``.half()`` and ``.bfloat16()``.
     Neither is part of the state dict: they follow from the arguments. An ``inv_freq`` in a state
     dict, as older checkpoints have it, is accepted and not used. Only learned frequencies are
-    parameters, and in the state dict.
+    parameters, and in the state dict. The table follows what is written into inv_freq, but for
+    writes through ``.data``, which PyTorch does not count, to frequencies that are not learned.
 
     Two scalings have frequencies that depend on the length of the sequence, which is one more than
     the largest position of a call, over the whole batch, as in transformers:
@@ -381,6 +382,9 @@ class RotaryEmbedding(nn.Module):
             for name, buffer in self._buffers.items():
                 if buffer is not None and buffer.is_inference():
                     self._buffers[name] = buffer.clone()
+            for name, learned in self._parameters.items():
+                if learned is not None and learned.is_inference():
+                    self._parameters[name] = nn.Parameter(learned.clone(), learned.requires_grad)
 
     def extra_repr(self) -> str:
         scaled = f"scaling={self.scaling}, " if self.rope_type != "default" else ""

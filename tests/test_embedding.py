@@ -271,8 +271,10 @@ def test_table_of_a_trace_is_not_kept():
 @pytest.mark.parametrize("copied", [copy.deepcopy, nn.Module.double], ids=["deepcopy", "double"])
 def test_what_is_copied_or_cast_in_inference_mode_is_no_inference_tensor(copied):
     with torch.inference_mode():
-        module = copied(make("cpu"))
+        module, learned = copied(make("cpu")), copied(make("cpu", learned=True))
     assert not any(buffer.is_inference() for buffer in module.buffers())
+    assert not learned.inv_freq.is_inference()
+    assert learned.inv_freq.requires_grad
 
 
 @pytest.mark.parametrize("cast", CASTS)
@@ -435,7 +437,7 @@ def test_compiles_to_one_graph_for_all_lengths(ids, device):
         ({"base": -1.0}, "expected base to be above 0, got -1.0"),
         (
             {"max_position_embeddings": 0},
-            "to be an integer of at least 1, got 0",
+            "max_position_embeddings to be an integer of at least 1, got 0",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from support import assert_same_bits
 
 from rope_ext import RotaryEmbedding, frequencies
 from rope_ext.frequencies.config import resolve
-from rope_ext.frequencies.families import HEAD_DIM
+from rope_ext.frequencies.families import HEAD_DIM, OTHER_FORMS, OWN_PARAMETERS, TWO_BASES
 from rope_ext.integrations.transformers import families
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
@@ -520,6 +520,8 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
 def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class(model_type):
     config = transformers.AutoConfig.for_model(model_type)
     json = {"model_type": model_type, "hidden_size": 960, "num_attention_heads": 8}
+    if model_type in OWN_PARAMETERS:
+        json["rope_parameters"] = config.rope_parameters
     expected = []
     for layer_type in getattr(config, "rope_parameters", None) or ():
         if layer_type not in (getattr(config, "layer_types", None) or ()):
@@ -532,9 +534,34 @@ def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class(mo
     for layer_type, of_class in expected:
         got = resolve(json, layer_type) if of_class is not None else None
         if got is not None:
-            latent = hasattr(config, "qk_rope_head_dim")
-            assert got.head_dim == (of_class.rotary_dim if latent else of_class.head_dim)
-            assert layer_type is not None or got.rotary_dim == of_class.rotary_dim
+            if not hasattr(config, "qk_rope_head_dim"):  # latent attention: the part that rotates
+                assert got.head_dim == of_class.head_dim
+            assert got.rotary_dim == of_class.rotary_dim
+
+
+def test_config_json_without_the_parameters_of_its_class_is_refused():
+    own = set()
+    for model_type in transformers.CONFIG_MAPPING:
+        try:
+            config = transformers.AutoConfig.for_model(model_type)
+        except Exception:  # some have no defaults
+            continue
+        if getattr(config, "text_config", None) is not None:
+            continue
+        parameters = getattr(config, "rope_parameters", None) or {}
+        nested = any(isinstance(value, dict) for value in parameters.values())
+        if nested or parameters.get("rope_type", "default") != "default":
+            own.add(config.model_type)
+    assert own - set(TWO_BASES) - set(OTHER_FORMS) == OWN_PARAMETERS
+    for model_type in OWN_PARAMETERS:
+        with pytest.raises(ValueError, match=f"a config of '{model_type}' to have rope_parameters"):
+            resolve({"model_type": model_type, "head_dim": 64}, "full_attention")
+
+
+def test_partial_rotary_factor_of_mistral4_is_of_the_whole_head():
+    config = transformers.AutoConfig.for_model("mistral4")
+    json = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
+    assert resolve(json).rotary_dim == resolve(config).rotary_dim == config.qk_rope_head_dim
 
 
 def test_zamba2_has_heads_of_twice_the_width():

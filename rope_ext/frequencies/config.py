@@ -19,6 +19,7 @@ from rope_ext.frequencies.families import (
     ONLY_SLIDING_IF_ANY,
     OTHER_FORMS,
     OTHER_ROTATIONS,
+    OWN_PARAMETERS,
     PARTIAL,
     TWO_BASES,
 )
@@ -211,6 +212,11 @@ def _parameters(
     old = _entry(config, "rope_scaling") or {}
     # in an object rope_scaling may be another name of rope_parameters, with what was resolved
     parameters = (old or new) if isinstance(config, Mapping) else (new or old)
+    if not parameters and isinstance(config, Mapping) and model_type in OWN_PARAMETERS:
+        raise ValueError(
+            f"frequencies.from_config: expected a config of {model_type!r} to have rope_parameters "
+            "or rope_scaling, got neither: those of its class are in its config objects alone"
+        )
     labels = _entry(config, "_rope_type_labels", "layer_types", default=())
     keys = [key for key in parameters if key in labels]
     if not keys and any(isinstance(value, Mapping) for value in parameters.values()):
@@ -258,6 +264,8 @@ def _dims(
         part = PARTIAL.get(model_type)
     if rotated and isinstance(config, Mapping) and (head_dim is None or part is None):
         head_dim = rotated  # latent attention: a part of the head of its own
+        if model_type == "mistral4" and part is not None:  # of the whole head
+            head_dim += _entry(config, "qk_nope_head_dim", default=64)
     if head_dim is None and isinstance(config, Mapping) and "head_dim" not in config:
         if layer_type == "full_attention":
             head_dim = FULL_HEAD_DIM.get(model_type)
