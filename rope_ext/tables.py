@@ -17,10 +17,8 @@ def tables(
     return cos_sin_cache(inv_freq, positions, attention_scaling=attention_scaling)
 
 
-def _is_recorded() -> bool:
-    """Whether calls are traced or captured: what they return may have no values, or lose them."""
-    if torch._C._len_torch_dispatch_stack() > 0:  # FakeTensorMode, make_fx
-        return True
+def _is_captured() -> bool:
+    """Whether a CUDA graph is captured: what is computed has no values until it is replayed."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -45,7 +43,7 @@ class TableCache:
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
     ) -> tuple[Tensor, Tensor]:
         """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
-        if inv_freq.is_inference() or _is_recorded():  # its writes are not counted
+        if inv_freq.is_inference() or _is_captured():  # writes to the first are not counted
             return tables(inv_freq, length, attention_scaling)
         version = inv_freq._version
         made = self.made.get(name)
@@ -61,7 +59,7 @@ class TableCache:
                 )
                 if made is not None:
                     cos, sin = torch.cat((made.cos, cos)), torch.cat((made.sin, sin))
-            if type(cos) is not Tensor:
+            if type(cos) is not Tensor:  # traced, and without values
                 return cos, sin
             made = self.made[name] = _Table(inv_freq, version, cos, sin)
         return made.cos, made.sin

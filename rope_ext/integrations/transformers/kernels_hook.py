@@ -94,12 +94,12 @@ def hooked_rotations(model: nn.Module) -> dict[str, Rotation | None]:
     kernels can reach: kernelizing does nothing to its rotation. (Many model families of
     transformers define the hook but attach it to no module.)
     """
-    hooks = {
+    hooks = dict.fromkeys(
         type(function)
         for module in model.modules()
         for function in (*getattr(module, "_kernel_funcs", {}).values(), module)
         if getattr(type(function), "kernel_layer_name", None) == HOOK
-    }
+    )
     return {_name(hook): rotation_of(hook) for hook in hooks}
 
 
