@@ -27,6 +27,31 @@ def name_of(dtype):
 # ---- data
 
 
+def guarded(*shape, dtype, device, guard=16):
+    """A dense tensor inside a larger one of known values, and the larger one."""
+    count = torch.Size(shape).numel()
+    whole = random(guard + count + guard, dtype=dtype, device=device, seed=3)
+    return whole[guard : guard + count].view(shape), whole
+
+
+def small_llama(layers):
+    """A Llama with grouped heads in float32, small enough for milliseconds."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # large enough for the tokens to depend on their positions
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def random(*shape, dtype=torch.float32, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)

@@ -1,9 +1,9 @@
 """The demo: replacing a model's rotary function, the comparisons, the cache. No network."""
 
+import contextlib
 import functools
 import json
 import sys
-import types
 import zipfile
 
 import pytest
@@ -16,6 +16,7 @@ from rope_ext.integrations.transformers import rotations
 
 # the demo needs a model library that rope_ext itself doesn't; the test extra installs it
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from support import small_llama  # noqa: E402
 from transformers.models.cohere import modeling_cohere  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -34,19 +35,7 @@ LAYERS = 2
 
 @pytest.fixture
 def model():
-    """A Llama with grouped heads, small enough for milliseconds."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # large enough for the tokens to depend on their positions
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(LAYERS)
 
 
 @pytest.fixture
@@ -103,38 +92,38 @@ def ignore(text):
 # ---- replacing the rotary function
 
 
-def test_replaced_function_runs_inside_and_the_original_is_back_after(model, tokens):
-    original = modeling_llama.apply_rotary_pos_emb
-    with rotary.replaced_rotary(model, rotary.with_rope_ext) as tally:
-        assert modeling_llama.apply_rotary_pos_emb is not original
+def test_the_functions_place_is_taken_inside_and_given_back_after(model, tokens):
+    calls = []
+
+    def noted(original):
+        return lambda *args: calls.append(args) or original(*args)
+
+    with rotary.replaced_rotary(model, noted) as tally:
         model(tokens)
-    assert tally.calls == LAYERS
-    assert modeling_llama.apply_rotary_pos_emb is original
+    assert tally.calls == len(calls) == LAYERS
+    model(tokens)
+    assert tally.calls == len(calls) == LAYERS
 
 
-def test_original_is_back_after_an_exception(model):
-    original = modeling_llama.apply_rotary_pos_emb
+def test_the_function_is_back_after_an_exception(model):
     with pytest.raises(KeyError), rotary.replaced_rotary(model, rotary.with_rope_ext):
         raise KeyError
-    assert modeling_llama.apply_rotary_pos_emb is original
+    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
 
 
-def test_an_nn_module_in_the_place_of_the_function_is_replaced_and_restored(
-    model, tokens, monkeypatch
-):
+def test_an_nn_module_in_the_place_of_the_function_is_replaced(model, tokens, monkeypatch):
     """The `kernels` package turns the function into one instance of an nn.Module."""
 
     class Rotary(torch.nn.Module):
         def forward(self, q, k, cos, sin, unsqueeze_dim=1):
             return plain(q, k, cos, sin, unsqueeze_dim)
 
-    plain, instance = modeling_llama.apply_rotary_pos_emb, Rotary()
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", instance)
+    plain = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Rotary())
     assert len(rotary.require_llama_form(model)) == 1
     with rotary.replaced_rotary(model, rotary.with_rope_ext) as tally:
         model(tokens)
     assert tally.calls == LAYERS
-    assert modeling_llama.apply_rotary_pos_emb is instance
 
 
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
@@ -153,7 +142,7 @@ def test_rope_ext_has_the_same_float32_bits_as_the_original(unsqueeze_dim):
     ("rotation", "reason"),
     [
         (modeling_cohere.apply_rotary_pos_emb, "is interleaved, not half-split"),
-        (lambda x, freqs: x, "is a rotation that rope_ext does not know"),
+        (lambda x, freqs: x, r"got apply_rotary_pos_emb\(x, freqs\)"),
     ],
 )
 def test_other_conventions_and_other_arguments_are_refused(model, monkeypatch, rotation, reason):
@@ -204,8 +193,7 @@ def test_nan_does_not_pass():
 
 
 def test_a_patch_that_never_runs_is_an_error(model, tokens, monkeypatch):
-    elsewhere = types.SimpleNamespace(apply_rotary_pos_emb=modeling_llama.apply_rotary_pos_emb)
-    monkeypatch.setattr(rotary, "rotary_modules", lambda model: [elsewhere])
+    monkeypatch.setattr(rotary, "substituted", lambda *args: contextlib.nullcontext())
     for comparison in (
         functools.partial(compare.compare_generation, model, tokens[:, :5], 2),
         functools.partial(compare.compare_prompt, model, tokens),
@@ -246,9 +234,7 @@ def test_a_wrong_rotation_ends_with_status_1(capsys):
 
 
 def test_a_patch_that_never_runs_ends_with_status_1(monkeypatch, capsys):
-    elsewhere = types.ModuleType("elsewhere")
-    elsewhere.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(rotary, "rotary_modules", lambda model: [elsewhere])
+    monkeypatch.setattr(rotary, "substituted", lambda *args: contextlib.nullcontext())
     assert main(["demo", "--random", *SMALL_DEMO]) == 1
     assert "FAILED: the model's rotary function ran 0 times" in capsys.readouterr().err
 

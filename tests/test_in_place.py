@@ -7,6 +7,7 @@ from support import (
     VIEWS,
     assert_derivatives,
     assert_same_bits,
+    guarded,
     in_layout,
     name_of,
     random,
@@ -22,15 +23,7 @@ rope = torch.ops.rope
 
 B, S, H, D, P = 2, 5, 3, 20, 8  # four channels stay
 L = 9
-GUARD = 16  # elements around the tensor, in the same allocation
 F64 = torch.float64
-
-
-def guarded(*shape, dtype, device):
-    """A dense tensor inside a larger one of known values, and the larger one."""
-    count = torch.Size(shape).numel()
-    whole = random(GUARD + count + GUARD, dtype=dtype, device=device, seed=3)
-    return whole[GUARD : GUARD + count].view(shape), whole
 
 
 @pytest.mark.parametrize("offset", [0, 3])

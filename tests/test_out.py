@@ -6,6 +6,7 @@ from support import (
     DTYPES,
     VIEWS,
     assert_same_bits,
+    guarded,
     in_layout,
     name_of,
     random,
@@ -19,14 +20,6 @@ rope = torch.ops.rope
 
 B, S, H, HK, D, P = 2, 5, 4, 2, 20, 8  # four channels stay
 L = 9
-GUARD = 16  # elements around the tensor, in the same allocation
-
-
-def guarded(*shape, dtype, device):
-    """A dense tensor inside a larger one of ones, and the larger one."""
-    count = torch.Size(shape).numel()
-    whole = torch.full((GUARD + count + GUARD,), 1.0, dtype=dtype, device=device)
-    return whole[GUARD : GUARD + count].view(shape), whole
 
 
 @pytest.mark.parametrize(
@@ -48,7 +41,7 @@ def test_only_the_view_is_written_and_holds_the_rotation(view, dtype, options, b
     x = random(B, S, H, D, dtype=dtype, device=backend)
     cos, sin = random_table(L, P, device=backend)
     ids = random_positions(B, S, rows=L, device=backend)
-    expected = torch.ones_like(wholes[0], device="cpu")
+    expected = wholes[0].cpu().clone()
     rotated = rope.apply_rotary(x, cos, sin, ids, rotary_offset=2, **options).cpu()
     expected.as_strided(out.shape, out.stride(), out.storage_offset()).copy_(rotated)
     assert rope.apply_rotary.out(x, cos, sin, ids, rotary_offset=2, **options, out=out) is None

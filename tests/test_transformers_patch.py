@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from support import small_llama  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -22,25 +23,13 @@ from rope_ext.integrations.transformers import (  # noqa: E402
     unpatch,
 )
 
-LAYERS, VOCAB, HEADS, HEAD_DIM = 2, 96, 4, 16
+LAYERS, VOCAB = 2, 96
 STANDARD = "half-split"
 
 
 @pytest.fixture
 def model():
-    """A Llama with grouped heads, in float32, whose rotation has the bits of rope_ext's."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # large enough for the tokens to depend on their positions
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(LAYERS)
 
 
 @pytest.fixture

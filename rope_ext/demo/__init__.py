@@ -2,7 +2,7 @@
 
 weights.py   SmolLM2-135M: fetched, checked, converted, cached
 models.py    what is run: pretrained or random, and the text it reads
-rotary.py    replaces a model's rotary function and restores it
+rotary.py    puts another function in the place of a model's rotary function
 compare.py   what differs, in tokens, logits, gradients and time
 scaling.py   another rope scaling for the model, and what differs in frequencies and tables
 """
@@ -205,7 +205,7 @@ def show_checks(checks: list[compare.Check]) -> None:
 
 
 def show_timings(model: nn.Module, calls: dict[str, rotary.Call]) -> None:
-    original = getattr(rotary.rotary_modules(model)[0], rotary.NAME)
+    original, _ = rotary.own_rotations(model)[0]
     print(
         f"\nmicroseconds a call, median (10 - 90 %) of {compare.TIMING_ROUNDS} interleaved rounds, "
         "on the model's own q and k"

@@ -1,24 +1,17 @@
-"""Puts rope_ext in the place of a transformers model's rotary function, and takes it out again.
-
-Attention code in transformers calls `apply_rotary_pos_emb` by its module-global name, and every
-model family has its own copy: replacing that name in the model's own module reaches every layer.
-The name may hold a plain function or, where the `kernels` package is installed, an nn.Module
-instance; both are called the same way, so both are replaced and restored the same way.
-"""
+"""Puts other functions in the place of a transformers model's rotary function, and counts calls."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import nn
 
-from rope_ext.integrations.transformers.recognition import recognize
+from rope_ext.integrations.transformers import UnrecognizedRotation
+from rope_ext.integrations.transformers.patching import substituted
+from rope_ext.integrations.transformers.recognition import Rotation, recognize
 from rope_ext.integrations.transformers.rotations import ALL_PAIRS, q_and_k
 
-NAME = "apply_rotary_pos_emb"
 FLOAT32_EPS = 2.0**-23
 
 # the arguments of one call: q, k, cos, sin, unsqueeze_dim
@@ -78,25 +71,13 @@ def one_ulp_off(original: Callable) -> Callable:
     return shaken_rotary
 
 
-def rotary_modules(model: nn.Module) -> list[ModuleType]:
-    """The Python modules that define the model's layers and hold a rotary function."""
-    names = dict.fromkeys(type(layer).__module__ for layer in model.modules())
-    return [sys.modules[name] for name in names if hasattr(sys.modules.get(name), NAME)]
-
-
 @contextlib.contextmanager
 def replaced_rotary(model: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[Tally]:
     """Within the block every rotary function f of `model` is `make(f)`, counted; then f again."""
     forget_lengths(model)
     tally = Tally()
-    originals = [(module, getattr(module, NAME)) for module in rotary_modules(model)]
-    try:
-        for module, original in originals:
-            setattr(module, NAME, tally.counting(make(original)))
+    with substituted(model, lambda function, rotation: tally.counting(make(function))):
         yield tally
-    finally:
-        for module, original in originals:
-            setattr(module, NAME, original)
 
 
 def forget_lengths(model: nn.Module) -> None:
@@ -107,18 +88,32 @@ def forget_lengths(model: nn.Module) -> None:
             module.max_seq_len_cached = module.original_max_seq_len
 
 
+def own_rotations(model: nn.Module) -> list[tuple[Callable, Rotation]]:
+    """The model's rotary functions, and what they compute. Raises UnrecognizedRotation."""
+    found = []
+
+    def note(function: Callable, rotation: Rotation) -> Callable:
+        found.append((function, rotation))
+        return function
+
+    with substituted(model, note):
+        return found
+
+
 def require_llama_form(model: nn.Module) -> list[str]:
     """The full names of the model's rotary functions, all of Llama's form.
 
     The comparisons call them with q and k and know the error of a half-split rotation; patch(model)
     knows others. Raises NotLlamaForm with the reason.
     """
-    modules = rotary_modules(model)
-    if not modules:
-        raise NotLlamaForm(f"{type(model).__module__} has no function {NAME}")
-    for module in modules:
-        rotation = recognize(getattr(module, NAME))
-        got = "a rotation that rope_ext does not know" if rotation is None else rotation.convention
-        if rotation is None or rotation.form is not q_and_k or rotation.pairs != ALL_PAIRS[0]:
-            raise NotLlamaForm(f"{module.__name__}.{NAME} is {got}, not {ALL_PAIRS[0].name}")
-    return [f"{module.__name__}.{NAME}" for module in modules]
+    try:
+        rotations = own_rotations(model)
+    except UnrecognizedRotation as error:
+        raise NotLlamaForm(str(error)) from error
+    names = []
+    for function, rotation in rotations:
+        shown = type(function).forward if isinstance(function, nn.Module) else function
+        names.append(f"{shown.__module__}.{shown.__qualname__}")
+        if rotation.form is not q_and_k or rotation.pairs != ALL_PAIRS[0]:
+            raise NotLlamaForm(f"{names[-1]} is {rotation.convention}, not {ALL_PAIRS[0].name}")
+    return names

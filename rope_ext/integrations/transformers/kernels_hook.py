@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_ext.integrations.transformers.recognition import Rotation, recognize_function
+from rope_ext.integrations.transformers.recognition import Rotation, recognize_hook
 from rope_ext.integrations.transformers.rotations import Pairs, q_and_k
 
 HOOK = "rotary_pos_emb"
@@ -75,7 +75,7 @@ def rotation_of(hook: type[nn.Module]) -> Rotation | None:
             "kernels_hook.RotaryPosEmb: expected kernels to bind forward to the hook of a model, "
             "got a call of the layer itself"
         )
-    rotation = recognize_function(hook)
+    rotation = recognize_hook(hook)
     return rotation if rotation is not None and rotation.form is q_and_k else None
 
 

@@ -17,9 +17,11 @@ from torch import nn
 
 from rope_ext.integrations.transformers.rebuilding import (
     RebuiltMethod,
+    Substitute,
     UnrecognizedRotation,
     rebuilt_methods,
 )
+from rope_ext.integrations.transformers.recognition import Rotation
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def patch(model: nn.Module) -> Report:
         UnrecognizedRotation: when the model has no rotation, or one that is not recognized. Nothing
             has been changed then.
     """
-    _patch(model)
+    _patch(model, _by_rope_ext)
     return _report(model)
 
 
@@ -94,15 +96,29 @@ def unpatch(model: nn.Module) -> None:
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
     """A model, patched for the length of a ``with`` block, which gets the report."""
-    changed = _patch(model)
-    try:
+    with substituted(model, _by_rope_ext):
         yield _report(model)
+
+
+@contextlib.contextmanager
+def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
+    """A model that rotates by other functions, for the length of a ``with`` block.
+
+    substitute: makes what is called instead, from the model's own function and what it computes.
+    """
+    changed = _patch(model, substitute)
+    try:
+        yield
     finally:
         for module in changed:
             _unpatch(module)
 
 
-def _patch(model: nn.Module) -> list[nn.Module]:
+def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+    return rotation.replacement
+
+
+def _patch(model: nn.Module, substitute: Substitute) -> list[nn.Module]:
     """Patches what isn't patched; the modules that it changed."""
     changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
@@ -111,7 +127,7 @@ def _patch(model: nn.Module) -> list[nn.Module]:
         if issubclass(own, _Patched):
             continue
         if own not in classes:
-            methods = rebuilt_methods(own)
+            methods = rebuilt_methods(own, substitute)
             classes[own] = _derived(own, methods) if methods else None
         derived = classes[own]
         if derived is not None:

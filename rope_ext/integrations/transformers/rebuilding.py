@@ -27,6 +27,10 @@ _ROTATION_METHOD = re.compile(r"^_?apply_(rotary|rope)(_|$)")
 _FUTURE_ANNOTATIONS = 0x1000000  # CO_FUTURE_ANNOTATIONS of `from __future__ import annotations`
 
 
+# Makes what is called instead of a function, from the function and what it computes.
+Substitute = Callable[[Callable[..., Any], Rotation], Callable[..., Any]]
+
+
 class UnrecognizedRotation(ValueError):
     """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
@@ -40,23 +44,28 @@ class RebuiltMethod(NamedTuple):
     static: bool
 
 
-def rebuilt_methods(owner: type) -> dict[str, RebuiltMethod]:
-    """Those of a class and its bases that rotate. Raises UnrecognizedRotation."""
+def rebuilt_methods(owner: type, substitute: Substitute) -> dict[str, RebuiltMethod]:
+    """Those of a class and its bases that rotate, with substitutes for their rotations.
+
+    Raises UnrecognizedRotation.
+    """
     rebuilt: dict[str, RebuiltMethod] = {}
     for name, attribute, defining in _methods(owner):
         static = isinstance(attribute, staticmethod)
         function = attribute.__func__ if static else attribute
-        if not isinstance(function, types.FunctionType):
-            continue
         written = inspect.unwrap(function)  # inside of decorators
-        rotations = _rotations(defining, name, written)
-        if not rotations:
+        if not isinstance(written, types.FunctionType):
             continue
-        if [*rotations] == [name]:  # the method is the rotation
-            new = rotations[name].replacement
-        else:
-            bindings = {called: rotation.replacement for called, rotation in rotations.items()}
+        called = _called_rotations(written)
+        if called:
+            rotations = {n: _recognized(defining, name, f, n) for n, f in called.items()}
+            bindings = {n: substitute(f, rotations[n]) for n, f in called.items()}
             new = _compiled_with(defining, written, bindings)
+        elif _ROTATION_METHOD.match(name):  # it is the rotation
+            rotations = {name: _recognized(defining, name, written, name, recognize_method)}
+            new = substitute(function, rotations[name])
+        else:
+            continue
         rebuilt[name] = RebuiltMethod(new, function, rotations, static)
     return rebuilt
 
@@ -120,21 +129,23 @@ def _hides_a_rotation(function: Any) -> bool:
     return False
 
 
-def _rotations(defining: type, name: str, written: types.FunctionType) -> dict[str, Rotation]:
-    """What a method rotates with, by name; {} if it does not."""
-    called = _called_rotations(written)
-    if not called and _ROTATION_METHOD.match(name):
-        rotation = recognize_method(written)
-        if rotation is None:
-            raise _unrecognized(defining, name, written, name)
-        return {name: rotation}
-    rotations = {}
-    for function_name, function in called.items():
-        rotation = recognize(function)
-        if rotation is None:
-            raise _unrecognized(defining, name, function, function_name)
-        rotations[function_name] = rotation
-    return rotations
+def _recognized(
+    owner: type,
+    method: str,
+    function: Any,
+    name: str,
+    recognized_by: Callable[[Any], Rotation | None] = recognize,
+) -> Rotation:
+    """What a function computes that a method of a class calls by a name."""
+    rotation = recognized_by(function)
+    if rotation is None:
+        shown = type(function).forward if isinstance(function, nn.Module) else function
+        raise _refusal(
+            f"{owner.__name__}.{method} to rotate as one of the known conventions",
+            f"{name}{inspect.signature(shown)} of {shown.__module__}, which computes something "
+            "else",
+        )
+    return rotation
 
 
 def _called_rotations(function: types.FunctionType) -> dict[str, Callable[..., Any]]:
@@ -204,12 +215,3 @@ def _compiled_with(
 
 def _refusal(expected: str, got: str) -> UnrecognizedRotation:
     return UnrecognizedRotation(f"patch: expected {expected}, got {got}; nothing has been changed")
-
-
-def _unrecognized(owner: type, method: str, function: Any, name: str) -> UnrecognizedRotation:
-    function = type(function).forward if isinstance(function, nn.Module) else function
-    return _refusal(
-        f"{owner.__name__}.{method} to rotate as one of the known conventions",
-        f"{name}{inspect.signature(function)} of {function.__module__}, which computes something "
-        "else",
-    )

@@ -46,11 +46,11 @@ class Form(NamedTuple):
 def recognize(function: Callable[..., Any] | nn.Module) -> Rotation | None:
     """The rotation that a function, or a hook of the `kernels` package around one, computes."""
     if isinstance(function, nn.Module):
-        return recognize_function(type(function))
+        return recognize_hook(type(function))
     return _recognize_among(_FORMS, function)
 
 
-def recognize_function(hook: type[nn.Module]) -> Rotation | None:
+def recognize_hook(hook: type[nn.Module]) -> Rotation | None:
     """As :func:`recognize`, for the class of a hook: its own forward, whatever kernel it now has.
 
     A hook's forward takes the function's arguments after itself, which it does not use.
@@ -120,7 +120,7 @@ def _call(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ..
     try:
         with torch.no_grad():
             results = function(*copies, **keywords)
-    except Exception:
+    except Exception:  # it is someone else's function, and may not take these
         return None
     results = results if isinstance(results, tuple) else (results,)
     unchanged = all(
@@ -156,30 +156,34 @@ def _same_gradients(
     function: Callable[..., Any], replacement: Callable[..., Any], probe: Probe
 ) -> bool:
     """Whether the gradients to all inputs are the same: a function may stop them."""
-    both = []
-    for of in (function, replacement):
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = [
-                a.clone().requires_grad_(a.dtype not in _INTEGERS) if isinstance(a, Tensor) else a
-                for a in probe[0]
-            ]
-            results = of(*leaves, **probe[1])
-            results = results if isinstance(results, tuple) else (results,)
-            total = sum(
-                ((i + 1) * r.square()).sum() for i, r in enumerate(results) if r is not None
-            )
-            inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
-            if not total.requires_grad:
+    own, new = _gradients(function, probe), _gradients(replacement, probe)
+    if own is None or new is None:
+        return False
+    largest = max(float(g.abs().max()) for g in own if g is not None)
+    for a, b in zip(own, new, strict=True):
+        if a is None or b is None:
+            if a is not b:
                 return False
-            both.append(torch.autograd.grad(total, inputs, allow_unused=True))
-    largest = max(float(g.abs().max()) for g in both[0] if g is not None)
-    for a, b in zip(*both, strict=True):
-        if (a is None) != (b is None):
-            return False
         # sums over up to HEADS and BATCH terms, each with roundings of its own
-        if a is not None and not (a - b).abs().max() <= 1e-5 * largest:
+        elif not (a - b).abs().max() <= 1e-5 * largest:
             return False
     return True
+
+
+def _gradients(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ...] | None:
+    """To each tensor of floats, from a sum over the results; None where there are none."""
+    leaves = [
+        a.clone().requires_grad_(a.dtype not in _INTEGERS) if isinstance(a, Tensor) else a
+        for a in probe[0]
+    ]
+    try:
+        results = function(*leaves, **probe[1])
+        results = results if isinstance(results, tuple) else (results,)
+        total = sum(((i + 1) * r.square()).sum() for i, r in enumerate(results) if r is not None)
+        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        return torch.autograd.grad(total, inputs, allow_unused=True)
+    except Exception:  # it is someone else's function, and may not be differentiable
+        return None
 
 
 _FORMS = (
