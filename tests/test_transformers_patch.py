@@ -156,6 +156,22 @@ def test_compiles_into_one_graph(model, tokens):
     assert graphs == [LAYERS]
 
 
+def test_a_model_that_was_compiled_earlier_compiles_again(model, tokens):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(sum("rope" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    with torch.no_grad():
+        own = compiled(tokens, use_cache=False).logits
+        with patched(model):
+            assert torch.equal(compiled(tokens, use_cache=False).logits, own)
+        assert torch.equal(compiled(tokens, use_cache=False).logits, own)
+    assert graphs == [0, LAYERS]
+
+
 # ------------------------------------------------------------------------------------------- undone
 
 
@@ -427,6 +443,33 @@ class Derived(Attention):
     def forward(self, q, k, cos, sin):
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
         return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a property": """
+class Derived(Attention):
+    @property
+    def turned(self):
+        return apply_rotary_pos_emb(*self.arguments)
+""",
+    "a function that the module keeps": """
+class Derived(Attention):
+    def __init__(self):
+        super().__init__()
+        self.rotate = apply_rotary_pos_emb
+""",
+    "a function of the file in between": """
+def turned(q, k, cos, sin):
+    return apply_rotary_pos_emb(q, k, cos, sin) if q.dim() else turned(q, k, cos, sin)
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return turned(q, k, cos, sin)
+""",
+    "a function in the namespace of another file": """
+from transformers.models import llama
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
 """,
     "a base that is called by its name": """
 class Derived(Attention):

@@ -64,8 +64,8 @@ def patch(model: nn.Module) -> Report:
     """Lets a loaded transformers model rotate its queries and keys with rope_ext.
 
     Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
-    form. A patched model trains, generates, compiles and is copied as before; a model compiled
-    earlier keeps its old graph. Saved as a whole and loaded again it is an unpatched model. The
+    form. A patched model trains, generates, compiles and is copied as before; one that was compiled
+    earlier compiles again. Saved as a whole and loaded again it is an unpatched model. The
     result has q's dtype: where a model's own function would return float32 for a bfloat16 q because
     its tables are float32, the patched model does not.
 

@@ -5,6 +5,7 @@ Everything else that such a method uses is looked up where it always was.
 
 import ast
 import dis
+import functools
 import inspect
 import re
 import textwrap
@@ -57,6 +58,11 @@ def rebuilt_methods(owner: type, substitute: Substitute) -> dict[str, RebuiltMet
         if not isinstance(written, types.FunctionType):
             continue
         called = _called_rotations(written)
+        if called and name == "__init__":  # it ran before: what it has kept can't be replaced
+            raise _refusal(
+                f"{defining.__name__}.__init__ to leave rotations to the methods that call them",
+                f"{', '.join(called)} in it",
+            )
         if called:
             rotations = {n: _recognized(defining, name, f, n) for n, f in called.items()}
             bindings = {n: substitute(f, rotations[n]) for n, f in called.items()}
@@ -73,32 +79,42 @@ def rebuilt_methods(owner: type, substitute: Substitute) -> dict[str, RebuiltMet
 def _methods(owner: type) -> Iterator[tuple[str, Any, type]]:
     """Name, attribute and class of all that is written outside of torch.nn and not overridden.
 
-    Refuses what can't be rebuilt and rotates: methods of a class, those that an overriding one
-    calls, and those hidden in a decorator.
+    Refuses what can't be rebuilt and rotates: methods of a class, properties, those that an
+    overriding one calls, and those hidden in a decorator.
     """
     found: dict[str, Any] = {}
     for defining in owner.__mro__:
         if defining.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         for name, attribute in vars(defining).items():
-            if not isinstance(attribute, (types.FunctionType, staticmethod, classmethod)):
+            function = _function_of(attribute)
+            if not isinstance(function, types.FunctionType):
                 continue
-            function = getattr(attribute, "__func__", attribute)
             where = f"{defining.__name__}.{name}"
             if name in found:
                 if _may_call(found[name], defining) and _rotates(function):
                     raise _refusal(f"{owner.__name__}.{name} to rotate itself", f"{where}, too")
                 continue
             found[name] = function
-            if isinstance(attribute, classmethod):
+            if not isinstance(attribute, (types.FunctionType, staticmethod)):
                 if _rotates(function):
-                    raise _refusal(f"{where} to be a plain method", "a method of the class")
+                    kind = type(attribute).__name__
+                    raise _refusal(f"{where} to be a plain method", f"a {kind}")
                 continue
             if _hides_a_rotation(function):
                 raise _refusal(
                     f"the decorators of {where} to use functools.wraps", "one that hides it"
                 )
             yield name, attribute, defining
+
+
+def _function_of(attribute: Any) -> Any:
+    """What an attribute of a class runs; itself where it is no method."""
+    if isinstance(attribute, property):
+        return attribute.fget
+    if isinstance(attribute, functools.cached_property):
+        return attribute.func
+    return getattr(attribute, "__func__", attribute)
 
 
 def _may_call(function: Any, base: type) -> bool:
@@ -148,25 +164,47 @@ def _recognized(
     return rotation
 
 
-def _called_rotations(function: types.FunctionType) -> dict[str, Callable[..., Any]]:
-    """The globals that a function uses and that are rotations by their names."""
-    loaded, imported = set(), set()
+def _called_rotations(
+    function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()
+) -> dict[str, Callable[..., Any]]:
+    """The globals that a function uses and that are rotations by their names.
+
+    Refuses a function that rotates in ways that can't be replaced in it: by what it imports, by
+    what another file's namespace holds, or by a function of its file that rotates. seen: functions
+    on the way here.
+    """
+    scope = function.__globals__
+    loaded, hidden = set(), set()
+    owner = None  # what the attributes of a dotted name are looked up in
     for instruction in _instructions(function.__code__):
+        name, value = instruction.argval, None
         if instruction.opname == "LOAD_GLOBAL":
-            loaded.add(instruction.argval)
-        elif instruction.opname == "IMPORT_FROM":
-            imported.add(instruction.argval)
-    if hidden := sorted(name for name in imported if _ROTATION.search(name)):
+            loaded.add(name)
+            value = scope.get(name)
+        elif instruction.opname == "IMPORT_FROM" and _ROTATION.search(name):
+            hidden.add(f"{name}, imported inside of it")
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            value = getattr(owner, name, None) if isinstance(owner, types.ModuleType) else None
+            if _ROTATION.search(name) and _is_called(value):
+                hidden.add(f"{owner.__name__}.{name}")
+        owner = value
+    called = {name: scope[name] for name in sorted(loaded) if _is_called(scope.get(name))}
+    for name, other in called.items():
+        if not _ROTATION.search(name) and getattr(other, "__globals__", None) is scope:
+            written = inspect.unwrap(other)
+            if isinstance(written, types.FunctionType) and written not in seen:
+                within = _called_rotations(written, seen | {function, written})
+                hidden.update(f"{name}, which calls {rotation}" for rotation in within)
+    if hidden:
         raise _refusal(
             f"{function.__module__}.{function.__qualname__} to rotate with functions of its file",
-            f"{', '.join(hidden)}, imported inside of it",
+            "; ".join(sorted(hidden)),
         )
-    return {
-        name: function.__globals__[name]
-        for name in sorted(loaded)
-        if _ROTATION.search(name)
-        and isinstance(function.__globals__.get(name), (types.FunctionType, nn.Module))
-    }
+    return {name: other for name, other in called.items() if _ROTATION.search(name)}
+
+
+def _is_called(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, nn.Module))
 
 
 def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
