@@ -104,7 +104,7 @@ def checked_regime_length(
                 f"got {regime_length.device}"
             )
     elif regime_length is not None and (
-        isinstance(regime_length, (bool, float)) or regime_length < 1
+        isinstance(regime_length, (bool, float, str)) or regime_length < 1
     ):
         raise ValueError(
             f"RotaryEmbedding: expected regime_length to be an integer of at least 1, got "

@@ -420,7 +420,7 @@ def test_what_is_no_number_or_dict_is_refused_by_name(options, message):
         make("default", **options)
 
 
-@pytest.mark.parametrize("length", [True, 100.0, 0], ids=str)
+@pytest.mark.parametrize("length", [True, 100.0, "100", 0], ids=str)
 def test_what_is_no_length_is_refused(length):
     message = f"expected regime_length to be an integer of at least 1, got {length!r}"
     with pytest.raises(ValueError, match=message):

@@ -667,6 +667,12 @@ NAN = float("nan")
     ("config", "layer_type", "message"),
     [
         ({"rope_scaling": {"type": "yarnn"}, "head_dim": 64}, None, "rope_type to be one of"),
+        ({"rope_scaling": {"type": ["yarn"]}, "head_dim": 64}, None, "rope_type to be one of"),
+        (
+            {"head_dim": 64, "rope_parameters": {"full_attention": {}, "sliding_attention": 3}},
+            "sliding_attention",
+            "rope_parameters of 'sliding_attention' to be a dict or None, got 3",
+        ),
         ({"hidden_size": 64}, None, "config to have head_dim, or hidden_size and num_attention"),
         (GEMMA4, None, "layer_type to be one of sliding_attention, full_attention, got None"),
         (GEMMA4, "linear_attention", "layer_type to be one of .* got 'linear_attention'"),

@@ -68,7 +68,7 @@ def check_rotary_dim(
         kind = "even" if divisor == 2 else f"a multiple of {divisor}"
         raise ValueError(
             f"frequencies.{function}: expected {name} to be {kind}, at least {least}{most}, "
-            f"got {value}"
+            f"got {value!r}"
         )
     return value
 

@@ -200,8 +200,6 @@ def _fill_in(
                 scaling.pop(name, None)
         if nested:
             scaling.pop("truncate", None)  # read from the top level alone
-        if "factor" not in scaling and longest is not None and scaling.get(original):
-            scaling["factor"] = longest / scaling[original]
 
 
 def _parameters(
@@ -228,6 +226,11 @@ def _parameters(
                 f"got {layer_type!r}"
             )
         chosen = parameters[layer_type]
+        if not isinstance(chosen, Mapping | None):
+            raise ValueError(
+                f"frequencies.from_config: expected rope_parameters of {layer_type!r} to be a dict "
+                f"or None, got {chosen!r}"
+            )
         return (None if chosen is None else dict(chosen)), True
     if model_type in TWO_BASES and not new:
         kinds = TWO_BASES[model_type]

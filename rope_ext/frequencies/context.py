@@ -47,8 +47,9 @@ def linear(
 def yarn(
     head_dim: int,
     *,
-    factor: float,
+    factor: float | None = None,
     original_max_position_embeddings: int,
+    max_position_embeddings: int | None = None,
     base: float = 10000.0,
     rotary_dim: int | None = None,
     beta_fast: float = 32.0,
@@ -73,9 +74,11 @@ def yarn(
 
     Args:
         head_dim, base, rotary_dim, device: as for :func:`default`; base above 1.
-        factor: how many times longer the context becomes; above 0. Below 1, as transformers derives
-            it for a max_position_embeddings below O, the slow pairs turn faster.
+        factor: how many times longer the context becomes; at least 1. None:
+            max_position_embeddings / O, as transformers has it: with fewer than O, the slow pairs
+            turn faster.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
+        max_position_embeddings: the longest sequence, in tokens; only for a factor of None.
         beta_fast: turns in O tokens from which a pair stays as it is; above 0.
         beta_slow: turns in O tokens up to which a pair is interpolated; above 0, at most beta_fast.
         attention_factor: factor on cos and sin; above 0.
@@ -92,10 +95,21 @@ def yarn(
     truncate as rope type "yarn" of transformers has them.
     """
     rotary_dim = check_rotary_dim("yarn", head_dim, rotary_dim)
-    check_number("yarn", "factor", factor, above=0)
     check_number("yarn", "base", base, above=1)
     original = original_max_position_embeddings
     check_length("yarn", "original_max_position_embeddings", original)
+    if factor is not None:
+        check_number("yarn", "factor", factor, least=1)
+    elif max_position_embeddings is not None:
+        check_length("yarn", "max_position_embeddings", max_position_embeddings)
+        factor = max_position_embeddings / original
+    else:
+        raise ValueError(
+            "frequencies.yarn: expected factor, or max_position_embeddings that it follows from, "
+            "got neither"
+        )
+    if not isinstance(truncate, bool):
+        raise ValueError(f"frequencies.yarn: expected truncate to be a bool, got {truncate!r}")
     check_number("yarn", "beta_slow", beta_slow, above=0)
     check_number("yarn", "beta_fast", beta_fast, above=0)
     if beta_fast < beta_slow:

@@ -19,8 +19,16 @@ METHODS: dict[str, tuple[Callable[..., tuple[Tensor, float]], set[str], set[str]
     "dynamic": (dynamic_ntk, {"factor", "original_max_position_embeddings"}, set()),
     "yarn": (
         yarn,
-        {"factor", "original_max_position_embeddings"},
-        {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
+        {"original_max_position_embeddings"},
+        {
+            "factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
     ),
     "longrope": (
         longrope,
@@ -43,12 +51,12 @@ def rope_type_of(scaling: Mapping[str, Any] | None) -> str:
     """rope_type, or type as older configs call it; "default" without either."""
     scaling = scaling or {}
     name = scaling.get("rope_type") or scaling.get("type") or "default"
-    return ALIASES.get(name, name)
+    return ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def known_keys(rope_type: str, function: str = "from_scaling") -> set[str]:
     """The keys of a rope type; raises a ValueError for one that is not known."""
-    if rope_type not in METHODS:
+    if not isinstance(rope_type, str) or rope_type not in METHODS:
         raise ValueError(
             f"frequencies.{function}: expected rope_type to be one of {', '.join(METHODS)}, "
             f"got {rope_type!r}"
@@ -76,7 +84,7 @@ def from_scaling(
             llama3, proportional. A value of None is as none given. None: default.
         base, rotary_dim, device: as for :func:`default`. proportional has all of D rotate.
         max_position_embeddings: in tokens. For dynamic the original_max_position_embeddings, and
-            for longrope factor times them, where the dict does not have these.
+            for yarn and longrope factor times them, where the dict does not have these.
         length: of the sequence, for dynamic (also a tensor) and longrope; without effect on others.
 
     Returns:
@@ -112,6 +120,8 @@ def from_scaling(
             f"frequencies.from_scaling: expected rope_type {rope_type!r} to have "
             f"{', '.join(missing)}, got {', '.join(sorted(options)) or 'nothing'}"
         )
+    if rope_type == "yarn":
+        options["max_position_embeddings"] = max_position_embeddings
     if rope_type == "longrope" and "factor" not in options and max_position_embeddings is not None:
         original = options["original_max_position_embeddings"]
         if isinstance(original, int) and original > 0:
