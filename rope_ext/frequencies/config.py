@@ -277,6 +277,8 @@ def _dims(
         # embed_dim first: beside it, hidden_size is that of the language model
         hidden = _entry(config, "embed_dim", "hidden_size", "n_embd", "d_model")
         heads = _entry(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        if heads is None:
+            heads = _entry(config, "encoder_num_attention_heads")  # moonshine
         if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
             raise ValueError(
                 "frequencies.from_config: expected config to have head_dim, or hidden_size and "

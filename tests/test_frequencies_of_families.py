@@ -1,0 +1,84 @@
+"""from_config beside every rotary module of transformers, each made of its family's defaults."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from tiny_models import families, modeling  # noqa: E402
+
+from rope_ext import frequencies  # noqa: E402
+from rope_ext.frequencies.families import OTHER_FORMS  # noqa: E402
+
+# Why from_config refuses the defaults of these.
+REFUSED = {
+    "EdgeTamVideoVisionRotaryEmbedding": "config to have head_dim",  # of memory attention, in 2D
+    "Glm4MoeRotaryEmbedding": "even, .* got 21",  # 42 channels, of which a half
+    "Glm4vMoeTextRotaryEmbedding": "even, .* got 21",
+    "Qwen3OmniMoeRotaryEmbedding": "even, .* got 73",
+    "Qwen3OmniMoeTalkerRotaryEmbedding": "even, .* got 73",
+    "Qwen3OmniMoeThinkerTextRotaryEmbedding": "even, .* got 73",
+    "Sam2VideoVisionRotaryEmbedding": "config to have head_dim",
+    "Sam3TrackerVideoVisionRotaryEmbedding": "config to have head_dim",
+}
+OTHERS = {
+    "MusicFlamingoRotaryEmbedding",  # for its sound, where from_config reads the text's part
+    "MiniMaxM3VLRotaryEmbedding",  # disregards rotary_dim, which checkpoints have beside the factor
+}
+LEAST = 200  # modules, of all of transformers
+
+
+def rotary_modules(family):
+    """The rotary modules of a family that are made of a config, each with its config."""
+    for name, owner in vars(modeling(family)).items():
+        if not (inspect.isclass(owner) and issubclass(owner, nn.Module) and "Rotary" in name):
+            continue
+        parameter = inspect.signature(owner).parameters.get("config")
+        config_class = getattr(parameter, "annotation", inspect.Parameter.empty)
+        if owner.__module__ != modeling(family).__name__ or config_class is inspect.Parameter.empty:
+            continue
+        config = config_class()
+        for given in (config, config.get_text_config()):
+            try:
+                yield name, owner(given), given
+                break
+            except (AttributeError, KeyError):  # it takes a part of the config
+                continue
+
+
+def of_module(module):
+    """Layer type, inv_freq, attention factor: all that a rotary module has."""
+    for name, inv_freq in module.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            layer_type = name.removesuffix("inv_freq").removesuffix("_") or None
+            prefix = f"{layer_type}_" if layer_type else ""
+            yield layer_type, inv_freq, getattr(module, f"{prefix}attention_scaling", 1.0)
+
+
+@pytest.mark.families
+def test_every_rotary_module_has_the_frequencies_that_from_config_reads_from_its_config():
+    compared, refused = 0, set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = [found for family in families() for found in rotary_modules(family)]
+    for name, module, config in modules:
+        if name in OTHERS:
+            continue
+        for layer_type, inv_freq, attention_scaling in of_module(module):
+            if config.model_type in OTHER_FORMS or name in REFUSED:
+                message = REFUSED.get(name, f"'{config.model_type}', which")
+                with pytest.raises(ValueError, match=message):
+                    frequencies.from_config(config, layer_type)
+                refused.add(name)
+                continue
+            for form in (config, config.to_dict()):
+                got = frequencies.from_config(form, layer_type)
+                assert got is not None, (name, layer_type)
+                assert torch.equal(got[0], inv_freq), (name, layer_type)
+                assert got[1] == attention_scaling, (name, layer_type)
+            compared += 1
+    assert compared >= LEAST
+    assert refused >= REFUSED.keys()

@@ -1,0 +1,82 @@
+"""Frequencies of pixels, of axes and of xPos, and learned ones, beside rotary-embedding-torch."""
+
+import math
+
+import pytest
+import torch
+from support import assert_same_bits, random
+
+import rope_ext
+from rope_ext import RotaryEmbedding, frequencies
+
+rotary_embedding_torch = pytest.importorskip(
+    "rotary_embedding_torch", reason="pip install 'rope_ext[test]'"
+)
+
+B, S, H, D = 2, 11, 3, 24
+MAX_FREQ = 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ({"theta": 500}, frequencies.default(D, base=500)),
+        ({"freqs_for": "pixel", "max_freq": MAX_FREQ}, frequencies.pixel(D, max_freq=MAX_FREQ)),
+        ({"freqs_for": "constant", "num_freqs": D // 2}, frequencies.constant(D)),
+        ({"theta_rescale_factor": 4.0}, frequencies.ntk(D, alpha=4.0)),
+    ],
+    ids=["lang", "pixel", "constant", "lang, rescaled"],
+)
+def test_frequencies_have_the_bits_of_the_library(options, ours):
+    theirs = rotary_embedding_torch.RotaryEmbedding(dim=D, **options)
+    assert_same_bits(ours[0], theirs.freqs.detach())
+
+
+@pytest.mark.parametrize("sizes", [(5, 6), (2, 5, 6)], ids=["image", "volume"])
+@pytest.mark.parametrize("freqs_for", ["pixel", "lang"])
+def test_tokens_with_a_position_an_axis_are_rotated_as_by_the_library(freqs_for, sizes):
+    axes = len(sizes)
+    theirs = rotary_embedding_torch.RotaryEmbedding(
+        dim=D // axes, freqs_for=freqs_for, max_freq=MAX_FREQ
+    )
+    x = random(B, H, *sizes, D)
+    expected = rotary_embedding_torch.apply_rotary_emb(theirs.get_axial_freqs(*sizes), x)
+    rows = []
+    for axis, size in enumerate(sizes):
+        if freqs_for == "pixel":
+            inv_freq, _ = frequencies.pixel(D // axes, max_freq=MAX_FREQ, size=size)
+            position_ids = 2 * torch.arange(size) - (size - 1)
+        else:
+            inv_freq, _ = frequencies.axial(D, axes=axes)
+            position_ids = torch.arange(size)
+        shape = [size if other == axis else 1 for other in range(axes)]
+        tables = rope_ext.cos_sin(inv_freq, position_ids)
+        rows.append([t.view(*shape, -1).expand(*sizes, -1) for t in tables])
+    cos, sin = (torch.cat(parts, -1).flatten(0, -2)[None] for parts in zip(*rows, strict=True))
+    got = rope_ext.apply_rotary(x.flatten(2, -2), cos, sin, interleaved=True, layout="bhsd")
+    # angles of at most 3.5 pi, in which each of two roundings is 2^-24 of it; normal numbers
+    atol = 2 * MAX_FREQ / 2 * math.pi * 2.0**-24 * x.abs().max().item() * 2
+    torch.testing.assert_close(got.view_as(x), expected, rtol=0, atol=atol)
+
+
+def test_decay_of_xpos_is_that_of_the_library():
+    theirs = rotary_embedding_torch.RotaryEmbedding(dim=D, use_xpos=True, xpos_scale_base=64)
+    inv_freq, log_scale = frequencies.xpos(D, scale_base=64)
+    assert_same_bits(inv_freq, theirs.freqs.detach())
+    from_the_middle = torch.arange(S) - S // 2
+    got = torch.exp(from_the_middle[:, None] * log_scale)
+    torch.testing.assert_close(got, theirs.get_scale(torch.arange(S))[:, ::2])
+
+
+def test_gradient_of_learned_frequencies_is_that_of_the_library():
+    theirs = rotary_embedding_torch.RotaryEmbedding(dim=D, learned_freq=True)
+    ours = RotaryEmbedding(D, max_position_embeddings=S, learned=True, interleaved=True)
+    q, k = random(B, H, S, D), random(B, H, S, D, seed=1)
+    weights = random(B, H, S, D, seed=2), random(B, H, S, D, seed=3)
+    expected = [theirs.rotate_queries_or_keys(x) for x in (q, k)]
+    got = ours(q, k, layout="bhsd")
+    torch.autograd.backward(expected, weights)
+    torch.autograd.backward(got, weights)
+    # float32 sums of 2 B H S products of normal numbers (up to 3 each) and positions below S
+    atol = 2 * B * H * S * 9 * S * 2.0**-24
+    torch.testing.assert_close(ours.inv_freq.grad, theirs.freqs.grad, rtol=0, atol=atol)
