@@ -62,7 +62,7 @@ def assert_same_gradients(ours, theirs, *inputs):
             torch.testing.assert_close(got, expected, rtol=2 * eps, atol=8 * eps)
 
 
-# ---- flash-attention
+# ---- flash-attention: its own function is in test_flash_attention.py
 
 
 def flash_formula(
@@ -196,6 +196,24 @@ def test_llama(rows, dtype):
             lambda q, k, f: llama_formula(q, k, torch.view_as_complex(f)),
             *inputs,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("batch", [1, B])
+def test_llama_beside_the_function_of_llama_4(batch, dtype):
+    theirs = pytest.importorskip("transformers.models.llama4.modeling_llama4").apply_rotary_emb
+    inputs = random(B, S, H, D, dtype=dtype), random(B, S, KH, D, dtype=dtype)
+    angle = random(batch, S, D // 2)
+    freqs_cis = torch.polar(torch.full_like(angle, 1.25), angle)
+    for got, expected in zip(
+        llama.apply_rotary_emb(*inputs, freqs_cis), theirs(*inputs, freqs_cis), strict=True
+    ):
+        assert_near(got, expected)
+    assert_same_gradients(
+        lambda q, k: llama.apply_rotary_emb(q, k, freqs_cis),
+        lambda q, k: theirs(q, k, freqs_cis),
+        *inputs,
+    )
 
 
 # ---- torchtune: its own module is in test_torchtune.py
