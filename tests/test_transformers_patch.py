@@ -488,6 +488,21 @@ def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind(sourc
     assert type(both[0]) is file.Attention
 
 
+def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model, tokens):
+    unchangeable = """
+class Derived(Attention):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise TypeError("not this one")
+        super().__setattr__(name, value)
+"""
+    other = model_with(standard, unchangeable).Derived()
+    with pytest.raises(TypeError, match="not this one"):
+        patch(nn.ModuleList([model, other]))
+    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
+    assert rotations_of_rope_ext(model, tokens) == 0
+
+
 def test_names_that_only_contain_such_a_word_are_no_rotations():
     source = """
 def read_property(x):

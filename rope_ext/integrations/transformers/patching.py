@@ -138,11 +138,18 @@ def _patch(model: nn.Module, substitute: Substitute) -> list[nn.Module]:
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
         )
-    for module, derived in changes:
-        module.__class__ = derived
-        for method in derived._rope_ext_methods.values():
-            _rebind(module, method.original, method.function)
-    return [module for module, _ in changes]
+    changed: list[nn.Module] = []
+    try:
+        for module, derived in changes:
+            module.__class__ = derived
+            changed.append(module)
+            for method in derived._rope_ext_methods.values():
+                _rebind(module, method.original, method.function)
+    except BaseException:  # a module may not let itself be changed: all of them or none
+        for module in changed:
+            _unpatch(module)
+        raise
+    return changed
 
 
 def _unpatch(module: nn.Module) -> None:
