@@ -184,7 +184,8 @@ def _called_rotations(
         elif instruction.opname == "IMPORT_FROM" and _ROTATION.search(name):
             hidden.add(f"{name}, imported inside of it")
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            value = getattr(owner, name, None) if isinstance(owner, types.ModuleType) else None
+            # vars: some modules import or fail when they are asked for what they do not hold
+            value = vars(owner).get(name) if isinstance(owner, types.ModuleType) else None
             if _ROTATION.search(name) and _is_called(value):
                 hidden.add(f"{owner.__name__}.{name}")
         owner = value
