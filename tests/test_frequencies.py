@@ -1,6 +1,8 @@
 """Frequencies: the formulas of the papers, dtype and device, and what is refused."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -189,6 +191,16 @@ def test_length_on_a_device_is_not_waited_for(device):
             torch.cuda.set_sync_debug_mode("default")
     expected = frequencies.dynamic_ntk(16, length=9000, **YARN)[0]
     torch.testing.assert_close(inv_freq.cpu(), expected, rtol=2.0**-20, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_of_a_method_is_documented_and_its_source_named(method):
+    function = getattr(frequencies, method)
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"^        (\w+, )*{name}(, \w+)*: ", function.__doc__, re.MULTILINE), (
+            name
+        )
+    assert "Source: " in function.__doc__
 
 
 # ---- refusals

@@ -427,6 +427,32 @@ def test_partial_has_the_bits_of_transformers(head_dim, base, part):
     assert_equal(frequencies.from_config(config), expected)
 
 
+@EXAMPLES
+@given(HEADS, BASES, numbers(1, 10_000) | st.integers(1, 10_000))
+def test_ntk_alpha_has_the_bits_of_transformers(head_dim, base, alpha):
+    config = transformers.HunYuanDenseV1Config(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        rope_parameters={**HUNYUAN_ALPHA, "rope_theta": base, "alpha": alpha},
+    )
+    expected = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+    assert_equal(frequencies.ntk_alpha(head_dim, alpha=alpha, base=base), expected)
+    assert_equal(frequencies.from_config(config), expected)
+
+
+@EXAMPLES
+@given(HEADS.map(lambda channels: 2 * channels), BASES)
+def test_axial_has_the_bits_of_transformers(head_dim, base):
+    rope_parameters = {"rope_type": "axial", "rope_theta": base}
+    config = transformers.AutoConfig.for_model(
+        "gemma4_vision", head_dim=head_dim, rope_parameters=rope_parameters
+    )
+    expected = Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters(config)
+    assert_equal(frequencies.axial(head_dim, base=base), expected)
+    assert_equal(frequencies.from_config(config), expected)
+
+
 def test_vision_towers_have_the_bits_of_transformers():
     config = transformers.AutoConfig.for_model("gemma4_vision")
     expected = Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters(config)

@@ -51,8 +51,17 @@ def ntk_alpha(
 ) -> tuple[Tensor, float]:
     """The name that transformers gives to :func:`ntk` in Hunyuan's models.
 
-    Their config.json says rope type "dynamic" with an alpha; the length of the sequence plays no
-    part.
+    :func:`default` with ``base * alpha ** (R / (R - 2))``. Their config.json says rope type
+    "dynamic" with an alpha; the length of the sequence plays no part.
+
+    Args:
+        head_dim, alpha, base, rotary_dim, device: as for :func:`ntk`.
+
+    Returns:
+        inv_freq, float32 [R / 2], and attention_scaling, 1.0.
+
+    Raises:
+        ValueError: for an argument outside of these bounds.
 
     Source: compute_ntk_alpha_rope_parameters of transformers, modeling_hunyuan_v1_dense.py.
     """
