@@ -17,8 +17,13 @@ Tensor output_like(const Tensor& x) {
   return out;
 }
 
-void rotate(const Tensor& x, const RotaryArgs& args) {
-  run(x, args, &cpu::apply_rotary, &cuda::apply_rotary);
+RotaryArgs check(const RotaryInputs& in) {
+  check_device_supported(in.op, in.q);
+  return check_apply_rotary(in);
+}
+
+void rotate(const RotaryInputs& in, const RotaryArgs& args) {
+  run(in.q, args, &cpu::apply_rotary, &cuda::apply_rotary);
 }
 
 }  // namespace
@@ -27,13 +32,13 @@ Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
                     const OptionalTensor& position_ids, OptionalInt rotary_dim,
                     int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                     bool inverse) {
-  const char* const op = "apply_rotary";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, x);
-  RotaryArgs args = check_apply_rotary({op, x, nullptr, cos, sin, position_ids, options});
+  const RotaryInputs in{"apply_rotary", x, std::nullopt, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
   Tensor out = output_like(x);
-  set_output(args.q, out, args.rotary_offset);
-  rotate(x, args);
+  args.new_outputs = true;
+  set_output(args, args.q, out);
+  rotate(in, args);
   return out;
 }
 
@@ -42,15 +47,15 @@ std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, con
                                            OptionalInt rotary_dim, int64_t rotary_offset,
                                            bool interleaved, OptionalBool interleaved_out,
                                            bool inverse) {
-  const char* const op = "apply_rotary_qk";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  RotaryArgs args = check_apply_rotary({op, q, &k, cos, sin, position_ids, options});
+  const RotaryInputs in{"apply_rotary_qk", q, k, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
   Tensor out_q = output_like(q);
   Tensor out_k = output_like(k);
-  set_output(args.q, out_q, args.rotary_offset);
-  set_output(args.k, out_k, args.rotary_offset);
-  rotate(q, args);
+  args.new_outputs = true;
+  set_output(args, args.q, out_q);
+  set_output(args, args.k, out_k);
+  rotate(in, args);
   return {out_q, out_k};
 }
 
@@ -58,58 +63,51 @@ void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
                    const OptionalTensor& position_ids, OptionalInt rotary_dim,
                    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                    bool inverse) {
-  const char* const op = "apply_rotary_";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, x);
-  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, options};
-  RotaryArgs args = check_apply_rotary(in);
+  const RotaryInputs in{"apply_rotary_", x, std::nullopt, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
   check_in_place(in);
-  set_in_place(args.q, x, args.rotary_offset);
-  rotate(x, args);
+  set_in_place(args, args.q, x);
+  rotate(in, args);
 }
 
 void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                       const OptionalTensor& position_ids, OptionalInt rotary_dim,
                       int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                       bool inverse) {
-  const char* const op = "apply_rotary_qk_";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  const RotaryInputs in{op, q, &k, cos, sin, position_ids, options};
-  RotaryArgs args = check_apply_rotary(in);
+  const RotaryInputs in{"apply_rotary_qk_", q, k, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
   check_in_place(in);
-  set_in_place(args.q, q, args.rotary_offset);
-  set_in_place(args.k, k, args.rotary_offset);
-  rotate(q, args);
+  set_in_place(args, args.q, q);
+  set_in_place(args, args.k, k);
+  rotate(in, args);
 }
 
 void apply_rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin,
                       const OptionalTensor& position_ids, OptionalInt rotary_dim,
                       int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                       bool inverse, const Tensor& out) {
-  const char* const op = "apply_rotary.out";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, x);
-  const RotaryInputs in{op, x, nullptr, cos, sin, position_ids, options};
-  RotaryArgs args = check_apply_rotary(in);
+  const RotaryInputs in{"apply_rotary.out", x, std::nullopt, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
   check_out(in, out, nullptr);
-  set_output(args.q, out, args.rotary_offset);
-  rotate(x, args);
+  set_output(args, args.q, out);
+  rotate(in, args);
 }
 
 void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                          const OptionalTensor& position_ids, OptionalInt rotary_dim,
                          int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
                          bool inverse, const Tensor& out_q, const Tensor& out_k) {
-  const char* const op = "apply_rotary_qk.out";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  const RotaryInputs in{op, q, &k, cos, sin, position_ids, options};
-  RotaryArgs args = check_apply_rotary(in);
-  check_out(in, out_q, &out_k);
-  set_output(args.q, out_q, args.rotary_offset);
-  set_output(args.k, out_k, args.rotary_offset);
-  rotate(q, args);
+  const RotaryInputs in{"apply_rotary_qk.out", q, k, cos, sin, view(position_ids), options};
+  RotaryArgs args = check(in);
+  const TensorView view_of_out_k(out_k);
+  check_out(in, out_q, &view_of_out_k);
+  set_output(args, args.q, out_q);
+  set_output(args, args.k, out_k);
+  rotate(in, args);
 }
 
 std::tuple<Tensor, Tensor> apply_rotary_table_backward(
@@ -120,8 +118,8 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(
   const char* const op = "apply_rotary_table_backward";
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   check_device_supported(op, q);
-  RotaryTableGradArgs args =
-      check_table_grad({op, grad_q, q, grad_k, k, cos, token_order, row_offsets, options});
+  RotaryTableGradArgs args = check_table_grad(
+      {op, grad_q, q, view(grad_k), view(k), cos, view(token_order), view(row_offsets), options});
   Tensor grad_cos = torch::stable::new_empty(cos, cos.sizes());
   Tensor grad_sin = torch::stable::new_empty(cos, cos.sizes());
   args.grad_cos = grad_cos.mutable_data_ptr();

@@ -67,6 +67,7 @@ struct RotaryArgs {
   PositionIds position_ids;
   bool interleaved, interleaved_out;  // the order of the pairs in `in` and in `out`
   bool inverse;
+  bool new_outputs;  // nothing has touched their memory yet
 };
 
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over

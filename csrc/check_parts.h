@@ -8,8 +8,6 @@
 
 namespace rope {
 
-using torch::stable::Tensor;
-
 inline std::optional<DType> dtype_of(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   switch (type) {
@@ -21,17 +19,12 @@ inline std::optional<DType> dtype_of(torch::headeronly::ScalarType type) {
   }
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
-         a.get_device_index() == b.get_device_index();
-}
-
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
+inline bool same_sizes(const TensorView& a, const TensorView& b) {
   const auto x = a.sizes(), y = b.sizes();
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
-inline DType check_floating(const char* op, const char* name, const Tensor& t) {
+inline DType check_floating(const char* op, const char* name, const TensorView& t) {
   const auto dtype = dtype_of(t.scalar_type());
   if (!dtype) {
     refuse(op, text(name, " to be float64, float32, float16 or bfloat16"),
@@ -40,15 +33,15 @@ inline DType check_floating(const char* op, const char* name, const Tensor& t) {
   return *dtype;
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
-                         const Tensor& other) {
-  if (!same_device(t, other)) {
+inline void check_device(const char* op, const char* name, const TensorView& t,
+                         const char* other_name, const TensorView& other) {
+  if (!t.on_device_of(other)) {
     refuse(op, text(name, " on the device of ", other_name, ", ", device_text(other)),
            device_text(t));
   }
 }
 
-inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
+inline void check_last_stride(const char* op, const char* name, const TensorView& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1 && t.numel() > 0) {
     refuse(op, text(name, " to have stride 1 in its last dimension"),
@@ -56,22 +49,22 @@ inline void check_last_stride(const char* op, const char* name, const Tensor& t)
   }
 }
 
-inline void check_dtype_like(const char* op, const char* name, const Tensor& t,
-                             const char* other_name, const Tensor& other) {
+inline void check_dtype_like(const char* op, const char* name, const TensorView& t,
+                             const char* other_name, const TensorView& other) {
   if (t.scalar_type() != other.scalar_type()) {
     refuse(op, text(name, " of ", other_name, "'s dtype ", dtype_text(other.scalar_type())),
            dtype_text(t.scalar_type()));
   }
 }
 
-inline void check_sizes_like(const char* op, const char* name, const Tensor& t,
-                             const char* other_name, const Tensor& other) {
+inline void check_sizes_like(const char* op, const char* name, const TensorView& t,
+                             const char* other_name, const TensorView& other) {
   if (!same_sizes(t, other)) {
     refuse(op, text(name, " of ", other_name, "'s shape ", shape_text(other)), shape_text(t));
   }
 }
 
-inline void check_int(const char* op, const char* name, const Tensor& t) {
+inline void check_int(const char* op, const char* name, const TensorView& t) {
   if (t.scalar_type() != torch::headeronly::ScalarType::Int &&
       t.scalar_type() != torch::headeronly::ScalarType::Long) {
     refuse(op, text(name, " to be int32 or int64"), dtype_text(t.scalar_type()));

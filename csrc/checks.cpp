@@ -11,11 +11,12 @@
 namespace rope {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 namespace {
 
 // x: [B, S, H, D] or [T, H, D], of a supported dtype, last stride 1.
-DType check_rotated(const char* op, const char* name, const Tensor& x) {
+DType check_rotated(const char* op, const char* name, const TensorView& x) {
   if (x.dim() != 3 && x.dim() != 4) {
     refuse(op, text(name, " to have shape [B, S, H, D] or [T, H, D]"), shape_text(x));
   }
@@ -25,7 +26,7 @@ DType check_rotated(const char* op, const char* name, const Tensor& x) {
 }
 
 // k beside q: the same but for the number of heads.
-void check_k(const char* op, const Tensor& q, const Tensor& k) {
+void check_k(const char* op, const TensorView& q, const TensorView& k) {
   check_rotated(op, "k", k);
   bool same = k.dim() == q.dim();
   for (int64_t d = 0; same && d < q.dim(); ++d) {
@@ -70,24 +71,27 @@ struct Sizes {
   bool packed;
 };
 
-Sizes sizes_of(const Tensor& x) {
+Sizes sizes_of(const TensorView& x) {
   if (x.dim() == 3) return {1, x.size(0), x.size(2), true};
   return {x.size(0), x.size(1), x.size(3), false};
 }
 
-// x [B, S, H, D] or [T, H, D], whose elements begin at `data`, from its first rotating channel on.
+// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from its first
+// rotating channel on.
 template <class Pointer>
-Heads<Pointer> heads_of(const Tensor& x, Pointer data, int64_t rotary_offset) {
+Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype,
+                        int64_t rotary_offset) {
   using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
-  const auto strides = x.strides();
-  if (rotary_offset > 0 && data != nullptr) {
-    data = static_cast<Byte*>(data) + rotary_offset * static_cast<int64_t>(x.element_size());
-  }
+  if (data != nullptr) data = static_cast<Byte*>(data) + rotary_offset * size_of(dtype);
   if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
   return {data, strides[0], strides[1], strides[2]};
 }
 
-Table check_table(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& x,
+Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {
+  return heads_of(x.strides(), x.const_data_ptr(), dtype, rotary_offset);
+}
+
+Table check_table(const char* op, const TensorView& cos, const TensorView& sin, const TensorView& x,
                   const char* x_name, const Sizes& sizes, bool has_positions,
                   const RotaryOptions& options, int64_t& rotary_dim, int64_t& rotary_offset) {
   const DType dtype = check_floating(op, "cos", cos);
@@ -165,7 +169,7 @@ void check_positions(const char* op, const PositionIds& ids, int64_t batch, int6
   }
 }
 
-PositionIds position_ids_of(const Tensor& ids, bool packed) {
+PositionIds position_ids_of(const TensorView& ids, bool packed) {
   PositionIds out{};
   out.data = ids.const_data_ptr();
   out.int64 = ids.scalar_type() == ScalarType::Long;
@@ -181,7 +185,7 @@ bool checks_on_device() {
   return value != nullptr && value[0] == '1';
 }
 
-PositionIds check_position_ids(const char* op, const Tensor& ids, const Tensor& x,
+PositionIds check_position_ids(const char* op, const TensorView& ids, const TensorView& x,
                                const char* x_name, const Sizes& sizes, int64_t rows) {
   check_int(op, "position_ids", ids);
   check_device(op, "position_ids", ids, x_name, x);
@@ -196,25 +200,27 @@ PositionIds check_position_ids(const char* op, const Tensor& ids, const Tensor& 
                                ", S = ", sizes.seq),
            shape_text(ids));
   }
-  const auto check_values = [&](const Tensor& on_host) {
+  const auto check_values = [&](const TensorView& on_host) {
     check_positions(op, position_ids_of(on_host, sizes.packed), sizes.batch, sizes.seq, rows,
                     rank == 1);
   };
   if (ids.is_cpu()) {
     check_values(ids);
   } else if (checks_on_device()) {
-    check_values(torch::stable::to(ids, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+    check_values(
+        torch::stable::to(ids.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   }
   return position_ids_of(ids, sizes.packed);
 }
 
-RotatedHeads rotated_heads(const Tensor& x, int64_t rotary_offset) {
-  return {heads_of(x, x.const_data_ptr(), rotary_offset), {}, x.size(x.dim() - 2)};
+RotatedHeads rotated_heads(const TensorView& x, DType dtype, int64_t rotary_offset) {
+  return {heads_of(x, dtype, rotary_offset), {}, x.size(x.dim() - 2)};
 }
 
-GradHeads grad_heads(const Tensor& grad, const Tensor& x, int64_t rotary_offset) {
-  return {heads_of(grad, grad.const_data_ptr(), rotary_offset),
-          heads_of(x, x.const_data_ptr(), rotary_offset), x.size(x.dim() - 2)};
+GradHeads grad_heads(const TensorView& grad, const TensorView& x, DType dtype,
+                     int64_t rotary_offset) {
+  return {heads_of(grad, dtype, rotary_offset), heads_of(x, dtype, rotary_offset),
+          x.size(x.dim() - 2)};
 }
 
 }  // namespace
@@ -239,17 +245,17 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in) {
     args.position_ids =
         check_position_ids(in.op, *in.position_ids, in.q, q_name, sizes, args.table.rows);
   }
-  args.q = rotated_heads(in.q, args.rotary_offset);
-  if (in.k) args.k = rotated_heads(*in.k, args.rotary_offset);
+  args.q = rotated_heads(in.q, args.dtype, args.rotary_offset);
+  if (in.k) args.k = rotated_heads(*in.k, args.dtype, args.rotary_offset);
   return args;
 }
 
-void set_output(RotatedHeads& heads, const Tensor& out, int64_t rotary_offset) {
-  heads.out = heads_of(out, out.mutable_data_ptr(), rotary_offset);
+void set_output(const RotaryArgs& args, RotatedHeads& heads, const Tensor& out) {
+  heads.out = heads_of(out.strides(), out.mutable_data_ptr(), args.dtype, args.rotary_offset);
 }
 
-void set_in_place(RotatedHeads& heads, const Tensor& x, int64_t rotary_offset) {
-  set_output(heads, x, rotary_offset);
+void set_in_place(const RotaryArgs& args, RotatedHeads& heads, const Tensor& x) {
+  set_output(args, heads, x);
   heads.in.data = heads.out.data;  // a copy-on-write tensor has moved
 }
 
@@ -257,8 +263,8 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
   RotaryTableGradArgs args{};
   args.op = in.op;
   args.dtype = check_rotated(in.op, "q", in.q);
-  const auto check_grad = [&](const char* name, const Tensor& grad, const char* x_name,
-                              const Tensor& x) {
+  const auto check_grad = [&](const char* name, const TensorView& grad, const char* x_name,
+                              const TensorView& x) {
     check_sizes_like(in.op, name, grad, x_name, x);
     check_dtype_like(in.op, name, grad, x_name, x);
     check_device(in.op, name, grad, x_name, x);
@@ -292,7 +298,7 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
   if (in.token_order.has_value() != in.row_offsets.has_value()) {
     refuse(in.op, "token_order and row_offsets together", "one of them");
   }
-  const auto check_index = [&](const char* name, const Tensor& t, int64_t length) {
+  const auto check_index = [&](const char* name, const TensorView& t, int64_t length) {
     if (t.scalar_type() != ScalarType::Long || t.dim() != 1 || t.size(0) != length ||
         !t.is_contiguous()) {
       refuse(in.op, text(name, " to be contiguous int64 of shape [", length, "]"),
@@ -321,8 +327,8 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
       }
     }
   }
-  args.q = grad_heads(in.grad_q, in.q, rotary_offset);
-  if (in.k) args.k = grad_heads(*in.grad_k, *in.k, rotary_offset);
+  args.q = grad_heads(in.grad_q, in.q, args.dtype, rotary_offset);
+  if (in.k) args.k = grad_heads(*in.grad_k, *in.k, args.dtype, rotary_offset);
   return args;
 }
 

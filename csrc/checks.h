@@ -4,18 +4,14 @@
 // argument, what was expected and what came, and is thrown before anything is written or allocated.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 
 #include "args.h"
+#include "tensor_view.h"
 
 namespace rope {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // The keywords of every operator that rotates, as they were given.
 struct RotaryOptions {
@@ -26,14 +22,18 @@ struct RotaryOptions {
   bool inverse;
 };
 
+// A view of an argument that may be absent.
+inline std::optional<TensorView> view(const std::optional<torch::stable::Tensor>& t) {
+  return t ? std::optional<TensorView>(*t) : std::nullopt;
+}
+
 // What an operator was called with; k is absent for the operators on one tensor, named x then.
 struct RotaryInputs {
   const char* op;
-  const Tensor& q;    // [B, S, H, D] or [T, H, D]
-  const Tensor* k;    // [B, S, Hk, D] or [T, Hk, D], or nullptr
-  const Tensor& cos;  // [L, W] or [1|B, S, W]
-  const Tensor& sin;
-  const OptionalTensor& position_ids;  // [S], [1|B, S] or [T]
+  TensorView q;                            // [B, S, H, D] or [T, H, D]
+  std::optional<TensorView> k;             // [B, S, Hk, D] or [T, Hk, D]
+  TensorView cos, sin;                     // [L, W] or [1|B, S, W]
+  std::optional<TensorView> position_ids;  // [S], [1|B, S] or [T]
   RotaryOptions options;
 };
 
@@ -46,26 +46,24 @@ void check_in_place(const RotaryInputs& in);
 
 // Further, for the operators that write into out_q and out_k (out): tensors like q and k, no
 // element of which may be written twice, or be read.
-void check_out(const RotaryInputs& in, const Tensor& out_q, const Tensor* out_k);
+void check_out(const RotaryInputs& in, const TensorView& out_q, const TensorView* out_k);
 
 // The order of the pairs in the result.
 inline bool interleaved_out(const RotaryOptions& options) {
   return options.interleaved_out.value_or(options.interleaved);
 }
 
-// Points q or k of a checked call to its output, a tensor of its shape.
-void set_output(RotatedHeads& heads, const Tensor& out, int64_t rotary_offset);
-void set_in_place(RotatedHeads& heads, const Tensor& x, int64_t rotary_offset);
+// Points q or k of checked arguments to its output, a tensor of its shape.
+void set_output(const RotaryArgs& args, RotatedHeads& heads, const torch::stable::Tensor& out);
+void set_in_place(const RotaryArgs& args, RotatedHeads& heads, const torch::stable::Tensor& x);
 
 struct TableGradInputs {
   const char* op;
-  const Tensor& grad_q;  // of q's shape
-  const Tensor& q;
-  const OptionalTensor& grad_k;
-  const OptionalTensor& k;
-  const Tensor& cos;                  // gives the shape and dtype of the gradient
-  const OptionalTensor& token_order;  // int64 [B * S]
-  const OptionalTensor& row_offsets;  // int64 [L + 1]
+  TensorView grad_q, q;  // of one shape
+  std::optional<TensorView> grad_k, k;
+  TensorView cos;                         // gives the shape and dtype of the gradient
+  std::optional<TensorView> token_order;  // int64 [B * S]
+  std::optional<TensorView> row_offsets;  // int64 [L + 1]
   RotaryOptions options;
 };
 
@@ -74,19 +72,18 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
 
 // inv_freq [P], and position_ids of any shape; without them, `length` positions from `start`.
 // Everything but the data.
-Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* position_ids,
-                    int64_t length, int64_t start, double attention_scaling);
-
-// The data of checked angles, contiguous.
-void set_angle_data(Angles& angles, const Tensor& inv_freq, const Tensor* position_ids);
+Angles check_angles(const char* op, const TensorView& inv_freq,
+                    const std::optional<TensorView>& position_ids, int64_t length, int64_t start,
+                    double attention_scaling);
 
 // The dtype of a table: the one asked for, or float32 (float64 for a float64 inv_freq).
-torch::headeronly::ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
+torch::headeronly::ScalarType check_table_dtype(const char* op, const TensorView& inv_freq,
                                                 std::optional<torch::headeronly::ScalarType> asked);
 
 // Everything but the data of the tensors.
-CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const Tensor& grad_sin,
-                                  const Tensor& inv_freq, const Tensor* position_ids, int64_t start,
+CosSinGradArgs check_cos_sin_grad(const char* op, const TensorView& grad_cos,
+                                  const TensorView& grad_sin, const TensorView& inv_freq,
+                                  const std::optional<TensorView>& position_ids, int64_t start,
                                   double attention_scaling);
 
 }  // namespace rope

@@ -5,8 +5,9 @@ namespace rope {
 
 using torch::headeronly::ScalarType;
 
-Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* position_ids,
-                    int64_t length, int64_t start, double attention_scaling) {
+Angles check_angles(const char* op, const TensorView& inv_freq,
+                    const std::optional<TensorView>& position_ids, int64_t length, int64_t start,
+                    double attention_scaling) {
   Angles angles{};
   angles.op = op;
   if (inv_freq.dim() != 1) refuse(op, "inv_freq to have shape [P]", shape_text(inv_freq));
@@ -30,12 +31,7 @@ Angles check_angles(const char* op, const Tensor& inv_freq, const Tensor* positi
   return angles;
 }
 
-void set_angle_data(Angles& angles, const Tensor& inv_freq, const Tensor* position_ids) {
-  angles.inv_freq = inv_freq.const_data_ptr();
-  if (position_ids) angles.position_ids = position_ids->const_data_ptr();
-}
-
-ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
+ScalarType check_table_dtype(const char* op, const TensorView& inv_freq,
                              std::optional<ScalarType> asked) {
   if (!asked) {
     return inv_freq.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -49,8 +45,9 @@ ScalarType check_table_dtype(const char* op, const Tensor& inv_freq,
   }
 }
 
-CosSinGradArgs check_cos_sin_grad(const char* op, const Tensor& grad_cos, const Tensor& grad_sin,
-                                  const Tensor& inv_freq, const Tensor* position_ids, int64_t start,
+CosSinGradArgs check_cos_sin_grad(const char* op, const TensorView& grad_cos,
+                                  const TensorView& grad_sin, const TensorView& inv_freq,
+                                  const std::optional<TensorView>& position_ids, int64_t start,
                                   double attention_scaling) {
   CosSinGradArgs args{};
   args.grad_dtype = check_floating(op, "grad_cos", grad_cos);

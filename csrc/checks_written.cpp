@@ -1,4 +1,7 @@
 // Further checks of the operators that write into tensors of the caller: q and k in place, or out.
+#include <array>
+#include <optional>
+
 #include "check_parts.h"
 #include "checks.h"
 #include "overlap.h"
@@ -9,15 +12,17 @@ namespace {
 
 struct Named {
   const char* name;
-  const Tensor* t;  // nullptr: not given
+  const TensorView* t;  // nullptr: not given
 };
+
+const TensorView* address(const std::optional<TensorView>& t) { return t ? &*t : nullptr; }
 
 bool is_empty(const Named& x) { return x.t == nullptr || x.t->numel() == 0; }
 
 // A tensor whose last stride is 1.
-Footprint footprint_of(const Tensor& t) {
+Footprint footprint_of(const TensorView& t) {
   const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  const int64_t bytes = t.element_size();
   const size_t last = sizes.size() - 1;
   const bool runs = strides[last] == 1 || sizes[last] == 1;
   Footprint out(t.const_data_ptr(), bytes * (runs ? sizes[last] : 1));
@@ -27,25 +32,38 @@ Footprint footprint_of(const Tensor& t) {
   return out;
 }
 
+// The footprints of tensors, each found once; none of those that are empty.
+template <size_t kCount>
+std::array<std::optional<Footprint>, kCount> footprints_of(const Named (&tensors)[kCount]) {
+  std::array<std::optional<Footprint>, kCount> out;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (!is_empty(tensors[i])) out[i] = footprint_of(*tensors[i].t);
+  }
+  return out;
+}
+
 // No element of `written` may be written twice, or read while it is written.
 template <size_t kRead>
 void check_written(const char* op, const Named (&written)[2], const Named (&read)[kRead]) {
-  for (const Named& w : written) {
-    if (is_empty(w)) continue;
-    const Footprint bytes = footprint_of(*w.t);
-    if (overlaps_itself(bytes)) {
-      refuse(op, text(w.name, " to have no two elements in one place, as it is written"),
-             text("strides ", shape_text(w.t->strides()), " for shape ", shape_text(*w.t)));
+  const auto written_at = footprints_of(written);
+  const auto read_at = footprints_of(read);
+  for (size_t w = 0; w < 2; ++w) {
+    if (!written_at[w]) continue;
+    if (overlaps_itself(*written_at[w])) {
+      const TensorView& t = *written[w].t;
+      refuse(op, text(written[w].name, " to have no two elements in one place, as it is written"),
+             text("strides ", shape_text(t.strides()), " for shape ", shape_text(t)));
     }
-    for (const Named& r : read) {
-      if (!is_empty(r) && overlap(bytes, footprint_of(*r.t))) {
-        refuse(op, text(r.name, " to share no memory with ", w.name, ", which is written"),
-               "overlapping tensors");
+    for (size_t r = 0; r < kRead; ++r) {
+      if (read_at[r] && overlap(*written_at[w], *read_at[r])) {
+        refuse(
+            op,
+            text(read[r].name, " to share no memory with ", written[w].name, ", which is written"),
+            "overlapping tensors");
       }
     }
   }
-  if (!is_empty(written[0]) && !is_empty(written[1]) &&
-      overlap(footprint_of(*written[0].t), footprint_of(*written[1].t))) {
+  if (written_at[0] && written_at[1] && overlap(*written_at[0], *written_at[1])) {
     refuse(
         op,
         text(written[0].name, " and ", written[1].name, " to share no memory, as both are written"),
@@ -64,17 +82,16 @@ void check_in_place(const RotaryInputs& in) {
                 ", as a rotation in place leaves the pairs where they are"),
            name(!interleaved));
   }
-  const OptionalTensor& ids = in.position_ids;
-  const Named written[] = {{in.k ? "q" : "x", &in.q}, {"k", in.k}};
+  const Named written[] = {{in.k ? "q" : "x", &in.q}, {"k", address(in.k)}};
   const Named read[] = {
-      {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", ids ? &*ids : nullptr}};
+      {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", address(in.position_ids)}};
   check_written(in.op, written, read);
 }
 
-void check_out(const RotaryInputs& in, const Tensor& out_q, const Tensor* out_k) {
+void check_out(const RotaryInputs& in, const TensorView& out_q, const TensorView* out_k) {
   const char* const q_name = in.k ? "q" : "x";
   const Named written[] = {{in.k ? "out_q" : "out", &out_q}, {"out_k", out_k}};
-  const Named like[] = {{q_name, &in.q}, {"k", in.k}};
+  const Named like[] = {{q_name, &in.q}, {"k", address(in.k)}};
   for (int i = 0; i < 2; ++i) {
     if (written[i].t == nullptr) continue;
     check_sizes_like(in.op, written[i].name, *written[i].t, like[i].name, *like[i].t);
@@ -82,12 +99,11 @@ void check_out(const RotaryInputs& in, const Tensor& out_q, const Tensor* out_k)
     check_device(in.op, written[i].name, *written[i].t, like[i].name, *like[i].t);
     check_last_stride(in.op, written[i].name, *written[i].t);
   }
-  const OptionalTensor& ids = in.position_ids;
   const Named read[] = {like[0],
                         like[1],
                         {"cos", &in.cos},
                         {"sin", &in.sin},
-                        {"position_ids", ids ? &*ids : nullptr}};
+                        {"position_ids", address(in.position_ids)}};
   check_written(in.op, written, read);
 }
 

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 
 #include "kernels.h"
 #include "refusal.h"
+#include "tensor_view.h"
 
 // Of libtorch_cuda, which is never linked: bound when the running PyTorch has CUDA, else null.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -22,7 +22,7 @@ constexpr bool kBuiltWithCuda = false;
 #endif
 
 // Refuses a device that this build has no kernels for.
-inline void check_device_supported(const char* op, const torch::stable::Tensor& t) {
+inline void check_device_supported(const char* op, const TensorView& t) {
   if (t.is_cpu()) return;
   if constexpr (!kBuiltWithCuda) {
     throw std::runtime_error(text("rope::", op, ": built without CUDA: ", ROPE_EXT_NO_CUDA_REASON));
@@ -34,7 +34,7 @@ inline void check_device_supported(const char* op, const torch::stable::Tensor& 
 
 // The kernel for the tensor's device: on CUDA with that device current, on its current stream.
 template <class Args>
-void run(const torch::stable::Tensor& where, const Args& args, void (*on_cpu)(const Args&),
+void run(const TensorView& where, const Args& args, void (*on_cpu)(const Args&),
          void (*on_cuda)(const Args&, void* stream)) {
   if (where.is_cpu()) return on_cpu(args);
   const int32_t index = where.get_device_index();

@@ -1,14 +1,13 @@
 // How a refusal reads, and the words for shapes, dtypes and devices in it.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "args.h"
+#include "tensor_view.h"
 
 namespace rope {
 
@@ -19,14 +18,14 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-inline std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+inline std::string shape_text(TensorView::Sizes sizes) {
   std::ostringstream out;
   for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "[" : ", ") << sizes[i];
   out << (sizes.size() == 0 ? "[]" : "]");
   return out.str();
 }
 
-inline std::string shape_text(const torch::stable::Tensor& t) { return shape_text(t.sizes()); }
+inline std::string shape_text(const TensorView& t) { return shape_text(t.sizes()); }
 
 inline const char* dtype_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
@@ -42,7 +41,7 @@ inline const char* dtype_text(torch::headeronly::ScalarType type) {
   }
 }
 
-inline std::string device_text(const torch::stable::Tensor& t) {
+inline std::string device_text(const TensorView& t) {
   if (t.is_cpu()) return "cpu";
   return text(t.is_cuda() ? "cuda:" : "another device:", t.get_device_index());
 }

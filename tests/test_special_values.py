@@ -71,6 +71,20 @@ def test_float32_subnormals_are_kept(backend):
     assert_same_bits(rope.apply_rotary(x.to(backend), cos, sin), x)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nan_of_any_payload_stays_nan(dtype, order, backend):
+    """Also where rounding it as a number would carry into its sign: all of its bits are set."""
+    nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    x = torch.ones(1, S, 2, D, dtype=dtype)
+    x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])[0, 0] = -1
+    cos, sin = torch.ones(S, P), torch.zeros(S, P)
+    cos[1], sin[2] = nan, nan
+    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order]).cpu()
+    assert y[0, :3].isnan().all()
+    assert y[0, 3].eq(1).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

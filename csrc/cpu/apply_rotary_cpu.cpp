@@ -12,6 +12,10 @@ namespace {
 // A thread gets at least this many channels: below that, waking it costs more than it saves.
 constexpr int64_t kGrainChannels = 16384;
 
+// Results from this size on are written past the caches, unless their memory is new: then its lines
+// are in the caches already, where the operating system has just cleared them.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 // Where heads lie further apart than tokens ([B, H, S, D] in memory), a block of several tokens is
 // walked head by head, so that memory is read in long runs; otherwise token by token.
 int64_t block_tokens(const RotaryArgs& args) {
@@ -20,18 +24,43 @@ int64_t block_tokens(const RotaryArgs& args) {
   return head_major ? std::min(kMaxBlockTokens, args.seq) : 1;
 }
 
+bool aligned(const RotaryArgs& args, const RotatedHeads& x) {
+  if (x.heads == 0) return true;
+  const int64_t size = size_of(args.dtype);
+  int64_t bits = reinterpret_cast<int64_t>(x.out.data);
+  for (const int64_t elements : {x.out.stride_b, x.out.stride_s, x.out.stride_h}) {
+    bits |= elements * size;
+  }
+  return bits % kStreamAlignment == 0;
+}
+
+// Writing past the caches saves reading each line before it is overwritten, and costs whoever reads
+// the result from the caches: it wins where that is too large for them. Whole heads of whole
+// vectors only, so that lines are written whole.
+bool streams(const RotaryArgs& args) {
+  const int64_t heads = args.q.heads + args.k.heads;
+  const int64_t bytes = args.batch * args.seq * heads * args.head_dim * size_of(args.dtype);
+  const auto elsewhere = [](const RotatedHeads& x) {
+    return x.heads == 0 || x.in.data != x.out.data;
+  };
+  return bytes >= kStreamBytes && !args.new_outputs && args.rotary_dim == args.head_dim &&
+         args.rotary_dim / 2 * size_of(args.dtype) % kStreamAlignment == 0 && elsewhere(args.q) &&
+         elsewhere(args.k) && aligned(args, args.q) && aligned(args, args.k);
+}
+
 }  // namespace
 
 void apply_rotary(const RotaryArgs& args) {
   const int64_t heads = args.q.heads + args.k.heads;
   if (args.batch == 0 || args.seq == 0 || heads == 0) return;
-  TokenBlocks blocks;
-  blocks.tokens = block_tokens(args);
-  blocks.per_batch = (args.seq + blocks.tokens - 1) / blocks.tokens;
-  const int64_t items = args.batch * blocks.per_batch * heads;
-  const int64_t grain = std::max<int64_t>(1, kGrainChannels / (blocks.tokens * args.head_dim));
+  RotaryPlan plan;
+  plan.block_tokens = block_tokens(args);
+  plan.blocks_a_batch_row = (args.seq + plan.block_tokens - 1) / plan.block_tokens;
+  plan.stream = streams(args);
+  const int64_t items = args.batch * plan.blocks_a_batch_row * heads;
+  const int64_t grain = std::max<int64_t>(1, kGrainChannels / (plan.block_tokens * args.head_dim));
   const auto& kernel = isa().apply_rotary;
-  parallel_for(items, grain, [&](int64_t begin, int64_t end) { kernel(args, blocks, begin, end); });
+  parallel_for(items, grain, [&](int64_t begin, int64_t end) { kernel(args, plan, begin, end); });
 }
 
 }  // namespace rope::cpu

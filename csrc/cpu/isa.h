@@ -11,17 +11,20 @@
 
 namespace rope::cpu {
 
-// Items of apply_rotary: (block of `tokens` consecutive tokens of one batch row, head of q or k),
-// the blocks outermost. A block's rows of the table are read and converted once for all its heads.
-struct TokenBlocks {
-  int64_t tokens;     // tokens in a block, at most kMaxBlockTokens
-  int64_t per_batch;  // blocks in a batch row
+// How apply_rotary is cut. Its items: (block of consecutive tokens of one batch row, head of q or
+// k), the blocks outermost. A block's rows of the table are read and converted once for all its
+// heads.
+struct RotaryPlan {
+  int64_t block_tokens;  // at most kMaxBlockTokens
+  int64_t blocks_a_batch_row;
+  bool stream;  // write past the caches
 };
 
 constexpr int64_t kMaxBlockTokens = 16;
+constexpr int64_t kStreamAlignment = 32;  // bytes, of every vector that is streamed
 
 struct Isa {
-  void (*apply_rotary)(const RotaryArgs&, const TokenBlocks&, int64_t begin, int64_t end);
+  void (*apply_rotary)(const RotaryArgs&, const RotaryPlan&, int64_t begin, int64_t end);
   void (*rotary_table_grad)(const RotaryTableGradArgs&, int64_t begin, int64_t end);  // rows
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);                     // tokens
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);            // chunks

@@ -4,6 +4,7 @@
 #if ROPE_X86
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +17,7 @@ ROPE_BEGIN_AVX2
 #include "../angle.h"
 #include "../rotation.h"
 #define ROPE_ISA_F16C
+#define ROPE_ISA_STREAMS
 
 namespace rope::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // region that selects the instructions and in a namespace of its own. Standard headers come before
 // that region, so that no function of theirs is compiled for instructions the machine may lack.
 
-#include "vec.h"
+#include "pairs.h"
 
 // A value in double or float as storage type T, rounded once, to nearest, ties to even.
 template <class T, class A>

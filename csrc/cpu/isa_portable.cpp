@@ -1,4 +1,5 @@
 // The CPU kernels for any processor: SSE2, NEON or whatever the compiler's baseline offers.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,17 +1,18 @@
 // Vectors of the CPU kernels: GCC's and Clang's vector extension, so that one source compiles to
 // AVX2, SSE2 or NEON, and the loads and stores that convert each storage type on the way.
 //
-// Included inside an instruction-set region (isa_*.cpp), in its own namespace; only fp16 has an
-// instruction of its own.
+// Included inside an instruction-set region (isa_*.cpp), in its own namespace; only fp16 and stores
+// past the caches have instructions of their own.
 //
 // Lanes<T> loads and stores consecutive elements of a storage type T as 8 lanes of float, or 4 of
-// double for float64; Pairs<T, interleaved> as many pairs (x1, x2) of a head. Stores round once, to
-// nearest, ties to even; NaN stays NaN.
+// double for float64. Stores round once, to nearest, ties to even; NaN stays NaN.
 
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Uint8 __attribute__((vector_size(32)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
 typedef uint16_t Short8 __attribute__((vector_size(16)));
+typedef uint16_t Short16 __attribute__((vector_size(32)));
+typedef int16_t SignedShort16 __attribute__((vector_size(32)));
 typedef double Double4 __attribute__((vector_size(32)));
 typedef int64_t Long4 __attribute__((vector_size(32)));
 
@@ -37,9 +38,24 @@ ROPE_HOST_DEVICE V read(const void* from) {
   return v;
 }
 
-template <class V>
+// kStream: past the caches, to an address that is a multiple of the vector's size. Followed by
+// finish_streaming() before another thread may read.
+template <bool kStream = false, class V>
 ROPE_HOST_DEVICE void write(void* to, const V& v) {
+#if defined(ROPE_ISA_STREAMS)
+  if constexpr (kStream && sizeof(V) == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+  } else if constexpr (kStream) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+  }
+#endif
   memcpy(to, &v, sizeof(v));
+}
+
+ROPE_HOST_DEVICE void finish_streaming() {
+#if defined(ROPE_ISA_STREAMS)
+  _mm_sfence();
+#endif
 }
 
 // The float32 bits of bfloat16 are its upper half.
@@ -105,6 +121,35 @@ ROPE_HOST_DEVICE void interleave(const Double4& x1, const Double4& x2, Double4& 
   b = ROPE_SHUFFLE(Long4, x1, x2, 2, 6, 3, 7);
 }
 
+// The same, but each 128 bits of a with the same 128 bits of b: cheaper where a vector is wider,
+// and one is still the inverse of the other.
+ROPE_HOST_DEVICE void deinterleave_in_lanes(const Float8& a, const Float8& b, Float8& x1,
+                                            Float8& x2) {
+  x1 = ROPE_SHUFFLE(Int8, a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+  x2 = ROPE_SHUFFLE(Int8, a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+ROPE_HOST_DEVICE void interleave_in_lanes(const Float8& x1, const Float8& x2, Float8& a,
+                                          Float8& b) {
+  a = ROPE_SHUFFLE(Int8, x1, x2, 0, 8, 1, 9, 4, 12, 5, 13);
+  b = ROPE_SHUFFLE(Int8, x1, x2, 2, 10, 3, 11, 6, 14, 7, 15);
+}
+ROPE_HOST_DEVICE Float8 in_lane_order(const Float8& v) {
+  return ROPE_SHUFFLE(Int8, v, v, 0, 1, 4, 5, 2, 3, 6, 7);
+}
+ROPE_HOST_DEVICE void deinterleave_in_lanes(const Double4& a, const Double4& b, Double4& x1,
+                                            Double4& x2) {
+  x1 = ROPE_SHUFFLE(Long4, a, b, 0, 4, 2, 6);
+  x2 = ROPE_SHUFFLE(Long4, a, b, 1, 5, 3, 7);
+}
+ROPE_HOST_DEVICE void interleave_in_lanes(const Double4& x1, const Double4& x2, Double4& a,
+                                          Double4& b) {
+  a = ROPE_SHUFFLE(Long4, x1, x2, 0, 4, 2, 6);
+  b = ROPE_SHUFFLE(Long4, x1, x2, 1, 5, 3, 7);
+}
+ROPE_HOST_DEVICE Double4 in_lane_order(const Double4& v) {
+  return ROPE_SHUFFLE(Long4, v, v, 0, 2, 1, 3);
+}
+
 // load and store of kLanes consecutive elements, converted.
 template <class T>
 struct Lanes;
@@ -113,14 +158,20 @@ template <>
 struct Lanes<float> {
   using Vector = Float8;
   static ROPE_HOST_DEVICE void load(const float* from, Vector& v) { v = read<Vector>(from); }
-  static ROPE_HOST_DEVICE void store(float* to, const Vector& v) { write(to, v); }
+  template <bool kStream = false>
+  static ROPE_HOST_DEVICE void store(float* to, const Vector& v) {
+    write<kStream>(to, v);
+  }
 };
 
 template <>
 struct Lanes<double> {
   using Vector = Double4;
   static ROPE_HOST_DEVICE void load(const double* from, Vector& v) { v = read<Vector>(from); }
-  static ROPE_HOST_DEVICE void store(double* to, const Vector& v) { write(to, v); }
+  template <bool kStream = false>
+  static ROPE_HOST_DEVICE void store(double* to, const Vector& v) {
+    write<kStream>(to, v);
+  }
 };
 
 template <>
@@ -129,7 +180,10 @@ struct Lanes<Half> {
   static ROPE_HOST_DEVICE void load(const Half* from, Vector& v) {
     v = float_of_half(read<Short8>(from));
   }
-  static ROPE_HOST_DEVICE void store(Half* to, const Vector& v) { write(to, half_of_float(v)); }
+  template <bool kStream = false>
+  static ROPE_HOST_DEVICE void store(Half* to, const Vector& v) {
+    write<kStream>(to, half_of_float(v));
+  }
 };
 
 template <>
@@ -138,143 +192,8 @@ struct Lanes<BFloat16> {
   static ROPE_HOST_DEVICE void load(const BFloat16* from, Vector& v) {
     v = bit_cast<Float8>(__builtin_convertvector(read<Short8>(from), Uint8) << 16);
   }
+  template <bool kStream = false>
   static ROPE_HOST_DEVICE void store(BFloat16* to, const Vector& v) {
-    write(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, Short8));
+    write<kStream>(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, Short8));
   }
 };
-
-// kLanes pairs: `first` and `second` point at the first halves and the second halves of the pairs;
-// when interleaved, `first` points at the 2 * kLanes channels and `second` is not used.
-template <class T, bool kInterleaved>
-struct Pairs {
-  using Vector = typename Lanes<T>::Vector;
-  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
-    if constexpr (kInterleaved) {
-      constexpr int kLanes = sizeof(Vector) / sizeof(x1[0]);
-      Vector a, b;
-      Lanes<T>::load(first, a);
-      Lanes<T>::load(first + kLanes, b);
-      deinterleave(a, b, x1, x2);
-    } else {
-      Lanes<T>::load(first, x1);
-      Lanes<T>::load(second, x2);
-    }
-  }
-  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
-    if constexpr (kInterleaved) {
-      constexpr int kLanes = sizeof(Vector) / sizeof(x1[0]);
-      Vector a, b;
-      interleave(x1, x2, a, b);
-      Lanes<T>::store(first, a);
-      Lanes<T>::store(first + kLanes, b);
-    } else {
-      Lanes<T>::store(first, x1);
-      Lanes<T>::store(second, x2);
-    }
-  }
-};
-
-// Two bfloat16 in each 32-bit word: they become floats, and words again, without moving a lane.
-ROPE_HOST_DEVICE void unpack(const Uint8& words, Float8& low, Float8& high) {
-  low = bit_cast<Float8>(words << 16);
-  high = bit_cast<Float8>(words & 0xffff0000u);
-}
-ROPE_HOST_DEVICE void pack(Uint8& words, const Float8& low, const Float8& high) {
-  words = (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u);
-}
-
-// An interleaved pair is one word, x1 below x2.
-template <>
-struct Pairs<BFloat16, true> {
-  using Vector = Float8;
-  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16*, Vector& x1,
-                                    Vector& x2) {
-    unpack(read<Uint8>(first), x1, x2);
-  }
-  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16*, const Vector& x1,
-                                     const Vector& x2) {
-    Uint8 words;
-    pack(words, x1, x2);
-    write(first, words);
-  }
-};
-
-// 16 consecutive channels as those of even and those of odd index.
-struct EvenOdd {
-  Float8 even, odd;
-};
-template <>
-ROPE_HOST_DEVICE EvenOdd read<EvenOdd>(const void* from) {  // whole vectors: GCC copies by 16 bytes
-  return {read<Float8>(from), read<Float8>(static_cast<const float*>(from) + 8)};
-}
-ROPE_HOST_DEVICE EvenOdd operator*(const EvenOdd& a, const EvenOdd& b) {
-  return {a.even * b.even, a.odd * b.odd};
-}
-ROPE_HOST_DEVICE EvenOdd operator+(const EvenOdd& a, const EvenOdd& b) {
-  return {a.even + b.even, a.odd + b.odd};
-}
-ROPE_HOST_DEVICE EvenOdd operator-(const EvenOdd& a, const EvenOdd& b) {
-  return {a.even - b.even, a.odd - b.odd};
-}
-
-// 16 pairs of bfloat16, even and odd by the index of the pair: of the half-split that moves no
-// lane, of the interleaved whole words.
-template <bool kInterleaved>
-struct EvenOddPairs {
-  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, EvenOdd& x1,
-                                    EvenOdd& x2) {
-    if constexpr (kInterleaved) {
-      Float8 even, odd;
-      deinterleave(read<Float8>(first), read<Float8>(first + 16), even, odd);
-      unpack(bit_cast<Uint8>(even), x1.even, x2.even);
-      unpack(bit_cast<Uint8>(odd), x1.odd, x2.odd);
-    } else {
-      unpack(read<Uint8>(first), x1.even, x1.odd);
-      unpack(read<Uint8>(second), x2.even, x2.odd);
-    }
-  }
-  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const EvenOdd& x1,
-                                     const EvenOdd& x2) {
-    Uint8 a, b;
-    if constexpr (kInterleaved) {
-      Float8 low, high;
-      pack(a, x1.even, x2.even);
-      pack(b, x1.odd, x2.odd);
-      interleave(bit_cast<Float8>(a), bit_cast<Float8>(b), low, high);
-      write(first, low);
-      write(first + 16, high);
-    } else {
-      pack(a, x1.even, x1.odd);
-      pack(b, x2.even, x2.odd);
-      write(first, a);
-      write(second, b);
-    }
-  }
-};
-
-// The pairs as the rotation takes them, and puts them back, in one order or another. Where bfloat16
-// are or become half-split they are in the order of EvenOdd, and so are the rows of the table.
-template <class T, bool kInterleaved, bool kInterleavedOut>
-struct RotationPairs {
-  static constexpr bool kEvenOddRows =
-      std::is_same_v<T, BFloat16> && !(kInterleaved && kInterleavedOut);
-  using Vector = std::conditional_t<kEvenOddRows, EvenOdd, typename Lanes<T>::Vector>;
-  template <bool kOrder>
-  using InOrder = std::conditional_t<kEvenOddRows, EvenOddPairs<kOrder>, Pairs<T, kOrder>>;
-  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
-    InOrder<kInterleaved>::load(first, second, x1, x2);
-  }
-  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
-    InOrder<kInterleavedOut>::store(first, second, x1, x2);
-  }
-};
-
-// Values in the order of channels to that of EvenOdd, in place, 16 at a time.
-ROPE_HOST_DEVICE void reorder(float* values, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    Float8 even, odd;
-    deinterleave(read<Float8>(values + i), read<Float8>(values + i + 8), even, odd);
-    write(values + i, even);
-    write(values + i + 8, odd);
-  }
-}
