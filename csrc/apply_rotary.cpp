@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "cpu/new_memory.h"
 #include "device.h"
 #include "operators.h"
 
@@ -10,10 +11,21 @@ namespace rope {
 namespace {
 
 // Dense, of x's shape and order of dimensions, as torch.empty_like; last stride 1.
-Tensor output_like(const Tensor& x) {
+Tensor dense_like(const Tensor& x) {
   Tensor out = torch::stable::empty_like(x);
   const int64_t last = x.dim() - 1;
   if (x.size(last) > 1 && out.stride(last) != 1) return torch::stable::new_empty(x, x.sizes());
+  return out;
+}
+
+// A new tensor like x as the result for `heads`.
+Tensor new_output(RotaryArgs& args, RotatedHeads& heads, const Tensor& x) {
+  Tensor out = dense_like(x);
+  if (out.is_cpu()) {
+    cpu::expect_whole_write(out.mutable_data_ptr(), out.numel() * size_of(args.dtype));
+  }
+  set_output(args, heads, out);
+  args.new_outputs = true;
   return out;
 }
 
@@ -35,9 +47,7 @@ Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   const RotaryInputs in{"apply_rotary", x, std::nullopt, cos, sin, view(position_ids), options};
   RotaryArgs args = check(in);
-  Tensor out = output_like(x);
-  args.new_outputs = true;
-  set_output(args, args.q, out);
+  Tensor out = new_output(args, args.q, x);
   rotate(in, args);
   return out;
 }
@@ -50,11 +60,8 @@ std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, con
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
   const RotaryInputs in{"apply_rotary_qk", q, k, cos, sin, view(position_ids), options};
   RotaryArgs args = check(in);
-  Tensor out_q = output_like(q);
-  Tensor out_k = output_like(k);
-  args.new_outputs = true;
-  set_output(args, args.q, out_q);
-  set_output(args, args.k, out_k);
+  Tensor out_q = new_output(args, args.q, q);
+  Tensor out_k = new_output(args, args.k, k);
   rotate(in, args);
   return {out_q, out_k};
 }

@@ -12,8 +12,8 @@ namespace {
 // A thread gets at least this many channels: below that, waking it costs more than it saves.
 constexpr int64_t kGrainChannels = 16384;
 
-// Results from this size on are written past the caches, unless their memory is new: then its lines
-// are in the caches already, where the operating system has just cleared them.
+// Results from this size on are written past the caches: what reads them next would not find them
+// there anyway. Not where their memory is new: its lines are in the caches, just cleared.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 // Where heads lie further apart than tokens ([B, H, S, D] in memory), a block of several tokens is
