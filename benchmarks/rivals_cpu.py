@@ -12,6 +12,9 @@ from common import Case
 from rivals import Skip, widened
 from torch import Tensor
 
+BASE = 10000.0  # of frequencies.default
+ANGLE_ROUNDINGS = 2  # of a frequency, and of its product with a position
+
 Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -39,7 +42,7 @@ class Peer:
     transposed: bool = False  # takes and returns [B, H, S, D], in the memory order of [B, S, H, D]
     trains: bool = True
     given_outputs: bool = False  # writes into memory that it has already
-    float32_angles: bool = False  # the error grows with the position
+    angle_roundings: int = 0  # of an angle, to float32: the error grows with the position
 
     def layout(self, x: Tensor) -> Tensor:
         """From [B, S, H, D] to what rotate takes, or back."""
@@ -90,7 +93,7 @@ def make_rotary_embedding_torch(problem: Problem) -> Peer:
     return Peer(
         lambda q, k: (apply_rotary_emb(angles, q), apply_rotary_emb(angles, k)),
         interleaved=True,
-        float32_angles=True,
+        angle_roundings=ANGLE_ROUNDINGS,
     )
 
 
@@ -106,7 +109,7 @@ def make_torchtune(problem: Problem) -> Peer:
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return module(q, input_pos=positions), module(k, input_pos=positions)
 
-    return Peer(rotate, interleaved=True, float32_angles=True)
+    return Peer(rotate, interleaved=True, angle_roundings=ANGLE_ROUNDINGS)
 
 
 def make_onnxruntime(problem: Problem) -> Peer:
@@ -168,14 +171,66 @@ def make_onnxruntime(problem: Problem) -> Peer:
     return Peer(rotate, shape.interleaved, trains=False, given_outputs=True)
 
 
+def make_ggml(problem: Problem) -> Peer:
+    """ggml_rope_ext, q and k in one graph, into memory that is there already.
+
+    It computes its cosines in every call.
+    """
+    import ctypes
+
+    import ggml
+
+    shape, dtype = problem.shape, problem.q.dtype
+    types = {torch.float32: ggml.GGML_TYPE_F32, torch.float16: ggml.GGML_TYPE_F16}
+    if dtype not in types:
+        raise Skip(f"no {dtype} on the CPU")
+    overhead = 64 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
+    context = ggml.ggml_init(
+        ggml.ggml_init_params(mem_size=overhead, mem_buffer=None, no_alloc=True)
+    )
+    positions = problem.positions.expand(shape.batch, shape.seq).flatten().int()
+    of_tokens = ggml.ggml_new_tensor_1d(context, ggml.GGML_TYPE_I32, shape.tokens)
+    of_tokens.contents.data = positions.data_ptr()
+
+    outputs = torch.empty_like(problem.q), torch.empty_like(problem.k)
+    graph = ggml.ggml_new_graph(context)
+    mode = 0 if shape.interleaved else 2  # GGML_ROPE_TYPE_NEOX
+    for x, out in zip((problem.q, problem.k), outputs, strict=True):
+        size = (shape.head_dim, x.shape[2], shape.tokens)
+        given = ggml.ggml_new_tensor_3d(context, types[dtype], *size)
+        given.contents.data = x.data_ptr()
+        angles = (shape.rotary_dim, mode, 0, BASE, 1.0, 0.0, 1.0, 0.0, 0.0)
+        rotated = ggml.ggml_rope_ext(context, given, of_tokens, None, *angles)
+        rotated.contents.data = out.data_ptr()
+        ggml.ggml_build_forward_expand(graph, rotated)
+    plan = ggml.ggml_graph_plan(graph, torch.get_num_threads(), None)
+    work = ctypes.create_string_buffer(max(1, plan.work_size))
+    plan.work_data = ctypes.cast(work, ctypes.POINTER(ctypes.c_uint8))
+
+    pointed_at = positions, work  # by the graph
+
+    def rotate(q: Tensor, k: Tensor, _keep: object = pointed_at) -> tuple[Tensor, Tensor]:
+        if q is not problem.q or k is not problem.k:
+            raise ValueError("bound to other tensors")
+        ggml.ggml_graph_compute(graph, ctypes.byref(plan))
+        return outputs
+
+    rotate.keeps = (positions, work)  # what the graph points at
+    # each frequency is the one before it times a ratio, which was rounded too
+    roundings = shape.rotary_dim
+    return Peer(
+        rotate, shape.interleaved, trains=False, given_outputs=True, angle_roundings=roundings
+    )
+
+
 def whole_head_only(problem: Problem) -> None:
     if problem.shape.rotary_dim < problem.shape.head_dim:
         raise Skip("whole heads only")
 
 
-def angle_slack(problem: Problem) -> float:
-    """The error in radians of an angle whose frequency and product were rounded to float32."""
-    return int(problem.positions.max()) * torch.finfo(torch.float32).eps
+def angle_slack(problem: Problem, roundings: int) -> float:
+    """The error in radians of the largest angle after so many roundings to float32."""
+    return int(problem.positions.max()) * torch.finfo(torch.float32).eps / 2 * roundings
 
 
 RIVALS = {
@@ -185,5 +240,6 @@ RIVALS = {
     "rotary-embedding-torch": make_rotary_embedding_torch,
     "torchtune": make_torchtune,
     "onnxruntime": make_onnxruntime,
+    "ggml": make_ggml,
 }
 SLOW_TO_MAKE = {"transformers, compiled"}

@@ -59,8 +59,8 @@ def verify(
     options["interleaved"] = problem.shape.interleaved if peer is None else peer.interleaved
     slack = OURS_SLACK if peer is None else PEERS_SLACK
     slack *= torch.finfo(problem.q.dtype).eps
-    if peer is not None and peer.float32_angles:
-        slack += angle_slack(problem)
+    if peer is not None:
+        slack += angle_slack(problem, peer.angle_roundings)
     for name, before, after in zip("qk", x, got, strict=True):
         check_rotation(name, after, before, cos, sin, slack=slack, **options)
 

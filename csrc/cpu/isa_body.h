@@ -51,6 +51,38 @@ ROPE_HOST_DEVICE void dispatch_orders(const Args& args, const F& f) {
   }
 }
 
+// Table entries [first, first + n) of one row, as A.
+template <class A, class S>
+ROPE_HOST_DEVICE void convert(const void* row, int64_t first, int64_t n, A* to) {
+  const S* from = static_cast<const S*>(row) + first;
+  if constexpr (sizeof(S) >= 4) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i]);
+  } else {
+    const auto convert8 = [&](const S* eight, int64_t at, int64_t lanes) ROPE_ALWAYS_INLINE {
+      Float8 v;
+      Lanes<S>::load(eight, v);
+      for (int64_t lane = 0; lane < lanes; ++lane) to[at + lane] = static_cast<A>(v[lane]);
+    };
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) convert8(from + i, i, 8);
+    if (i < n) {
+      S padded[8] = {};
+      memcpy(padded, from + i, (n - i) * sizeof(S));
+      convert8(padded, i, n - i);
+    }
+  }
+}
+
+template <class A>
+void convert(DType dtype, const void* row, int64_t first, int64_t n, A* to) {
+  switch (dtype) {
+    case DType::Float64: return convert<A, double>(row, first, n, to);
+    case DType::Float32: return convert<A, float>(row, first, n, to);
+    case DType::Float16: return convert<A, Half>(row, first, n, to);
+    case DType::BFloat16: return convert<A, BFloat16>(row, first, n, to);
+  }
+}
+
 // Writes entry `at` of an output of the given dtype.
 template <class A>
 ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {

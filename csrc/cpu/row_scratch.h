@@ -13,34 +13,6 @@ struct Row {
   ROPE_HOST_DEVICE Row plus(int64_t n) const { return {c1 + n, s1 + n, c2 + n, s2 + n}; }
 };
 
-// Table entries [first, first + n) of one row, as A.
-template <class A, class S>
-ROPE_HOST_DEVICE void convert(const void* row, int64_t first, int64_t n, A* to) {
-  const S* from = static_cast<const S*>(row) + first;
-  if constexpr (sizeof(S) >= 4) {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i]);
-  } else {
-    Float8 v;
-    for (int64_t i = 0; i < n; i += 8) {
-      const int64_t lanes = n - i < 8 ? n - i : 8;
-      S padded[8] = {};
-      memcpy(padded, from + i, lanes * sizeof(S));
-      Lanes<S>::load(padded, v);
-      for (int64_t lane = 0; lane < lanes; ++lane) to[i + lane] = v[lane];
-    }
-  }
-}
-
-template <class A>
-void convert(DType dtype, const void* row, int64_t first, int64_t n, A* to) {
-  switch (dtype) {
-    case DType::Float64: return convert<A, double>(row, first, n, to);
-    case DType::Float32: return convert<A, float>(row, first, n, to);
-    case DType::Float16: return convert<A, Half>(row, first, n, to);
-    case DType::BFloat16: return convert<A, BFloat16>(row, first, n, to);
-  }
-}
-
 // A row is cut into whole vectors of kLanes pairs. The last one ends where the row ends: where the
 // pairs are not a multiple of kLanes it has some of the pairs of the one before it again. A row of
 // less than a vector is filled up with zeros.
