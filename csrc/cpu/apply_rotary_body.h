@@ -67,7 +67,13 @@ struct Run {
   int64_t count;
   int64_t step_in, step_out;  // channels from one to the next
   int64_t step_row;           // entries of the table from one to the next
+  bool apart;                 // lines lie between those that rotate: the processor sees no stream
 };
+
+constexpr int64_t kLine = 64;  // bytes of the caches
+
+// Heads that are asked of memory ahead of their turn, where they lie apart.
+constexpr int64_t kHeadsAhead = 32;
 
 // Rotates `pairs` pairs of each head, from `row` on; kFew: less than P::kLanes.
 template <class P, bool kFullWidth, bool kStream, bool kFew, class T, class A>
@@ -75,6 +81,10 @@ ROPE_HOST_DEVICE void rotate_run(const Run<T>& run, int64_t half, int64_t pairs,
   const T* in = run.in;
   T* out = run.out;
   for (int64_t i = 0; i < run.count; ++i) {
+    if (run.apart) {
+      const int64_t ahead = kHeadsAhead * run.step_in * static_cast<int64_t>(sizeof(T));
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(in) + ahead), 1);
+    }
     if constexpr (kFew) {
       rotate_few<P, kFullWidth>(in, out, half, pairs, row);
     } else {
@@ -132,6 +142,7 @@ void rotate_block(const RotaryArgs& args, const Block& block, int64_t first, int
     run.step_in = along_heads ? x->in.stride_h : x->in.stride_s;
     run.step_out = along_heads ? x->out.stride_h : x->out.stride_s;
     run.step_row = along_heads ? 0 : rows.stride();
+    run.apart = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(T)) >= 2 * kLine;
     const int64_t runs = along_heads ? 1 : end - begin;
     for (int64_t i = 0; i < runs; ++i) {
       if (copies) copy_others(args, run);
