@@ -40,7 +40,17 @@ inline bool is_nan(DType dtype, uint64_t bits) {
   return (bits & (format.sign() - 1)) > format.infinity();
 }
 
+template <class To, class From>
+To same_bits(From from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from), "same size");
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 inline double value_of(DType dtype, uint64_t bits) {
+  if (dtype == DType::Float64) return same_bits<double>(bits);
+  if (dtype == DType::Float32) return same_bits<float>(static_cast<uint32_t>(bits));
   const Format format = format_of(dtype);
   const uint64_t magnitude = bits & (format.sign() - 1);
   const int exponent = static_cast<int>(magnitude >> format.mantissa_bits);
@@ -55,6 +65,8 @@ inline double value_of(DType dtype, uint64_t bits) {
 
 // Rounded to nearest, ties to even.
 inline uint64_t bits_of(DType dtype, double value) {
+  if (dtype == DType::Float64) return same_bits<uint64_t>(value);
+  if (dtype == DType::Float32) return same_bits<uint32_t>(static_cast<float>(value));
   const Format format = format_of(dtype);
   const uint64_t sign = std::signbit(value) ? format.sign() : 0;
   if (std::isnan(value)) return format.infinity() + 1;
@@ -77,10 +89,6 @@ inline uint64_t read_bits(DType dtype, const void* data, int64_t at) {
 inline void write_bits(DType dtype, void* data, int64_t at, uint64_t bits) {
   const int64_t size = rope::size_of(dtype);
   std::memcpy(static_cast<char*>(data) + at * size, &bits, size);
-}
-
-inline double read(DType dtype, const void* data, int64_t at) {
-  return value_of(dtype, read_bits(dtype, data, at));
 }
 
 // What the kernels compute in: float64 for float64, float32 for all others. Each operation in
