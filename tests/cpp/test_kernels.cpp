@@ -120,6 +120,9 @@ void test_streaming(Random& random) {
     std::vector<int32_t> ids;
     for (int64_t s = 0; s < seq; ++s) ids.push_back(static_cast<int32_t>(random.below(kRows)));
     for (int orders = 0; orders < 4; ++orders) {
+      // The portable code has no such stores and takes the same way: once a dtype.
+      const bool sample = cpu::capability() == cpu::Capability::Portable;
+      if (sample && orders != static_cast<int>(dtype)) continue;
       ++cases;
       RotaryArgs args{};
       args.op = "apply_rotary";
