@@ -16,6 +16,7 @@
 ROPE_BEGIN_AVX2
 #include "../angle.h"
 #include "../rotation.h"
+#define ROPE_ISA_WIDE
 #define ROPE_ISA_F16C
 #define ROPE_ISA_STREAMS
 

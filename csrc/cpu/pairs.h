@@ -39,6 +39,7 @@ ROPE_HOST_DEVICE void unpack(const Uint8& words, Float8& low, Float8& high) {
   high = bit_cast<Float8>(words & 0xffff0000u);
 }
 
+#if defined(ROPE_ISA_WIDE)
 // The lower half of each word from `low`, the upper one from `high`.
 ROPE_HOST_DEVICE Short16 halves(const Uint8& low, const Uint8& high) {
   return ROPE_SHUFFLE(SignedShort16, bit_cast<Short16>(low), bit_cast<Short16>(high), 0, 17, 2, 19,
@@ -57,6 +58,12 @@ ROPE_HOST_DEVICE Uint8 pack(const Float8& low, const Float8& high) {
   const SignedShort16 odd = bit_cast<SignedShort16>(stays & uint16_t{1});
   return bit_cast<Uint8>(stays - bit_cast<Short16>(above_half > -odd));
 }
+#else
+// The same in 32-bit lanes, where there is no blend of 16-bit lanes.
+ROPE_HOST_DEVICE Uint8 pack(const Float8& low, const Float8& high) {
+  return (nearest_bfloat16(low) >> 16) | (nearest_bfloat16(high) & 0xffff0000u);
+}
+#endif
 
 // An interleaved pair is one word, x1 below x2.
 template <>

@@ -117,8 +117,11 @@ struct RowScratch {
   template <class V>
   static V checked(const A* from) {
     const V v = read<V>(from);
-    if constexpr (!kEmptyNan) return v;
-    return v != v ? bit_cast<V>(Uint8{} + 0x7fc00000u) : v;
+    if constexpr (kEmptyNan) {
+      return bit_cast<V>(where_nan(v, Uint8{} + 0x7fc00000u, bit_cast<Uint8>(v)));
+    } else {
+      return v;
+    }
   }
 
   static int64_t row_index(const PositionIds& ids, int64_t b, int64_t s) {

@@ -31,6 +31,8 @@ ROPE_HOST_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
+#include "lanes.h"
+
 template <class V>
 ROPE_HOST_DEVICE V read(const void* from) {
   V v;
@@ -58,12 +60,15 @@ ROPE_HOST_DEVICE void finish_streaming() {
 #endif
 }
 
-// The float32 bits of bfloat16 are its upper half.
-ROPE_HOST_DEVICE Uint8 round_to_bfloat16(const Float8& v) {
+// The float32 bits of bfloat16 are its upper half: rounded into the upper half of each lane, with
+// the lower half undefined. A NaN stays one if its lower half is empty.
+ROPE_HOST_DEVICE Uint8 nearest_bfloat16(const Float8& v) {
   const Uint8 u = bit_cast<Uint8>(v);
-  const Uint8 rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const Uint8 nan = Uint8{} + 0x7fc00000u;
-  return v != v ? nan : rounded;  // in the upper half of each lane; the lower is undefined
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+// Every NaN stays NaN.
+ROPE_HOST_DEVICE Uint8 round_to_bfloat16(const Float8& v) {
+  return where_nan(v, Uint8{} + 0x7fc00000u, nearest_bfloat16(v));
 }
 
 #if defined(ROPE_ISA_F16C)
@@ -84,8 +89,9 @@ ROPE_HOST_DEVICE Float8 float_of_half(const Short8& h) {
   // A subnormal m * 2^-24 is (1 + m * 2^-10) * 2^-14 - 2^-14, exactly.
   const Float8 tiny = bit_cast<Float8>(magnitude + (113u << 23)) - 0x1p-14f;
   const Uint8 special = magnitude | (255u << 23);
-  Uint8 result = magnitude < (1u << 23) ? bit_cast<Uint8>(tiny) : normal;
-  result = magnitude >= (31u << 23) ? special : result;
+  const Int8 order = bit_cast<Int8>(magnitude);
+  Uint8 result = where_less(order, Int8{} + (1 << 23), bit_cast<Uint8>(tiny), normal);
+  result = where_less(order, Int8{} + (31 << 23), result, special);
   return bit_cast<Float8>(result | sign);
 }
 ROPE_HOST_DEVICE Short8 half_of_float(const Float8& v) {
@@ -96,59 +102,13 @@ ROPE_HOST_DEVICE Short8 half_of_float(const Float8& v) {
   // Below 2^-14 the unit is 2^-24, which is that of float32 at 0.5: let the addition round.
   const Float8 shifted = bit_cast<Float8>(magnitude) + 0.5f;
   const Uint8 subnormal = bit_cast<Uint8>(shifted) - (126u << 23);
-  Uint8 result = magnitude < (113u << 23) ? subnormal : normal;
-  result = magnitude >= (143u << 23) ? Uint8{} + 0x7c00u : result;  // 2^16 and above
-  result = v != v ? Uint8{} + 0x7e00u : result;
+  const Int8 order = bit_cast<Int8>(magnitude);
+  Uint8 result = where_less(order, Int8{} + (113 << 23), subnormal, normal);
+  result = where_less(order, Int8{} + (143 << 23), result, Uint8{} + 0x7c00u);  // from 2^16 on
+  result = where_nan(v, Uint8{} + 0x7e00u, result);
   return __builtin_convertvector(result | sign, Short8);
 }
 #endif
-
-// Even lanes of (a, b) to x1, odd ones to x2, and back.
-ROPE_HOST_DEVICE void deinterleave(const Float8& a, const Float8& b, Float8& x1, Float8& x2) {
-  x1 = ROPE_SHUFFLE(Int8, a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-  x2 = ROPE_SHUFFLE(Int8, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-}
-ROPE_HOST_DEVICE void interleave(const Float8& x1, const Float8& x2, Float8& a, Float8& b) {
-  a = ROPE_SHUFFLE(Int8, x1, x2, 0, 8, 1, 9, 2, 10, 3, 11);
-  b = ROPE_SHUFFLE(Int8, x1, x2, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-ROPE_HOST_DEVICE void deinterleave(const Double4& a, const Double4& b, Double4& x1, Double4& x2) {
-  x1 = ROPE_SHUFFLE(Long4, a, b, 0, 2, 4, 6);
-  x2 = ROPE_SHUFFLE(Long4, a, b, 1, 3, 5, 7);
-}
-ROPE_HOST_DEVICE void interleave(const Double4& x1, const Double4& x2, Double4& a, Double4& b) {
-  a = ROPE_SHUFFLE(Long4, x1, x2, 0, 4, 1, 5);
-  b = ROPE_SHUFFLE(Long4, x1, x2, 2, 6, 3, 7);
-}
-
-// The same, but each 128 bits of a with the same 128 bits of b: cheaper where a vector is wider,
-// and one is still the inverse of the other.
-ROPE_HOST_DEVICE void deinterleave_in_lanes(const Float8& a, const Float8& b, Float8& x1,
-                                            Float8& x2) {
-  x1 = ROPE_SHUFFLE(Int8, a, b, 0, 2, 8, 10, 4, 6, 12, 14);
-  x2 = ROPE_SHUFFLE(Int8, a, b, 1, 3, 9, 11, 5, 7, 13, 15);
-}
-ROPE_HOST_DEVICE void interleave_in_lanes(const Float8& x1, const Float8& x2, Float8& a,
-                                          Float8& b) {
-  a = ROPE_SHUFFLE(Int8, x1, x2, 0, 8, 1, 9, 4, 12, 5, 13);
-  b = ROPE_SHUFFLE(Int8, x1, x2, 2, 10, 3, 11, 6, 14, 7, 15);
-}
-ROPE_HOST_DEVICE Float8 in_lane_order(const Float8& v) {
-  return ROPE_SHUFFLE(Int8, v, v, 0, 1, 4, 5, 2, 3, 6, 7);
-}
-ROPE_HOST_DEVICE void deinterleave_in_lanes(const Double4& a, const Double4& b, Double4& x1,
-                                            Double4& x2) {
-  x1 = ROPE_SHUFFLE(Long4, a, b, 0, 4, 2, 6);
-  x2 = ROPE_SHUFFLE(Long4, a, b, 1, 5, 3, 7);
-}
-ROPE_HOST_DEVICE void interleave_in_lanes(const Double4& x1, const Double4& x2, Double4& a,
-                                          Double4& b) {
-  a = ROPE_SHUFFLE(Long4, x1, x2, 0, 4, 2, 6);
-  b = ROPE_SHUFFLE(Long4, x1, x2, 1, 5, 3, 7);
-}
-ROPE_HOST_DEVICE Double4 in_lane_order(const Double4& v) {
-  return ROPE_SHUFFLE(Long4, v, v, 0, 2, 1, 3);
-}
 
 // load and store of kLanes consecutive elements, converted.
 template <class T>
