@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import pad
@@ -102,11 +103,8 @@ def _autograd_kernel(
 
 def _single_level() -> contextlib.AbstractContextManager[None]:
     """torch.func refuses nodes that do not say that they are of one level."""
-    if not torch._C._are_functorch_transforms_active():
-        return contextlib.nullcontext()
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
-
-    return enable_single_level_autograd_function()
+    active = torch._C._are_functorch_transforms_active()
+    return enable_single_level_autograd_function() if active else contextlib.nullcontext()
 
 
 def last_stride_one(grad: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Fakes give shapes, dtypes and strides and check devices alone: the operators check, when they run.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import register_fake
+from torch.utils.flop_counter import register_flop_formula
 
 from rope_ext._batching import register_batching
 from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
@@ -32,6 +34,9 @@ def register() -> None:
 
     register_derivatives()
     register_batching()
+    register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
+    register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
+    register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
 
     for name, overload, arguments, outs in (
         ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
@@ -156,6 +161,41 @@ def _fake_cos_sin(
     dtype = table_dtype(inv_freq, dtype)
     shape = (*position_ids.shape, inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+# What torch.utils.flop_counter counts, from shapes: 4 products and 2 sums a pair, so 3 a channel
+# that rotates; 4 products and 4 sums, so 4, for the gradient to the table. Sines count nothing.
+
+Shape = torch.Size
+
+
+def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:
+    return math.prod(x[:-1]) * (2 * cos[-1] if rotary_dim is None else rotary_dim)
+
+
+def _flops_of_one(
+    x: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
+) -> int:
+    return 3 * _rotating(x, cos, rotary_dim)
+
+
+def _flops_of_two(
+    q: Shape, k: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
+) -> int:
+    return 3 * (_rotating(q, cos, rotary_dim) + _rotating(k, cos, rotary_dim))
+
+
+def _flops_of_table_backward(
+    grad_q: Shape,
+    q: Shape,
+    grad_k: Shape | None,
+    k: Shape | None,
+    cos: Shape,
+    *args: Any,
+    rotary_dim: int | None = None,
+    **options: Any,
+) -> int:
+    return 4 * sum(_rotating(x, cos, rotary_dim) for x in (q, k) if x is not None)
 
 
 # In place, or into out. A kernel of C++ alone would leave autograd in the dark: no version counter

@@ -86,15 +86,10 @@ def apply_rotary(
         _refuse(f"cos of width {dim // 2} or, with rotary_dim, {dim}", list(cos.shape))
     cos, sin = _rows(x, cos, sin, position_ids)
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rotated = reference.apply_rotary(
-        x.to(arithmetic),
-        cos.to(arithmetic),
-        sin.to(arithmetic),
-        rotary_dim=rotary_dim,
-        rotary_offset=rotary_offset,
-        **options,
+    cos, sin = cos.to(arithmetic), sin.to(arithmetic)
+    return reference.apply_rotary(
+        x, cos, sin, rotary_dim=rotary_dim, rotary_offset=rotary_offset, **options
     )
-    return rotated.to(x.dtype)
 
 
 def apply_rotary_qk(
