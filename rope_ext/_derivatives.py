@@ -6,7 +6,8 @@ operator.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,20 +67,22 @@ def _autograd_kernel(
     after_autograd = torch._C._after_autograd_keyset
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *args, keyset, options = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            output = overload.redispatch(keyset & after_autograd, *args, **options)
-        ctx.options = {**defaults, **options}
+        *args, call = inputs
+        with call.modes(), torch._C._AutoDispatchBelowAutograd():
+            output = overload.redispatch(call.keyset & after_autograd, *args, **call.options)
+        ctx.options = {**defaults, **call.options}
         save(ctx, args)
-        ctx.inputs = args if forward_ad._current_level >= 0 else None
+        ctx.dual = (args, call.modes) if forward_ad._current_level >= 0 else None
         return output
 
     def node_backward(ctx: Any, *grads: Tensor) -> Grads:
-        return *backward(ctx, *grads), None, None
+        return *backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        inputs, ctx.inputs = ctx.inputs, None  # called once, when forward has returned
-        return tangent(inputs, tangents[:-2], ctx.options)
+        (args, modes), ctx.dual = ctx.dual, None  # called once, when forward has returned
+        primals = [forward_ad.unpack_dual(a).primal if isinstance(a, Tensor) else a for a in args]
+        with modes():
+            return tangent(primals, tangents[:-1], ctx.options)
 
     functions = {"forward": forward, "backward": node_backward, "jvp": jvp}
     node = type(
@@ -93,18 +96,40 @@ def _autograd_kernel(
             torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         ):
             args += tuple(positional[len(args) :])  # the dispatcher leaves out what is the default
-            with _single_level():
-                return node.apply(*args, keyset, options)
+            call, active = _Call(keyset, options), torch._C._are_functorch_transforms_active()
+            if not active:
+                return node.apply(*args, call)
+            call.modes = _Modes()
+            with enable_single_level_autograd_function():
+                return node.apply(*args, call)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & after_autograd, *args, **options)
 
     return kernel
 
 
-def _single_level() -> contextlib.AbstractContextManager[None]:
-    """torch.func refuses nodes that do not say that they are of one level."""
-    active = torch._C._are_functorch_transforms_active()
-    return enable_single_level_autograd_function() if active else contextlib.nullcontext()
+@dataclass
+class _Call:
+    """What a call of an operator has beside its arguments."""
+
+    keyset: Any
+    options: dict[str, Any]
+    modes: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+
+class _Modes:
+    """Puts the two modes of differentiation back to what they were when this was made: a node turns
+    them off, and the outer levels of torch.func, which come after, would take that for theirs.
+    """
+
+    def __init__(self) -> None:
+        self.backward = torch.is_grad_enabled()
+        self.forward = forward_ad._is_fwd_grad_enabled()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.backward), forward_ad._set_fwd_grad_enabled(self.forward):
+            yield
 
 
 def last_stride_one(grad: Tensor) -> Tensor:
