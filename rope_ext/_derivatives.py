@@ -6,7 +6,7 @@ operator.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import pad
 
 rope = torch.ops.rope
+
+# Of the one level that there is: unpack_dual asks a count that compiled graphs do not keep.
+_unpack_dual = torch._VF._unpack_dual
 
 Grads = tuple[Tensor | None, ...]
 
@@ -45,9 +48,7 @@ def register_derivatives() -> None:
 
 def is_dual(*tensors: Any) -> bool:
     """Whether one of them carries a tangent, of forward-mode differentiation."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return any(isinstance(t, Tensor) and _unpack_dual(t, 0)[1] is not None for t in tensors)
 
 
 def _autograd_kernel(
@@ -72,16 +73,16 @@ def _autograd_kernel(
             output = overload.redispatch(call.keyset & after_autograd, *args, **call.options)
         ctx.options = {**defaults, **call.options}
         save(ctx, args)
-        ctx.dual = (args, call.modes) if forward_ad._current_level >= 0 else None
+        ctx.call, call.args = call, args
         return output
 
     def node_backward(ctx: Any, *grads: Tensor) -> Grads:
         return *backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        (args, modes), ctx.dual = ctx.dual, None  # called once, when forward has returned
-        primals = [forward_ad.unpack_dual(a).primal if isinstance(a, Tensor) else a for a in args]
-        with modes():
+        # called in apply, when forward has returned
+        primals = [_unpack_dual(a, 0)[0] if isinstance(a, Tensor) else a for a in ctx.call.args]
+        with ctx.call.modes():
             return tangent(primals, tangents[:-1], ctx.options)
 
     functions = {"forward": forward, "backward": node_backward, "jvp": jvp}
@@ -92,18 +93,22 @@ def _autograd_kernel(
     )
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
-        if forward_ad._current_level >= 0 or (
+        transformed = torch._C._are_functorch_transforms_active()
+        if not (transformed or forward_ad._current_level >= 0) and not (
             torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         ):
-            args += tuple(positional[len(args) :])  # the dispatcher leaves out what is the default
-            call, active = _Call(keyset, options), torch._C._are_functorch_transforms_active()
-            if not active:
-                return node.apply(*args, call)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & after_autograd, *args, **options)
+        args += tuple(positional[len(args) :])  # the dispatcher leaves out what is the default
+        call = _Call(keyset, options)
+        if not transformed:
+            output = node.apply(*args, call)
+        else:
             call.modes = _Modes()
             with enable_single_level_autograd_function():
-                return node.apply(*args, call)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & after_autograd, *args, **options)
+                output = node.apply(*args, call)
+        call.args = ()  # or the graph would keep them
+        return output
 
     return kernel
 
@@ -115,6 +120,7 @@ class _Call:
     keyset: Any
     options: dict[str, Any]
     modes: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    args: Sequence[Any] = ()
 
 
 class _Modes:

@@ -231,7 +231,8 @@ def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Cal
                         f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
                         "requires grad"
                     )
-        if forward_ad._current_level >= 0 and is_dual(*args[:arguments], *written):
+        transformed = torch._C._are_functorch_transforms_active()
+        if (transformed or forward_ad._current_level >= 0) and is_dual(*args[:arguments], *written):
             raise RuntimeError(
                 f"{op}: expected tensors without tangents ({instead}), got one that "
                 "forward-mode differentiation has given one"
