@@ -37,8 +37,9 @@ def apply_rotary(
         (c1, c2), (s1, s2) = (cos, cos), (sin, sin)
     if inverse:  # the transpose
         s1, s2 = -s2, -s1
-    before, x, after = x.tensor_split((rotary_offset, rotary_offset + dim), -1)
-    x1, x2 = _pairs(x, interleaved)
+    end = rotary_offset + dim
+    before, rotating, after = x[..., :rotary_offset], x[..., rotary_offset:end], x[..., end:]
+    x1, x2 = _pairs(rotating, interleaved)
     y1, y2 = (x1 * c1 - x2 * s1).to(x.dtype), (x2 * c2 + x1 * s2).to(x.dtype)
     y = torch.stack((y1, y2), -1).flatten(-2) if out else torch.cat((y1, y2), -1)
     return torch.cat((before, y, after), -1)
