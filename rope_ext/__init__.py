@@ -40,6 +40,7 @@ def _load_compiled_part():
 _C = _load_compiled_part()
 
 from rope_ext import _register, frequencies, reference  # noqa: E402
+from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
@@ -54,5 +55,6 @@ __all__ = [
     "cos_sin",
     "cos_sin_cache",
     "frequencies",
+    "lowering",
     "reference",
 ]

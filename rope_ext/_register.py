@@ -1,15 +1,20 @@
-"""What PyTorch has to know about the operators beside their kernels: fakes and derivatives.
+"""What PyTorch has to know about the operators beside their kernels: here fakes and writes.
 
 Fakes give shapes, dtypes and strides and check devices alone: the operators check, when they run.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
-from torch.nn.functional import pad
+from torch.autograd import forward_ad
+from torch.library import register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from rope_ext._batching import register_batching
+from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
 
 rope = torch.ops.rope
 
@@ -27,15 +32,11 @@ def register() -> None:
     register_fake("rope::cos_sin", _fake_cos_sin)
     register_fake("rope::cos_sin_backward", _fake_cos_sin_backward)
 
-    for name, backward, setup in (
-        ("apply_rotary", _apply_rotary_backward, _apply_rotary_setup),
-        ("apply_rotary_qk", _apply_rotary_qk_backward, _apply_rotary_qk_setup),
-        ("apply_rotary_table_backward", _table_backward_backward, _table_backward_setup),
-        ("cos_sin_cache", _cos_sin_cache_backward, _cos_sin_cache_setup),
-        ("cos_sin", _cos_sin_backward, _cos_sin_setup),
-        ("cos_sin_backward", _cos_sin_backward_backward, _cos_sin_backward_setup),
-    ):
-        register_autograd(f"rope::{name}", backward, setup_context=setup)
+    register_derivatives()
+    register_batching()
+    register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
+    register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
+    register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
 
     for name, overload, arguments, outs in (
         ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
@@ -136,13 +137,6 @@ def _fake_cos_sin_backward(
     return _empty(inv_freq)
 
 
-def _table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """As check_table_dtype in checks_cos_sin.cpp."""
-    if dtype is not None:
-        return dtype
-    return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
-
-
 def _fake_cos_sin_cache(
     inv_freq: Tensor,
     length: int,
@@ -151,7 +145,7 @@ def _fake_cos_sin_cache(
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _table_dtype(inv_freq, dtype)
+    dtype = table_dtype(inv_freq, dtype)
     shape = (length, inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
@@ -164,9 +158,44 @@ def _fake_cos_sin(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids)
-    dtype = _table_dtype(inv_freq, dtype)
+    dtype = table_dtype(inv_freq, dtype)
     shape = (*position_ids.shape, inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+# What torch.utils.flop_counter counts, from shapes: 4 products and 2 sums a pair, so 3 a channel
+# that rotates; 4 products and 4 sums, so 4, for the gradient to the table. Sines count nothing.
+
+Shape = torch.Size
+
+
+def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:
+    return math.prod(x[:-1]) * (2 * cos[-1] if rotary_dim is None else rotary_dim)
+
+
+def _flops_of_one(
+    x: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
+) -> int:
+    return 3 * _rotating(x, cos, rotary_dim)
+
+
+def _flops_of_two(
+    q: Shape, k: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
+) -> int:
+    return 3 * (_rotating(q, cos, rotary_dim) + _rotating(k, cos, rotary_dim))
+
+
+def _flops_of_table_backward(
+    grad_q: Shape,
+    q: Shape,
+    grad_k: Shape | None,
+    k: Shape | None,
+    cos: Shape,
+    *args: Any,
+    rotary_dim: int | None = None,
+    **options: Any,
+) -> int:
+    return 4 * sum(_rotating(x, cos, rotary_dim) for x in (q, k) if x is not None)
 
 
 # In place, or into out. A kernel of C++ alone would leave autograd in the dark: no version counter
@@ -202,204 +231,14 @@ def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Cal
                         f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
                         "requires grad"
                     )
+        transformed = torch._C._are_functorch_transforms_active()
+        if (transformed or forward_ad._current_level >= 0) and is_dual(*args[:arguments], *written):
+            raise RuntimeError(
+                f"{op}: expected tensors without tangents ({instead}), got one that "
+                "forward-mode differentiation has given one"
+            )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
         torch.autograd.graph.increment_version(written)
 
     return kernel
-
-
-# Derivatives of the rotation. It is linear in x, so its gradient is the transposed rotation; and
-# linear in (cos, sin), so the gradient to them is bilinear, with rotations as its derivatives.
-
-
-def last_stride_one(grad: Tensor) -> Tensor:
-    """Gradients of other strides, such as the expanded ones of sum(), are laid out."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], rotated: int) -> None:
-    """Keeps what backward needs; the rotated tensors only for gradients to the table."""
-    cos, sin, position_ids = inputs[rotated : rotated + 3]
-    ctx.table_needs_grad = any(ctx.needs_input_grad[rotated : rotated + 2])
-    xs = inputs[:rotated] if ctx.table_needs_grad else ()
-    ctx.save_for_backward(cos, sin, position_ids, *xs)
-    ctx.options = options
-
-
-def _apply_rotary_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    _save(ctx, inputs, keyword_only_inputs, rotated=1)
-
-
-def _apply_rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad = last_stride_one(grad)
-    grad_x = grad_cos = grad_sin = None
-    if ctx.needs_input_grad[0]:
-        grad_x = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(ctx.options))
-    if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
-    return grad_x, grad_cos, grad_sin, None
-
-
-def _apply_rotary_qk_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    _save(ctx, inputs, keyword_only_inputs, rotated=2)
-
-
-def _apply_rotary_qk_backward(
-    ctx: Any, grad_q: Tensor, grad_k: Tensor
-) -> tuple[Tensor | None, ...]:
-    cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad_q, grad_k = last_stride_one(grad_q), last_stride_one(grad_k)
-    rows, inverse = (cos, sin, position_ids), inverted(ctx.options)
-    to_q = to_k = grad_cos = grad_sin = None
-    if all(ctx.needs_input_grad[:2]):
-        to_q, to_k = rope.apply_rotary_qk(grad_q, grad_k, *rows, **inverse)
-    elif ctx.needs_input_grad[0]:
-        to_q = rope.apply_rotary(grad_q, *rows, **inverse)
-    elif ctx.needs_input_grad[1]:
-        to_k = rope.apply_rotary(grad_k, *rows, **inverse)
-    if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(
-            grad_q, xs[0], grad_k, xs[1], cos, position_ids, ctx.options
-        )
-    return to_q, to_k, grad_cos, grad_sin, None
-
-
-def inverted(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of the inverse rotation, which is the backward: it reads the result's order."""
-    inverse = {**options, "inverse": not options["inverse"]}
-    if options.get("interleaved_out") is not None:
-        inverse["interleaved"] = options["interleaved_out"]
-        inverse["interleaved_out"] = options["interleaved"]
-    return inverse
-
-
-def _table_grad(
-    grad_q: Tensor,
-    q: Tensor,
-    grad_k: Tensor | None,
-    k: Tensor | None,
-    cos: Tensor,
-    position_ids: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """The gradient to cos and sin. With positions, the tokens are sorted by their row, so that each
-    row is summed by itself and in order: the same bits every time, on every device.
-    """
-    order = offsets = None
-    if position_ids is not None:
-        flat = position_ids.expand(q.shape[:-2]).reshape(-1)
-        in_order, order = torch.sort(flat, stable=True)
-        rows = torch.arange(cos.shape[0] + 1, dtype=flat.dtype, device=flat.device)
-        offsets = torch.searchsorted(in_order, rows)
-    return rope.apply_rotary_table_backward(grad_q, q, grad_k, k, cos, order, offsets, **options)
-
-
-def _table_backward_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _table_backward_backward(
-    ctx: Any, table_cos: Tensor, table_sin: Tensor
-) -> tuple[Tensor | None, ...]:
-    """grad_cos and grad_sin are linear in grad_q, and in q: the gradient to either is the other one
-    rotated by the table (table_cos, table_sin), and zero where channels do not rotate.
-    """
-    grad_q, q, grad_k, k, cos, order, offsets = ctx.saved_tensors
-    position_ids = None
-    if order is not None:
-        place = torch.arange(order.numel(), device=order.device)
-        row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
-        position_ids = torch.empty_like(order).scatter_(0, order, row).view(q.shape[:-2])
-    table = last_stride_one(table_cos), last_stride_one(table_sin)
-    dim, offset = ctx.options["rotary_dim"], ctx.options["rotary_offset"]
-    dim = 2 * cos.shape[-1] if dim is None else dim
-
-    def rotated(x: Tensor | None, options: dict[str, Any]) -> Tensor | None:
-        if x is None:
-            return None
-        x = last_stride_one(x)[..., offset : offset + dim]
-        out = rope.apply_rotary(x, *table, position_ids, **{**options, "rotary_offset": 0})
-        return pad(out, (offset, q.shape[-1] - offset - dim))
-
-    forward, inverse = ctx.options, inverted(ctx.options)
-    return (
-        rotated(q, forward),
-        rotated(grad_q, inverse),
-        rotated(k, forward),
-        rotated(grad_k, inverse),
-        None,
-        None,
-        None,
-    )
-
-
-# Derivatives of cos and sin: cos' = -position sin, sin' = position cos.
-
-
-def _cos_sin_cache_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.start = keyword_only_inputs["start"]
-    ctx.attention_scaling = keyword_only_inputs["attention_scaling"]
-
-
-def _cos_sin_cache_backward(
-    ctx: Any, grad_cos: Tensor, grad_sin: Tensor
-) -> tuple[Tensor | None, ...]:
-    (inv_freq,) = ctx.saved_tensors
-    grad = rope.cos_sin_backward(
-        grad_cos, grad_sin, inv_freq, start=ctx.start, attention_scaling=ctx.attention_scaling
-    )
-    return grad, None
-
-
-def _cos_sin_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.attention_scaling = keyword_only_inputs["attention_scaling"]
-
-
-def _cos_sin_backward(ctx: Any, grad_cos: Tensor, grad_sin: Tensor) -> tuple[Tensor | None, ...]:
-    inv_freq, position_ids = ctx.saved_tensors
-    grad = rope.cos_sin_backward(
-        grad_cos, grad_sin, inv_freq, position_ids, attention_scaling=ctx.attention_scaling
-    )
-    return grad, None
-
-
-def _cos_sin_backward_setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _cos_sin_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of sum over positions p of p (cos grad_sin - sin grad_cos), grad [P] coming in."""
-    grad_cos, grad_sin, inv_freq, position_ids = ctx.saved_tensors
-    start, attention_scaling = ctx.options["start"], ctx.options["attention_scaling"]
-    if position_ids is None:
-        length = grad_cos.shape[0]
-        position_ids = torch.arange(start, start + length, device=inv_freq.device)
-    cos, sin = rope.cos_sin(
-        inv_freq, position_ids, attention_scaling=attention_scaling, dtype=torch.float64
-    )
-    position = position_ids.unsqueeze(-1).double()
-    weight = position * grad
-    again = rope.cos_sin_backward(
-        position * grad_sin, -position * grad_cos, inv_freq, position_ids,
-        attention_scaling=attention_scaling,
-    )  # fmt: skip
-    to_grad_cos, to_grad_sin = -(weight * sin), weight * cos
-    return to_grad_cos.to(grad_cos.dtype), to_grad_sin.to(grad_sin.dtype), grad * again, None

@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from rope_ext._register import inverted, last_stride_one
+from rope_ext import decompositions
+from rope_ext._derivatives import inverted, last_stride_one
 
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
 
@@ -87,17 +89,16 @@ def apply_rotary(
         torch.ops.rope.apply_rotary.out(view, cos, sin, position_ids, **options, out=written)
         return out
     if not inplace:
-        return from_bshd(
-            torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options), layout
-        )
-    _check_order_stays("apply_rotary", interleaved, interleaved_out)
-    if not _needs_grad(x, cos, sin):
+        rotate = decompositions if decompositions.in_graph() else torch.ops.rope
+        return from_bshd(rotate.apply_rotary(view, cos, sin, position_ids, **options), layout)
+    check_order_stays("apply_rotary", interleaved, interleaved_out)
+    if not _is_differentiated(x, cos, sin) and not decompositions.in_graph():
         torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
         return x
     _check_tables_need_no_grad("apply_rotary", cos, sin)
-    if torch.compiler.is_compiling():  # which makes a functional graph of it anyway
-        rotated = torch.ops.rope.apply_rotary(view, cos, sin, position_ids, **options)
-        return x.copy_(from_bshd(rotated, layout))
+    if _is_transformed():
+        rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
+        return x.copy_(rotated)
     _check_differentiable_in_place("apply_rotary", {"x": x})
     with torch.no_grad():
         torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
@@ -151,16 +152,17 @@ def apply_rotary_qk(
         )
         return out[0], out[1]
     if not inplace:
-        out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
+        rotate = decompositions if decompositions.in_graph() else rope
+        out_q, out_k = rotate.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
-    _check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
-    if not _needs_grad(q, k, cos, sin):
+    check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
+    if not _is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
         rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
         return q, k
     _check_tables_need_no_grad("apply_rotary_qk", cos, sin)
-    if torch.compiler.is_compiling():
-        out_q, out_k = rope.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
-        return q.copy_(from_bshd(out_q, layout)), k.copy_(from_bshd(out_k, layout))
+    if _is_transformed():
+        out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
+        return q.copy_(out_q), k.copy_(out_k)
     _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
     with torch.no_grad():
         rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
@@ -250,11 +252,23 @@ def from_bshd(x: Tensor, layout: str) -> Tensor:
     return x if swap is None else x.transpose(*swap)
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _is_differentiated(*tensors: Tensor) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return needs_grad or forward_ad._current_level >= 0
 
 
-def _check_order_stays(function: str, interleaved: bool, interleaved_out: bool | None) -> None:
+def _is_transformed() -> bool:
+    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
+    by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def check_order_stays(function: str, interleaved: bool, interleaved_out: bool | None) -> None:
     """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
     if interleaved_out is not None and interleaved_out != interleaved:
         raise RuntimeError(

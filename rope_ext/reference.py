@@ -1,6 +1,8 @@
-"""The same mathematics in a few lines of plain PyTorch: the truth of the tests.
+"""The same mathematics in a few lines of plain PyTorch: the truth of the tests, and what a compiler
+gets that is to see through the operators (decompositions.py).
 
-Works in the dtype that it is given; give it float64 to judge others.
+Works in the dtype that it is given, or in that of a wider cos and sin, rounded to x's at the end;
+give it float64 to judge others.
 """
 
 import torch
@@ -35,9 +37,10 @@ def apply_rotary(
         (c1, c2), (s1, s2) = (cos, cos), (sin, sin)
     if inverse:  # the transpose
         s1, s2 = -s2, -s1
-    before, x, after = x.tensor_split((rotary_offset, rotary_offset + dim), -1)
-    x1, x2 = _pairs(x, interleaved)
-    y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    end = rotary_offset + dim
+    before, rotating, after = x[..., :rotary_offset], x[..., rotary_offset:end], x[..., end:]
+    x1, x2 = _pairs(rotating, interleaved)
+    y1, y2 = (x1 * c1 - x2 * s1).to(x.dtype), (x2 * c2 + x1 * s2).to(x.dtype)
     y = torch.stack((y1, y2), -1).flatten(-2) if out else torch.cat((y1, y2), -1)
     return torch.cat((before, y, after), -1)
 

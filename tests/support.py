@@ -174,9 +174,15 @@ def ulp(exact, dtype):
 
 def assert_derivatives(function, inputs):
     """First and second derivatives in float64 against differences: of every input on the CPU, in
-    random directions (fast mode) elsewhere, where each evaluation is slow.
+    random directions (fast mode) elsewhere, where each evaluation is slow. Then in random
+    directions: forward, forward over backward, and each as vmap calls it.
     """
     first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
     fast = first.device.type != "cpu"
     assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
+    checks = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
+    )
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)

@@ -1,0 +1,148 @@
+"""The rotation written in plain PyTorch, for compilers, and the choice of what a graph gets."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from rope_ext import reference
+
+Lowering = Literal["op", "decompose"]
+
+_decomposes = False
+
+
+class lowering:
+    """What rope_ext's functions become in a graph of torch.compile or torch.export.
+
+    "op", as it is at first: the operator, which runs as it does without a compiler, and knows its
+    neighbours only by what it reads and writes. "decompose": plain PyTorch, which Inductor makes
+    one kernel of with what comes before and after it.
+
+    Called, it holds from now on; in a ``with`` statement, until its end. It holds for all threads,
+    for the rotations of the functions and modules of rope_ext, forward and backward. What is called
+    by ``torch.ops.rope`` stays an operator, as do the tables of cos and sin, which need an exact
+    reduction of angles. A graph is compiled again where the choice has changed; eager calls are the
+    operators always.
+
+    The numbers are the same but that a compiler may contract a product and a sum to one rounding,
+    as Triton does: each way is then within 2^-23 (|x1 cos| + |x2 sin|) and one rounding of the
+    exact value. Inductor's C++ contracts nothing: on the CPU the bits are equal. Decomposed, a
+    position outside of the table gives NaN, on every device.
+
+    Args:
+        to: "op" or "decompose".
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def __init__(self, to: Lowering) -> None:
+        global _decomposes
+        if to not in ("op", "decompose"):
+            raise ValueError(f"rope_ext.lowering: expected 'op' or 'decompose', got {to!r}")
+        self.before = _decomposes
+        _decomposes = to == "decompose"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _decomposes
+        _decomposes = self.before
+
+
+def in_graph() -> bool:
+    """Whether a graph is being made that gets the decompositions."""
+    return _decomposes and torch.compiler.is_compiling()
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    **options: Any,
+) -> Tensor:
+    """As torch.ops.rope.apply_rotary."""
+    head_dim, dim = x.shape[-1], 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+    if dim < 2 or dim % 2 != 0 or not 0 <= rotary_offset <= head_dim - dim:
+        _refuse(
+            f"an even rotary_dim of at least 2, and rotary_dim and rotary_offset together at most "
+            f"head_dim {head_dim}",
+            f"{dim} and {rotary_offset}",
+        )
+    if cos.shape[-1] not in (dim // 2, dim):
+        _refuse(f"cos of width {dim // 2} or, with rotary_dim, {dim}", list(cos.shape))
+    cos, sin = _rows(x, cos, sin, position_ids)
+    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = cos.to(arithmetic), sin.to(arithmetic)
+    return reference.apply_rotary(
+        x, cos, sin, rotary_dim=rotary_dim, rotary_offset=rotary_offset, **options
+    )
+
+
+def apply_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As torch.ops.rope.apply_rotary_qk."""
+    if q.dtype != k.dtype or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        _refuse(
+            f"k of q's dtype and shape, {q.dtype} {list(q.shape)}, but for the number of heads",
+            f"{k.dtype} {list(k.shape)}",
+        )
+    rows = cos, sin, position_ids
+    return apply_rotary(q, *rows, **options), apply_rotary(k, *rows, **options)
+
+
+# For torch.export's run_decompositions, or a backend that has no custom operators.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.rope.apply_rotary.default: apply_rotary,
+    torch.ops.rope.apply_rotary_qk.default: apply_rotary_qk,
+}
+
+
+def _rows(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A row a token, of a table or as they are: [S, W] or [1|B, S, W]; NaN outside of the table."""
+    packed, seq = x.dim() == 3, x.shape[-3]
+
+    def is_by_token(t: Tensor) -> bool:  # [1|B, S, ..]
+        return not packed and t.shape[1] == seq and (t.shape[0] == 1 or t.shape[0] == x.shape[0])
+
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        _refuse(f"sin like cos, {cos.dtype} {list(cos.shape)}", f"{sin.dtype} {list(sin.shape)}")
+    if position_ids is None:
+        if not (cos.shape[0] >= seq if cos.dim() == 2 else cos.dim() == 3 and is_by_token(cos)):
+            _refuse(f"a row of cos for each of the {seq} positions", list(cos.shape))
+        return cos, sin
+    ids = position_ids
+    of_sequence = ids.dim() == 1 and ids.shape[0] == seq
+    if cos.dim() != 2 or not (of_sequence or (ids.dim() == 2 and is_by_token(ids))):
+        _refuse(
+            f"a table cos [L, W] and position_ids for the {seq} positions",
+            f"{list(cos.shape)} and {list(ids.shape)}",
+        )
+    inside = ((ids >= 0) & (ids < cos.shape[0])).unsqueeze(-1)
+    row = ids.clamp(0, cos.shape[0] - 1)
+    return torch.where(inside, cos[row], torch.nan), torch.where(inside, sin[row], torch.nan)
+
+
+def _refuse(expected: str, got: object) -> NoReturn:
+    raise RuntimeError(f"rope::apply_rotary, decomposed: expected {expected}, got {got}")

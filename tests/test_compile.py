@@ -1,0 +1,403 @@
+"""In graphs: how many are compiled, what they copy, what they wait for, what each lowering makes.
+
+That compiled functions have the bits of eager ones is also in test_integration.py.
+"""
+
+import shutil
+
+import pytest
+import torch
+from support import (
+    assert_same_bits,
+    random,
+    random_positions,
+    random_table,
+    rounded_once,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import rope_ext
+from rope_ext.decompositions import DECOMPOSITIONS
+
+rope = torch.ops.rope
+
+B, S, H, K, D, P, L = 2, 5, 4, 2, 16, 8, 9
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="no C++ compiler for Inductor",
+)
+lowerings = pytest.mark.parametrize("to", ["op", "decompose"])
+
+
+@pytest.fixture(autouse=True)
+def lowered():
+    """Every test begins with nothing compiled, and leaves the lowering as it is at first."""
+    torch._dynamo.reset()
+    yield
+    rope_ext.lowering("op")
+
+
+def wrapper_code(function, *args):
+    """What Inductor's code calls, without its kernels."""
+    _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *args)
+    return code[code.index("def call(self, args)") : code.index("runner = Runner")]
+
+
+# ---- how many graphs
+
+
+@lowerings
+def test_module_has_two_graphs_for_all_shapes_positions_and_tables(to, device):
+    """One with position_ids and one without, whatever the batch, the length and the positions, and
+    however long the table has become meanwhile. Sizes equal at first would be compiled as one.
+    """
+    module = rope_ext.RotaryEmbedding(D, max_position_embeddings=8, device=device)
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    graphs = None
+    with rope_ext.lowering(to):
+        for batch, seq, first in ((3, 5, 0), (6, 12, 7), (7, 40, 3000), (9, 33, 1)):
+            q = random(batch, seq, H, D, device=device)
+            k = random(batch, seq, K, D, device=device)
+            ids = first + random_positions(batch, seq, rows=50, device=device)
+            for args in ((q, k), (q, k, ids)):
+                for a, b in zip(run(*args), module(*args), strict=True):  # module: the table grows
+                    assert_same_bits(a, b)
+            graphs = graphs or counter.frame_count
+            assert counter.frame_count == graphs
+
+
+# ---- what is copied
+
+
+def in_packed_qkv(x, cos, sin):
+    qkv = (x @ x.T).unflatten(-1, (H + K, -1))[None, ..., :D]
+    q, k = qkv.split((H, K), dim=2)
+    rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True)
+    return qkv * 1
+
+
+def in_graph_input(x, cos, sin):
+    return rope_ext.apply_rotary(x[None, :, None, :D], cos, sin, inplace=True).sum()
+
+
+def in_intermediate(x, cos, sin):
+    q = (x @ x.T)[None, :, None, :D]
+    return rope.apply_rotary_(q, cos, sin), q * 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("function", [in_packed_qkv, in_graph_input, in_intermediate])
+def test_in_place_is_in_place_in_the_code_of_inductor(function):
+    """Functionalized on the way, but nothing is cloned or copied in the end."""
+    x, table = random(96, 96), random_table(96, P)
+    expected, before = function(x.clone(), *table), x.clone()
+    _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), before, *table)
+    assert code.count("torch.ops.rope.apply_rotary") == 1
+    assert "apply_rotary_.default(" in code or "apply_rotary_qk_.default(" in code
+    assert "clone" not in code
+    assert "copy" not in code.replace("async_compile", "").replace("copy_misaligned", "")
+    del expected
+
+
+@needs_compiler
+def test_out_of_place_is_one_allocation_each_in_the_code_of_inductor():
+    def function(q, k, cos, sin):
+        return rope_ext.apply_rotary_qk(q, k, cos, sin)
+
+    q, k = random(B, S, H, D), random(B, S, K, D)
+    code = wrapper_code(function, q, k, *random_table(L, P))
+    assert code.count("torch.ops.rope.apply_rotary_qk.default(") == 1
+    assert "empty_strided" not in code  # the operator allocates
+    assert "cpp_fused" not in code
+
+
+# ---- what is waited for
+
+
+@lowerings
+def test_nothing_in_a_graph_waits_for_the_device(to):
+    """No operator of forward or backward reads a value on the host, or has a shape that depends on
+    values: run with meta tensors, which have none, and raise where they are looked at or copied.
+    """
+    module = rope_ext.RotaryEmbedding(D, max_position_embeddings=8, learned=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, inputs))
+        return graph
+
+    def step(q, k, ids):
+        q, k = module(q, k, ids)
+        q, k = module(q, k)
+        return q.sum() + k.sum()
+
+    q, k = random(B, S, H, D), random(B, S, K, D)
+    with rope_ext.lowering(to):
+        step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
+        step(q, k, random_positions(B, S, rows=50))
+    ((graph, inputs),) = graphs
+    inputs = [t.detach().to("meta").requires_grad_(t.is_floating_point()) for t in inputs]
+    leaves = [t for t in inputs if t.requires_grad]
+    assert len(leaves) == 3  # q, k and inv_freq
+    (out,) = graph(*inputs)
+    grads = torch.autograd.grad(out, leaves)
+    assert all(g.is_meta for g in grads)
+    with pytest.raises(RuntimeError, match="meta"):
+        out.item()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@lowerings
+def test_reduce_overhead_replays_with_new_positions_and_no_sync(to):
+    inv_freq = rope_ext.frequencies.default(D, device="cuda")[0]
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def step(q, ids):
+        return rope_ext.apply_rotary(q, *rope_ext.cos_sin(inv_freq, ids))
+
+    q = random(B, S, H, D, device="cuda")
+    with rope_ext.lowering(to):
+        for seed in range(5):
+            ids = random_positions(B, S, rows=100, device="cuda", seed=seed)
+            expected = rope_ext.apply_rotary(q, *rope_ext.cos_sin(inv_freq, ids))
+            torch.cuda.set_sync_debug_mode("error" if seed > 2 else "default")
+            try:
+                torch.compiler.cudagraph_mark_step_begin()
+                got = step(q, ids)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.testing.assert_close(got, expected)
+
+
+# ---- lowering
+
+# name -> table, shape of position_ids, options; of x [B, S, H, D] or, packed, [S, H, D]
+ROTATIONS = {
+    "table": ((L, P), None, {}),
+    "ids S": ((L, P), (S,), {}),
+    "ids BS, inverse": ((L, P), (B, S), {"inverse": True}),
+    "rows for all, interleaved": ((1, S, P), None, {"interleaved": True}),
+    "rows per token": ((B, S, P), None, {}),
+    "partial": ((L, 3), None, {}),
+    "last channels": ((L, 3), (1, S), {"rotary_offset": D - 6, "interleaved_out": True}),
+    "full width": ((L, D), None, {"rotary_dim": D}),
+    "full width, inverse, neighbours to halves": (
+        (L, 6), (B, S), {"rotary_dim": 6, "inverse": True, "interleaved": True,
+                         "interleaved_out": False, "rotary_offset": 3}),
+    "full width, rows, interleaved": ((B, S, D), None, {"rotary_dim": D, "interleaved": True}),
+    "packed": ((L, P), None, {"interleaved": True, "interleaved_out": False}),
+    "packed, ids": ((L, 5), (S,), {"rotary_offset": 2}),
+}  # fmt: skip
+
+
+def rotation(name, dtype):
+    """q, k, cos, sin, position_ids, options."""
+    table, ids, options = ROTATIONS[name]
+    tokens = (S,) if name.startswith("packed") else (B, S)
+    q, k = random(*tokens, H, D, dtype=dtype), random(*tokens, K, D, dtype=dtype, seed=1)
+    cos, sin = random(*table, seed=2), random(*table, seed=3)
+    ids = None if ids is None else random_positions(*ids, rows=L)
+    return q, k, cos, sin, ids, options
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ids BS, inverse", torch.float32), ("rows for all, interleaved", torch.bfloat16)],
+    ids=str,
+)
+def test_decomposed_rotation_has_the_bits_of_the_operator(name, dtype):
+    """In the code of Inductor, which contracts nothing on the CPU: forward, and to x backward. All
+    options, without it: test_decompositions_are_the_operators. The gradient to the table is summed
+    in another order: each is within n 2^-24 of the sum of the sizes of n <= 2 B S (H + K) products.
+    """
+    *leaves, ids, options = rotation(name, dtype)
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def rotate(q, k, cos, sin):
+        return rope_ext.apply_rotary_qk(q * 2, k, cos, sin, ids, **options)
+
+    expected = rotate(*leaves)
+    seeds = [random(*out.shape, dtype=dtype, seed=9) for out in expected]
+    wanted = torch.autograd.grad(expected, leaves, seeds)
+    forward = torch.compile(rotate, fullgraph=True)
+
+    def step():
+        out = forward(*leaves)
+        return out, torch.autograd.grad(out, leaves, seeds)
+
+    with rope_ext.lowering("decompose"):
+        (got, grads), codes = run_and_get_code(step)
+    assert not any("torch.ops.rope" in code for code in codes)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+    for i, (a, b) in enumerate(zip(grads, wanted, strict=True)):
+        if i % 4 < 2:
+            assert_same_bits(a, b)
+        else:
+            size = 5.0**2 * 2 * B * S * (H + K)  # no number of random() is larger than 5
+            assert ((a - b).abs() <= 2 * B * S * (H + K) * 2.0**-23 * size).all()
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_decompositions_are_the_operators(name):
+    """As run_decompositions uses them, in place of operators: forward, and backward to x."""
+    q, k, cos, sin, ids, options = rotation(name, torch.bfloat16)
+
+    def function(q, k):
+        q, k = q.requires_grad_(), k.requires_grad_()
+        outs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
+        only_q = rope.apply_rotary(q, cos, sin, ids, **options)
+        return *outs, only_q, *torch.autograd.grad([*outs, only_q], [q, k], [*outs, only_q])
+
+    traced = make_fx(function, decomposition_table=DECOMPOSITIONS)(q, k)
+    assert "rope" not in traced.code
+    for a, b in zip(traced(q, k), function(q, k), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_exported_program_without_operators():
+    class Rotate(torch.nn.Module):
+        def forward(self, q, k, cos, sin, ids):
+            return rope_ext.apply_rotary_qk(q, k, cos, sin, ids)
+
+    inputs = rotation("ids S", torch.float32)[:5]
+    program = torch.export.export(Rotate(), inputs)
+    assert "rope" in program.graph_module.code
+    with rope_ext.lowering("decompose"):
+        plain = torch.export.export(Rotate(), inputs)
+    for without in (program.run_decompositions(DECOMPOSITIONS), plain):
+        assert "rope" not in without.graph_module.code
+        for a, b in zip(without.module()(*inputs), Rotate()(*inputs), strict=True):
+            assert_same_bits(a, b)
+
+
+def operators(function, *args):
+    """The operators of rope in the graph, and the results."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    results = torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return [
+        str(n.target) for g in graphs for n in g.graph.nodes if "rope" in str(n.target)
+    ], results
+
+
+def test_lowering_holds_until_the_end_of_its_block_or_from_now_on():
+    def function(x, cos, sin):
+        return rope_ext.apply_rotary(x, cos, sin)
+
+    args = random(B, S, H, D), *random_table(L, P)
+    assert operators(function, *args)[0]
+    with rope_ext.lowering("decompose"):
+        assert operators(function, *args)[0] == []  # compiled again, not the graph that is there
+        with rope_ext.lowering("op"):
+            assert operators(function, *args)[0]
+        torch._dynamo.reset()
+        assert operators(function, *args)[0] == []
+    torch._dynamo.reset()
+    assert operators(function, *args)[0]
+    rope_ext.lowering("decompose")
+    torch._dynamo.reset()
+    assert operators(function, *args)[0] == []
+    with pytest.raises(ValueError, match="expected 'op' or 'decompose', got 'fused'"):
+        rope_ext.lowering("fused")
+    assert rope_ext.decompositions.in_graph() is False  # eager
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
+def test_decomposed_in_place_writes_its_argument(needs_grad, layout):
+    def function(q, k, cos, sin):
+        q, k = q * 1, k * 1
+        rope_ext.apply_rotary(q, cos, sin, inplace=True, layout=layout)
+        rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True, layout=layout)
+        return q, k
+
+    q, k = (random(B, S, S, D, seed=seed).requires_grad_(needs_grad) for seed in (1, 2))
+    args = q, k, *random_table(L, P)
+    with rope_ext.lowering("decompose"):
+        names, got = operators(function, *args)
+    assert names == []
+    for a, b in zip(got, function(*args), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("position", [-1, L])
+def test_decomposed_position_past_the_table_is_nan(position):
+    x, (cos, sin) = random(B, S, H, D), random_table(L, P // 2)
+    ids = random_positions(S, rows=L)
+    ids[3] = position
+    with rope_ext.lowering("decompose"):
+        _, got = operators(rope_ext.apply_rotary, x, cos, sin, ids)
+    expected = rounded_once(x, cos, sin, ids.clamp(0, L - 1))
+    expected[:, 3, :, :P] = torch.nan
+    assert_same_bits(got, expected)
+
+
+REFUSED = {
+    "too few rows": ((B, S, H, D), (S - 1, P), None, {}),
+    "rows of another length": ((B, S, H, D), (1, 1, P), None, {}),
+    "rows of another batch": ((B, S, H, D), (B + 1, S, P), None, {}),
+    "rows of a packed batch": ((S, H, D), (1, S, P), None, {}),
+    "another width": ((B, S, H, D), (L, P), None, {"rotary_dim": 6}),
+    "odd": ((B, S, H, D), (L, P), None, {"rotary_dim": 7}),
+    "wider than a head": ((B, S, H, D), (L, D), None, {}),
+    "offset past the head": ((B, S, H, D), (L, 4), None, {"rotary_offset": 9}),
+    "one position for all": ((B, S, H, D), (L, P), (1,), {}),
+    "positions of another batch": ((B, S, H, D), (L, P), (B + 1, S), {}),
+    "rows and positions": ((B, S, H, D), (1, S, P), (S,), {}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_decomposition_refuses_what_the_operator_refuses(case):
+    """Plain PyTorch would broadcast some of it."""
+    shape, table, ids, options = REFUSED[case]
+    x, cos, sin = random(*shape), random(*table), random(*table)
+    ids = None if ids is None else random_positions(*ids, rows=S)
+    for operator in (rope.apply_rotary, DECOMPOSITIONS[rope.apply_rotary.default]):
+        with pytest.raises(RuntimeError, match=r"rope::apply_rotary.*expected .*, got"):
+            operator(x, cos, sin, ids, **options)
+
+
+def test_decomposition_refuses_what_does_not_go_together():
+    q, (cos, sin) = random(B, S, H, D), random_table(L, P)
+    others = [(random(B, S, K, D).half(), sin), (random(1, S, K, D), sin), (q, sin[:, :1])]
+    for k, sin in others:
+        for operator in (rope.apply_rotary_qk, DECOMPOSITIONS[rope.apply_rotary_qk.default]):
+            with pytest.raises(RuntimeError, match=r"expected (k|sin) .*, got"):
+                operator(q, k, cos, sin)
+
+
+# ---- transforms in graphs
+
+
+@lowerings
+def test_transforms_are_compiled(to, device):
+    cos, sin = random_table(L, P, device=device)
+    x = random(3, B, S, H, D, device=device)
+
+    def rotate(x):
+        return rope_ext.apply_rotary(x, cos, sin).sin()
+
+    def function(x, primal, tangent):
+        return vmap(grad(lambda x: rotate(x).sum()))(x), *jvp(rotate, (primal,), (tangent,))
+
+    args = x, x[0].clone(), x[1].clone()
+    expected = function(*args)
+    with rope_ext.lowering(to):
+        names, _ = operators(function, *args)
+        got = torch.compile(function, backend="aot_eager", fullgraph=True)(*args)
+    assert bool(names) == (to == "op")
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)

@@ -1,0 +1,465 @@
+"""In PyTorch's transforms: vmap, grad, jvp and their nestings, autocast, checkpointing; and for its
+tools: the profiler, the FLOP counter, deterministic algorithms.
+
+Derivatives against differences, forward and batched ones too, are in test_gradients.py; here it is
+that transforms reach them. A vmap is compared with a loop.
+"""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from support import assert_same_bits, random, random_positions, random_table
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import rope_ext
+from rope_ext import reference
+
+rope = torch.ops.rope
+
+N, B, S, H, K, D, P, L = 3, 2, 5, 4, 2, 8, 4, 7
+F64 = torch.float64
+
+
+# ---- vmap
+
+# name -> shapes of x (but for its heads), cos and sin, and position_ids
+LAYOUTS = {
+    "table": ((B, S), (L, P), None),
+    "table, ids S": ((B, S), (L, P), (S,)),
+    "table, ids 1S": ((B, S), (L, P), (1, S)),
+    "table, ids BS": ((B, S), (L, P), (B, S)),
+    "rows for all": ((B, S), (1, S, P), None),
+    "rows per token": ((B, S), (B, S, P), None),
+    "packed": ((S,), (L, P), None),
+    "packed, ids": ((S,), (L, P), (S,)),
+}
+# the dimension of the samples in q, k, cos, sin and position_ids
+BATCHED = {
+    "q and k": (0, 0, None, None, None),
+    "q": (0, None, None, None, None),
+    "positions": (None, None, None, None, 0),
+    "table": (None, None, 0, 0, None),
+    "cos": (None, None, 0, None, None),
+    "x and positions, inside": (1, 2, None, None, 1),
+    "x and table, last": (-1, -1, -1, -1, None),
+    "all": (0, 1, 2, 0, -1),
+}
+
+
+def samples(shape, dim, make):
+    """A tensor of the shape, with N samples in a dimension more if dim is not None."""
+    if shape is None:
+        return None
+    if dim is None:
+        return make(*shape)
+    return make(N, *shape).movedim(0, dim)
+
+
+def sample(tensor, dim, i):
+    return tensor if tensor is None or dim is None else tensor.select(dim, i).contiguous()
+
+
+@pytest.mark.parametrize("batched", BATCHED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_rotates_as_a_loop_does(layout, batched, device):
+    tokens, table, ids = LAYOUTS[layout]
+    dims = BATCHED[batched]
+    if ids is None and dims == BATCHED["positions"]:
+        pytest.skip("no positions to be batched")
+    dims = (*dims[:4], None if ids is None else dims[4])
+    make = partial(random, device=device)
+    arguments = [
+        samples((*tokens, H, D), dims[0], make),
+        samples((*tokens, K, D), dims[1], make),
+        samples(table, dims[2], partial(make, seed=1)),
+        samples(table, dims[3], partial(make, seed=2)),
+        samples(ids, dims[4], partial(random_positions, rows=L, device=device)),
+    ]
+    options = {"interleaved": True, "interleaved_out": False, "inverse": True}
+    function = partial(rope.apply_rotary_qk, **options)
+    out_q, out_k = vmap(function, in_dims=dims, out_dims=(1, -1))(*arguments)
+    one = vmap(partial(rope.apply_rotary, **options), in_dims=dims[:1] + dims[2:])
+    if any(dim is not None for dim in dims[:1] + dims[2:]):
+        assert_same_bits(one(arguments[0], *arguments[2:]), out_q.movedim(1, 0))
+    for i in range(N):
+        expected = function(*(sample(t, dim, i) for t, dim in zip(arguments, dims, strict=True)))
+        assert_same_bits(out_q.select(1, i), expected[0])
+        assert_same_bits(out_k.select(-1, i), expected[1])
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (1, 1)], ids=str)
+def test_vmap_over_frequencies_and_positions(dims, device):
+    inv_freq = samples((P,), dims[0], partial(random, device=device))
+    ids = samples((B, S), dims[1], partial(random_positions, rows=100, device=device))
+    got = vmap(rope.cos_sin, in_dims=dims)(inv_freq, ids)
+    for i in range(N):
+        expected = rope.cos_sin(sample(inv_freq, dims[0], i), sample(ids, dims[1], i))
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a[i], b)
+    if dims[1] is None:
+        table = vmap(lambda f: rope.cos_sin_cache(f, L, start=3))(inv_freq)
+        for a, b in zip(table, rope.cos_sin_cache(inv_freq[1], L, start=3), strict=True):
+            assert_same_bits(a[1], b)
+
+
+def test_nested_vmap(device):
+    x = random(N, 2, S, H, D, device=device)
+    cos, sin = random_table(2, L, P, device=device)
+    inner = vmap(rope.apply_rotary, in_dims=(0, 0, 0))
+    got = vmap(inner, in_dims=(0, None, None))(x, cos, sin)
+    for i in range(N):
+        for j in range(2):
+            assert_same_bits(got[i, j], rope.apply_rotary(x[i, j], cos[j], sin[j]))
+
+
+@pytest.mark.parametrize("operator", [rope.apply_rotary_, rope_ext.apply_rotary], ids=str)
+def test_vmap_in_place_writes_every_sample(operator, device):
+    x = random(B, N, S, H, D, device=device)
+    cos, sin = random_table(N, L, P, device=device)
+    expected = torch.stack([rope.apply_rotary(x[:, i], cos[i], sin[i]) for i in range(N)], 1)
+    if operator is rope_ext.apply_rotary:
+        operator = partial(operator, inplace=True)
+
+    def function(x, cos, sin):
+        operator(x, cos, sin)
+        return x
+
+    got = vmap(function, in_dims=(1, 0, 0), out_dims=1)(x, cos, sin)
+    assert_same_bits(got, expected)
+    assert_same_bits(x, expected)
+
+
+def test_vmap_in_place_refuses_what_is_one_for_all_samples(device):
+    x = random(B, S, H, D, device=device)
+    before = x.clone()
+    cos, sin = random_table(N, L, P, device=device)
+    with pytest.raises(RuntimeError, match="apply_rotary_: expected what is written to be batched"):
+        vmap(partial(rope.apply_rotary_, x))(cos, sin)
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("position", [-1, L])
+def test_position_past_the_table_of_its_sample_is_refused(position):
+    """The tables of all samples are one in memory: no position may reach that of the next."""
+    x = random(B, S, H, D)
+    cos, sin = random_table(N, L, P)
+    ids = torch.full((S,), position)
+    with pytest.raises(RuntimeError, match="expected position_ids in"):
+        vmap(rope.apply_rotary, in_dims=(None, 0, 0, None))(x, cos, sin, ids)
+
+
+def test_vmap_into_out_is_refused():
+    x = random(N, B, S, H, D)
+    cos, sin = random_table(L, P)
+    with pytest.raises(RuntimeError, match=r"apply_rotary\.out"):
+        vmap(lambda x, out: rope.apply_rotary.out(x, cos, sin, out=out))(x, torch.empty_like(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_each_sample(layout, device):
+    """vmap of grad: to x, cos and sin, each sample's alone. The rows of a table may be summed in
+    another order: each order is within n 2^-53 of the sum of n products' sizes, n <= 2 B S H.
+    """
+    tokens, table, ids = LAYOUTS[layout]
+    make = partial(random, dtype=F64, device=device)
+    q, k = make(N, *tokens, H, D), make(N, *tokens, K, D, seed=1)
+    weight = make(*tokens, H, D, seed=2), make(*tokens, K, D, seed=3)
+    cos, sin = make(*table, seed=4), make(*table, seed=5)
+    ids = None if ids is None else random_positions(*ids, rows=L, device=device)
+
+    def loss(q, k, cos, sin, weigh=lambda x: x):
+        outs = rope.apply_rotary_qk(q, k, cos, sin, ids)
+        return sum((weigh(w) * out).sum() for w, out in zip(weight, outs, strict=True))
+
+    got = vmap(grad(loss, argnums=(0, 1, 2, 3)), in_dims=(0, 0, None, None))(q, k, cos, sin)
+    for i in range(N):
+        leaves = [t.clone().requires_grad_() for t in (q[i], k[i], cos, sin)]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        for a, b in zip(got[:2], expected[:2], strict=True):
+            assert_same_bits(a[i], b)
+        size = 4 * max(t.abs().max().item() for t in (*weight, q, k)) ** 2 * B * S * H
+        for a, b in zip(got[2:], expected[2:], strict=True):
+            assert ((a[i] - b).abs() <= 2 * 2 * B * S * H * 2.0**-53 * size).all()
+
+
+# ---- grad, jvp and their nestings
+
+
+def turned(inv_freq, x, ids):
+    """From frequencies to a number, through every operator that is differentiated."""
+    cos, sin = rope_ext.cos_sin(inv_freq, ids)
+    table = rope_ext.cos_sin_cache(inv_freq, S)
+    return (rope_ext.apply_rotary(x, cos, sin) * rope_ext.apply_rotary(x, *table).sin()).sum()
+
+
+def turned_plainly(inv_freq, x, ids):
+    """The same, in plain PyTorch."""
+    rows = reference.cos_sin(inv_freq, ids)
+    table = reference.cos_sin(inv_freq, torch.arange(S, device=x.device))
+    return (reference.apply_rotary(x, *rows) * reference.apply_rotary(x, *table).sin()).sum()
+
+
+def test_func_grad_has_the_bits_of_autograd(device):
+    inv_freq = rope_ext.frequencies.default(D, device=device)[0].double()
+    x = random(B, S, H, D, dtype=F64, device=device)
+    ids = random_positions(B, S, rows=9, device=device)
+    got = grad(turned, argnums=(0, 1))(inv_freq, x, ids)
+    leaves = inv_freq.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = torch.autograd.grad(turned(*leaves, ids), leaves)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("argnums", [0, 1], ids=["inv_freq", "x"])
+def test_nested_derivatives_are_those_of_plain_torch(argnums, device):
+    """Forward, backward and each over each. An entry is a sum of at most 2 S D products in float64:
+    1e-12 of the largest is more than they round, and less than any term that is forgotten.
+    """
+    inv_freq = rope_ext.frequencies.default(D, device=device)[0].double()
+    x = random(1, S, 1, D, dtype=F64, device=device)
+    ids = random_positions(1, S, rows=9, device=device)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
+
+    once = torch.func.grad(turned_plainly, argnums)(inv_freq, x, ids)
+    twice = hessian(turned_plainly, argnums)(inv_freq, x, ids)
+    for transform in (jacfwd, jacrev):
+        close(transform(turned, argnums)(inv_freq, x, ids), once)
+        for other in (jacfwd, jacrev):
+            close(transform(other(turned, argnums), argnums)(inv_freq, x, ids), twice)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tangent_of_x_is_its_rotation(dtype, device):
+    x, tangent = (random(B, S, H, D, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    cos, sin = random_table(L, P // 2, device=device)
+    function = partial(rope.apply_rotary, cos=cos, sin=sin, rotary_offset=1)
+    out, got = jvp(function, (x,), (tangent,))
+    assert_same_bits(out, function(x))
+    assert_same_bits(got, function(tangent))
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = function(forward_ad.make_dual(x, tangent))
+        assert_same_bits(forward_ad.unpack_dual(dual).tangent, got)
+    (back,) = vjp(function, x)[1](got)
+    assert_same_bits(back, function(got, inverse=True))
+
+
+def test_tangent_of_the_table_leaves_other_channels_alone(device):
+    x = random(B, S, H, D, device=device)
+    table = random_table(L, P // 2, device=device)
+    rotate = partial(rope.apply_rotary, x, rotary_offset=1)
+    cos, sin = random_table(L, P // 2, device=device, seed=5)
+    _, got = jvp(rotate, table, (cos, sin))
+    expected = rotate(cos, sin)
+    assert_same_bits(got[..., 1 : 1 + P], expected[..., 1 : 1 + P])
+    assert not got[..., :1].any()
+    assert not got[..., 1 + P :].any()
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_functions_in_place_are_transformed(layout, device):
+    """The operators in place would not tell of the tangent, the functions do."""
+    x, tangent = (random(B, S, S, D, device=device, seed=seed) for seed in (1, 2))
+    cos, sin = random_table(L, P, device=device)
+    rotate = partial(rope_ext.apply_rotary, cos=cos, sin=sin, layout=layout)
+    pair = partial(rope_ext.apply_rotary_qk, cos=cos, sin=sin, layout=layout)
+
+    def in_place(x):
+        a, b = x * 1, x * 1
+        rotate(a, inplace=True)
+        pair(a, b, inplace=True)
+        return a
+
+    def out_of_place(x):
+        return rotate(rotate(x))
+
+    for a, b in zip(jvp(in_place, (x,), (tangent,)), jvp(out_of_place, (x,), (tangent,)),
+                    strict=True):  # fmt: skip
+        assert_same_bits(a, b)
+    (got,), (expected,) = (vjp(f, x)[1](tangent) for f in (in_place, out_of_place))
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("name", ["x", "cos", "out"])
+def test_writing_operators_refuse_tangents_and_write_nothing(name, device):
+    x = random(B, S, H, D, device=device)
+    before = x.clone()
+    cos, sin = random_table(L, P, device=device)
+    with forward_ad.dual_level():
+        tensors = {"x": x, "cos": cos, "sin": sin}
+        if name == "out":
+            tensors["x"], tensors["out"] = before, x
+        tensors[name] = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        operator = rope.apply_rotary.out if name == "out" else rope.apply_rotary_
+        with pytest.raises(RuntimeError, match="expected tensors without tangents"):
+            operator(**tensors)
+    assert_same_bits(x, before)
+
+
+# ---- autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_dtypes_and_tables_as_they_are(dtype, device):
+    """x as it comes out of a layer under autocast is rotated by float32 tables, rounded once."""
+    linear = torch.nn.Linear(D, D, device=device)
+    module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L, device=device)
+    x = random(B, S, H, D, device=device)
+    ids = random_positions(B, S, rows=9, device=device)
+    with torch.autocast(device.type, dtype=dtype):
+        q = linear(x)
+        assert q.dtype == dtype
+        cos, sin = module.cos_sin(ids)
+        assert cos.dtype == module.table(S)[0].dtype == torch.float32
+        rotated = (*module(q, q, ids), rope_ext.apply_rotary(q, cos, sin))
+        kept, _ = module(x, x, ids)
+    for y in rotated:
+        assert_same_bits(y, rope.apply_rotary(q, *rope.cos_sin(module.inv_freq, ids)))
+    assert kept.dtype == torch.float32
+
+
+# ---- activation checkpointing
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator that reach a device."""
+
+    def __init__(self, overload):
+        super().__init__()
+        self.overload, self.count = overload, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is self.overload
+        return function(*args, **(kwargs or {}))
+
+
+def block(module, q, k, inplace):
+    q, k = module(q * 2, k + 1, inplace=inplace)
+    return (q.sin().sum(-2) + k.sin().sum(-2)).exp()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpointed_block_has_the_gradients_of_the_block(reentrant, inplace, device):
+    module = rope_ext.RotaryEmbedding(
+        D, max_position_embeddings=L, learned=not inplace, device=device
+    )
+    q = random(B, S, H, D, device=device).requires_grad_()
+    k = random(B, S, K, D, device=device).requires_grad_()
+    leaves = [q, k, *module.parameters()]
+    expected = torch.autograd.grad(block(module, q, k, inplace).sum(), leaves)
+    y = checkpoint(block, module, q, k, inplace, use_reentrant=reentrant)
+    y.sum().backward()  # reentrant checkpointing has no autograd.grad
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        assert_same_bits(leaf.grad, wanted)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
+def test_selective_checkpointing_decides_for_the_operator(saved, device):
+    overload = rope.apply_rotary_qk.default
+    wanted = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.MUST_RECOMPUTE
+
+    def policy(ctx, function, *args, **kwargs):
+        return wanted if function is overload else CheckpointPolicy.MUST_RECOMPUTE
+
+    module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L, device=device)
+    q = random(B, S, H, D, device=device).requires_grad_()
+    k = random(B, S, K, D, device=device).requires_grad_()
+    expected = torch.autograd.grad(block(module, q, k, False).sum(), (q, k))
+    with Calls(overload) as calls:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        y = checkpoint(block, module, q, k, False, use_reentrant=False, context_fn=contexts)
+        assert calls.count == 1
+        got = torch.autograd.grad(y.sum(), (q, k))
+    assert calls.count == (2 if saved else 3)  # one of them is the backward
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- tools
+
+
+def test_flops_are_counted(device):
+    """6 a pair, forward and backward; 8 a pair for the gradient to the table."""
+    q, k = random(B, S, H, D, device=device), random(B, S, K, D, device=device)
+    cos, sin = random_table(L, P // 2, device=device)  # half of the channels
+    pairs = B * S * (H + K) * P // 2
+    counts = {}
+
+    def count(function, *args, **options):
+        with FlopCounterMode(display=False) as counter:
+            function(*args, **options)
+        counts.update(counter.get_flop_counts()["Global"])
+        return counter.get_total_flops()
+
+    assert count(rope.apply_rotary_qk, q, k, cos, sin) == 6 * pairs
+    assert count(rope.apply_rotary_qk_, q.clone(), k.clone(), cos, sin) == 6 * pairs
+    assert count(rope.apply_rotary, q, cos, sin, rotary_dim=P) == 6 * B * S * H * P // 2
+    wide = (torch.cat((t, t), -1) for t in (cos, sin))
+    assert count(rope.apply_rotary_, q.clone(), *wide, rotary_dim=P) == 6 * B * S * H * P // 2
+    leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
+    outs = rope.apply_rotary_qk(*leaves)
+    assert count(torch.autograd.grad, [o.sum() for o in outs], leaves) == (6 + 8) * pairs
+    assert rope.apply_rotary_table_backward in counts
+
+
+def test_profiler_shows_operators_by_their_names():
+    q = random(B, S, H, D).requires_grad_()
+    inv_freq = rope_ext.frequencies.default(D)[0].requires_grad_()
+    with torch.profiler.profile() as profile:
+        cos, sin = rope_ext.cos_sin_cache(inv_freq, S)
+        rope_ext.apply_rotary(q, cos, sin).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    for name in ("rope::cos_sin_cache", "rope::apply_rotary", "ApplyRotaryBackward",
+                 "rope::apply_rotary_table_backward", "CosSinCacheBackward"):  # fmt: skip
+        assert name in names, f"no {name} among {sorted(names)}"
+
+
+def everything(device):
+    """Values, gradients, tangents and gradients of samples."""
+    q, k = random(2, 300, 6, 32, device=device), random(2, 300, 2, 32, device=device)
+    cos, sin = random_table(40, 16, device=device)
+    ids = random_positions(2, 300, rows=40, device=device)
+
+    def rotate(q, k, cos, sin):
+        return rope.apply_rotary_qk(q, k, cos, sin, ids)
+
+    def loss(*args):
+        return sum(out.square().sum() for out in rotate(*args))
+
+    args = q, k, cos, sin
+    found = [*rotate(*args), *grad(loss, argnums=(0, 1, 2, 3))(*args)]
+    found += jvp(rotate, args, (q, k, sin, cos))[1]
+    many = [t[None].expand(N, *t.shape) for t in args]
+    return [*found, *vmap(grad(loss, argnums=(2, 3)))(*many)]
+
+
+def test_runs_and_threads_have_the_same_bits(threads):
+    threads(1)
+    first = everything("cpu")
+    threads(2)
+    for other in (everything("cpu"), everything("cpu")):
+        for a, b in zip(first, other, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_deterministic_algorithms_find_nothing_to_say(device):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            everything(device)
+    finally:
+        torch.use_deterministic_algorithms(before)
