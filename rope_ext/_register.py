@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.nn.functional import pad
 
+from rope_ext._token_order import distributed_tokens_by_row, is_dtensor, tokens_by_row
+
 rope = torch.ops.rope
 
 
@@ -220,6 +222,7 @@ def last_stride_one(grad: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], rotated: int) -> None:
     """Keeps what backward needs; the rotated tensors only for gradients to the table."""
+    ctx.set_materialize_grads(False)  # zeros would be work, and for DTensors no DTensors
     cos, sin, position_ids = inputs[rotated : rotated + 3]
     ctx.table_needs_grad = any(ctx.needs_input_grad[rotated : rotated + 2])
     xs = inputs[:rotated] if ctx.table_needs_grad else ()
@@ -233,7 +236,9 @@ def _apply_rotary_setup(
     _save(ctx, inputs, keyword_only_inputs, rotated=1)
 
 
-def _apply_rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _apply_rotary_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
     cos, sin, position_ids, *xs = ctx.saved_tensors
     grad = last_stride_one(grad)
     grad_x = grad_cos = grad_sin = None
@@ -251,22 +256,25 @@ def _apply_rotary_qk_setup(
 
 
 def _apply_rotary_qk_backward(
-    ctx: Any, grad_q: Tensor, grad_k: Tensor
+    ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad_q, grad_k = last_stride_one(grad_q), last_stride_one(grad_k)
+    grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
+    grad_q, grad_k = (
+        g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)
+    )
     rows, inverse = (cos, sin, position_ids), inverted(ctx.options)
     to_q = to_k = grad_cos = grad_sin = None
-    if all(ctx.needs_input_grad[:2]):
+    if grad_q is not None and grad_k is not None:
         to_q, to_k = rope.apply_rotary_qk(grad_q, grad_k, *rows, **inverse)
-    elif ctx.needs_input_grad[0]:
+    elif grad_q is not None:
         to_q = rope.apply_rotary(grad_q, *rows, **inverse)
-    elif ctx.needs_input_grad[1]:
+    elif grad_k is not None:
         to_k = rope.apply_rotary(grad_k, *rows, **inverse)
-    if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(
-            grad_q, xs[0], grad_k, xs[1], cos, position_ids, ctx.options
-        )
+    terms = [pair for pair in zip(grads, xs, strict=False) if pair[0] is not None]
+    if ctx.table_needs_grad and terms:
+        first, second = (*terms, (None, None))[:2]
+        grad_cos, grad_sin = _table_grad(*first, *second, cos, position_ids, ctx.options)
     return to_q, to_k, grad_cos, grad_sin, None
 
 
@@ -288,33 +296,42 @@ def _table_grad(
     position_ids: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to cos and sin. With positions, the tokens are sorted by their row, so that each
-    row is summed by itself and in order: the same bits every time, on every device.
-    """
+    """The gradient to cos and sin."""
     order = offsets = None
     if position_ids is not None:
-        flat = position_ids.expand(q.shape[:-2]).reshape(-1)
-        in_order, order = torch.sort(flat, stable=True)
-        rows = torch.arange(cos.shape[0] + 1, dtype=flat.dtype, device=flat.device)
-        offsets = torch.searchsorted(in_order, rows)
+        position_ids = position_ids.expand(q.shape[:-2])
+        if is_dtensor(position_ids):
+            others = (x for x in (grad_q, q, grad_k, k) if x is not None)
+            order, offsets = distributed_tokens_by_row(position_ids, cos.shape[0], *others)
+        else:
+            order, offsets = tokens_by_row(position_ids, cos.shape[0])
     return rope.apply_rotary_table_backward(grad_q, q, grad_k, k, cos, order, offsets, **options)
 
 
 def _table_backward_setup(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
 
 
 def _table_backward_backward(
-    ctx: Any, table_cos: Tensor, table_sin: Tensor
+    ctx: Any, table_cos: Tensor | None, table_sin: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """grad_cos and grad_sin are linear in grad_q, and in q: the gradient to either is the other one
     rotated by the table (table_cos, table_sin), and zero where channels do not rotate.
     """
+    table_cos, table_sin = _both(table_cos, table_sin)
+    if table_cos is None:
+        return (None,) * 7
     grad_q, q, grad_k, k, cos, order, offsets = ctx.saved_tensors
     position_ids = None
+    if is_dtensor(order):
+        raise NotImplementedError(
+            "rope::apply_rotary: expected no second derivative to cos and sin of DTensors with "
+            "position_ids, got one: rows of cos_sin(inv_freq, position_ids) have it"
+        )
     if order is not None:
         place = torch.arange(order.numel(), device=order.device)
         row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
@@ -342,20 +359,33 @@ def _table_backward_backward(
     )
 
 
+def _both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to cos and sin, with zeros for one that nothing depends on."""
+    if first is None and second is not None:
+        first = torch.zeros_like(second)
+    elif second is None and first is not None:
+        second = torch.zeros_like(first)
+    return first, second
+
+
 # Derivatives of cos and sin: cos' = -position sin, sin' = position cos.
 
 
 def _cos_sin_cache_setup(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0])
     ctx.start = keyword_only_inputs["start"]
     ctx.attention_scaling = keyword_only_inputs["attention_scaling"]
 
 
 def _cos_sin_cache_backward(
-    ctx: Any, grad_cos: Tensor, grad_sin: Tensor
+    ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    grad_cos, grad_sin = _both(grad_cos, grad_sin)
+    if grad_cos is None:
+        return None, None
     (inv_freq,) = ctx.saved_tensors
     grad = rope.cos_sin_backward(
         grad_cos, grad_sin, inv_freq, start=ctx.start, attention_scaling=ctx.attention_scaling
@@ -366,11 +396,17 @@ def _cos_sin_cache_backward(
 def _cos_sin_setup(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
     ctx.attention_scaling = keyword_only_inputs["attention_scaling"]
 
 
-def _cos_sin_backward(ctx: Any, grad_cos: Tensor, grad_sin: Tensor) -> tuple[Tensor | None, ...]:
+def _cos_sin_backward(
+    ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad_cos, grad_sin = _both(grad_cos, grad_sin)
+    if grad_cos is None:
+        return None, None
     inv_freq, position_ids = ctx.saved_tensors
     grad = rope.cos_sin_backward(
         grad_cos, grad_sin, inv_freq, position_ids, attention_scaling=ctx.attention_scaling
