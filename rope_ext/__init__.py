@@ -39,7 +39,7 @@ def _load_compiled_part():
 
 _C = _load_compiled_part()
 
-from rope_ext import _register, _sharding, frequencies, reference  # noqa: E402
+from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
@@ -55,5 +55,6 @@ __all__ = [
     "cos_sin",
     "cos_sin_cache",
     "frequencies",
+    "positions",
     "reference",
 ]
