@@ -229,7 +229,7 @@ def _parts(operands: list[_Operand], plan: _Plan) -> dict[str, Tensor]:
     for operand, placements in zip(operands, plan.placements, strict=True):
         tensor = operand.tensor
         if tensor.placements != placements:
-            tensor = tensor.redistribute(placements=placements)
+            tensor = tensor.detach().redistribute(placements=placements)
         parts[operand.name] = tensor.to_local()
     return parts
 
