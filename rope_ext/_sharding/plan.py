@@ -33,8 +33,6 @@ class Plan(NamedTuple):
 
     def place(self, axes: Sequence[str | None], otherwise: Any) -> list[Any]:
         """Placements of a tensor with these axes; `otherwise` where another one is sharded."""
-        from torch.distributed.tensor import Replicate, Shard
-
         return [
             (Shard(axes.index(on[0])) if on[0] in axes else otherwise) if on else Replicate()
             for on in self.sharded

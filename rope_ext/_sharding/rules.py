@@ -1,8 +1,8 @@
 """A rule for each operator on DTensors: batch, sequence and heads shard freely, and a pending sum
 (Partial) passes through x, in which a rotation is linear. The ranks of a mesh never have to talk.
 
-Only public interfaces: torch.library.register_torch_dispatch, DTensor.to_local, from_local and
-redistribute.
+On interfaces that every torch has alike: torch.library.register_torch_dispatch, and to_local,
+from_local and redistribute of DTensor.
 """
 
 from collections.abc import Callable, Sequence
