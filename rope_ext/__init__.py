@@ -39,12 +39,13 @@ def _load_compiled_part():
 
 _C = _load_compiled_part()
 
-from rope_ext import _register, frequencies, reference  # noqa: E402
+from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
+_sharding.register()
 
 __version__: str = _C.build_info()["version"]
 
@@ -56,5 +57,6 @@ __all__ = [
     "cos_sin_cache",
     "frequencies",
     "lowering",
+    "positions",
     "reference",
 ]

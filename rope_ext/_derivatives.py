@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import pad
 
+from rope_ext._token_order import distributed_tokens_by_row, is_dtensor, tokens_by_row
+
 rope = torch.ops.rope
 
 # Of the one level that there is: unpack_dual asks a count that compiled graphs do not keep.
@@ -71,12 +73,16 @@ def _autograd_kernel(
         *args, call = inputs
         with call.modes(), torch._C._AutoDispatchBelowAutograd():
             output = overload.redispatch(call.keyset & after_autograd, *args, **call.options)
+        # Zeros would be work, and for DTensors no DTensors; forward mode can't do without.
+        ctx.set_materialize_grads(forward_ad._current_level >= 0)
         ctx.options = {**defaults, **call.options}
         save(ctx, args)
         ctx.call, call.args = call, args
         return output
 
     def node_backward(ctx: Any, *grads: Tensor) -> Grads:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         return *backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -188,21 +194,24 @@ def _apply_rotary_backward(ctx: Any, grad: Tensor) -> Grads:
     return grad_x, grad_cos, grad_sin, None
 
 
-def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> Grads:
+def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
     cos, sin, position_ids, *xs = ctx.saved_tensors
-    grad_q, grad_k = last_stride_one(grad_q), last_stride_one(grad_k)
+    grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
+    grad_q, grad_k = (
+        g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)
+    )
     rows, inverse = (cos, sin, position_ids), inverted(ctx.options)
     to_q = to_k = grad_cos = grad_sin = None
-    if all(ctx.needs_input_grad[:2]):
+    if grad_q is not None and grad_k is not None:
         to_q, to_k = rope.apply_rotary_qk(grad_q, grad_k, *rows, **inverse)
-    elif ctx.needs_input_grad[0]:
+    elif grad_q is not None:
         to_q = rope.apply_rotary(grad_q, *rows, **inverse)
-    elif ctx.needs_input_grad[1]:
+    elif grad_k is not None:
         to_k = rope.apply_rotary(grad_k, *rows, **inverse)
-    if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(
-            grad_q, xs[0], grad_k, xs[1], cos, position_ids, ctx.options
-        )
+    terms = [pair for pair in zip(grads, xs, strict=False) if pair[0] is not None]
+    if ctx.table_needs_grad and terms:
+        first, second = (*terms, (None, None))[:2]
+        grad_cos, grad_sin = _table_grad(*first, *second, cos, position_ids, ctx.options)
     return to_q, to_k, grad_cos, grad_sin, None
 
 
@@ -224,15 +233,15 @@ def _table_grad(
     position_ids: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to cos and sin. With positions, the tokens are sorted by their row, so that each
-    row is summed by itself and in order: the same bits every time, on every device.
-    """
+    """The gradient to cos and sin."""
     order = offsets = None
     if position_ids is not None:
-        flat = position_ids.expand(q.shape[:-2]).reshape(-1)
-        in_order, order = torch.sort(flat, stable=True)
-        rows = torch.arange(cos.shape[0] + 1, dtype=flat.dtype, device=flat.device)
-        offsets = torch.searchsorted(in_order, rows)
+        position_ids = position_ids.expand(q.shape[:-2])
+        if is_dtensor(position_ids):
+            others = (x for x in (grad_q, q, grad_k, k) if x is not None)
+            order, offsets = distributed_tokens_by_row(position_ids, cos.shape[0], *others)
+        else:
+            order, offsets = tokens_by_row(position_ids, cos.shape[0])
     return rope.apply_rotary_table_backward(grad_q, q, grad_k, k, cos, order, offsets, **options)
 
 
@@ -286,12 +295,18 @@ def _apply_rotary_qk_tangent(inputs: list[Any], tangents: Grads, options: dict[s
     )
 
 
-def _table_backward_backward(ctx: Any, table_cos: Tensor, table_sin: Tensor) -> Grads:
+def _table_backward_backward(ctx: Any, table_cos: Tensor | None, table_sin: Tensor | None) -> Grads:
     """grad_cos and grad_sin are linear in grad_q, and in q: the gradient to either is the other one
     rotated by the table (table_cos, table_sin), and zero where channels do not rotate.
     """
+    table_cos, table_sin = _both(table_cos, table_sin)
     grad_q, q, grad_k, k, _, order, offsets = ctx.saved_tensors
     position_ids = None
+    if is_dtensor(order):
+        raise NotImplementedError(
+            "rope::apply_rotary: expected no second derivative to cos and sin of DTensors with "
+            "position_ids, got one: rows of cos_sin(inv_freq, position_ids) have it"
+        )
     if order is not None:
         place = torch.arange(order.numel(), device=order.device)
         row = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
@@ -326,6 +341,12 @@ def _table_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[st
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
+def _both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients to cos and sin, with zeros for one that nothing depends on."""
+    first = torch.zeros_like(second) if first is None else first
+    return first, torch.zeros_like(first) if second is None else second
+
+
 # Of cos and sin: cos' = -position sin, sin' = position cos.
 
 
@@ -336,13 +357,15 @@ def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
 
 
-def _cos_sin_cache_backward(ctx: Any, grad_cos: Tensor, grad_sin: Tensor) -> Grads:
+def _cos_sin_cache_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
+    grad_cos, grad_sin = _both(grad_cos, grad_sin)
     inv_freq, _ = ctx.saved_tensors
     options = {name: ctx.options[name] for name in ("start", "attention_scaling")}
     return rope.cos_sin_backward(grad_cos, grad_sin, inv_freq, **options), None
 
 
-def _cos_sin_backward(ctx: Any, grad_cos: Tensor, grad_sin: Tensor) -> Grads:
+def _cos_sin_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
+    grad_cos, grad_sin = _both(grad_cos, grad_sin)
     inv_freq, position_ids = ctx.saved_tensors
     scaling = ctx.options["attention_scaling"]
     grad = rope.cos_sin_backward(

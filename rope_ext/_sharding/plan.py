@@ -1,0 +1,140 @@
+"""How the operands of an operator have to be placed, and what a rank then has of them.
+
+Axes are named: operands that have an axis in common are sharded along it together. Where an operand
+is replicated and another one sharded along an axis of both, each rank takes its part of it; what
+would need a collective is refused by name, as only its caller knows where it is cheapest.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+BATCH, SEQUENCE, HEADS, PAIRS = "batch", "sequence", "heads", "pairs"
+# q and k have heads of their own: one may be sharded along them and the other not.
+HEADS_OF = ("heads of q", "heads of k")
+
+
+class Operand(NamedTuple):
+    name: str
+    tensor: Any  # a DTensor
+    axes: tuple[str | None, ...]  # of each dimension; None: it stays whole
+    linear: bool = False  # the result is linear in it, so that its sum may be pending
+    written: bool = False
+
+
+class Plan(NamedTuple):
+    """Placements of each operand, and on each mesh dimension the axes that are sharded."""
+
+    placements: list[tuple[Any, ...]]
+    sharded: list[list[str]]
+
+    def place(self, axes: Sequence[str | None], otherwise: Any) -> list[Any]:
+        """Placements of a tensor with these axes; `otherwise` where another one is sharded."""
+        return [
+            (Shard(axes.index(on[0])) if on[0] in axes else otherwise) if on else Replicate()
+            for on in self.sharded
+        ]
+
+
+def checked(op: str, *operands: Operand) -> list[Operand]:
+    """Those that are not None, as DTensors of one mesh. Plain tensors are refused, as PyTorch's own
+    operators do, unless torch.distributed.tensor.experimental.implicit_replication() allows them.
+    """
+    operands = tuple(operand for operand in operands if operand.tensor is not None)
+    mesh = next(o.tensor.device_mesh for o in operands if isinstance(o.tensor, DTensor))
+    result, sizes = [], {}
+    for operand in operands:
+        name, tensor = operand.name, operand.tensor
+        if not isinstance(tensor, DTensor):
+            if not getattr(DTensor._op_dispatcher, "_allow_implicit_replication", False):
+                raise RuntimeError(
+                    f"{op}: expected {name} to be a DTensor, as others are, got a plain tensor: "
+                    f"distribute_tensor({name}, mesh, [Replicate()]) makes it one"
+                )
+            tensor = DTensor.from_local(tensor, mesh, run_check=False)
+        if tensor.device_mesh != mesh:
+            raise RuntimeError(
+                f"{op}: expected {name} on the mesh of the others, {mesh}, got {tensor.device_mesh}"
+            )
+        for axis, size in zip(operand.axes, tensor.shape, strict=False):
+            if axis in (BATCH, SEQUENCE) and size != sizes.setdefault(axis, size):
+                raise RuntimeError(
+                    f"{op}: expected {name} to have {axis} {sizes[axis]}, as "
+                    f"{operands[0].name} has, got {size}"
+                )
+        result.append(operand._replace(tensor=tensor))
+    return result
+
+
+def plan_for(op: str, operands: list[Operand]) -> Plan:
+    mesh = operands[0].tensor.device_mesh
+    columns = [_plan_on(op, operands, mesh_dim) for mesh_dim in range(mesh.ndim)]
+    placements = [tuple(column[0][i] for column in columns) for i in range(len(operands))]
+    return Plan(placements, [column[1] for column in columns])
+
+
+def _plan_on(op: str, operands: list[Operand], mesh_dim: int) -> tuple[list[Any], list[str]]:
+    def refuse(operand: Operand, expected: str) -> NoReturn:
+        raise RuntimeError(
+            f"{op}: expected {operand.name} to be {expected} on dimension {mesh_dim} of the mesh, "
+            f"got {operand.tensor.placements[mesh_dim]}: redistribute it before, as no collective "
+            "is inserted"
+        )
+
+    def beside(axis: str) -> str:
+        return f"beside {by[axis].name} as {by[axis].tensor.placements[mesh_dim]}"
+
+    by: dict[str, Operand] = {}  # the axes that are sharded, each by its first operand
+    for operand in operands:
+        given = operand.tensor.placements[mesh_dim]
+        if type(given) is Shard and given.dim < len(operand.axes) and operand.axes[given.dim]:
+            by.setdefault(operand.axes[given.dim], operand)
+        elif type(given) is not Replicate:
+            is_sum = type(given) is Partial and given.reduce_op in ("sum", "avg")
+            if not (operand.linear and is_sum):
+                refuse(operand, "Replicate(), as it is needed whole,")
+    if len(by) > 1 and not all(axis in HEADS_OF for axis in by):
+        first, second = list(by)[:2]
+        refuse(by[second], f"Replicate() or sharded along {first}, {beside(first)},")
+
+    placements = []
+    for operand in operands:
+        given = operand.tensor.placements[mesh_dim]
+        own = next((axis for axis in operand.axes if axis in by), None)
+        wanted = given if own is None else Shard(operand.axes.index(own))
+        if wanted != given and (type(given) is not Replicate or operand.written):
+            refuse(operand, f"{wanted}, {beside(own)},")
+        placements.append(wanted)
+    return placements, list(by)
+
+
+# Between DTensors and what a rank has
+
+
+def parts_of(operands: list[Operand], plan: Plan) -> dict[str, Tensor]:
+    """What the rank has of each operand: it cuts a shard out of what is replicated by itself."""
+    parts = {}
+    for operand, placements in zip(operands, plan.placements, strict=True):
+        tensor = operand.tensor
+        if tensor.placements != placements:
+            tensor = tensor.detach().redistribute(placements=placements)
+        parts[operand.name] = tensor.to_local()
+    return parts
+
+
+def distributed(
+    local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], like: Any = None
+) -> Any:
+    """A DTensor of this shape, with the dimensions in memory in the operator's order."""
+    order = list(range(len(shape)))
+    if like is not None and like.stride(-1) == 1:  # as output_like in apply_rotary.cpp
+        order.sort(key=like.stride, reverse=True)
+    strides, step = [1] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * max(shape[dim], 1)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+    )

@@ -1,0 +1,138 @@
+"""Positions of the tokens that a rank has, when sequences are cut across ranks (context parallel).
+
+They go where any position_ids go: ``cos_sin(inv_freq, positions.context_parallel(...))`` are the
+rows of a rank's tokens, once a step, for all layers.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def context_parallel(
+    seq_len: int,
+    world: int,
+    rank: int,
+    load_balanced: bool = True,
+    *,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Positions in their sequence of the tokens that a rank has.
+
+    Load-balanced, a sequence is cut into 2 * world chunks, and rank r has chunk r and chunk
+    2 * world - 1 - r, in this order: with a causal mask all ranks then have the same work.
+    Otherwise it is cut into world chunks, and rank r has chunk r. Of packed sequences each one is
+    cut by itself.
+
+    Args:
+        seq_len: tokens of the whole sequence, S, or of all packed sequences together, T.
+        world: ranks that share the sequence.
+        rank: of these, 0 <= rank < world.
+        load_balanced: two chunks for each rank, from both ends (zig-zag), instead of one.
+        cu_seqlens: int32 or int64 [sequences + 1]: where each packed sequence begins in the whole
+            batch, and at the end T. Every length is a multiple of the number of chunks. Values are
+            looked at on the CPU alone: elsewhere that would wait for the device.
+        device: of the result. None: that of cu_seqlens, or the default device.
+
+    Returns:
+        int64 [S / world] or [T / world], in tokens. ``x[:, context_parallel(...)]`` are the rank's
+        tokens of x [B, S, ...]; for packed ones see :func:`context_parallel_indices`.
+
+    Raises:
+        ValueError: for a length that the chunks do not divide, a rank that is not of the world, and
+            cu_seqlens that are not the boundaries of seq_len tokens.
+
+    Source: ring attention with load balance as in Megatron-LM (get_batch_on_this_cp_rank),
+    TransformerEngine (thd_get_partitioned_indices) and torch.distributed.tensor.experimental.
+    """
+    indices, starts = _tokens("context_parallel", seq_len, world, rank, load_balanced, cu_seqlens)
+    return (indices if starts is None else indices - starts).to(device or indices.device)
+
+
+def context_parallel_indices(
+    seq_len: int,
+    world: int,
+    rank: int,
+    load_balanced: bool = True,
+    *,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which tokens a rank has: indices into the whole sequence, or into the packed batch.
+
+    Arguments, errors and source are those of :func:`context_parallel`.
+
+    Returns:
+        int64 [S / world] or [T / world]: ``x[context_parallel_indices(...)]`` are the rank's tokens
+        of packed x [T, ...]. Those of all ranks, one after the other, are a permutation, whose
+        ``argsort()`` brings gathered tokens back into order.
+    """
+    function = "context_parallel_indices"
+    indices, _ = _tokens(function, seq_len, world, rank, load_balanced, cu_seqlens)
+    return indices.to(device or indices.device)
+
+
+def _tokens(
+    function: str,
+    seq_len: int,
+    world: int,
+    rank: int,
+    load_balanced: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Indices of the rank's tokens, and for packed ones where the sequence of each begins."""
+    chunks = 2 * world if load_balanced else world
+    _check(function, seq_len, world, rank, chunks, cu_seqlens)
+    device = None if cu_seqlens is None else cu_seqlens.device
+    token = torch.arange(seq_len // world, device=device)
+    if cu_seqlens is None:
+        begin, chunk = 0, seq_len // chunks
+        starts = None
+    else:
+        bounds = cu_seqlens.long()
+        # A rank has the same share of each sequence, in order, so that its token says the sequence.
+        sequence = torch.searchsorted(bounds[1:] // world, token, right=True)
+        starts = bounds[sequence]
+        begin, chunk = starts, (bounds[sequence + 1] - starts) // chunks
+    within = token - begin // world
+    if load_balanced:
+        # The second chunk is number 2 world - 1 - rank; `within` counts one chunk already.
+        number = torch.where(within < chunk, rank, 2 * world - 2 - rank)
+    else:
+        number = rank
+    return begin + number * chunk + within, starts
+
+
+def _check(
+    function: str, seq_len: int, world: int, rank: int, chunks: int, cu_seqlens: Tensor | None
+) -> None:
+    def refuse(expected: str, got: object) -> None:
+        raise ValueError(f"rope_ext.positions.{function}: expected {expected}, got {got}")
+
+    if world < 1:
+        refuse("world to be at least 1", world)
+    if not 0 <= rank < world:
+        refuse(f"rank in [0, {world}), of world ranks", rank)
+    if seq_len < 0 or seq_len % chunks != 0:
+        refuse(f"seq_len to be a multiple of {chunks}, the chunks of {world} ranks", seq_len)
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        refuse("cu_seqlens of dtype int32 or int64", cu_seqlens.dtype)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        refuse("cu_seqlens to have shape [sequences + 1]", list(cu_seqlens.shape))
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != seq_len:
+        refuse(f"cu_seqlens from 0 to seq_len, {seq_len}", f"{bounds[0]} to {bounds[-1]}")
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    for i, length in enumerate(lengths):
+        if length < 0 or length % chunks != 0:
+            refuse(
+                f"sequence {i} of cu_seqlens to have a length that is a multiple of {chunks}, the "
+                f"chunks of {world} ranks",
+                length,
+            )

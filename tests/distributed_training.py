@@ -1,0 +1,287 @@
+"""A small Llama that trains on several ranks, in each way that PyTorch has, and on one.
+
+Each scenario returns the losses of all steps and the gradients of the first, as one rank would have
+them. Run by test_distributed.py in processes of their own, so that nothing of pytest is needed.
+"""
+
+import datetime
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+
+import rope_ext
+
+STEPS = 10
+BATCH, LENGTH, VOCABULARY, LAYERS = 4, 16, 64, 2
+DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 8, 4, 8
+DTYPE = torch.float64
+
+
+# ---- the model
+
+
+def causal(q, k, v):  # [B, S, H, D] each
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(
+        1, 2
+    )
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
+        self.wq = nn.Linear(DIM, HEADS * HEAD_DIM, bias=False)
+        self.wk = nn.Linear(DIM, KV_HEADS * HEAD_DIM, bias=False)
+        self.wv = nn.Linear(DIM, KV_HEADS * HEAD_DIM, bias=False)
+        self.wo = nn.Linear(HEADS * HEAD_DIM, DIM, bias=False)
+        self.gate, self.up = (nn.Linear(DIM, HIDDEN, bias=False) for _ in range(2))
+        self.down = nn.Linear(HIDDEN, DIM, bias=False)
+
+    def forward(self, x, cos, sin, attend):
+        y = self.norm1(x)
+        q, k, v = (w(y).unflatten(-1, (-1, HEAD_DIM)) for w in (self.wq, self.wk, self.wv))
+        q, k = rope_ext.apply_rotary_qk(q, k, cos, sin)  # DTensors, if the weights give them
+        q, k, v = (t.to_local() if isinstance(t, DTensor) else t for t in (q, k, v))
+        x = x + self.wo(attend(q, k, v).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    """With learned frequencies, so that their gradient is looked at too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, DIM)
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(DIM)
+        self.head = nn.Linear(DIM, VOCABULARY, bias=False)
+        self.inv_freq = nn.Parameter(rope_ext.frequencies.default(HEAD_DIM)[0])
+
+    def forward(self, tokens, position_ids, attend=causal):
+        cos, sin = rope_ext.cos_sin(self.inv_freq, position_ids)  # once a step, for all layers
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.head(self.norm(x))
+
+
+def made():
+    torch.manual_seed(0)
+    model = Llama().to(DTYPE)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
+    return model, tokens[:, :-1], tokens[:, 1:]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model, loss_of_step, after_backward=lambda: None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses, grads = [], {}
+    for step in range(STEPS):
+        loss = loss_of_step()
+        optimizer.zero_grad()
+        loss.backward()
+        after_backward()
+        if step == 0:
+            grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        losses.append(whole(loss.detach()).clone())
+    return torch.stack(losses), grads
+
+
+def loss_of(model, tokens, targets, position_ids, **options):
+    return cross_entropy(model(tokens, position_ids, **options).flatten(0, 1), targets.flatten())
+
+
+def average(tensor):
+    dist.all_reduce(tensor)
+    tensor /= dist.get_world_size()
+
+
+# ---- the scenarios
+
+
+def one_process():
+    model, tokens, targets = made()
+    position_ids = torch.arange(LENGTH)[None]
+    return train(model, lambda: loss_of(model, tokens, targets, position_ids))
+
+
+def with_tensor_parallel(model, mesh):
+    """Heads and hidden channels are sharded; q and k come to the rotation as DTensors."""
+    plan = {name: ColwiseParallel(use_local_output=False) for name in ("wq", "wk", "wv")}
+    plan |= {"wo": RowwiseParallel(), "down": RowwiseParallel()}
+    plan |= {"gate": ColwiseParallel(), "up": ColwiseParallel()}
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+    inv_freq = DTensor.from_local(model.inv_freq.detach(), mesh, [Replicate()])
+    model.inv_freq = nn.Parameter(inv_freq)
+    return DTensor.from_local(torch.arange(LENGTH)[None], mesh, [Replicate()])
+
+
+def tensor_parallel():
+    model, tokens, targets = made()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    position_ids = with_tensor_parallel(model, mesh)
+    return train(model, lambda: loss_of(model, tokens, targets, position_ids))
+
+
+def fully_sharded(mesh, model, tokens, targets, position_ids):
+    """The batch is cut along the mesh, and FSDP2 averages the gradients."""
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    tokens, targets = tokens.chunk(ranks)[rank], targets.chunk(ranks)[rank]
+    losses, grads = train(model, lambda: loss_of(model, tokens, targets, position_ids))
+    average(losses)
+    return losses, grads
+
+
+def fsdp():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_sharded(mesh, *made(), torch.arange(LENGTH)[None])
+
+
+def fsdp_and_tensor_parallel():
+    model, tokens, targets = made()
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    position_ids = with_tensor_parallel(model, mesh["tensor"])
+    return fully_sharded(mesh["data"], model, tokens, targets, position_ids)
+
+
+def context_parallel(load_balanced=True):
+    """Each rank has a part of the sequence, knows its positions, and gathers keys and values."""
+    model, tokens, targets = made()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    parts = [
+        rope_ext.positions.context_parallel(LENGTH, world, r, load_balanced) for r in range(world)
+    ]
+    mine, everyones = parts[rank], torch.cat(parts)
+    seen = mine[:, None] >= everyones
+
+    def gathered(x):  # from all ranks, each of which adds to the gradient
+        everywhere = DTensor.from_local(x, mesh, [Shard(1)]).redistribute(placements=[Replicate()])
+        return everywhere.to_local(grad_placements=[Partial()])
+
+    def attend(q, k, v):
+        k, v = gathered(k), gathered(v)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        y = scaled_dot_product_attention(*heads_first, attn_mask=seen, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    def loss_of_step():
+        return loss_of(model, tokens[:, mine], targets[:, mine], mine[None], attend=attend)
+
+    def average_grads():
+        for parameter in model.parameters():
+            average(parameter.grad)
+
+    losses, grads = train(model, loss_of_step, average_grads)
+    average(losses)
+    return losses, grads
+
+
+def context_parallel_contiguous():
+    return context_parallel(load_balanced=False)
+
+
+def context_and_tensor_parallel():
+    """Rotation alone: q and k sharded along sequence and heads, in a mesh of two dimensions.
+
+    The table has more rows than the sequence, and no positions: each rank has to find its rows.
+    """
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("context", "tensor"))
+    tensors = rotation_data()
+    placed = [[Shard(1), Shard(2)]] * 2 + [[Replicate(), Replicate()]] * 2
+    q, k, cos, sin = (
+        DTensor.from_local(t, mesh, [Replicate()] * 2).redistribute(placements=p).detach()
+        for t, p in zip(tensors, placed, strict=True)
+    )
+    return rotation_and_gradients(q, k, cos, sin)
+
+
+def rotation_data():
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, LENGTH, HEADS, HEAD_DIM, dtype=DTYPE)
+    k = torch.randn(BATCH, LENGTH, KV_HEADS, HEAD_DIM, dtype=DTYPE)
+    inv_freq = rope_ext.frequencies.default(HEAD_DIM)[0].to(DTYPE)
+    return q, k, *rope_ext.cos_sin_cache(inv_freq, LENGTH + 5)
+
+
+def rotation_and_gradients(*tensors):
+    leaves = [t.requires_grad_() for t in tensors]
+    y, z = rope_ext.apply_rotary_qk(*leaves)
+    ((y**2 * y).sum() + (z**2 * z).sum()).backward()
+    names = ("q", "k", "cos", "sin")
+    grads = {name: whole(t.grad) for name, t in zip(names, leaves, strict=True)}
+    return torch.cat([whole(y.detach()).flatten(), whole(z.detach()).flatten()]), grads
+
+
+def pytorchs_context_parallel():
+    """torch.distributed.tensor.experimental.context_parallel, whose attention is that of CUDA."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    q, k, v = (torch.randn(1, 2, LENGTH, HEAD_DIM) for _ in range(3))
+    with context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # replaced meanwhile
+    return torch.zeros(0), {}
+
+
+# The scenarios for each number of ranks: four take what two can't tell.
+SCENARIOS = {
+    2: {
+        "tensor parallel": tensor_parallel,
+        "FSDP2": fsdp,
+        "context parallel": context_parallel,
+        "context parallel, contiguous": context_parallel_contiguous,
+        "PyTorch's context_parallel": pytorchs_context_parallel,
+    },
+    4: {
+        "tensor parallel": tensor_parallel,
+        "FSDP2 and tensor parallel": fsdp_and_tensor_parallel,
+        "context parallel": context_parallel,
+        "context and tensor parallel, rotation": context_and_tensor_parallel,
+    },
+}
+
+
+def run(rank, world, folder):
+    """One rank of all scenarios; rank 0 saves name -> (losses, gradients), or the traceback."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{world}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    results = {}
+    for name, scenario in SCENARIOS[world].items():
+        try:
+            results[name] = scenario()
+        except Exception:
+            results[name] = traceback.format_exc()
+        dist.barrier()
+    if rank == 0:
+        torch.save(results, f"{folder}/results{world}")
+    dist.destroy_process_group()

@@ -1,0 +1,623 @@
+"""The operators on several ranks: DTensors, real processes that train, and a mesh of 1,024.
+
+Ranks of the fake process group are taken in turn by one process: what needs no communication can be
+checked rank by rank, and put together. The scenarios of distributed_training.py run in processes.
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_training as training
+import pytest
+import torch
+import torch.distributed as dist
+from support import random, random_positions, random_table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import (
+    CommDebugMode,
+    _clear_fast_path_sharding_prop_cache,
+    _clear_python_sharding_prop_cache,
+)
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import rope_ext
+
+rope = torch.ops.rope
+
+B, S, H, KV_HEADS, D, ROWS = 4, 8, 4, 2, 8, 16
+RANKS = 4
+DTYPE = torch.float64
+# Sums over tokens or heads are split over ranks and added in another order: each of n terms of size
+# about 1 is rounded n times at most, and n <= B S H = 128.
+SUMS = {"rtol": 128 * torch.finfo(DTYPE).eps, "atol": 128**2 * torch.finfo(DTYPE).eps}
+# Training: sums of at most n = max(tokens, channels) = 64 terms, in about 20 operations a layer, in
+# forward and backward, whose errors add up over the steps (SGD on a loss that falls evenly).
+TRAINING = 64 * 20 * training.LAYERS * 2 * training.STEPS * torch.finfo(training.DTYPE).eps
+
+
+# ---- one process in the place of each rank
+
+
+@contextlib.contextmanager
+def as_rank(rank, world=RANKS):
+    _clear_python_sharding_prop_cache()  # what PyTorch remembers has the rank that it was then
+    _clear_fast_path_sharding_prop_cache()
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def mesh():
+    with as_rank(1):
+        yield init_device_mesh("cpu", (RANKS,))
+
+
+def place(tensor, mesh, *placements):
+    """The rank's part of a tensor that every rank has whole."""
+    if tensor is None:
+        return None
+    everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
+    if not placements or isinstance(placements[0], Partial):
+        return DTensor.from_local(tensor.detach(), mesh, placements or [Replicate()])
+    return everywhere.redistribute(placements=placements).detach()
+
+
+def assembled(parts):
+    """The whole tensor, of what the ranks of a mesh of one dimension have; sizes as promised."""
+    (placement,) = parts[0].placements
+    assert all(part.placements == (placement,) for part in parts)
+    locals_ = [part.to_local() for part in parts]
+    if placement.is_shard():
+        whole = torch.cat(locals_, placement.dim)
+    elif placement.is_partial():
+        whole = torch.stack(locals_).sum(0)
+    else:
+        assert all(torch.equal(part, locals_[0]) for part in locals_)
+        whole = locals_[0]
+    assert all(part.shape == whole.shape for part in parts)
+    assert all(part.stride() == whole.stride() for part in parts)
+    return whole
+
+
+def on_every_rank(function):
+    """function(mesh) -> DTensors, put together; it may communicate on no rank."""
+    results = []
+    for rank in range(RANKS):
+        with as_rank(rank), CommDebugMode() as communication:
+            results.append(function(init_device_mesh("cpu", (RANKS,))))
+        assert communication.get_total_counts() == 0
+    return [assembled(parts) for parts in zip(*results, strict=True)]
+
+
+# ---- the rotation
+
+q = random(B, S, H, D, dtype=DTYPE)
+k = random(B, S, KV_HEADS, D, dtype=DTYPE, seed=1)
+grad_q, grad_k = random(B, S, H, D, dtype=DTYPE, seed=2), random(B, S, KV_HEADS, D, dtype=DTYPE)
+table = random_table(ROWS, D // 2, dtype=DTYPE)
+position_ids = random_positions(B, S, rows=ROWS)
+
+# How a token finds its row: cos and sin, position_ids.
+ROW_KINDS = {
+    "table": (table, None),
+    "table of the sequence's length": ([t[:S] for t in table], None),
+    "position_ids [S]": (table, position_ids[0]),
+    "position_ids [1, S]": (table, position_ids[:1]),
+    "position_ids [B, S]": (table, position_ids),
+    "rows [1, S, W]": ([t[position_ids[:1]] for t in table], None),
+    "rows [B, S, W]": ([t[position_ids] for t in table], None),
+}
+SHARDS = {
+    "replicated": Replicate(),
+    "batch": Shard(0),
+    "sequence": Shard(1),
+    "heads": Shard(2),
+}
+
+
+def one_by_one(x, y, *rows):
+    return rope.apply_rotary(x, *rows), rope.apply_rotary(y, *rows)
+
+
+def in_place(x, y, *rows):
+    x, y = x.clone(), y.clone()
+    rope.apply_rotary_(x, *rows)
+    rope.apply_rotary_(y, *rows)
+    return x, y
+
+
+def into_out(x, y, *rows):
+    outs = torch.empty_like(x), torch.empty_like(y)
+    rope.apply_rotary.out(x, *rows, out=outs[0])
+    rope.apply_rotary.out(y, *rows, out=outs[1])
+    return outs
+
+
+def qk_in_place(x, y, *rows):
+    x, y = x.clone(), y.clone()
+    rope.apply_rotary_qk_(x, y, *rows)
+    return x, y
+
+
+def qk_into_out(x, y, *rows):
+    outs = torch.empty_like(x), torch.empty_like(y)
+    rope.apply_rotary_qk.out(x, y, *rows, out_q=outs[0], out_k=outs[1])
+    return outs
+
+
+DIFFERENTIABLE = {"apply_rotary": one_by_one, "apply_rotary_qk": rope.apply_rotary_qk}
+WRITING = {
+    "apply_rotary_": in_place,
+    "apply_rotary.out": into_out,
+    "apply_rotary_qk_": qk_in_place,
+    "apply_rotary_qk.out": qk_into_out,
+}
+
+
+@pytest.mark.parametrize("placement", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("rows", ROW_KINDS.values(), ids=ROW_KINDS)
+@pytest.mark.parametrize("form", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_every_rank_rotates_its_part_and_gradients_add_up(form, rows, placement):
+    (cos, sin), positions = rows
+
+    def results_and_gradients(leaves, positions, grads):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        results = form(*leaves, positions)
+        torch.autograd.backward(results, grads)
+        return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves)]
+
+    def on_rank(mesh):
+        leaves = [place(x, mesh, placement) for x in (q, k)] + [place(t, mesh) for t in (cos, sin)]
+        grads = [place(grad, mesh, placement) for grad in (grad_q, grad_k)]
+        return results_and_gradients(leaves, place(positions, mesh), grads)
+
+    expected = results_and_gradients((q, k, cos, sin), positions, (grad_q, grad_k))
+    got = on_every_rank(on_rank)
+    for part, whole in zip(got[:4], expected[:4], strict=True):  # the rotation, and back
+        assert torch.equal(part, whole)
+    for part, whole in zip(got[4:], expected[4:], strict=True):  # sums over tokens and heads
+        torch.testing.assert_close(part, whole, **SUMS)
+
+
+@pytest.mark.parametrize("placement", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("rows", ["table", "position_ids [S]", "rows [1, S, W]"])
+@pytest.mark.parametrize("form", WRITING.values(), ids=WRITING)
+def test_every_rank_writes_its_part(form, rows, placement):
+    (cos, sin), positions = ROW_KINDS[rows]
+
+    def written(mesh):
+        xs = (place(x, mesh, placement) for x in (q, k))
+        return form(*xs, place(cos, mesh), place(sin, mesh), place(positions, mesh))
+
+    for got, expected in zip(on_every_rank(written), form(q, k, cos, sin, positions), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["position_ids [B, S]", "rows [B, S, W]"])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=["batch", "sequence"])
+def test_x_follows_rows_and_positions_that_are_sharded(kind, placement):
+    (cos, sin), positions = ROW_KINDS[kind]
+
+    def rotated(mesh):
+        rows = [place(t, mesh, *([placement] if positions is None else [])) for t in (cos, sin)]
+        given = place(positions, mesh, placement)
+        y, z = rope.apply_rotary_qk(place(q, mesh), place(k, mesh), *rows, given)
+        assert y.placements == z.placements == (placement,)
+        return y, z
+
+    expected = rope.apply_rotary_qk(q, k, cos, sin, positions)
+    for got, whole in zip(on_every_rank(rotated), expected, strict=True):
+        assert torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("sharded", ["q", "k"])
+def test_heads_of_q_and_k_shard_by_themselves(sharded):
+    placements = [Shard(2) if name == sharded else Replicate() for name in "qk"]
+
+    def gradients(x, y, cos, sin):
+        leaves = [t.requires_grad_() for t in (x, y, cos, sin)]
+        y, z = rope.apply_rotary_qk(*leaves)
+        (y**2).sum().backward()  # k has no part in this: its gradient is none, not zeros
+        return [y.detach(), z.detach(), leaves[0].grad, leaves[2].grad, leaves[3].grad]
+
+    def on_rank(mesh):
+        xs = (place(x, mesh, p) for x, p in zip((q, k), placements, strict=True))
+        got = gradients(*xs, *(place(t, mesh) for t in table))
+        assert got[1].placements == (placements[1],)
+        return got
+
+    expected = gradients(*(t.clone() for t in (q, k, *table)))
+    # The gradient of a sum over all ranks' heads is here the one that PyTorch sums: not ours to do.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CommDebugMode, "get_total_counts", lambda self: 0)
+        for got, whole in zip(on_every_rank(on_rank), expected, strict=True):
+            torch.testing.assert_close(got, whole, **SUMS)
+
+
+def test_a_pending_sum_passes_through():
+    """Each rank has a part of the sum that x is: the rotation is linear."""
+
+    def on_rank(mesh):
+        x = place(q * dist.get_rank(), mesh, Partial()).requires_grad_()
+        y = rope.apply_rotary(x, *(place(t, mesh) for t in table))
+        y.backward(place(grad_q, mesh, Replicate()))
+        return y.detach(), x.grad
+
+    y, grad = on_every_rank(on_rank)
+    ranks = sum(range(RANKS))
+    torch.testing.assert_close(y, ranks * rope.apply_rotary(q, *table), **SUMS)
+    assert torch.equal(grad, rope.apply_rotary(grad_q, *table, inverse=True))
+
+
+@pytest.mark.parametrize("rows", ["table", "position_ids [S]", "rows"])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=["tokens", "heads"])
+def test_packed_tokens_shard_as_a_sequence(rows, placement):
+    x, grad, positions = q.flatten(0, 1), grad_q.flatten(0, 1), position_ids.flatten()
+    tokens = random_table(B * S + 3, D // 2, dtype=DTYPE)
+    cos, sin = {"table": tokens, "position_ids [S]": table}.get(rows, [t[: B * S] for t in tokens])
+    positions = positions if rows == "position_ids [S]" else None
+
+    def gradients(x, cos, sin, positions, grad):
+        leaves = [t.detach().requires_grad_() for t in (x, cos, sin)]
+        y = rope_ext.apply_rotary(*leaves, positions, layout="thd")
+        y.backward(grad)
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    def on_rank(mesh):
+        whole = (place(t, mesh) for t in (cos, sin, positions))
+        return gradients(place(x, mesh, placement), *whole, place(grad, mesh, placement))
+
+    expected = gradients(x, cos, sin, positions, grad)
+    for got, whole in zip(on_every_rank(on_rank), expected, strict=True):
+        torch.testing.assert_close(got, whole, **SUMS)
+
+
+@pytest.mark.parametrize("placement", SHARDS.values(), ids=SHARDS)
+def test_sizes_that_the_ranks_do_not_divide(placement):
+    x = random(3, 7, 3, D, dtype=DTYPE)
+
+    def rotated(mesh):
+        return (rope.apply_rotary(place(x, mesh, placement), *(place(t, mesh) for t in table)),)
+
+    assert torch.equal(on_every_rank(rotated)[0], rope.apply_rotary(x, *table))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "sbhd"])
+def test_layouts_keep_their_order_in_memory(layout):
+    swap = {"bhsd": (1, 2), "sbhd": (0, 1)}[layout]
+    x = q.transpose(*swap).contiguous()
+    for dim in range(3):
+        got = on_every_rank(
+            lambda mesh, dim=dim: (
+                rope_ext.apply_rotary(
+                    place(x, mesh, Shard(dim)), *(place(t, mesh) for t in table), layout=layout
+                ),
+            )
+        )
+        assert torch.equal(got[0], rope_ext.apply_rotary(x, *table, layout=layout))
+
+
+def test_in_place_differentiates():
+    def on_rank(mesh):
+        x = place(q, mesh, Shard(1)).requires_grad_()
+        rows = [place(t, mesh) for t in table]
+        y = rope_ext.apply_rotary(x * 1, *rows, inplace=True)
+        y.backward(place(grad_q, mesh, Shard(1)))
+        return y.detach(), x.grad
+
+    y, grad = on_every_rank(on_rank)
+    assert torch.equal(y, rope.apply_rotary(q, *table))
+    assert torch.equal(grad, rope.apply_rotary(grad_q, *table, inverse=True))
+
+
+def test_compiles_forward_and_backward(mesh):
+    def loss(x, y, cos, sin):
+        y, z = rope_ext.apply_rotary_qk(x, y, cos, sin)
+        return y * 2, z
+
+    def run(function):
+        leaves = [place(x, mesh, Shard(1)).requires_grad_() for x in (q, k)]
+        results = function(*leaves, *(place(t, mesh) for t in table))
+        grads = [place(grad, mesh, Shard(1)) for grad in (grad_q, grad_k)]
+        torch.autograd.backward(results, grads)
+        return [t.to_local() for t in (*results, *(leaf.grad for leaf in leaves))]
+
+    compiled = run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for got, expected in zip(compiled, run(loss), strict=True):
+        assert torch.equal(got, expected)
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize(
+    ("positions_at", "inv_freq_at", "tables_at"),
+    [
+        (Replicate(), Replicate(), Replicate()),
+        (Shard(0), Replicate(), Shard(0)),
+        (Shard(1), Replicate(), Shard(1)),
+        (Replicate(), Shard(0), Shard(2)),  # the pairs
+    ],
+)
+def test_rows_are_sharded_as_their_positions(positions_at, inv_freq_at, tables_at):
+    inv_freq = random(D // 2, dtype=DTYPE).abs()
+    grads = random(B, S, D // 2, dtype=DTYPE), random(B, S, D // 2, dtype=DTYPE, seed=1)
+
+    def tables(inv_freq, positions, *grads):
+        leaf = inv_freq.detach().requires_grad_()
+        cos, sin = rope_ext.cos_sin(leaf, positions)
+        torch.autograd.backward((cos, sin), grads)
+        return cos.detach(), sin.detach(), leaf.grad
+
+    def on_rank(mesh):
+        at = (place(grad, mesh, tables_at) for grad in grads)
+        return tables(
+            place(inv_freq, mesh, inv_freq_at), place(position_ids, mesh, positions_at), *at
+        )
+
+    expected = tables(inv_freq, position_ids, *grads)
+    got = on_every_rank(on_rank)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2], expected[2], rtol=SUMS["rtol"], atol=ROWS * SUMS["atol"])
+
+
+@pytest.mark.parametrize("grads_at", [Replicate(), Shard(0), Shard(1), Partial()])
+def test_gradients_to_a_table_are_sharded_freely(grads_at):
+    inv_freq = random(D // 2, dtype=DTYPE).abs()
+    grads = random(ROWS, D // 2, dtype=DTYPE), random(ROWS, D // 2, dtype=DTYPE, seed=1)
+
+    def gradient(inv_freq, *grads):
+        leaf = inv_freq.detach().requires_grad_()
+        torch.autograd.backward(rope_ext.cos_sin_cache(leaf, ROWS, start=5), grads)
+        return (leaf.grad,)
+
+    def on_rank(mesh):
+        scale = dist.get_rank() if grads_at.is_partial() else 1
+        at = (place(grad * scale, mesh, grads_at) for grad in grads)
+        return gradient(place(inv_freq, mesh), *at)
+
+    (expected,) = gradient(inv_freq, *grads)
+    expected *= sum(range(RANKS)) if grads_at.is_partial() else 1
+    (got,) = on_every_rank(on_rank)
+    torch.testing.assert_close(got, expected, rtol=SUMS["rtol"], atol=ROWS * SUMS["atol"])
+
+
+def test_dtype_of_a_table_is_that_which_was_asked_for(mesh):
+    inv_freq, positions = place(table[0][0], mesh), place(position_ids, mesh)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        cos, sin = rope_ext.cos_sin(inv_freq, positions, dtype=dtype)
+        assert cos.dtype == sin.dtype == cos.to_local().dtype == dtype
+
+
+# ---- what is refused
+
+
+def refusals(mesh):
+    x, y, cos, sin = (place(t, mesh) for t in (q, k, *table))
+    at = {name: place(q, mesh, placement) for name, placement in SHARDS.items()}
+    positions, inv_freq = place(position_ids, mesh), table[0][0]
+    table_in_parts, pending = place(table[0], mesh, Shard(0)), place(q, mesh, Partial())
+    too_few_rows = [place(t[position_ids][:, 1:], mesh) for t in table]
+    short = [place(t[: S - 1], mesh) for t in table]
+    rows = [place(t[position_ids], mesh, Shard(0)) for t in table]
+    return {
+        "a channel alone can't rotate": (
+            lambda: rope.apply_rotary(place(q, mesh, Shard(3)), cos, sin),
+            r"apply_rotary: expected x to be Replicate\(\), as it is needed whole, on dimension 0",
+        ),
+        "any position may be asked of a table": (
+            lambda: rope.apply_rotary(x, table_in_parts, sin, positions),
+            r"apply_rotary: expected cos to be Replicate\(\)",
+        ),
+        "a table that ends before the sequence": (
+            lambda: rope.apply_rotary(at["sequence"], *short),
+            "apply_rotary: expected cos to have at least 8 rows, .* of the whole sequence, got 7",
+        ),
+        "rows of another length": (
+            lambda: rope.apply_rotary(at["sequence"], *too_few_rows),
+            "apply_rotary: expected cos to have sequence 8, as x has, got 7",
+        ),
+        "rows of other tokens": (
+            lambda: rope.apply_rotary(at["sequence"], *rows),
+            r"apply_rotary: expected cos to be .* sharded along sequence, beside x as",
+        ),
+        "q and k of other tokens": (
+            lambda: rope.apply_rotary_qk(at["sequence"], place(k, mesh, Shard(0)), cos, sin),
+            "apply_rotary_qk: expected k to be .* sharded along sequence, beside q as",
+        ),
+        "a part of k would be written, and lost": (
+            lambda: rope.apply_rotary_qk_(at["sequence"], y, cos, sin),
+            "apply_rotary_qk_: expected k to be .*, beside q as .*no collective is inserted",
+        ),
+        "out is placed otherwise": (
+            lambda: rope.apply_rotary.out(at["heads"], cos, sin, out=torch.empty_like(x)),
+            r"apply_rotary\.out: expected out to be .*, beside x as",
+        ),
+        "out has no pending sum": (
+            lambda: rope.apply_rotary.out(pending, cos, sin, out=torch.empty_like(x)),
+            r"apply_rotary\.out: expected out to be placed as the result",
+        ),
+        "a maximum does not pass through": (
+            lambda: rope.apply_rotary(place(q, mesh, Partial("max")), cos, sin),
+            r"apply_rotary: expected x to be Replicate\(\), as it is needed whole",
+        ),
+        "cos is not linear in a frequency": (
+            lambda: rope.cos_sin(place(inv_freq, mesh, Partial()), positions),
+            r"cos_sin: expected inv_freq to be Replicate\(\)",
+        ),
+        "positions and pairs on one dimension": (
+            lambda: rope.cos_sin(
+                place(inv_freq, mesh, Shard(0)), place(position_ids, mesh, Shard(0))
+            ),
+            "cos_sin: expected position_ids to be .* sharded along pairs",
+        ),
+        "a plain tensor": (
+            lambda: rope.apply_rotary(x, table[0], sin),
+            r"apply_rotary: expected cos to be a DTensor, .*distribute_tensor\(cos",
+        ),
+    }
+
+
+def test_what_would_need_a_collective_is_refused_by_name(mesh):
+    for case, (call, message) in refusals(mesh).items():
+        with CommDebugMode() as communication, pytest.raises(RuntimeError) as refused:
+            call()
+        assert re.search(message, str(refused.value)), case
+        assert communication.get_total_counts() == 0
+
+
+def test_another_mesh_is_refused(mesh):
+    other = init_device_mesh("cpu", (2, 2))
+    message = "apply_rotary: expected cos on the mesh of the others"
+    with pytest.raises(RuntimeError, match=message):
+        rope.apply_rotary(place(q, mesh), *(place(t, other) for t in table))
+
+
+def test_plain_tables_where_pytorch_is_told_that_they_are_equal(mesh):
+    x = place(q, mesh, Shard(1))
+    with implicit_replication():
+        got = rope.apply_rotary(x, *table)
+    assert torch.equal(
+        got.to_local(), rope.apply_rotary(x, *(place(t, mesh) for t in table)).to_local()
+    )
+
+
+# ---- a large mesh
+
+MESH = {"data": 8, "context": 16, "tensor": 8}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 517, 1023])
+@pytest.mark.parametrize("load_balanced", [True, False])
+def test_1024_ranks(rank, load_balanced):
+    """Batch, sequence and heads are each sharded along a dimension of the mesh."""
+    local_batch, length, local_heads = 2, 4096, 2
+    part = length // MESH["context"]
+    inv_freq, _ = rope_ext.frequencies.default(D)
+    with as_rank(rank, 1024), CommDebugMode() as communication:
+        mesh = init_device_mesh("cpu", tuple(MESH.values()), mesh_dim_names=tuple(MESH))
+        local = random(local_batch, part, local_heads, D).requires_grad_()
+        x = DTensor.from_local(local, mesh, [Shard(0), Shard(1), Shard(2)])
+        assert x.shape == (16, length, 16, D)
+        number = mesh.get_local_rank("context")
+        mine = rope_ext.positions.context_parallel(
+            length, MESH["context"], number, load_balanced=load_balanced
+        )
+        everywhere = [Replicate()] * 3
+        positions = DTensor.from_local(mine[None], mesh, [Replicate(), Shard(1), Replicate()])
+        rows = rope_ext.cos_sin(DTensor.from_local(inv_freq, mesh, everywhere), positions)
+        assert rows[0].shape == (1, length, D // 2)
+        y = rope_ext.apply_rotary(x, *rows)
+        cos, sin = rope_ext.cos_sin_cache(inv_freq, length + 7)
+        if not load_balanced:  # the table alone says the same, wherever the rank is
+            tables = (DTensor.from_local(t, mesh, everywhere) for t in (cos, sin))
+            assert torch.equal(rope_ext.apply_rotary(x, *tables).to_local(), y.to_local())
+            assert mine[0] == number * part
+        y.to_local().sum().backward()
+    assert communication.get_total_counts() == 0
+    assert y.shape == x.shape
+    assert y.placements == x.placements
+    expected = rope_ext.apply_rotary(local, cos, sin, mine[None])
+    assert torch.equal(y.to_local(), expected)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), local)
+    assert torch.equal(local.grad, expected_grad)
+
+
+# ---- real processes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """For 2 and 4 ranks the results of rank 0: name -> (losses, gradients), or a traceback."""
+    results = {}
+    for world in training.SCENARIOS:
+        folder = tmp_path_factory.mktemp("ranks")
+        torch.multiprocessing.spawn(training.run, (world, str(folder)), nprocs=world)
+        results[world] = torch.load(folder / f"results{world}")
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return training.one_process()
+
+
+def assert_same_training(result, expected):
+    assert not isinstance(result, str), result
+    (losses, grads), (expected_losses, expected_grads) = result, expected
+    torch.testing.assert_close(losses, expected_losses, rtol=TRAINING, atol=0)
+    assert grads.keys() == expected_grads.keys()
+    for name, expected_grad in expected_grads.items():
+        largest = expected_grad.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(grads[name], expected_grad, rtol=0, atol=TRAINING * largest)
+
+
+@pytest.mark.parametrize(
+    ("world", "scenario"),
+    [
+        (2, "tensor parallel"),
+        (4, "tensor parallel"),
+        (2, "FSDP2"),
+        (4, "FSDP2 and tensor parallel"),
+        (2, "context parallel"),
+        (4, "context parallel"),
+        (2, "context parallel, contiguous"),
+    ],
+)
+def test_training_on_several_ranks_is_that_on_one(trained, alone, world, scenario):
+    assert alone[0][-1] < 0.5 * alone[0][0]  # it learns
+    assert_same_training(trained[world][scenario], alone)
+
+
+def test_rotation_in_a_mesh_of_two_dimensions(trained):
+    expected = training.rotation_and_gradients(*training.rotation_data())
+    got = trained[4]["context and tensor parallel, rotation"]
+    assert not isinstance(got, str), got
+    assert torch.equal(got[0], expected[0])
+    assert_same_training((expected[0], got[1]), expected)
+
+
+def test_pytorchs_context_parallel_has_no_attention_for_the_cpu(trained):
+    """So that the scenarios gather keys and values instead of sending them around."""
+    result = trained[2]["PyTorch's context_parallel"]
+    assert "_scaled_dot_product_flash_attention_for_cpu.default does not have a sharding" in result
+
+
+# ---- the import
+
+
+@pytest.mark.parametrize("first", ["rope_ext", "torch.distributed.tensor"])
+def test_rules_are_there_whatever_is_imported_first(first, tmp_path):
+    """And DTensor, which takes long to import, is not imported without need."""
+    code = f"""
+import sys
+import torch
+import {first}
+import rope_ext
+assert ("torch.distributed.tensor" in sys.modules) == ({first!r} != "rope_ext")
+from torch.distributed.tensor import DTensor, Shard, Replicate
+from torch.testing._internal.distributed.fake_pg import FakeStore
+torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+x = DTensor.from_local(torch.randn(1, 3, 2, 4), mesh, [Shard(1)])
+rows = (DTensor.from_local(torch.randn(6, 2), mesh, [Replicate()]) for _ in range(2))
+assert torch.ops.rope.apply_rotary(x, *rows).placements == (Shard(1),)
+assert not any("rope_ext" in type(finder).__module__ for finder in sys.meta_path)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(rope_ext.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
