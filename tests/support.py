@@ -174,8 +174,8 @@ def ulp(exact, dtype):
 
 def assert_derivatives(function, inputs):
     """First and second derivatives in float64 against differences: of every input on the CPU, in
-    random directions (fast mode) elsewhere, where each evaluation is slow. On the CPU also in random
-    directions: forward, forward over backward, and each as vmap calls it. Those are the operators
+    random directions (fast mode) elsewhere, where each evaluation is slow. On the CPU also forward,
+    forward over backward, and each as vmap calls it, in random directions: those are the operators
     again, on every device.
     """
     first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
