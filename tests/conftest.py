@@ -101,6 +101,7 @@ NOT_EMULATED = {
     r"test_in_place_on_a_graph_input_writes_it\[": COMPILED,
     r"test_reading_before_and_after_an_in_place_rotation_stays_in_order\[": COMPILED,
     r"test_module_has_two_graphs_for_all_shapes_positions_and_tables\[": COMPILED,
+    r"test_transforms_are_compiled\[": COMPILED,
     r"tests/test_transforms\.py::": TRANSFORMED,
     r"test_reduce_overhead_replays_with_new_positions_and_no_sync\[": COMPILED,
 }

@@ -122,7 +122,9 @@ def test_nested_vmap(device):
             assert_same_bits(got[i, j], rope.apply_rotary(x[i, j], cos[j], sin[j]))
 
 
-@pytest.mark.parametrize("operator", [rope.apply_rotary_, rope_ext.apply_rotary], ids=str)
+@pytest.mark.parametrize(
+    "operator", [rope.apply_rotary_, rope_ext.apply_rotary], ids=["torch.ops", "rope_ext"]
+)
 def test_vmap_in_place_writes_every_sample(operator, device):
     x = random(B, N, S, H, D, device=device)
     cos, sin = random_table(N, L, P, device=device)

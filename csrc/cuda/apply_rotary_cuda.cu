@@ -12,8 +12,8 @@ struct Plan {
   RotaryGeometry geometry;
   UnitLayout in, out;
   TableLayout table;
-  uint32_t rotate_units, copy_units;  // of one head; copy_units == 0 in place
-  uint32_t copy_bytes;                // of one copy unit
+  uint32_t rotate_units, copy_units;  // of one head
+  uint32_t copy_vectors;              // of the channels that do not rotate; 0 in place
   uint32_t heads;                     // of q and k together
   uint32_t head_step;                 // of a thread
 };
@@ -79,48 +79,73 @@ __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const 
   }
 }
 
-template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
-__device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Plan& plan,
-                                             const Place& place, uint32_t unit) {
+// What a thread moves of each of its heads: vectors, the first at `channel`, counted from the first
+// that rotates, and the second, if there is one, `second` channels further.
+struct Piece {
+  int32_t channel;
+  uint32_t second;
+};
+
+// Channels before and after those that rotate, as if they were a run of vectors of N: number
+// `index` of it, and the one half of the run further (the last may have none: then itself once
+// more).
+template <int N, int kVectors>
+__device__ __forceinline__ Piece copied_piece(const RotaryArgs& args, const Plan& plan,
+                                              uint32_t index) {
+  const auto channel_of = [&](uint32_t vector) {
+    const int32_t channel = static_cast<int32_t>(vector * N - args.rotary_offset);
+    return channel < 0 ? channel : channel + static_cast<int32_t>(args.rotary_dim);
+  };
+  const int32_t first = channel_of(index);
+  if (kVectors == 1 || index + plan.copy_units >= plan.copy_vectors) return {first, 0};
+  return {first, static_cast<uint32_t>(channel_of(index + plan.copy_units) - first)};
+}
+
+// Rotates a unit of each head, or copies one: the threads of a warp load and store together,
+// whichever they do in between.
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral>
+__device__ __forceinline__ void turn_heads(const RotaryArgs& args, const Plan& plan,
+                                           const Place& place, uint32_t unit) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using In = UnitOf<E, N, kInterleaved, kMixed>;
   using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
   using C = typename In::C;
   constexpr int kPairs = In::kPairs;
-  TurnsOf<In, kFullWidth> turns;
-  load_turns<In, kMixed, kFullWidth>(turns, args, plan, place, unit);
-  const uint32_t channel_in = In::channel_of(unit, plan.in);
-  const uint32_t channel_out = Out::channel_of(unit, plan.out);
-  for_heads<E>(args, plan, place, channel_in, channel_out, [&](const E* in, E* out) {
+  static_assert(In::kCount == Out::kCount);
+  const bool rotates = !kGeneral || unit < plan.rotate_units;
+  TurnsOf<In, kGeneral> turns;
+  Piece from, to;
+  if (rotates) {
+    load_turns<In, kMixed, kGeneral>(turns, args, plan, place, unit);
+    from = {static_cast<int32_t>(In::channel_of(unit, plan.in)), plan.in.second};
+    to = !kMixed && N > 1
+             ? from
+             : Piece{static_cast<int32_t>(Out::channel_of(unit, plan.out)), plan.out.second};
+  } else {
+    from = to = copied_piece<N, In::kCount>(args, plan, unit - plan.rotate_units);
+  }
+  for_heads<E>(args, plan, place, from.channel, to.channel, [&](const E* in, E* out) {
     In x;
-    x.load_from(in, plan.in);
-    C x1[kPairs], x2[kPairs];
-    x.unpack_to(x1, x2);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) rotate(turns.at(j), x1[j], x2[j]);
+    x.load_from(in, from.second);
     Out y;
-    y.pack_from(x1, x2);
-    y.store_to(out, plan.out);
-  });
-}
-
-// Channels before and after those that rotate, N at a time.
-template <class E, int N>
-__device__ __forceinline__ void copy_heads(const RotaryArgs& args, const Plan& plan,
-                                           const Place& place, uint32_t unit) {
-  int32_t channel = static_cast<int32_t>(unit * N) - static_cast<int32_t>(args.rotary_offset);
-  if (channel >= 0) channel += static_cast<int32_t>(args.rotary_dim);
-  for_heads<E>(args, plan, place, channel, channel, [](const E* in, E* out) {
-    Vector<E, N> v;
-    load(v, in);
-    store(v, out);
+    if (rotates) {
+      C x1[kPairs], x2[kPairs];
+      x.unpack_to(x1, x2);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) rotate(turns.at(j), x1[j], x2[j]);
+      y.pack_from(x1, x2);
+    } else {
+      y.copy_from(x);
+    }
+    y.store_to(out, to.second);
   });
 }
 
 // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 1536
 // threads (40 registers) where the kernel then needs no local memory. Eight pairs of a unit take 40
-// to 48 registers, with four table values each 64.
-constexpr int resident_blocks(int n, bool interleaved, bool full_width) {
+// to 48 registers, with four table values each 64, and a few more from one order to the other.
+template <int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral>
+constexpr int resident_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   constexpr int kMost = 1024 / kBlockThreads, kEightPairs = kMost;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -128,17 +153,18 @@ constexpr int resident_blocks(int n, bool interleaved, bool full_width) {
 #else
   constexpr int kMost = 1536 / kBlockThreads, kEightPairs = kMost;
 #endif
-  if (interleaved || n == 1) return kMost;
-  if (full_width) return 1024 / kBlockThreads;
-  return n == 8 ? kEightPairs : kMost;
+  if (N == 1 || (kInterleaved && kInterleavedOut)) return kMost;
+  if (kInterleaved != kInterleavedOut && N == 8) return 768 / kBlockThreads;
+  if (kGeneral) return 1024 / kBlockThreads;
+  return N == 8 ? kEightPairs : kMost;
 }
 
-// kFullWidth: table.full_width is looked at; without it the table is known to have P columns.
-// args.k.*.data point as far before k that heads can be counted on from those of q. N == 1: pairs
-// in any order, before and after.
-template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+// Without kGeneral the table is known to have P columns, and no channel is copied. args.k.*.data
+// point as far before k that heads can be counted on from those of q. N == 1: pairs in any order,
+// before and after.
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral>
 __global__ void __launch_bounds__(kBlockThreads,
-                                  resident_blocks(N, kInterleaved&& kInterleavedOut, kFullWidth))
+                                  (resident_blocks<N, kInterleaved, kInterleavedOut, kGeneral>()))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
   const RotaryGeometry& g = plan.geometry;
   const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
@@ -156,20 +182,11 @@ __global__ void __launch_bounds__(kBlockThreads,
   const uint32_t unit = chunk * g.unit_lanes + lane - head_lane * g.unit_lanes;
   const Place place{b, s, split * g.head_lanes + head_lane};
 
-  if (unit < plan.rotate_units) {
-    rotate_heads<E, N, kInterleaved, kInterleavedOut, kFullWidth>(args, plan, place, unit);
-  } else if (unit >= plan.rotate_units + plan.copy_units) {
-    return;
-  } else if (plan.copy_bytes == 16) {
-    copy_heads<E, 16 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
-  } else if (plan.copy_bytes == 8) {
-    copy_heads<E, 8 / sizeof(E)>(args, plan, place, unit - plan.rotate_units);
-  } else {
-    copy_heads<E, 1>(args, plan, place, unit - plan.rotate_units);
-  }
+  if (unit >= plan.rotate_units + plan.copy_units) return;
+  turn_heads<E, N, kInterleaved, kInterleavedOut, kGeneral>(args, plan, place, unit);
 }
 
-template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral>
 void launch_units(RotaryArgs args, Plan plan, void* stream) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using In = UnitOf<E, N, kInterleaved, kMixed>;
@@ -189,6 +206,8 @@ void launch_units(RotaryArgs args, Plan plan, void* stream) {
   plan.in = In::layout(args.rotary_dim, args.interleaved);
   plan.out = Out::layout(args.rotary_dim, args.interleaved_out);
   plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / In::kPairs);
+  plan.copy_vectors /= N;
+  plan.copy_units = (plan.copy_vectors + In::kCount - 1) / In::kCount;
   const int64_t units = int64_t{plan.rotate_units} + plan.copy_units;
   if (units == 0) return;
   plan.geometry = rotary_geometry(units, plan.heads, args.batch, args.seq, sm_count(args.op));
@@ -196,7 +215,7 @@ void launch_units(RotaryArgs args, Plan plan, void* stream) {
 
   args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
   args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
-  launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kInterleavedOut, kFullWidth>,
+  launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kInterleavedOut, kGeneral>,
          plan.geometry.grid, plan.geometry.block_threads, stream, args, plan);
 }
 
@@ -213,7 +232,7 @@ void launch_layout(const RotaryArgs& args, const Plan& plan, void* stream) {
     } else {
       launch_units<E, N, false, kWhole, true>(args, plan, stream);
     }
-  } else if (!args.table.full_width) {
+  } else if (!args.table.full_width && plan.copy_vectors == 0) {
     launch_units<E, N, false, false, false>(args, plan, stream);
   } else {
     launch_units<E, N, false, false, true>(args, plan, stream);
@@ -230,23 +249,20 @@ void launch_element(const RotaryArgs& args, void* stream) {
     alignment.add(x->out, args.batch, args.seq, x->heads);
     in_place = in_place && x->in.data == x->out.data;
   }
-  Alignment rotated = alignment, copied = alignment;
   const bool all_interleaved = args.interleaved && args.interleaved_out;
-  rotated.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
-  copied.add_elements(args.rotary_offset);
-  copied.add_elements(args.rotary_dim);
-  copied.add_elements(args.head_dim - args.rotary_dim);
+  alignment.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  const int64_t others = in_place ? 0 : args.head_dim - args.rotary_dim;
+  if (others > 0) {
+    alignment.add_elements(args.rotary_offset);
+    alignment.add_elements(others);
+  }
 
   Plan plan{};
   plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
-  plan.copy_bytes = static_cast<uint32_t>(copied.widest());
-  if (!in_place) {
-    const int64_t others = (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(E));
-    plan.copy_units = static_cast<uint32_t>(others / plan.copy_bytes);
-  }
-  if (rotated.widest() == 16) {
+  plan.copy_vectors = static_cast<uint32_t>(others);  // of one channel, until N is known
+  if (alignment.widest() == 16) {
     launch_layout<E, 16 / sizeof(E)>(args, plan, stream);
-  } else if (sizeof(E) < 8 && rotated.widest() == 8 && args.interleaved == args.interleaved_out) {
+  } else if (sizeof(E) < 8 && alignment.widest() == 8 && args.interleaved == args.interleaved_out) {
     launch_layout<E, 8 / sizeof(E)>(args, plan, stream);
   } else {
     launch_layout<E, 1>(args, plan, stream);

@@ -58,8 +58,8 @@ __device__ __forceinline__ void add_token(TurnGrad<typename UnitOfX::C> (&sums)[
                is_q ? q.x.stride_h : k.x.stride_h, channel_x);
     UnitOfGrad grad_unit;
     UnitOfX x_unit;
-    grad_unit.load_from(grad, plan.grad);
-    x_unit.load_from(x, plan.x);
+    grad_unit.load_from(grad, plan.grad.second);
+    x_unit.load_from(x, plan.x.second);
     C g1[kPairs], g2[kPairs], x1[kPairs], x2[kPairs];
     grad_unit.unpack_to(g1, g2);
     x_unit.unpack_to(x1, x2);

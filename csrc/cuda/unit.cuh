@@ -21,6 +21,7 @@ constexpr bool are_neighbours(int n, bool interleaved) { return interleaved && n
 template <class E, int N, bool kInterleaved, int kVectors = are_neighbours(N, kInterleaved) ? 1 : 2>
 struct Unit {
   static constexpr bool kNeighbours = are_neighbours(N, kInterleaved);
+  static constexpr int kCount = kVectors;
   static constexpr int kPairs = kVectors * N / 2;
   using C = ArithmeticOf<E>;
 
@@ -38,14 +39,21 @@ struct Unit {
   }
 
   // from, to: the unit's first channel.
-  __device__ __forceinline__ void load_from(const E* from, UnitLayout layout) {
+  __device__ __forceinline__ void load_from(const E* from, uint32_t second) {
     load(vectors[0], from);
-    if constexpr (kVectors == 2) load(vectors[1], from + (kNeighbours ? N : layout.second));
+    if constexpr (kVectors == 2) load(vectors[1], from + second);
   }
 
-  __device__ __forceinline__ void store_to(E* to, UnitLayout layout) const {
+  __device__ __forceinline__ void store_to(E* to, uint32_t second) const {
     store(vectors[0], to);
-    if constexpr (kVectors == 2) store(vectors[1], to + (kNeighbours ? N : layout.second));
+    if constexpr (kVectors == 2) store(vectors[1], to + second);
+  }
+
+  // The same channels, whatever the order of pairs.
+  template <class Other>
+  __device__ __forceinline__ void copy_from(const Other& other) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[i] = other.vectors[i];
   }
 
   __device__ __forceinline__ void unpack_to(C (&x1)[kPairs], C (&x2)[kPairs]) const {
