@@ -2,27 +2,36 @@
 #pragma once
 
 #include <cstdint>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "args.h"
 #include "tensor_view.h"
 
 namespace rope {
 
+// Strings and integers, one after the other. Without streams: where a process holds more than one
+// libstdc++, as with some builds of PyTorch, theirs may be put together of parts of both, and
+// crash.
 template <class... Parts>
 std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string out;
+  const auto append = [&out](const auto& part) {
+    if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) {
+      out += std::to_string(part);
+    } else {
+      out += part;
+    }
+  };
+  (append(parts), ...);
+  return out;
 }
 
 inline std::string shape_text(TensorView::Sizes sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "[" : ", ") << sizes[i];
-  out << (sizes.size() == 0 ? "[]" : "]");
-  return out.str();
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += text(i == 0 ? "" : ", ", sizes[i]);
+  return out + "]";
 }
 
 inline std::string shape_text(const TensorView& t) { return shape_text(t.sizes()); }

@@ -96,7 +96,8 @@ def test_rotation_has_the_bits_of_the_operators(dtype, device):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 def test_options_reach_the_rotation(interleaved, device):
     module = make(device, base=5e5, rotary_dim=12, interleaved=interleaved)
-    assert_same_bits(module.inv_freq, frequencies.default(D, base=5e5, rotary_dim=12)[0])
+    expected, _ = frequencies.default(D, base=5e5, rotary_dim=12, device=device)
+    assert_same_bits(module.inv_freq, expected)
     q, k = q_and_k(device)
     for x, y in zip((q, k), module(q, k), strict=True):
         assert_rotated(y, x, module.inv_freq, torch.arange(S), interleaved=interleaved)
