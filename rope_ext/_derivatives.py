@@ -217,10 +217,10 @@ def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | 
 
 def inverted(options: dict[str, Any]) -> dict[str, Any]:
     """The options of the inverse rotation, which is the backward: it reads the result's order."""
-    inverse = {**options, "inverse": not options["inverse"]}
+    inverse = {**options, "inverse": not options.get("inverse", False)}
     if options.get("interleaved_out") is not None:
         inverse["interleaved"] = options["interleaved_out"]
-        inverse["interleaved_out"] = options["interleaved"]
+        inverse["interleaved_out"] = options.get("interleaved", False)
     return inverse
 
 

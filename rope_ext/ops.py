@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 from rope_ext import decompositions
 from rope_ext._derivatives import inverted, last_stride_one
 
+rope = torch.ops.rope
+
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
 
 # The dimensions to swap to get [B, S, H, D]; packed [T, H, D] stays as it is.
@@ -79,21 +81,19 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
-    if rotary_offset != 0 or interleaved_out is not None:  # most calls do without, and are faster
-        options.update(rotary_offset=rotary_offset, interleaved_out=interleaved_out)
+    options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
     view = as_bshd(x, layout, "apply_rotary")
     if out is not None:
         _check_not_both("apply_rotary", inplace)
         written = as_bshd(out, layout, "apply_rotary", "out")
-        torch.ops.rope.apply_rotary.out(view, cos, sin, position_ids, **options, out=written)
+        rope.apply_rotary.out(view, cos, sin, position_ids, **options, out=written)
         return out
     if not inplace:
-        rotate = decompositions if decompositions.in_graph() else torch.ops.rope
+        rotate = decompositions if decompositions.in_graph() else rope
         return from_bshd(rotate.apply_rotary(view, cos, sin, position_ids, **options), layout)
     check_order_stays("apply_rotary", interleaved, interleaved_out)
     if not _is_differentiated(x, cos, sin) and not decompositions.in_graph():
-        torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
+        rope.apply_rotary_(view, cos, sin, position_ids, **options)
         return x
     _check_tables_need_no_grad("apply_rotary", cos, sin)
     if _is_transformed():
@@ -101,7 +101,7 @@ def apply_rotary(
         return x.copy_(rotated)
     _check_differentiable_in_place("apply_rotary", {"x": x})
     with torch.no_grad():
-        torch.ops.rope.apply_rotary_(view, cos, sin, position_ids, **options)
+        rope.apply_rotary_(view, cos, sin, position_ids, **options)
     return _InPlaceRotation.apply(x, cos, sin, position_ids, layout, options)
 
 
@@ -137,12 +137,9 @@ def apply_rotary_qk(
     Raises:
         RuntimeError: as :func:`apply_rotary`.
     """
-    options = {"rotary_dim": rotary_dim, "interleaved": interleaved, "inverse": inverse}
-    if rotary_offset != 0 or interleaved_out is not None:  # most calls do without, and are faster
-        options.update(rotary_offset=rotary_offset, interleaved_out=interleaved_out)
+    options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
-    rope = torch.ops.rope
     if out is not None:
         _check_not_both("apply_rotary_qk", inplace)
         written_q = as_bshd(out[0], layout, "apply_rotary_qk", "out[0]")
@@ -200,7 +197,7 @@ def cos_sin_cache(
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
-    return torch.ops.rope.cos_sin_cache(
+    return rope.cos_sin_cache(
         inv_freq, length, start=start, attention_scaling=attention_scaling, dtype=dtype
     )
 
@@ -225,13 +222,37 @@ def cos_sin(
     Raises:
         RuntimeError: for position_ids that are not int32 or int64 or on another device.
     """
-    return torch.ops.rope.cos_sin(
-        inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype
-    )
+    return rope.cos_sin(inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype)
+
+
+def _options(
+    rotary_dim: int | None,
+    rotary_offset: int,
+    interleaved: bool,
+    interleaved_out: bool | None,
+    inverse: bool,
+) -> dict[str, Any]:
+    """What an operator has to be told: each option that it is called with takes it half a
+    microsecond, so those that have their defaults are left out.
+    """
+    options: dict[str, Any] = {}
+    if rotary_dim is not None:
+        options["rotary_dim"] = rotary_dim
+    if rotary_offset != 0:
+        options["rotary_offset"] = rotary_offset
+    if interleaved:
+        options["interleaved"] = interleaved
+    if interleaved_out is not None:
+        options["interleaved_out"] = interleaved_out
+    if inverse:
+        options["inverse"] = inverse
+    return options
 
 
 def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     """A view of x [B, S, H, D] or [T, H, D]; `function` and `name` are for refusals."""
+    if layout == "bshd" and x.dim() == 4:  # the most frequent one, and the quickest
+        return x
     if layout not in _SWAP:
         raise ValueError(
             f"rope_ext.{function}: expected layout to be one of {', '.join(_SWAP)}, got {layout!r}"
