@@ -14,6 +14,7 @@ from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from rope_ext._batching import register_batching
+from rope_ext._calling import check_may_be_written, name_of
 from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
 
 rope = torch.ops.rope
@@ -212,17 +213,14 @@ def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Cal
     The first `arguments` are the differentiable ones; outs, or without any those that come before
     cos and sin, are written.
     """
-    op = overload._schema.name + ("." + overload._overloadname if outs else "")
+    op = name_of(overload)
     names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
     instead = "rotate without out" if outs else "the functions of rope_ext differentiate in place"
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> None:
         written = tuple(options[name] for name in outs) or args[: arguments - 2]
-        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in written):
-            raise RuntimeError(
-                f"{op}: expected no inference tensor to be written outside of inference mode, got "
-                "one"
-            )
+        if not torch.is_inference_mode_enabled():
+            check_may_be_written(overload, written)
         if torch.is_grad_enabled():
             tensors = (*args[:arguments], *written) if outs else args[:arguments]
             for name, tensor in zip(names, tensors, strict=True):

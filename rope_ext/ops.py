@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rope_ext import decompositions
+from rope_ext._calling import call
 from rope_ext._derivatives import inverted, last_stride_one
 
 rope = torch.ops.rope
@@ -86,14 +87,16 @@ def apply_rotary(
     if out is not None:
         _check_not_both("apply_rotary", inplace)
         written = as_bshd(out, layout, "apply_rotary", "out")
-        rope.apply_rotary.out(view, cos, sin, position_ids, **options, out=written)
+        options["out"] = written
+        call(rope.apply_rotary.out, view, cos, sin, position_ids, written=(out,), **options)
         return out
     if not inplace:
         rotate = decompositions if decompositions.in_graph() else rope
-        return from_bshd(rotate.apply_rotary(view, cos, sin, position_ids, **options), layout)
+        rotated = call(rotate.apply_rotary, view, cos, sin, position_ids, **options)
+        return from_bshd(rotated, layout)
     check_order_stays("apply_rotary", interleaved, interleaved_out)
     if not _is_differentiated(x, cos, sin) and not decompositions.in_graph():
-        rope.apply_rotary_(view, cos, sin, position_ids, **options)
+        call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
         return x
     _check_tables_need_no_grad("apply_rotary", cos, sin)
     if _is_transformed():
@@ -101,7 +104,7 @@ def apply_rotary(
         return x.copy_(rotated)
     _check_differentiable_in_place("apply_rotary", {"x": x})
     with torch.no_grad():
-        rope.apply_rotary_(view, cos, sin, position_ids, **options)
+        call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
     return _InPlaceRotation.apply(x, cos, sin, position_ids, layout, options)
 
 
@@ -144,17 +147,19 @@ def apply_rotary_qk(
         _check_not_both("apply_rotary_qk", inplace)
         written_q = as_bshd(out[0], layout, "apply_rotary_qk", "out[0]")
         written_k = as_bshd(out[1], layout, "apply_rotary_qk", "out[1]")
-        rope.apply_rotary_qk.out(
-            view_q, view_k, cos, sin, position_ids, **options, out_q=written_q, out_k=written_k
-        )
+        options.update(out_q=written_q, out_k=written_k)
+        rotate = rope.apply_rotary_qk.out
+        call(rotate, view_q, view_k, cos, sin, position_ids, written=(out[0], out[1]), **options)
         return out[0], out[1]
     if not inplace:
         rotate = decompositions if decompositions.in_graph() else rope
-        out_q, out_k = rotate.apply_rotary_qk(view_q, view_k, cos, sin, position_ids, **options)
+        rotate = rotate.apply_rotary_qk
+        out_q, out_k = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
     if not _is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
-        rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
+        rotate = rope.apply_rotary_qk_
+        call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
         return q, k
     _check_tables_need_no_grad("apply_rotary_qk", cos, sin)
     if _is_transformed():
@@ -162,7 +167,8 @@ def apply_rotary_qk(
         return q.copy_(out_q), k.copy_(out_k)
     _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
     with torch.no_grad():
-        rope.apply_rotary_qk_(view_q, view_k, cos, sin, position_ids, **options)
+        rotate = rope.apply_rotary_qk_
+        call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
     return (
         _InPlaceRotation.apply(q, cos, sin, position_ids, layout, options),
         _InPlaceRotation.apply(k, cos, sin, position_ids, layout, options),
@@ -197,8 +203,13 @@ def cos_sin_cache(
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
-    return rope.cos_sin_cache(
-        inv_freq, length, start=start, attention_scaling=attention_scaling, dtype=dtype
+    return call(
+        rope.cos_sin_cache,
+        inv_freq,
+        length,
+        start=start,
+        attention_scaling=attention_scaling,
+        dtype=dtype,
     )
 
 
@@ -222,7 +233,9 @@ def cos_sin(
     Raises:
         RuntimeError: for position_ids that are not int32 or int64 or on another device.
     """
-    return rope.cos_sin(inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype)
+    return call(
+        rope.cos_sin, inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype
+    )
 
 
 def _options(

@@ -97,12 +97,36 @@ def test_version_counters_are_bumped(grad_mode, device):
         assert cos._version == 0
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_functions_bump_the_versions_of_what_they_write(mode, device):
+    q, k = random(B, S, H, D, device=device), random(B, S, 1, D, device=device)
+    outs = torch.empty_like(q), torch.empty_like(k)
+    cos, sin = random_table(S, P, device=device)
+    for rotate in (
+        lambda: rope_ext.apply_rotary(q, cos, sin, inplace=True),
+        lambda: rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True),
+        lambda: rope_ext.apply_rotary(q, cos, sin, out=outs[0]),
+        lambda: rope_ext.apply_rotary_qk(q, k, cos, sin, out=outs),
+    ):
+        before = [x._version for x in (q, k, *outs)]
+        with mode():
+            written = rotate()
+        for x, version in zip((q, k, *outs), before, strict=True):
+            one = written is x or (isinstance(written, tuple) and any(y is x for y in written))
+            assert x._version == version + one
+    assert cos._version == sin._version == 0
+
+
 def test_writing_a_view_bumps_the_version_of_its_base(device):
     qkv = random(B, S, 3, H, D, device=device)
     cos, sin = random_table(S, P, device=device)
     before = qkv._version
     rope.apply_rotary_(qkv[:, :, 0], cos, sin)
     assert qkv._version > before
+    with torch.no_grad():
+        before = qkv._version
+        rope_ext.apply_rotary(qkv[:, :, 0].transpose(1, 2), cos, sin, layout="bhsd", inplace=True)
+        assert qkv._version > before
 
 
 class PassThrough(TorchDispatchMode):
@@ -404,8 +428,14 @@ def test_inference_tensor_is_not_written_outside_of_inference_mode(device):
         x = random(2, 5, 3, 8).to(device)
     before = x.clone()
     cos, sin = (t.to(device) for t in random_table(5, 4))
-    with pytest.raises(RuntimeError, match="expected no inference tensor to be written"):
-        torch.ops.rope.apply_rotary_(x, cos, sin)
+    refusal = r"rope::apply_rotary_: expected no inference tensor to be written"
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(RuntimeError, match=refusal):
+            torch.ops.rope.apply_rotary_(x, cos, sin)
+        with mode(), pytest.raises(RuntimeError, match=refusal):
+            rope_ext.apply_rotary(x, cos, sin, inplace=True)
+        with mode(), pytest.raises(RuntimeError, match=r"rotary\.out: expected no inference"):
+            rope_ext.apply_rotary(before, cos, sin, out=x)
     assert torch.equal(x, before)
 
 

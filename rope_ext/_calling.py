@@ -1,0 +1,49 @@
+"""Calls of the operators from Python: past autograd, where there is nothing to differentiate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+
+def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
+    """operator(*args, **options), which writes the tensors `written`.
+
+    What autograd has of an operator is written in Python (_derivatives.py, _register.py), and takes
+    longer than all else of a small call. Without gradients it has only the writes to take note of,
+    and that is done here. Inference mode goes past it by itself.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return operator(*args, **options)
+    if written:
+        check_may_be_written(operator, written)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = operator(*args, **options)
+    if written:
+        increment_version(written)
+    return result
+
+
+def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
+    for x in written:
+        if x.is_inference():
+            raise RuntimeError(
+                f"{name_of(operator)}: expected no inference tensor to be written outside of "
+                "inference mode, got one"
+            )
+
+
+def name_of(operator: Any) -> str:
+    """rope::apply_rotary, rope::apply_rotary.out: of an overload, or of the only one."""
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        return operator._qualified_op_name
+    overload = operator._overloadname
+    return operator._schema.name + ("" if overload == "default" else "." + overload)
