@@ -45,8 +45,8 @@ GPUS = [
 HEAD = """\
 # Roofline: computed, not measured on a GPU
 
-Written by `python benchmarks/roofline.py`. **No number here is a measured time**; those of an H100 are
-in [results/h100.md](results/h100.md). A floor is bytes
+Written by `python benchmarks/roofline.py`. **No number here is a measured time**; those of an H100
+are in [results/h100.md](results/h100.md). A floor is bytes
 over the memory bandwidth of the data sheet, which no kernel quite reaches:
 {bandwidths}.
 
