@@ -10,6 +10,9 @@ Arithmetic is in float32 (float64 for float64) and rounded once, as in the opera
 float16 and bfloat16 there are casts around a rotation. What the operators check as they run, the
 runtime does: a position outside of the table, or a table that is too short.
 
+ONNX has no operators that write. Where a model rotates in place and needs no gradient, export it
+within ``rope_ext.lowering("decompose")``.
+
 Source: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html.
 """
 
@@ -136,7 +139,7 @@ def cos_sin(
     attention_scaling: float = 1.0,
     dtype: int = -1,
 ) -> tuple[Value, Value]:
-    """rope::cos_sin, in ONNX: within 2^-53 of the angle and one rounding of the exact value."""
+    """rope::cos_sin, in ONNX: exact but for 2^-53 of the angle and one rounding."""
     if dtype == -1:  # None
         dtype = DOUBLE if inv_freq.dtype == DOUBLE else FLOAT
     position = op.Unsqueeze(_cast(position_ids, DOUBLE), [-1])
@@ -184,7 +187,7 @@ def _rows(table: Value, ids: Value) -> Value:
 
 
 def _for_each_sequence(t: Value, x: Value, rank: int) -> Value:
-    """t [1|B, S, ..] as [B, S, ..]."""
+    """t [1|B, S, ..] as [B, S, ..] for x [B, H, S, D]."""
     batch = op.Shape(x, start=0, end=1)
     return op.Expand(t, op.Concat(batch, _int64([1] * (rank - 1)), axis=0))
 
