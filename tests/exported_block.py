@@ -2,8 +2,8 @@
 
     python tests/exported_block.py FOLDER
 
-writes op.pt2 and decompose.pt2, a model packaged by AOTInductor with either lowering, and for each
-NAME.cases, its inputs and outputs for two batch sizes and lengths.
+writes op.pt2 and decompose.pt2, a model that AOTInductor has packaged with either lowering, and for
+each NAME.cases, inputs and outputs of other sizes than it was exported with.
 """
 
 import sys
@@ -17,11 +17,12 @@ import rope_ext
 
 HEADS, KV_HEADS, HEAD_DIM, ROWS = 4, 2, 16, 64
 DIM = HEADS * HEAD_DIM
-SIZES = [(3, 17), (1, 5)]  # batch and length; exported with another one, (2, 8)
+EXPORTED = (2, 8)  # batch and length
+SIZES = [(3, 17), (1, 5)]  # that it runs with
 
 
 class Attention(nn.Module):
-    """As in Llama: grouped heads, causal. `rotate` rotates q [B, S, H, D] and k."""
+    """As in Llama: grouped heads, causal. Rotates q and k [B, S, H, D] by the method `rotation`."""
 
     def __init__(self, rotation: str) -> None:
         super().__init__()
@@ -66,14 +67,16 @@ class Attention(nn.Module):
 
 
 ROTATIONS = ["table", "positions", "frequencies", "length", "in_place", "embedding"]
+PACKAGED = ["frequencies", "length", "in_place"]  # each takes a C++ compiler seconds
 
 
 class Layers(nn.Module):
-    """Every way to rotate, one after the other."""
+    """Several ways to rotate, one after the other. Weights are the same each time."""
 
-    def __init__(self) -> None:
+    def __init__(self, rotations: list[str]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Attention(rotation) for rotation in ROTATIONS)
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Attention(rotation) for rotation in rotations)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
         for layer in self.layers:
@@ -91,23 +94,25 @@ def exported(model: nn.Module, **options: bool) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=ROWS)
     shapes = {0: batch, 1: length}
     return torch.export.export(
-        model.eval(), inputs(2, 8), dynamic_shapes=(shapes, shapes), **options
+        model.eval(), inputs(*EXPORTED), dynamic_shapes=(shapes, shapes), **options
     )
+
+
+def packaged(lowering: str, folder: Path) -> Path:
+    """Layers(PACKAGED) as compiled by AOTInductor; without gradients, so that in_place is that."""
+    with torch.no_grad(), rope_ext.lowering(lowering):
+        program = exported(Layers(PACKAGED))
+    file = folder / f"{lowering}.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    return file
 
 
 def write_packages(folder: Path) -> None:
     for lowering in ("op", "decompose"):
-        torch.manual_seed(0)
-        with torch.no_grad(), rope_ext.lowering(lowering):  # so in_place is the operator in place
-            program = exported(Layers())
-        package = folder / f"{lowering}.pt2"
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-        compiled = torch._inductor.aoti_load_package(str(package))
-        cases = [(inputs(*size), compiled(*inputs(*size))) for size in SIZES]
-        torch.save(
-            [{"inputs": list(given), "outputs": [result]} for given, result in cases],
-            package.with_suffix(".cases"),
-        )
+        file = packaged(lowering, folder)
+        run = torch._inductor.aoti_load_package(str(file))
+        cases = [{"inputs": list(x), "outputs": [run(*x)]} for x in (inputs(*n) for n in SIZES)]
+        torch.save(cases, file.with_suffix(".cases"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exported_block import Attention, Layers
+from exported_block import EXPORTED, ROTATIONS, Layers
+from exported_block import SIZES as BLOCK_SIZES
 from exported_block import inputs as block_inputs
 from support import (
     ORDERS,
@@ -236,7 +237,7 @@ def test_tables_are_exact_to_one_rounding():
 def assert_as_near_to_float64(program, model):
     """Sums of products come in another order in onnxruntime, so float64 is the measure."""
     session = session_of(program)
-    for size in ((3, 17), (1, 5)):
+    for size in BLOCK_SIZES:
         x, position_ids = block_inputs(*size)
         (got,) = run(session, [x, position_ids])
         with torch.no_grad():
@@ -248,17 +249,15 @@ def assert_as_near_to_float64(program, model):
 
 def test_model_is_as_near_to_float64_as_in_pytorch():
     """Six layers of attention, each with another way to rotate."""
-    torch.manual_seed(0)
-    model = Layers()
-    program = to_onnx(model, block_inputs(2, 8), dynamic=(LIKE_X, LIKE_X))
-    assert count(program, "RotaryEmbedding") == 2 * len(model.layers)
+    model = Layers(ROTATIONS)
+    program = to_onnx(model, block_inputs(*EXPORTED), dynamic=(LIKE_X, LIKE_X))
+    assert count(program, "RotaryEmbedding") == 2 * len(ROTATIONS)
     assert_as_near_to_float64(program, model)
 
 
 def test_rotation_in_place_is_refused_by_name_unless_decomposed():
-    torch.manual_seed(0)
-    model = Attention("in_place")
-    arguments = {"inputs": block_inputs(2, 8), "dynamic": (LIKE_X, LIKE_X)}
+    model = Layers(["in_place"])
+    arguments = {"inputs": block_inputs(*EXPORTED), "dynamic": (LIKE_X, LIKE_X)}
     with torch.no_grad():
         with pytest.raises(torch.onnx.OnnxExporterError, match=r"rope\.apply_rotary_qk_"):
             to_onnx(model, **arguments)

@@ -3,8 +3,8 @@
 //
 //   run_package MODEL.pt2 MODEL.cases
 //
-// MODEL.cases is what torch.save made of [{"inputs": [...], "outputs": [...]}, ...]. The outputs
-// have to have the same bits.
+// MODEL.cases is what torch.save made of [{"inputs": [...], "outputs": [...]}, ...] of tensors. The
+// outputs have to have the same bits, and no library of Python may have been loaded.
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -13,6 +13,7 @@
 #include <exception>
 #include <fstream>
 #include <iterator>
+#include <string>
 #include <vector>
 
 namespace {
@@ -49,6 +50,18 @@ bool run(const char* package, const char* cases) {
   return right;
 }
 
+// Whether this process has none of Python's libraries, also none that another one brought.
+bool without_python() {
+  std::ifstream maps("/proc/self/maps");
+  const std::string all{std::istreambuf_iterator<char>(maps), {}};
+  bool without = all.find("librope.so") != std::string::npos;  // else this looked in vain
+  for (const char* name : {"libpython", "libtorch_python"}) {
+    without = without && all.find(name) == std::string::npos;
+  }
+  std::printf("%-4s no Python\n", without ? "ok" : "FAIL");
+  return without;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -57,7 +70,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    return run(argv[1], argv[2]) ? 0 : 1;
+    const bool right = run(argv[1], argv[2]);
+    return without_python() && right ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
