@@ -50,10 +50,10 @@ def apply_rotary(
     packed, heads, head_dim, width = len(x.shape) == 3, *x.shape[-2:], cos.shape[-1]
     dim = 2 * width if rotary_dim is None else rotary_dim
     order = interleaved if interleaved_out is None else interleaved_out
-    arithmetic = DOUBLE if x.dtype == DOUBLE else FLOAT
+    dtype, by_token = x.dtype, len(cos.shape) == 3
+    arithmetic = DOUBLE if dtype == DOUBLE else FLOAT
     standard = width < dim and arithmetic == FLOAT and _opset_version() >= 23
 
-    dtype, by_token = x.dtype, len(cos.shape) == 3
     x, cos, sin = (_cast(t, arithmetic) for t in (x, cos, sin))
     if packed:
         x = op.Unsqueeze(x, [0])
@@ -67,34 +67,14 @@ def apply_rotary(
     end = head_dim if standard and order == interleaved else rotary_offset + dim
     y = x if (rotary_offset, end) == (0, head_dim) else _channels(x, rotary_offset, end)
     if standard:
-        if ids is None:
-            cos, sin = _for_each_sequence(cos, x, 3), _for_each_sequence(sin, x, 3)
-        else:
-            ids = _for_each_sequence(ids, x, 2)
-        y = op23.RotaryEmbedding(
-            y,
-            cos,
-            op.Neg(sin) if inverse else sin,
-            ids,
-            interleaved=int(interleaved),
-            # onnxruntime before 1.24 asks for the heads of what rotates in part
-            num_heads=heads if dim < head_dim and isinstance(heads, int) else 0,
-            rotary_embedding_dim=dim if rotary_offset + dim < end else 0,
-        )
+        # Older releases of onnxruntime ask how many heads there are if a part of the head rotates.
+        part = {"rotary_embedding_dim": dim, "num_heads": heads if isinstance(heads, int) else 0}
+        attributes = part if rotary_offset + dim < end else {}
+        y = _standard(y, cos, op.Neg(sin) if inverse else sin, ids, interleaved, **attributes)
         if order != interleaved:
             y = _joined(*_pairs(y, dim, interleaved), dim, order)
     else:
-        cos, sin = op.Unsqueeze(cos, [1]), op.Unsqueeze(sin, [1])  # the same for all heads
-        c1, c2, s1, s2 = cos, cos, sin, sin
-        if width == dim:  # one angle a channel of the result, or of what inverse gives back
-            columns = interleaved if inverse else order
-            (c1, c2), (s1, s2) = _pairs(cos, dim, columns), _pairs(sin, dim, columns)
-        if inverse:  # the transpose
-            s1, s2 = op.Neg(s2), op.Neg(s1)
-        x1, x2 = _pairs(y, dim, interleaved)
-        y1 = op.Sub(op.Mul(x1, c1), op.Mul(x2, s1))
-        y2 = op.Add(op.Mul(x2, c2), op.Mul(x1, s2))
-        y = _joined(y1, y2, dim, order)
+        y = _plain(y, cos, sin, dim, width == dim, interleaved, order, inverse)
     if rotary_offset > 0 or end < head_dim:
         parts = [_channels(x, 0, rotary_offset), y, _channels(x, end, head_dim)]
         y = op.Concat(*parts, axis=-1)
@@ -156,6 +136,41 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.rope.cos_sin_cache.default: cos_sin_cache,
     torch.ops.rope.cos_sin.default: cos_sin,
 }
+
+
+def _standard(
+    x: Value, cos: Value, sin: Value, ids: Value | None, interleaved: bool, **attributes: int
+) -> Value:
+    """x [B, H, S, D] rotated by rows [1|B, S, P], or by those of a table [L, P] that ids have."""
+    if ids is None:
+        cos, sin = _for_each_sequence(cos, x, 3), _for_each_sequence(sin, x, 3)
+    else:
+        ids = _for_each_sequence(ids, x, 2)
+    return op23.RotaryEmbedding(x, cos, sin, ids, interleaved=int(interleaved), **attributes)
+
+
+def _plain(
+    x: Value,
+    cos: Value,
+    sin: Value,
+    dim: int,
+    by_channel: bool,
+    interleaved: bool,
+    order: bool,
+    inverse: bool,
+) -> Value:
+    """x [B, H, S, R] rotated by rows [1|B, S, W], as reference.apply_rotary does it."""
+    cos, sin = op.Unsqueeze(cos, [1]), op.Unsqueeze(sin, [1])  # the same for all heads
+    c1, c2, s1, s2 = cos, cos, sin, sin
+    if by_channel:  # one angle a channel of the result, or of what inverse gives back
+        columns = interleaved if inverse else order
+        (c1, c2), (s1, s2) = _pairs(cos, dim, columns), _pairs(sin, dim, columns)
+    if inverse:  # the transpose
+        s1, s2 = op.Neg(s2), op.Neg(s1)
+    x1, x2 = _pairs(x, dim, interleaved)
+    y1 = op.Sub(op.Mul(x1, c1), op.Mul(x2, s1))
+    y2 = op.Add(op.Mul(x2, c2), op.Mul(x1, s2))
+    return _joined(y1, y2, dim, order)
 
 
 def _opset_version() -> int:
