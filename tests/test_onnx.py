@@ -1,0 +1,284 @@
+"""torch.onnx.export with the table of translations: onnxruntime against the operators."""
+
+import copy
+import logging
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from exported_block import EXPORTED, ROTATIONS, Layers
+from exported_block import SIZES as BLOCK_SIZES
+from exported_block import inputs as block_inputs
+from support import (
+    ORDERS,
+    assert_near_exact,
+    assert_same_bits,
+    random,
+    random_positions,
+    random_table,
+    ulp,
+)
+from torch import nn
+
+import rope_ext
+from rope_ext.integrations.onnx import TRANSLATIONS
+
+B, S, H, D, L = 2, 7, 3, 16, 40
+R = 10  # of the D channels, where a part rotates
+SIZES = [(B, S), (3, 11), (1, 1)]  # batch and length; exported with the first
+LIKE_X = {0: "batch", 1: "length"}
+
+
+class Case:
+    """A call of apply_rotary. Tables have one angle a pair, or, with rotary_dim given and `full`,
+    one a channel. `standard`: RotaryEmbedding says it, at the bits that are asked of it.
+    """
+
+    def __init__(self, rows="table", *, dtype=torch.float32, full=False, standard=True, **options):
+        self.rows, self.dtype, self.full, self.options = rows, dtype, full, options
+        self.standard = standard
+        self.table_dtype = options.pop("table_dtype", torch.float32)
+
+    def inputs(self, batch, length):
+        """x, cos, sin and position_ids or none; x in float32, which NumPy has."""
+        dim = self.options.get("rotary_dim", D)
+        width = dim if self.full else dim // 2
+        x = random(batch, length, H, D, seed=1)
+        leading, ids = {
+            "table": ((L,), None),
+            "table, [B, S]": ((L,), (batch, length)),
+            "table, [1, S]": ((L,), (1, length)),
+            "table, [S]": ((L,), (length,)),
+            "short table, packed": ((4,), (batch * length,)),
+            "table, packed": ((L,), None),
+            "rows": ((batch, length), None),
+            "rows of one sequence": ((1, length), None),
+        }[self.rows]
+        if "packed" in self.rows:
+            x = x.flatten(0, 1)
+        table = random_table(*leading, width, dtype=self.table_dtype)
+        if ids is None:
+            return x, *table
+        return x, *table, random_positions(*ids, rows=leading[0], dtype=torch.int32)
+
+    def dynamic(self):
+        x = {0: "tokens"} if "packed" in self.rows else LIKE_X
+        table = {"rows": LIKE_X, "rows of one sequence": {1: "length"}}.get(self.rows)
+        ids = {
+            "table, [B, S]": [LIKE_X],
+            "table, [1, S]": [{1: "length"}],
+            "table, [S]": [{0: "length"}],
+            "short table, packed": [x],
+        }
+        return (x, table, table, *ids.get(self.rows, []))
+
+    def rotated(self, x, cos, sin, position_ids=None):
+        """Of x in its dtype, as the operator does it."""
+        return torch.ops.rope.apply_rotary(x, cos, sin, position_ids, **self.options)
+
+    def __call__(self, x, *rest):
+        return self.rotated(x.to(self.dtype), *rest).to(
+            torch.float64 if self.dtype == torch.float64 else torch.float32
+        )
+
+
+CASES = {
+    "rows 0, 1, 2, ...": Case(),
+    "a position a token": Case("table, [B, S]"),
+    "positions for all sequences": Case("table, [1, S]"),
+    "positions without batch": Case("table, [S]"),
+    "rows": Case("rows"),
+    "rows for all sequences": Case("rows of one sequence"),
+    "packed": Case("table, packed"),
+    "packed, more tokens than rows": Case("short table, packed"),
+    **{f"{name}": Case("table, [B, S]", **order) for name, order in ORDERS.items()},
+    **{f"{name}, inverse": Case(inverse=True, **order) for name, order in ORDERS.items()},
+    "a part": Case("rows", rotary_dim=R),
+    "a part in the middle, interleaved": Case(rotary_dim=R, rotary_offset=2, interleaved=True),
+    "the last channels, to halves": Case(
+        "table, [B, S]", rotary_dim=R, rotary_offset=D - R, interleaved=True, interleaved_out=False
+    ),
+    "bfloat16": Case("table, [B, S]", dtype=torch.bfloat16),
+    "float16, float16 tables": Case(dtype=torch.float16, table_dtype=torch.float16),
+    "float64 tables": Case("rows", table_dtype=torch.float64),
+    # what the standard has no words for
+    "float64": Case("table, [B, S]", dtype=torch.float64, standard=False),
+    "float64, packed": Case("short table, packed", dtype=torch.float64, standard=False),
+    **{
+        f"one angle a channel, {name}{', inverse' if inverse else ''}": Case(
+            rows, full=True, rotary_dim=R, rotary_offset=1, inverse=inverse, standard=False, **order
+        )
+        for name, order in ORDERS.items()
+        for inverse, rows in ((False, "table, [B, S]"), (True, "rows of one sequence"))
+    },
+    "one angle a channel, bfloat16": Case(
+        full=True, rotary_dim=D, dtype=torch.bfloat16, standard=False
+    ),
+}
+
+
+class Calls(nn.Module):
+    """Each function on its own inputs: one program for them all."""
+
+    def __init__(self, functions):
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, inputs):
+        return [f(*x) for f, x in zip(self.functions, inputs, strict=True)]
+
+
+def to_onnx(model, inputs, *, dynamic, opset_version=23):
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not installed
+    return torch.onnx.export(
+        model.eval(),
+        inputs,
+        dynamo=True,
+        opset_version=opset_version,
+        custom_translation_table=TRANSLATIONS,
+        dynamic_shapes=dynamic,
+        verbose=False,
+    )
+
+
+def count(program, operator):
+    return sum(node.op_type == operator for node in program.model.graph)
+
+
+def session_of(program):
+    return onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def run(session, inputs):
+    """Tensors of `inputs`, in order, through onnxruntime."""
+    named = zip(session.get_inputs(), inputs, strict=True)
+    outputs = session.run(None, {given.name: np.asarray(x) for given, x in named})
+    return [torch.from_numpy(y) for y in outputs]
+
+
+@pytest.fixture(scope="module", params=[23, 20], ids=["opset 23", "opset 20"])
+def program(request):
+    """All cases as one ONNX program, and the same in onnxruntime."""
+    inputs = [case.inputs(*SIZES[0]) for case in CASES.values()]
+    dynamic = [case.dynamic() for case in CASES.values()]
+    made = to_onnx(
+        Calls(list(CASES.values())), (inputs,), dynamic=(dynamic,), opset_version=request.param
+    )
+    return made, session_of(made), request.param
+
+
+def test_one_standard_operator_a_rotation(program):
+    made, _, opset_version = program
+    standard = sum(case.standard for case in CASES.values())
+    assert count(made, "RotaryEmbedding") == (standard if opset_version >= 23 else 0)
+    assert made.model.opset_imports == {"": opset_version}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rotations_are_the_operators_own(program, size):
+    _, session, opset_version = program
+    inputs = [case.inputs(*size) for case in CASES.values()]
+    outputs = run(session, [x for of_case in inputs for x in of_case])
+    for (name, case), given, got in zip(CASES.items(), inputs, outputs, strict=True):
+        x, *rows = given
+        x = x.to(case.dtype)
+        got = got.to(case.dtype)
+        try:
+            if case.standard and opset_version >= 23:  # which may contract a product and a sum
+                assert_near_exact(got, x, *rows, **case.options)
+            else:
+                assert_same_bits(got, case.rotated(x, *rows))
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+class Tables(nn.Module):
+    def __init__(self, inv_freq):
+        super().__init__()
+        self.inv_freq = nn.Buffer(inv_freq)
+
+    def forward(self, position_ids):
+        length = position_ids.shape[1]
+        cache = rope_ext.cos_sin_cache(
+            self.inv_freq, length, start=length - 3, attention_scaling=1.25
+        )
+        rows = rope_ext.cos_sin(self.inv_freq, position_ids, attention_scaling=0.75)
+        wide = rope_ext.cos_sin(self.inv_freq, position_ids[0], dtype=torch.float64)
+        return *cache, *rows, *wide
+
+
+def test_tables_are_exact_to_one_rounding():
+    """Angles of positions below 2^29 and 24 bits of inv_freq are exact in float64, whose sine is
+    off by an ulp, 2^-53; attention_scaling rounds by as much. So those of float32 are equal, but
+    where the exact value is that near to the middle of two: one ulp then.
+    """
+    inv_freq, _ = rope_ext.frequencies.default(64)
+    model = Tables(inv_freq)
+    positions = random_positions(2, 4, rows=2**29)
+    program = to_onnx(model, (positions,), dynamic=(LIKE_X,))
+    for size in ((2, 4), (3, 200)):
+        positions = random_positions(*size, rows=2**29) - 1000
+        for got, expected in zip(
+            run(session_of(program), [positions]), model(positions), strict=True
+        ):
+            assert got.dtype == expected.dtype
+            assert got.shape == expected.shape
+            error = (got.double() - expected.double()).abs()
+            if got.dtype == torch.float32:
+                assert (error <= ulp(expected.double(), torch.float32)).all()
+                assert (error > 0).float().mean() < 1e-3
+            else:
+                assert error.max() <= 2.0**-51
+
+
+def assert_as_near_to_float64(program, model):
+    """Sums of products come in another order in onnxruntime, so float64 is the measure."""
+    session = session_of(program)
+    for size in BLOCK_SIZES:
+        x, position_ids = block_inputs(*size)
+        (got,) = run(session, [x, position_ids])
+        with torch.no_grad():
+            ours = model(x, position_ids)
+            exact = copy.deepcopy(model).double()(x.double(), position_ids)
+        assert (got - exact).abs().max() <= 2 * (ours - exact).abs().max()
+        assert (ours - exact).abs().max() < 1e-5
+
+
+def test_model_is_as_near_to_float64_as_in_pytorch():
+    """Six layers of attention, each with another way to rotate."""
+    model = Layers(ROTATIONS)
+    program = to_onnx(model, block_inputs(*EXPORTED), dynamic=(LIKE_X, LIKE_X))
+    assert count(program, "RotaryEmbedding") == 2 * len(ROTATIONS)
+    assert_as_near_to_float64(program, model)
+
+
+def test_rotation_in_place_is_refused_by_name_unless_decomposed():
+    model = Layers(["in_place"])
+    arguments = {"inputs": block_inputs(*EXPORTED), "dynamic": (LIKE_X, LIKE_X)}
+    with torch.no_grad():
+        with pytest.raises(torch.onnx.OnnxExporterError, match=r"rope\.apply_rotary_qk_"):
+            to_onnx(model, **arguments)
+        with rope_ext.lowering("decompose"):
+            program = to_onnx(model, **arguments)
+    assert_as_near_to_float64(program, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["standard", "plain"])
+def test_position_outside_of_the_table_and_short_table_are_refused(dtype):
+    chosen, consecutive = Case("table, [B, S]", dtype=dtype), Case(dtype=dtype)
+    cases = [chosen, consecutive]
+    given, also = (case.inputs(B, S) for case in cases)
+    dynamic = [case.dynamic() for case in cases]
+    session = session_of(to_onnx(Calls(cases), ([given, also],), dynamic=(dynamic,)))
+    run(session, [*given, *also])
+    for position in (-1, L):
+        wrong = given[3].clone()
+        wrong[1, 2] = position
+        with pytest.raises(Exception, match=r"out of (range|data bounds)"):
+            run(session, [*given[:3], wrong, *also])
+    too_long = random(1, L + 1, H, D)
+    with pytest.raises(Exception, match=r"cos_cache|out of data bounds"):
+        run(session, [*given, too_long, *also[1:]])
