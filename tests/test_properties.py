@@ -1,5 +1,6 @@
 """Random shapes, strides, dtypes, tables and positions: what holds for all of them."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,9 @@ def strided(draw, shape, dtype, seed):
     for dim in order:
         strides[dim] = extent + draw(st.sampled_from([0, 0, 0, 1, 8, 13]))
         extent = strides[dim] * max(shape[dim], 1)
+    for dim in order:
+        if shape[dim] == 1 and draw(st.integers(0, 4)) == 0:
+            strides[dim] = draw(st.sampled_from([0, 1, 2**31, 2**62]))  # of one element: never used
     offset = GUARD + draw(st.integers(0, 9))
     memory = random(offset + extent + GUARD, dtype=dtype, seed=seed)
     return memory, memory.as_strided(shape, strides, offset)
@@ -100,18 +104,18 @@ def inputs(draw):
 def with_capability(function):
     """Runs function under the CPU kernels that its input names, where the processor has them."""
 
-    def wrapped(case):
+    @functools.wraps(function)
+    def wrapped(case, **others):
         before = _C.build_info()["cpu_capability"]
         try:
             _C.set_cpu_capability(case.capability)
         except RuntimeError:
             _C.set_cpu_capability("portable")
         try:
-            function(case)
+            function(case, **others)
         finally:
             _C.set_cpu_capability(before)
 
-    wrapped.__name__ = function.__name__
     return wrapped
 
 
@@ -137,6 +141,20 @@ def test_any_rotation_in_place_writes_its_view_alone(case):
     view.copy_(rounded_once(case.x, *arguments, **options))
     rope.apply_rotary_(case.x, *arguments, **options)
     assert_same_bits(case.memory, expected)
+
+
+@given(case=inputs(), data=st.data())
+@with_capability
+def test_any_rotation_into_out_writes_its_view_alone(case, data):
+    arguments = (case.x, case.cos, case.sin, case.position_ids)
+    memory, out = data.draw(strided(case.x.shape, case.x.dtype, seed=9))
+    expected = memory.clone()
+    view = expected.as_strided(out.shape, out.stride(), out.storage_offset())
+    view.copy_(rounded_once(*arguments, **case.options))
+    kept = case.memory.clone()
+    rope.apply_rotary.out(*arguments, **case.options, out=out)
+    assert_same_bits(memory, expected)
+    assert_same_bits(case.memory, kept)
 
 
 @given(case=inputs())

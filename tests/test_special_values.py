@@ -64,11 +64,42 @@ def test_float16_overflows_to_infinity_and_keeps_subnormals(backend):
     assert y[0, 2, 0, 0] == 2**-24
 
 
-def test_float32_subnormals_are_kept(backend):
-    x = torch.zeros(1, 1, 1, D)
-    x[..., :P] = torch.arange(1, P + 1) * 2.0**-149
-    cos, sin = torch.ones(1, P).to(backend), torch.zeros(1, P).to(backend)
-    assert_same_bits(rope.apply_rotary(x.to(backend), cos, sin), x)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_subnormals_are_kept(dtype, order, backend):
+    """Of x, of the table, of products and of sums; on more tokens than one thread takes."""
+    tokens, pairs = 800, 20
+    tiny = torch.finfo(dtype).smallest_normal
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    table_tiny = torch.finfo(table_dtype).smallest_normal
+    x = random(1, tokens, 2, 2 * pairs, dtype=torch.float64)
+    cos, sin = random_table(tokens, pairs, dtype=torch.float64)
+    x[:, 0::4] *= tiny / 8  # subnormal x
+    x[:, 1::4] *= 2 * tiny  # normal x whose products and sums are subnormal
+    cos[2::4] *= table_tiny / 8  # subnormal tables
+    sin[2::4] *= table_tiny / 8
+    x[:, 3::4] *= tiny**0.5  # neither is small
+    cos[3::4] *= tiny**0.5
+    sin[3::4] *= tiny**0.5
+    x = x.to(dtype)
+    cos, sin = cos.to(table_dtype), sin.to(table_dtype)
+    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order])
+    assert_same_bits(y, rounded_once(x, cos, sin, **ORDERS[order]))
+    subnormal = (y.cpu() != 0) & (y.cpu().abs() < tiny)
+    kinds = [kind for kind in range(4) if dtype != torch.float16 or kind != 2]  # 2: rounded to 0
+    assert all(subnormal[:, kind::4].any() for kind in kinds)
+
+
+def test_subnormals_are_kept_again_when_they_are_flushed_no_more(cpu_kernels):
+    x, cos, sin = torch.full((1, 1, 1, D), 2.0**-140), torch.ones(1, P), torch.zeros(1, P)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormals")
+    try:
+        flushed = rope.apply_rotary(x, cos, sin)
+    finally:
+        torch.set_flush_denormal(False)
+    assert not flushed.any()
+    assert_same_bits(rope.apply_rotary(x, cos, sin), x)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -85,33 +116,63 @@ def test_nan_of_any_payload_stays_nan(dtype, order, backend):
     assert y[0, 3].eq(1).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_and_infinity_stay_within_their_pair(dtype, interleaved, value, backend):
-    x = random(1, S, 2, D + 3, dtype=dtype)
-    cos, sin = random_table(S, P)
-    clean = rounded_once(x, cos, sin, interleaved=interleaved)
-    x[0, 1, 0, 5] = value
-    y = rope.apply_rotary(
-        x.to(backend), cos.to(backend), sin.to(backend), interleaved=interleaved
-    ).cpu()
-    assert_same_bits(y, rounded_once(x, cos, sin, interleaved=interleaved))
-    pair = (4, 5) if interleaved else (5, 5 + P)
-    assert not y[0, 1, 0, pair].isfinite().any()
-    y[0, 1, 0, pair] = clean[0, 1, 0, pair]
-    assert_same_bits(y, clean)
+# Channels that do not rotate, pairs, more of them: all in vectors, in part of one, in both.
+WIDTHS = [(0, P, 0), (3, 1, 0), (0, 5, 1), (2, 11, 3), (0, 41, 0)]
 
 
+def channels_of_pairs(before, pairs, interleaved):
+    """Of each pair, [P, 2]."""
+    first = torch.arange(pairs) * (2 if interleaved else 1)
+    return before + torch.stack((first, first + (1 if interleaved else pairs)), -1)
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_in_the_table_reaches_its_pair_in_every_head(dtype, backend):
-    x = random(1, S, 3, D, dtype=dtype)
-    cos, sin = random_table(S, P)
-    clean = rounded_once(x, cos, sin)
-    cos[2, 7] = float("nan")
-    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend)).cpu()
-    wrong = torch.zeros_like(y, dtype=torch.bool)
-    wrong[0, 2, :, [7, 7 + P]] = True
+def test_nan_and_infinity_stay_within_their_pair(dtype, order, width, backend):
+    """Each in every channel, token by token, of one of two heads; in both orders in memory."""
+    before, pairs, after = width
+    options = {"rotary_offset": before, **ORDERS[order]}
+    D = before + 2 * pairs + after
+    x = random(1, 3 * D, 2, D, dtype=dtype)
+    cos, sin = random_table(3 * D, pairs)
+    clean = rounded_once(x, cos, sin, **options)
+    hit = torch.zeros_like(x, dtype=torch.bool)  # channels of the result of which one is not finite
+    into = channels_of_pairs(before, pairs, options.get("interleaved", False))
+    out_of = options.get("interleaved_out", options.get("interleaved", False))
+    channels = channels_of_pairs(before, pairs, out_of)
+    reached = torch.arange(D).unsqueeze(-1).repeat(1, 2)  # from each channel of x
+    reached[into] = channels.unsqueeze(1)
+    token = torch.arange(3 * D)
+    values = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
+    x[0, token, 1, token % D] = values[token // D]
+    hit[0, token.unsqueeze(-1), 1, reached[token % D]] = True
+    expected = rounded_once(x, cos, sin, **options)
+    for arrange in (torch.clone, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        y = rope.apply_rotary(
+            arrange(x.to(backend)), cos.to(backend), sin.to(backend), **options
+        ).cpu()
+        assert_same_bits(y, expected)
+        assert torch.equal(~y.isfinite(), hit)
+        assert_same_bits(torch.where(hit, clean, y), clean)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nan_in_the_table_reaches_its_pair_in_every_head(dtype, order, backend):
+    """In every column of cos and of sin, row by row."""
+    pairs = 19
+    x = random(1, 2 * pairs, 3, 2 * pairs, dtype=dtype)
+    cos, sin = random_table(2 * pairs, pairs)
+    clean = rounded_once(x, cos, sin, **ORDERS[order])
+    wrong = torch.zeros_like(x, dtype=torch.bool)
+    out_of = ORDERS[order].get("interleaved_out", ORDERS[order].get("interleaved", False))
+    channels = channels_of_pairs(0, pairs, out_of)
+    pair = torch.arange(pairs)
+    cos[pair, pair] = sin[pairs + pair, pair] = float("nan")
+    for row in range(2 * pairs):
+        wrong[0, row, :, channels[row % pairs]] = True
+    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order]).cpu()
     assert torch.equal(y.isnan(), wrong)
     assert_same_bits(torch.where(wrong, clean, y), clean)
 

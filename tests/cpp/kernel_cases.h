@@ -2,8 +2,10 @@
 // in memory, and how one that is wrong is reported.
 #pragma once
 
+#include <atomic>
 #include <cinttypes>
 #include <cstdio>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -19,10 +21,10 @@ constexpr int64_t kPairs[] = {1, 3, 7, 8, 12, 15, 16, 17, 40, 64, 72, 100};
 constexpr DType kDTypes[] = {DType::Float64, DType::Float32, DType::Float16, DType::BFloat16};
 constexpr int64_t kManyPairs = 1100;      // rows of the table in more than one piece
 constexpr int64_t kManyChannels = 40000;  // so many are spread over threads
-constexpr int64_t kGuard = 64;            // elements before and after every tensor
+constexpr int64_t kGuard = 64;            // elements before and after what is written
 
-inline int failures = 0;
-inline int64_t cases = 0;
+inline std::atomic<int> failures = 0;
+inline std::atomic<int64_t> cases = 0;
 
 inline void expect(bool condition, const std::string& what) {
   if (!condition && ++failures <= 20) std::printf("FAIL %s\n", what.c_str());
@@ -74,18 +76,31 @@ inline std::string text(const Case& c) {  // [B, S, q + k, before + R + after]
 
 // ------------------------------------------------------------------------------------------ memory
 
-// Elements of a dtype in aligned memory, at first all random.
+// Memory aligned to whole vectors, and not a byte more than is asked for: sanitizers see what is
+// read or written beside it.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kAlignment); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
+// Elements of a dtype, at first all random.
 class Memory {
  public:
   Memory(DType dtype, int64_t count, bool any_bits, Random& random)
-      : dtype_(dtype), count_(count), lines_(count * size_of(dtype) / sizeof(Line) + 1) {
+      : dtype_(dtype), count_(count), bytes_(count * size_of(dtype)) {
     for (int64_t i = 0; i < count; ++i) {
       set(i, any_bits ? random.any_bits() : random.ordinary(dtype));
     }
   }
 
-  void* data(int64_t at = 0) { return lines_[0].bytes + at * size_of(dtype_); }
-  const void* data() const { return lines_[0].bytes; }
+  void* data(int64_t at = 0) { return bytes_.data() + at * size_of(dtype_); }
+  const void* data() const { return bytes_.data(); }
   DType dtype() const { return dtype_; }
   int64_t count() const { return count_; }
   uint64_t bits(int64_t at) const { return scalar::read_bits(dtype_, data(), at); }
@@ -94,12 +109,9 @@ class Memory {
   void set_value(int64_t at, double value) { set(at, scalar::bits_of(dtype_, value)); }
 
  private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   DType dtype_;
   int64_t count_;
-  std::vector<Line> lines_;
+  std::vector<char, Aligned<char>> bytes_;
 };
 
 // The same bits everywhere, also in guards; a NaN may be any.
@@ -115,26 +127,30 @@ inline void expect_same(const Memory& expected, const Memory& got, const std::st
   }
 }
 
-// [B, S, H, D] between guards, with gaps between its tokens and its heads.
+// [B, S, H, D] with gaps between its tokens and its heads, and guards around it.
 struct Tensor {
   Memory memory;
-  int64_t stride_b, stride_s, stride_h;
+  int64_t guard, stride_b, stride_s, stride_h;
 
   int64_t index(int64_t b, int64_t s, int64_t h, int64_t channel) const {
-    return kGuard + b * stride_b + s * stride_s + h * stride_h + channel;
+    return guard + b * stride_b + s * stride_s + h * stride_h + channel;
   }
   template <class Pointer>
-  Heads<Pointer> heads(const Case& c) {
-    return {memory.data(kGuard + c.before), stride_b, stride_s, stride_h};
+  Heads<Pointer> heads(const Case& c) {  // as of a tensor of torch: nullptr where there are none
+    Pointer first = memory.count() > 0 ? memory.data(guard + c.before) : nullptr;
+    return {first, stride_b, stride_s, stride_h};
   }
 };
 
-inline Tensor random_tensor(const Case& c, int64_t heads, Random& random) {
+// guard: of what is written. What is only read has none.
+inline Tensor random_tensor(const Case& c, int64_t heads, int64_t guard, Random& random) {
   const int64_t head = c.dim() + random.below(3);
   const int64_t inner = (c.head_major ? c.seq : heads) * head + random.below(9);
-  const int64_t batch_row = (c.head_major ? heads : c.seq) * inner + random.below(9);
-  return {Memory(c.dtype, c.batch * batch_row + 2 * kGuard, c.any_bits, random), batch_row,
-          c.head_major ? head : inner, c.head_major ? inner : head};
+  const int64_t b = (c.head_major ? heads : c.seq) * inner + random.below(9);
+  const int64_t s = c.head_major ? head : inner, h = c.head_major ? inner : head;
+  const int64_t extent = (c.batch - 1) * b + (c.seq - 1) * s + (heads - 1) * h + c.dim();
+  const int64_t count = heads > 0 ? extent + 2 * guard : 0;
+  return {Memory(c.dtype, count, c.any_bits, random), guard, b, s, h};
 }
 
 // cos or sin: rows for all, or for each batch row.
@@ -146,8 +162,8 @@ struct TableSide {
 inline TableSide random_table(const Case& c, int64_t rows, Random& random) {
   const int64_t row = c.width() + random.below(3);
   const bool per_token = c.rows == Rows::PerToken;
-  return {Memory(c.table_dtype, (per_token ? c.batch : 1) * rows * row, c.any_bits, random),
-          per_token ? rows * row : 0, row};
+  const int64_t count = (per_token ? c.batch : 1) * rows * row - (row - c.width());
+  return {Memory(c.table_dtype, count, c.any_bits, random), per_token ? rows * row : 0, row};
 }
 
 // Positions of the tokens, [B, S].
@@ -156,6 +172,7 @@ struct Positions {
   std::vector<int64_t> wide;
 
   Positions(const Case& c, int64_t rows, Random& random) {
+    narrow.reserve(c.batch * c.seq), wide.reserve(c.batch * c.seq);
     for (int64_t token = 0; token < c.batch * c.seq; ++token) {
       const bool given = c.rows == Rows::Int32 || c.rows == Rows::Int64;
       wide.push_back(given ? random.below(rows) : token % c.seq);

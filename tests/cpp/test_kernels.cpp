@@ -1,13 +1,15 @@
 // The CPU kernels alone, without libtorch, against scalar arithmetic: also for a processor of which
 // there is an emulator and no libtorch.
 //
-//   test_kernels [ROUNDS]    as often through all cases, with other random numbers each time
+//   test_kernels [CALLERS]    so many threads at once, each through all cases, with other random
+//   numbers
 //
 // Rotations and their gradients must have the exact bits; tables of cos and sin are compared with
 // long double.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdlib>
+#include <thread>
 
 #include "../../csrc/cpu/capability.h"
 #include "../../csrc/kernels.h"
@@ -15,13 +17,26 @@
 
 using namespace kernel_cases;
 
+// Calls f(0), ..., f(count - 1), each in a thread of its own, and nothing else orders them.
+template <class F>
+void in_threads(int64_t count, const F& f) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < count; ++i) threads.emplace_back(f, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
 // In place of libtorch's: the last range first, and ranges that begin in the middle of a token.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc func,
                                   void* context) {
+  constexpr int64_t kThreads = 3;
   const int64_t step = grain - grain / 3;
-  for (int64_t at = begin + (end - begin - 1) / step * step; at >= begin; at -= step) {
-    func(at, std::min(at + step, end), context);
-  }
+  const int64_t ranges = (end - begin + step - 1) / step;
+  in_threads(std::min(kThreads, ranges), [&](int64_t thread) {
+    for (int64_t i = ranges - 1 - thread; i >= 0; i -= kThreads) {
+      const int64_t at = begin + i * step;
+      func(at, std::min(at + step, end), context);
+    }
+  });
   return 0;
 }
 
@@ -83,8 +98,8 @@ void test_apply_rotary(const Case& c, Random& random) {
   std::vector<Tensor> in, out;
   std::vector<Memory> expected;
   for (int x = 0; x < 2; ++x) {
-    in.push_back(random_tensor(c, heads[x], random));
-    out.push_back(c.in_place ? in[x] : random_tensor(c, heads[x], random));
+    in.push_back(random_tensor(c, heads[x], c.in_place ? kGuard : 0, random));
+    out.push_back(c.in_place ? in[x] : random_tensor(c, heads[x], kGuard, random));
     expected.push_back(out[x].memory);
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t s = 0; s < c.seq; ++s) {
@@ -163,11 +178,12 @@ void test_table_grad(const Case& c, Random& random) {
     }
     offsets.push_back(static_cast<int64_t>(order.size()));
   }
+  order.shrink_to_fit(), offsets.shrink_to_fit();
 
   Memory grad_cos(c.table_dtype, grad_batch * rows * c.width() + kGuard, false, random);
   Memory grad_sin = grad_cos, expected_cos = grad_cos, expected_sin = grad_cos;
-  Tensor grad[] = {random_tensor(c, c.heads_q, random), random_tensor(c, c.heads_k, random)};
-  Tensor x[] = {random_tensor(c, c.heads_q, random), random_tensor(c, c.heads_k, random)};
+  Tensor grad[] = {random_tensor(c, c.heads_q, 0, random), random_tensor(c, c.heads_k, 0, random)};
+  Tensor x[] = {random_tensor(c, c.heads_q, 0, random), random_tensor(c, c.heads_k, 0, random)};
   RotaryTableGradArgs args{};
   args.op = c.op;
   args.q = {grad[0].heads<const void*>(c), x[0].heads<const void*>(c), c.heads_q};
@@ -243,6 +259,7 @@ struct AngleCase {
               tokens,
               scaling};
     constexpr int64_t kLast = (int64_t{1} << 31) - 1;
+    narrow.reserve(tokens), wide.reserve(tokens);
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t drawn = random.below(int64_t{2} << random.below(31));
       wide.push_back(ids == 0 ? angles.start + token : token == 0 ? kLast : drawn);
@@ -333,16 +350,17 @@ void test_cos_sin_grad(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
-  Random random(20210420);
-  for (int round = 0; round < rounds; ++round) {
+  const int callers = argc > 1 ? std::atoi(argv[1]) : 1;
+  in_threads(callers, [](int64_t caller) {
+    Random random(20210420 + caller);
     for_each_case("apply_rotary", random, test_apply_rotary);
     for_each_case("rotary_table_grad", random, test_table_grad);
     test_cos_sin(random);
     test_cos_sin_grad(random);
-  }
+  });
+  Random random(20210420);
   test_streaming(random);
-  std::printf("%s: %" PRId64 " cases, %d failures\n", cpu::name(cpu::capability()), cases,
-              failures);
+  std::printf("%s: %" PRId64 " cases, %d failures\n", cpu::name(cpu::capability()), cases.load(),
+              failures.load());
   return failures == 0 ? 0 : 1;
 }
