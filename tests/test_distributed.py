@@ -604,7 +604,10 @@ import sys
 import torch
 import {first}
 import rope_ext
-assert ("torch.distributed.tensor" in sys.modules) == ({first!r} != "rope_ext")
+name = "torch.distributed.tensor"
+assert (name in sys.modules) == ({first!r} != "rope_ext")
+waiting = lambda: any(getattr(finder, "module", None) == name for finder in sys.meta_path)
+assert waiting() == ({first!r} == "rope_ext")
 from torch.distributed.tensor import DTensor, Shard, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -612,7 +615,7 @@ mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 x = DTensor.from_local(torch.randn(1, 3, 2, 4), mesh, [Shard(1)])
 rows = (DTensor.from_local(torch.randn(6, 2), mesh, [Replicate()]) for _ in range(2))
 assert torch.ops.rope.apply_rotary(x, *rows).placements == (Shard(1),)
-assert not any("rope_ext" in type(finder).__module__ for finder in sys.meta_path)
+assert not waiting()
 """
     result = subprocess.run(
         [sys.executable, "-c", code],
