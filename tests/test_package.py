@@ -29,7 +29,7 @@ STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
 # takes threads as the libc of the build has them, where 2.34 is the newest that they changed in.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 NEWEST_WITH_CUDART = {**NEWEST, "GLIBC": (2, 34)}
-# Of the import of rope_ext where torch is there. Less than half of it where nothing else runs.
+# Of the import of rope_ext where torch is there. About half of it where nothing else runs.
 IMPORT_SECONDS = 0.05
 # Bound only where torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
