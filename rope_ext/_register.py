@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import register_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from rope_ext._batching import register_batching
 from rope_ext._calling import check_may_be_written, name_of
 from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
+from rope_ext._on_import import on_import
 
 rope = torch.ops.rope
 
@@ -35,9 +35,7 @@ def register() -> None:
 
     register_derivatives()
     register_batching()
-    register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
-    register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
-    register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
+    on_import("torch.utils.flop_counter", _register_flops)
 
     for name, overload, arguments, outs in (
         ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
@@ -168,6 +166,14 @@ def _fake_cos_sin(
 # that rotates; 4 products and 4 sums, so 4, for the gradient to the table. Sines count nothing.
 
 Shape = torch.Size
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
+    register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
+    register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
 
 
 def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import works_with
 
 from rope_ext import _C
 from rope_ext.integrations.transformers import families
@@ -107,17 +108,29 @@ NOT_EMULATED = {
 }
 
 
+README = Path(__file__).parents[1] / "README.md"
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-families",
         action="store_true",
         help="run every model family, and write the results to the package and README.md",
     )
+    parser.addoption(
+        "--works",
+        choices=("print", "record"),
+        help="the README's table of what works with what: print it as the collected tests say, or "
+        "write it as the tests that passed have shown (-m shows)",
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--record-families"):
         config.option.markexpr = config.option.keyword = ""  # a record is of all or of none
+    if works := config.getoption("--works"):
+        plugin = works_with.Printed() if works == "print" else works_with.Recorded(README)
+        config.pluginmanager.register(plugin)
 
 
 @pytest.fixture(scope="session")
@@ -135,14 +148,14 @@ def recording(request):
     record = {"transformers": transformers.__version__, "families": dict(sorted(results.items()))}
     file = Path(families.__file__).with_name(families.RECORD)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    readme = Path(__file__).parents[1] / "README.md"
-    readme.write_text(
-        families.inserted(readme.read_text(encoding="utf-8"), record), encoding="utf-8"
+    README.write_text(
+        families.inserted(README.read_text(encoding="utf-8"), record), encoding="utf-8"
     )
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        item.user_properties.append(("shows", works_with.claims(item.iter_markers("shows"))))
         if EMULATED and item.get_closest_marker("cuda"):
             for pattern, reason in NOT_EMULATED.items():
                 if re.search(pattern, item.nodeid):

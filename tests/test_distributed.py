@@ -1,10 +1,9 @@
 """The operators on several ranks: DTensors, real processes that train, and a mesh of 1,024.
 
-Ranks of the fake process group are taken in turn by one process: what needs no communication can be
-checked rank by rank, and put together. The scenarios of distributed_training.py run in processes.
+What needs no communication is checked rank by rank in one process (ranks.py). The scenarios of
+distributed_training.py run in processes of their own.
 """
 
-import contextlib
 import re
 import subprocess
 import sys
@@ -14,23 +13,18 @@ import distributed_training as training
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import RANKS, as_rank, on_every_rank, place
 from support import random, random_positions, random_table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.debug import (
-    CommDebugMode,
-    _clear_fast_path_sharding_prop_cache,
-    _clear_python_sharding_prop_cache,
-)
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rope_ext
 
 rope = torch.ops.rope
 
 B, S, H, KV_HEADS, D, ROWS = 4, 8, 4, 2, 8, 16
-RANKS = 4
 DTYPE = torch.float64
 # Sums over tokens or heads are split over ranks and added in another order: each of n terms of size
 # about 1 is rounded n times at most, and n <= B S H = 128.
@@ -40,61 +34,10 @@ SUMS = {"rtol": 128 * torch.finfo(DTYPE).eps, "atol": 128**2 * torch.finfo(DTYPE
 TRAINING = 64 * 20 * training.LAYERS * 2 * training.STEPS * torch.finfo(training.DTYPE).eps
 
 
-# ---- one process in the place of each rank
-
-
-@contextlib.contextmanager
-def as_rank(rank, world=RANKS):
-    _clear_python_sharding_prop_cache()  # what PyTorch remembers has the rank that it was then
-    _clear_fast_path_sharding_prop_cache()
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def mesh():
     with as_rank(1):
         yield init_device_mesh("cpu", (RANKS,))
-
-
-def place(tensor, mesh, *placements):
-    """The rank's part of a tensor that every rank has whole."""
-    if tensor is None:
-        return None
-    everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
-    if not placements or isinstance(placements[0], Partial):
-        return DTensor.from_local(tensor.detach(), mesh, placements or [Replicate()])
-    return everywhere.redistribute(placements=placements).detach()
-
-
-def assembled(parts):
-    """The whole tensor, of what the ranks of a mesh of one dimension have; sizes as promised."""
-    (placement,) = parts[0].placements
-    assert all(part.placements == (placement,) for part in parts)
-    locals_ = [part.to_local() for part in parts]
-    if placement.is_shard():
-        whole = torch.cat(locals_, placement.dim)
-    elif placement.is_partial():
-        whole = torch.stack(locals_).sum(0)
-    else:
-        assert all(torch.equal(part, locals_[0]) for part in locals_)
-        whole = locals_[0]
-    assert all(part.shape == whole.shape for part in parts)
-    assert all(part.stride() == whole.stride() for part in parts)
-    return whole
-
-
-def on_every_rank(function):
-    """function(mesh) -> DTensors, put together; it may communicate on no rank."""
-    results = []
-    for rank in range(RANKS):
-        with as_rank(rank), CommDebugMode() as communication:
-            results.append(function(init_device_mesh("cpu", (RANKS,))))
-        assert communication.get_total_counts() == 0
-    return [assembled(parts) for parts in zip(*results, strict=True)]
 
 
 # ---- the rotation
@@ -562,13 +505,17 @@ def assert_same_training(result, expected):
         torch.testing.assert_close(grads[name], expected_grad, rtol=0, atol=TRAINING * largest)
 
 
+# The model's frequencies are learned.
+trains_with_fsdp2 = pytest.mark.shows("FSDP2", "apply_rotary_qk", "cos_sin")
+
+
 @pytest.mark.parametrize(
     ("world", "scenario"),
     [
         (2, "tensor parallel"),
         (4, "tensor parallel"),
-        (2, "FSDP2"),
-        (4, "FSDP2 and tensor parallel"),
+        pytest.param(2, "FSDP2", marks=trains_with_fsdp2),
+        pytest.param(4, "FSDP2 and tensor parallel", marks=trains_with_fsdp2),
         (2, "context parallel"),
         (4, "context parallel"),
         (2, "context parallel, contiguous"),
@@ -604,7 +551,10 @@ import sys
 import torch
 import {first}
 import rope_ext
-assert ("torch.distributed.tensor" in sys.modules) == ({first!r} != "rope_ext")
+name = "torch.distributed.tensor"
+assert (name in sys.modules) == ({first!r} != "rope_ext")
+waiting = lambda: any(getattr(finder, "module", None) == name for finder in sys.meta_path)
+assert waiting() == ({first!r} == "rope_ext")
 from torch.distributed.tensor import DTensor, Shard, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -612,7 +562,7 @@ mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 x = DTensor.from_local(torch.randn(1, 3, 2, 4), mesh, [Shard(1)])
 rows = (DTensor.from_local(torch.randn(6, 2), mesh, [Replicate()]) for _ in range(2))
 assert torch.ops.rope.apply_rotary(x, *rows).placements == (Shard(1),)
-assert not any("rope_ext" in type(finder).__module__ for finder in sys.meta_path)
+assert not waiting()
 """
     result = subprocess.run(
         [sys.executable, "-c", code],

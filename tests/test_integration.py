@@ -38,6 +38,7 @@ def rotary_arguments(device, *, ids, grad, pair, dtype=torch.float32):
     return *xs, cos, sin, position_ids
 
 
+@pytest.mark.shows("`torch.library.opcheck`", "apply_rotary", "apply_rotary_qk")
 @pytest.mark.parametrize("grad", ["none", "x", "all"])
 @pytest.mark.parametrize("ids", [False, True], ids=["table order", "position_ids"])
 @pytest.mark.parametrize("pair", [False, True], ids=["apply_rotary", "apply_rotary_qk"])
@@ -62,6 +63,7 @@ def test_opcheck_of_other_layouts_and_tables(grad, device):
     torch.library.opcheck(rope.apply_rotary.default, (packed, *tables))
 
 
+@pytest.mark.shows("`torch.library.opcheck`", "inplace=True")
 @pytest.mark.parametrize("pair", [False, True], ids=["apply_rotary_", "apply_rotary_qk_"])
 @pytest.mark.parametrize("ids", [False, True], ids=["table order", "position_ids"])
 def test_opcheck_of_the_rotation_in_place(pair, ids, device):
@@ -74,6 +76,7 @@ def test_opcheck_of_the_rotation_in_place(pair, ids, device):
     torch.library.opcheck(operator, arguments, options)
 
 
+@pytest.mark.shows("`torch.library.opcheck`", "cos_sin", "cos_sin_cache")
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck_of_the_tables(dtype, grad, device):

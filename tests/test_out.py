@@ -152,6 +152,7 @@ def test_nothing_is_allocated():
     assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) == 0
 
 
+@pytest.mark.shows("`torch.library.opcheck`", "out=")
 @pytest.mark.parametrize("operator", ["apply_rotary", "apply_rotary_qk"])
 def test_opcheck_of_the_rotation_into_out(operator, device):
     q, k = random(B, S, H, D, device=device), random(B, S, HK, D, device=device)

@@ -25,6 +25,12 @@ UNSTABLE = re.compile(r"N[rVK]*[RO]?(?:2at|3c10|5torch|6caffe2)\d")
 # The C functions of the LibTorch stable ABI.
 STABLE = re.compile(r"(?:aoti_)?torch_\w+")
 STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
+# The newest versions of symbols that manylinux_2_28 may need. The CUDA runtime, linked statically,
+# takes threads as the libc of the build has them, where 2.34 is the newest that they changed in.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+NEWEST_WITH_CUDART = {**NEWEST, "GLIBC": (2, 34)}
+# Of the import of rope_ext where torch is there. About half of it where nothing else runs.
+IMPORT_SECONDS = 0.05
 # Bound only where torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
 LIBRARIES = re.compile(
@@ -128,6 +134,27 @@ def test_only_libtorch_and_the_system_are_linked(elf):
     assert shared_cudart == (_C.build_info()["cudart"] == "shared")
 
 
+def test_systems_of_manylinux_2_28_have_every_symbol(elf):
+    newest = NEWEST_WITH_CUDART if _C.build_info()["cudart"] == "static" else NEWEST
+    needed = {name: [] for name in newest}
+    for _, versions in elf.get_section_by_name(".gnu.version_r").iter_versions():
+        for version in versions:
+            name, _, number = version.name.rpartition("_")
+            if name in newest:  # not of libcudart
+                needed[name].append(tuple(map(int, number.split("."))))
+    assert needed["GLIBC"]  # the list is the right one
+    assert {name: max(n) for name, n in needed.items() if n and max(n) > newest[name]} == {}
+
+
+def test_what_older_systems_lack_is_kept_inside(elf):
+    """csrc/older_systems.cpp: no other library may take these symbols from here."""
+    source = (REPOSITORY / "csrc" / "older_systems.cpp").read_text()
+    inside = set(re.findall(r'__asm__\(\s*"(\w+)"', source))
+    assert len(inside) == 4
+    dynamic = elf.get_section_by_name(".dynsym").iter_symbols()
+    assert inside & {symbol.name for symbol in dynamic} == set()
+
+
 # ---------------------------------------------------------------------------------- build_info
 
 
@@ -196,6 +223,35 @@ def test_unknown_capability_in_the_environment_fails_at_import(tmp_path):
 def test_import_from_another_folder(tmp_path):
     result = run_python("import rope_ext; print(rope_ext.__file__)", tmp_path, PYTHONPATH="")
     assert result.stdout.strip() == rope_ext.__file__, result.stderr
+
+
+def test_import_takes_little_beside_that_of_torch(tmp_path):
+    """Processor time, of several tries: the machine may be busy, and the first one may have to
+    compile to bytecode, as an installation does.
+    """
+    code = """
+import time, torch
+before = time.process_time()
+import rope_ext
+print(time.process_time() - before)
+"""
+    results = (run_python(code, tmp_path, PYTHONDONTWRITEBYTECODE="") for _ in range(5))
+    tries = (float(result.stdout) for result in results)
+    assert any(seconds < IMPORT_SECONDS for seconds in tries)
+
+
+def test_import_brings_nothing_along(tmp_path):
+    """No other package, and nothing of PyTorch that it has not imported for itself."""
+    code = """
+import sys, torch
+before = {*sys.modules}
+import rope_ext
+print(*{*sys.modules} - before)
+"""
+    result = run_python(code, tmp_path)
+    brought = {name for name in result.stdout.split() if name.partition(".")[0] != "rope_ext"}
+    assert "rope_ext.ops" in result.stdout, result.stderr
+    assert brought <= sys.stdlib_module_names
 
 
 def test_types_are_shipped():

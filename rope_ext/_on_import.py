@@ -1,0 +1,39 @@
+"""What is registered with a module of PyTorch that takes long to import: when it is imported, by
+whomever, instead of importing it.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+def on_import(module: str, register: Callable[[], None]) -> None:
+    """Calls register: now if the module is there already, or as soon as it is."""
+    if module in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Importing(module, register))
+
+
+class _Importing:
+    """Finds the module as ever, and registers once it is there."""
+
+    def __init__(self, module: str, register: Callable[[], None]) -> None:
+        self.module, self.register = module, register
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == self.module else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            sys.meta_path.remove(self)
+            self.register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,66 @@
+"""One process in the place of each rank, in turn: where ranks never talk, what they have can be
+computed one by one, and put together.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.debug import (
+    CommDebugMode,
+    _clear_fast_path_sharding_prop_cache,
+    _clear_python_sharding_prop_cache,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+RANKS = 4
+
+
+@contextlib.contextmanager
+def as_rank(rank, world=RANKS):
+    _clear_python_sharding_prop_cache()  # what PyTorch remembers has the rank that it was then
+    _clear_fast_path_sharding_prop_cache()
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def place(tensor, mesh, *placements):
+    """The rank's part of a tensor that every rank has whole."""
+    if tensor is None:
+        return None
+    everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
+    if not placements or isinstance(placements[0], Partial):
+        return DTensor.from_local(tensor.detach(), mesh, placements or [Replicate()])
+    return everywhere.redistribute(placements=placements).detach()
+
+
+def assembled(parts):
+    """The whole tensor, of what the ranks of a mesh of one dimension have; sizes as promised."""
+    (placement,) = parts[0].placements
+    assert all(part.placements == (placement,) for part in parts)
+    locals_ = [part.to_local() for part in parts]
+    if placement.is_shard():
+        whole = torch.cat(locals_, placement.dim)
+    elif placement.is_partial():
+        whole = torch.stack(locals_).sum(0)
+    else:
+        assert all(torch.equal(part, locals_[0]) for part in locals_)
+        whole = locals_[0]
+    assert all(part.shape == whole.shape for part in parts)
+    assert all(part.stride() == whole.stride() for part in parts)
+    return whole
+
+
+def on_every_rank(function):
+    """function(mesh) -> DTensors, put together; it may communicate on no rank."""
+    results = []
+    for rank in range(RANKS):
+        with as_rank(rank), CommDebugMode() as communication:
+            results.append(function(init_device_mesh("cpu", (RANKS,))))
+        assert communication.get_total_counts() == 0
+    return [assembled(parts) for parts in zip(*results, strict=True)]

@@ -1,0 +1,389 @@
+"""Every function with every feature of PyTorch, once: the README's table of what works with what.
+
+Small and broad. That each works in all of its cases is in the other tests.
+"""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from ranks import on_every_rank, place
+from support import assert_same_bits, random, random_positions
+from torch._dynamo import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Replicate, Shard
+from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+from works_with import OPERATOR, PLAIN
+
+import rope_ext
+from rope_ext import reference
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+
+B, S, H, D, P, L = 8, 12, 4, 6, 3, 50  # all different: sizes that are equal are one in a graph
+SIZES = {"B": B, "H": H, "D": D, "P": P, "L": L}
+LENGTHS = (S, 20, 33)
+F64 = torch.float64
+
+# ---- the functions, and the same in plain PyTorch
+#
+# None writes what it is given: what is rotated in place, or written, is made in the function.
+
+module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L)
+
+
+class Function(NamedTuple):
+    axes: tuple[str, ...]  # of each tensor; "S" alone is the length, a number
+    call: object
+    plain: object
+    varies: tuple[str, ...] = ("BSHD", "LP", "P")  # what is differentiated and mapped
+
+
+def table(inv_freq, length):
+    return reference.cos_sin(inv_freq, torch.arange(length))
+
+
+FUNCTIONS = {
+    "apply_rotary": Function(
+        ("BSHD", "LP", "LP"),
+        lambda x, cos, sin: (rope_ext.apply_rotary(x, cos, sin),),
+        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+    ),
+    "apply_rotary_qk": Function(
+        ("BSHD", "BSHD", "LP", "LP"),
+        rope_ext.apply_rotary_qk,
+        lambda q, k, *rows: tuple(reference.apply_rotary(x, *rows) for x in (q, k)),
+    ),
+    "inplace=True": Function(
+        ("BSHD", "LP", "LP"),
+        lambda x, cos, sin: (rope_ext.apply_rotary(x * 1, cos, sin, inplace=True),),
+        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+        varies=("BSHD",),  # in place, tables that need gradients are refused
+    ),
+    "out=": Function(
+        ("BSHD", "LP", "LP"),
+        lambda x, cos, sin: (rope_ext.apply_rotary(x, cos, sin, out=torch.empty_like(x)),),
+        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+    ),
+    "cos_sin": Function(("P", "BS"), rope_ext.cos_sin, reference.cos_sin),
+    "cos_sin_cache": Function(("P", "S"), rope_ext.cos_sin_cache, table),
+    "RotaryEmbedding": Function(
+        ("BSHD", "BSHD"),
+        lambda q, k: module(q, k),
+        lambda *xs: tuple(
+            reference.apply_rotary(x, *(t.to(x.dtype) for t in module.table(x.shape[1])))
+            for x in xs
+        ),
+    ),
+}
+
+
+def arguments(function, dtype=torch.float32, length=S):
+    def make(i, axes):
+        if axes == "S":
+            return length
+        shape = [SIZES.get(axis, length) for axis in axes]
+        if axes == "BS":
+            return random_positions(*shape, rows=L)
+        return random(*shape, dtype=dtype, seed=i)
+
+    return [make(i, axes) for i, axes in enumerate(function.axes)]
+
+
+def varying(function, inputs):
+    """The function of the tensors that vary alone, and these."""
+    varies = [axes in function.varies for axes in function.axes]
+
+    def call(*tensors, of=function.call):
+        rest = iter(tensors)
+        return of(*(next(rest) if v else i for v, i in zip(varies, inputs, strict=True)))
+
+    return call, [i for v, i in zip(varies, inputs, strict=True) if v]
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def close(got, expected):
+    """Sums in another order, in float64, of at most B H 33 = 1056 terms below 500."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1056 * 500 * 2.0**-53)
+
+
+# ---- the features. Each takes a function, and raises if it does not work with it.
+
+
+def differentiates(function, **checks):
+    call, tensors = varying(function, arguments(function, F64))
+    close(call(*tensors), call(*tensors, of=function.plain))
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, **checks)
+    return call, leaves
+
+
+def differentiates_twice(function):
+    call, leaves = differentiates(function)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def has_tangents(function):
+    differentiates(function, check_forward_ad=True, check_backward_ad=False)
+
+
+def is_mapped(function):
+    call, first = varying(function, arguments(function))
+    second = [t.sin() for t in first]
+    got = vmap(call)(*(torch.stack(pair) for pair in zip(first, second, strict=True)))
+    for i, sample in enumerate((first, second)):
+        assert_same([t[i] for t in got], call(*sample))
+
+
+def nests(function):
+    call, tensors = varying(function, arguments(function, F64))
+
+    def energy(*tensors, of):
+        return sum(t.sin().sum() for t in call(*tensors, of=of))
+
+    def tangent(of):
+        slope = grad(partial(energy, of=of), argnums=tuple(range(len(tensors))))
+        return jvp(slope, tuple(tensors), tuple(t.cos() for t in tensors))[1]
+
+    close(tangent(function.call), tangent(function.plain))
+
+
+def compiles(function, to):
+    """One graph for all lengths, with gradients where there are. Returns its operators' names."""
+    torch._dynamo.reset()
+    graphs, operators = [], set()
+
+    def backend(graph, inputs):
+        graphs.append(length)  # twice for the first, where PyTorch looks at a float again
+        operators.update(str(n.target) for n in graph.graph.nodes if "rope" in str(n.target))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(function.call, backend=backend, fullgraph=True, dynamic=True)
+    with rope_ext.lowering(to):
+        for length in LENGTHS:
+            inputs = arguments(function, F64, length)
+            call, tensors = varying(function, inputs)
+            leaves = [t.requires_grad_(function is not FUNCTIONS["out="]) for t in tensors]
+            results = [call(*leaves, of=of) for of in (compiled, function.call)]
+            assert_same(*results)
+            if results[0][0].requires_grad:
+                sums = [sum(t.sin().sum() for t in outs) for outs in results]
+                close(*(torch.autograd.grad(s, leaves, allow_unused=True) for s in sums))
+    assert {*graphs} == {LENGTHS[0]}
+    return operators
+
+
+def compiles_to_the_operator(function):
+    assert compiles(function, "op")
+
+
+def compiles_to_plain_pytorch(function):
+    assert not compiles(function, "decompose")
+
+
+def keeps_an_operator(function, operator):
+    assert compiles(function, "decompose") == {operator}
+
+
+def is_exported(function):
+    class Exported(torch.nn.Module):
+        def forward(self, *inputs):
+            return function.call(*inputs)
+
+    inputs = tuple(arguments(function))
+    program = torch.export.export(Exported(), inputs)
+    assert "torch.ops.rope" in program.graph_module.code
+    assert_same(program.module()(*inputs), function.call(*inputs))
+
+
+def is_faked(function):
+    inputs = arguments(function)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(i) if isinstance(i, torch.Tensor) else i for i in inputs]
+        got = function.call(*fakes)
+    for fake, real in zip(got, function.call(*inputs), strict=True):
+        assert type(fake) is not torch.Tensor
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def works_in_inference_mode(function):
+    with torch.inference_mode():
+        inputs = arguments(function)
+        got = function.call(*inputs)
+    assert all(t.is_inference() for t in got)
+    assert_same(got, function.call(*arguments(function)))
+
+
+def keeps_its_dtypes_under_autocast(function):
+    inputs = arguments(function)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = function.call(*inputs)
+    assert_same(got, function.call(*inputs))
+
+
+def is_checkpointed(function):
+    call, tensors = varying(function, arguments(function))
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def block(*leaves):
+        return sum(t.sin().sum() for t in call(*leaves))
+
+    expected = torch.autograd.grad(block(*leaves), leaves, allow_unused=True)
+    for reentrant in (False, True):
+        for leaf in leaves:
+            leaf.grad = None
+        checkpoint(block, *leaves, use_reentrant=reentrant).backward()
+        for leaf, wanted in zip(leaves, expected, strict=True):
+            assert (leaf.grad is None) == (wanted is None)
+            if wanted is not None:
+                assert_same_bits(leaf.grad, wanted)
+
+
+def is_deterministic(function):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with_gradients(function)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def with_gradients(function):
+    """The results and, where there are gradients, these."""
+    call, tensors = varying(function, arguments(function, length=40))
+    if function is FUNCTIONS["out="]:
+        return call(*tensors)
+    leaves = [t.requires_grad_() for t in tensors]
+    outs = call(*leaves)
+    grads = torch.autograd.grad(sum(t.sin().sum() for t in outs), leaves, allow_unused=True)
+    return [*outs, *(g for g in grads if g is not None)]
+
+
+def is_sharded(function, axis):
+    """Along the axis where a tensor has it; the others are whole on each rank."""
+
+    def on_rank(mesh):
+        call = function.call
+        if function is FUNCTIONS["RotaryEmbedding"]:
+            call = rope_ext.RotaryEmbedding(D, max_position_embeddings=L)
+            call.inv_freq = place(call.inv_freq, mesh)
+        placed = []
+        for axes, argument in zip(function.axes, arguments(function), strict=True):
+            at = Shard(axes.index(axis)) if axis in axes else Replicate()
+            placed.append(place(argument, mesh, at) if axes != "S" else argument)
+        outs = call(*placed)
+        assert all(out.placements[0].is_shard() for out in outs)
+        return outs
+
+    assert_same(on_every_rank(on_rank), function.call(*arguments(function)))
+
+
+def runs_in_threads(function):
+    expected = with_gradients(function)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: with_gradients(function), range(16)):
+            assert_same(got, expected)
+
+
+class Calls(torch.utils.data.IterableDataset):
+    def __init__(self, function):
+        self.function = function
+
+    def __iter__(self):
+        yield [t.detach() for t in with_gradients(self.function)]
+
+
+def runs_in_forked_workers(function):
+    expected = with_gradients(function)
+    workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
+    results = list(torch.utils.data.DataLoader(Calls(function), batch_size=None, **workers))
+    assert len(results) == 2
+    for got in results:
+        assert_same(got, expected)
+
+
+CHECKS = {
+    "autograd, twice differentiable": differentiates_twice,
+    "forward-mode differentiation": has_tangents,
+    "`torch.func.vmap`": is_mapped,
+    "`torch.func`: `jvp` of `grad`": nests,
+    OPERATOR: compiles_to_the_operator,
+    PLAIN: compiles_to_plain_pytorch,
+    "`torch.export`": is_exported,
+    "fake tensors": is_faked,
+    "inference mode": works_in_inference_mode,
+    "autocast": keeps_its_dtypes_under_autocast,
+    "activation checkpointing": is_checkpointed,
+    "deterministic algorithms": is_deterministic,
+    "DTensor: batch (data parallel)": partial(is_sharded, axis="B"),
+    "DTensor: sequence (context parallel)": partial(is_sharded, axis="S"),
+    "DTensor: heads (tensor parallel)": partial(is_sharded, axis="H"),
+    "several threads at once": runs_in_threads,
+    "forked workers of a `DataLoader`": runs_in_forked_workers,
+}
+NEED_GRADIENTS = {
+    "autograd, twice differentiable",
+    "forward-mode differentiation",
+    "`torch.func`: `jvp` of `grad`",
+    "activation checkpointing",
+}
+REFUSED = {(feature, "out=") for feature in (*NEED_GRADIENTS, "`torch.func.vmap`")}
+STAY_OPERATORS = {
+    (PLAIN, "out="): "rope.apply_rotary.out",
+    (PLAIN, "cos_sin"): "rope.cos_sin",
+    (PLAIN, "cos_sin_cache"): "rope.cos_sin_cache",
+    (PLAIN, "RotaryEmbedding"): "rope.cos_sin_cache",  # of the table; the rotation is plain
+}
+
+
+def result_of(cell):
+    return "refused" if cell in REFUSED else "operator" if cell in STAY_OPERATORS else "yes"
+
+
+def has_meaning(feature, name):
+    if not feature.startswith("DTensor"):
+        return True
+    axis = CHECKS[feature].keywords["axis"]
+    return any(axis in axes and len(axes) > 1 for axes in FUNCTIONS[name].axes)
+
+
+CELLS = [(f, name) for f in CHECKS for name in FUNCTIONS if has_meaning(f, name)]
+
+
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [pytest.param(*c, marks=pytest.mark.shows(*c, result=result_of(c))) for c in CELLS],
+)
+def test_function_with_feature(feature, name):
+    function, check = FUNCTIONS[name], CHECKS[feature]
+    if (feature, name) in REFUSED:
+        with pytest.raises(RuntimeError, match=r"rope::apply_rotary\.out|vmap"):
+            check(function)
+    elif (feature, name) in STAY_OPERATORS:
+        keeps_an_operator(function, STAY_OPERATORS[feature, name])
+    else:
+        check(function)
+
+
+def test_readme_says_what_tests_show(tmp_path):
+    """Of all tests that are marked, in whichever file."""
+    files = [str(f) for f in sorted(TESTS.glob("test_*.py")) if "mark.shows(" in f.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "shows"]
+    command += ["--collect-only", "--works=print", *files]
+    collected = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    written = README.read_text(encoding="utf-8").partition("<!-- works -->")[2]
+    table = written.partition("<!-- /works -->")[0].strip()
+    assert table.count("yes") > 90
+    assert table in collected

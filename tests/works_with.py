@@ -1,0 +1,102 @@
+"""The README's table "What works with what", of what tests with the marker `shows` show.
+
+    @pytest.mark.shows("FSDP2", "apply_rotary_qk")
+    @pytest.mark.shows("vmap", "out=", result="refused")
+
+`pytest -m shows --works=record` runs those tests and writes the table.
+"""
+
+import re
+
+FUNCTIONS = (
+    "apply_rotary",
+    "apply_rotary_qk",
+    "inplace=True",
+    "out=",
+    "cos_sin",
+    "cos_sin_cache",
+    "RotaryEmbedding",
+)
+OPERATOR, PLAIN = (
+    f'`torch.compile(fullgraph=True)`, `lowering("{to}")`' for to in ("op", "decompose")
+)
+FEATURES = (
+    "autograd, twice differentiable",
+    "forward-mode differentiation",
+    "`torch.func.vmap`",
+    "`torch.func`: `jvp` of `grad`",
+    OPERATOR,
+    PLAIN,
+    "`torch.export`",
+    "`torch.library.opcheck`",
+    "fake tensors",
+    "inference mode",
+    "autocast",
+    "activation checkpointing",
+    "deterministic algorithms",
+    "DTensor: batch (data parallel)",
+    "DTensor: sequence (context parallel)",
+    "DTensor: heads (tensor parallel)",
+    "FSDP2",
+    "several threads at once",
+    "forked workers of a `DataLoader`",
+)
+
+
+def claims(marks):
+    """{(feature, function): result} of markers; a name that the table does not have is an error."""
+    shown = {}
+    for mark in marks:
+        feature, *functions = mark.args
+        for function in functions:
+            if feature not in FEATURES or function not in FUNCTIONS:
+                raise ValueError(f"tests/works_with.py has no {feature!r} or no {function!r}")
+            shown[feature, function] = mark.kwargs.get("result", "yes")
+    return shown
+
+
+def markdown(shown):
+    header = ["", *(f"`{function}`" for function in FUNCTIONS)]
+    rows = [
+        [feature, *(shown.get((feature, function), "") for function in FUNCTIONS)]
+        for feature in FEATURES
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def inserted(document, shown):
+    """The document with the table between its marks."""
+    begin, end = "<!-- works -->", "<!-- /works -->"
+    table = f"{begin}\n{markdown(shown)}\n{end}"
+    return re.sub(f"{begin}.*?{end}", lambda _: table, document, flags=re.DOTALL)
+
+
+class Printed:
+    """Prints the table as it is where all collected tests pass."""
+
+    def pytest_collection_finish(self, session):
+        shown = {}
+        for item in session.items:
+            shown |= dict(item.user_properties)["shows"]
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(markdown(shown))
+
+
+class Recorded:
+    """Writes to a document what tests have shown. What one of them failed to show, none has."""
+
+    def __init__(self, document):
+        self.document, self.shown, self.failed = document, {}, set()
+
+    def pytest_runtest_logreport(self, report):
+        claims = dict(report.user_properties)["shows"]
+        if report.failed:
+            self.failed |= claims.keys()
+        elif report.when == "call" and report.passed:
+            self.shown |= claims
+
+    def pytest_sessionfinish(self):
+        shown = {cell: result for cell, result in self.shown.items() if cell not in self.failed}
+        text = self.document.read_text(encoding="utf-8")
+        self.document.write_text(inserted(text, shown), encoding="utf-8")
