@@ -1,10 +1,13 @@
 """What the compiler made of the CUDA kernels, read from their machine code. Needs nvcc, no GPU."""
 
+import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -117,16 +120,18 @@ def kernels_of(cubin: Path, arch: str) -> list[Kernel]:
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cubin")
-    found = []
-    for source in SOURCES:
-        for arch in ARCHS:
-            cubin = folder / f"{source}.{arch}.cubin"
-            run(
-                NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
-                "-o", str(cubin), str(CSRC / f"{source}.cu"),
-            )  # fmt: skip
-            found += kernels_of(cubin, arch)
-    return found
+
+    def compiled(source_and_arch):
+        source, arch = source_and_arch
+        cubin = folder / f"{source}.{arch}.cubin"
+        run(
+            NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
+            "-o", str(cubin), str(CSRC / f"{source}.cu"),
+        )  # fmt: skip
+        return kernels_of(cubin, arch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(chain.from_iterable(pool.map(compiled, product(SOURCES, ARCHS))))
 
 
 def test_table_of_registers(kernels, capsys):
