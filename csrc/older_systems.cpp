@@ -2,7 +2,8 @@
 // all systems of the policy manylinux_2_28 (glibc 2.28, libstdc++ of GCC 8), as PyTorch's own does.
 //
 // Each has the name of a symbol that such systems lack. They are hidden, as all but PyInit__C is:
-// other libraries in the process go on using their own.
+// other libraries in the process go on using their own, and ours does not get those that some
+// builds of libtorch.so export, which do not go with the rest of the system's libstdc++.
 #include <new>
 #include <sstream>
 
