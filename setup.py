@@ -187,11 +187,9 @@ class BuildRope(BuildExtension):
             f"-isystem{pybind11.get_include()}",
             f"-isystem{torch_dir / 'include'}",
         ]
-        # libstdc++ first: some builds of libtorch.so hold parts of it that don't go with the rest.
         # libtorch has no code of its own, but brings libtorch_cuda into reach where torch has it:
         # the stream symbol that csrc/device.h declares weak is found there.
         extension.extra_link_args = [
-            "-lstdc++",
             f"-L{torch_dir / 'lib'}",
             "-Wl,--no-as-needed,-ltorch,--as-needed",
             "-ltorch_cpu",

@@ -271,6 +271,12 @@ def with_gradients(function):
     return [*outs, *(g for g in grads if g is not None)]
 
 
+def without_gradients(function):
+    call, tensors = varying(function, arguments(function, length=40))
+    with torch.no_grad():
+        return call(*tensors)
+
+
 def is_sharded(function, axis):
     """Along the axis where a tensor has it; the others are whole on each rank."""
 
@@ -302,11 +308,12 @@ class Calls(torch.utils.data.IterableDataset):
         self.function = function
 
     def __iter__(self):
-        yield [t.detach() for t in with_gradients(self.function)]
+        yield without_gradients(self.function)
 
 
 def runs_in_forked_workers(function):
-    expected = with_gradients(function)
+    """Without gradients: once PyTorch has begun threads for a backward, none works in a fork."""
+    expected = without_gradients(function)
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
     results = list(torch.utils.data.DataLoader(Calls(function), batch_size=None, **workers))
     assert len(results) == 2
