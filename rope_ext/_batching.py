@@ -29,6 +29,8 @@ def register_batching() -> None:
         ("cos_sin_cache", _cos_sin("cos_sin_cache")),
         ("cos_sin", _cos_sin("cos_sin")),
         ("cos_sin_backward", _cos_sin_backward),
+        ("apply_rotary_qk_append_kv_", _refused("apply_rotary_qk_append_kv_")),
+        ("apply_rotary_mla_append_", _refused("apply_rotary_mla_append_")),
     ):
         register_vmap(f"rope::{name}", rule)
 
@@ -111,6 +113,18 @@ def _check_written(name: str, dims: Dims) -> None:
             f"rope::{name}: expected what is written to be batched by vmap where another argument "
             "is, got a tensor that is the same for all samples"
         )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    """A cache is one for all sequences: they are a batch, with slots of their own."""
+
+    def rule(info: Any, in_dims: Dims, *args: Any, **options: Any) -> Any:
+        raise RuntimeError(
+            f"rope::{name}: expected to be called with a batch of sequences, whose slots are those "
+            "of one cache, got tensors batched by vmap"
+        )
+
+    return rule
 
 
 def _table_backward(
