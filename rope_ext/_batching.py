@@ -29,10 +29,10 @@ def register_batching() -> None:
         ("cos_sin_cache", _cos_sin("cos_sin_cache")),
         ("cos_sin", _cos_sin("cos_sin")),
         ("cos_sin_backward", _cos_sin_backward),
-        ("apply_rotary_qk_append_kv_", _refused("apply_rotary_qk_append_kv_")),
-        ("apply_rotary_mla_append_", _refused("apply_rotary_mla_append_")),
     ):
         register_vmap(f"rope::{name}", rule)
+    for name in ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_"):
+        _REFUSING.impl(name, _refused(name), "FuncTorchBatched")
 
 
 def _samples(x: Tensor, dim: int | None, count: int) -> Tensor:
@@ -115,16 +115,20 @@ def _check_written(name: str, dims: Dims) -> None:
         )
 
 
-def _refused(name: str) -> Callable[..., Any]:
+# register_vmap takes no operator with tensors among its keywords, even to refuse it.
+_REFUSING = torch.library.Library("rope", "IMPL")
+
+
+def _refused(name: str) -> Callable[..., None]:
     """A cache is one for all sequences: they are a batch, with slots of their own."""
 
-    def rule(info: Any, in_dims: Dims, *args: Any, **options: Any) -> Any:
+    def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError(
             f"rope::{name}: expected to be called with a batch of sequences, whose slots are those "
             "of one cache, got tensors batched by vmap"
         )
 
-    return rule
+    return refuse
 
 
 def _table_backward(

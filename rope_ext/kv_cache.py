@@ -44,15 +44,15 @@ def apply_rotary_qk_append_kv_(
         k: of q's shape and dtype, but for its number of heads Hk.
         v: of k's shape and dtype, in the same layout.
         k_cache: [blocks, block_size, Hk, D] (cache_layout "NHD") or [blocks, Hk, block_size, D]
-            ("HND"), any strides with the last one 1: a part of a cache of k and v too. Of q's dtype,
+            ("HND"), any strides with the last one 1: a part of one for k and v too. Of q's dtype,
             float8_e4m3fn or float8_e5m2.
         v_cache: as k_cache.
         slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
             [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
             and not stored.
-        k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: what is
-            stored is k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too
-            large for the dtype becomes its largest finite value, NaN stays NaN. None: 1.
+        k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
+            k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large for
+            the dtype becomes its largest finite value, NaN stays NaN. None: 1.
         v_scale: as k_scale.
 
     Raises:
