@@ -51,8 +51,8 @@ def apply_rotary_qk_append_kv_(
             [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
             and not stored.
         k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
-            k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large for
-            the dtype becomes its largest finite value, NaN stays NaN. None: 1.
+            k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large
+            becomes the largest finite value of the dtype, NaN stays NaN. None: 1.
         v_scale: as k_scale.
 
     Raises:

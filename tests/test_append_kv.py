@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support import (
     random_positions,
     random_table,
 )
+from torch._inductor.utils import run_and_get_code
 from torch.func import vmap
 
 import rope_ext
@@ -71,7 +73,9 @@ def expected_of(arguments):
 
 def append(arguments, operator=rope.apply_rotary_qk_append_kv_):
     options = dict(arguments)
-    names = [argument.name for argument in rope.apply_rotary_qk_append_kv_.default._schema.arguments]
+    names = [
+        argument.name for argument in rope.apply_rotary_qk_append_kv_.default._schema.arguments
+    ]
     positional = [options.pop(name) for name in names[:9] if name in options]
     assert operator(*positional, **options) is None
 
@@ -148,7 +152,7 @@ def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
     """Packed, each stored, and spread over threads and blocks of threads."""
     block_size, heads, dim = 16, 3, 64
     cos, sin = random_table(50, dim // 2, device=device)
-    cache = (-(-tokens // block_size), block_size, heads, dim)
+    cache = (-(-tokens // block_size) + 1, block_size, heads, dim)
     return {
         "q": random(tokens, 6, dim, dtype=torch.bfloat16, device=device),
         "k": random(tokens, heads, dim, dtype=torch.bfloat16, device=device, seed=1),
@@ -336,7 +340,9 @@ def as_torch_does(values, cache_dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 def test_every_value_of_16_bits_becomes_the_nearest_float8(dtype, cache_dtype, backend):
     values = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype)
-    assert_same_bits(stored_as_float8(values, cache_dtype, backend), as_torch_does(values, cache_dtype))
+    assert_same_bits(
+        stored_as_float8(values, cache_dtype, backend), as_torch_does(values, cache_dtype)
+    )
 
 
 def hard_values(cache_dtype):
@@ -357,13 +363,17 @@ def hard_values(cache_dtype):
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=name_of)
 def test_float32_becomes_the_nearest_float8(cache_dtype, backend):
     values = hard_values(cache_dtype)
-    assert_same_bits(stored_as_float8(values, cache_dtype, backend), as_torch_does(values, cache_dtype))
+    assert_same_bits(
+        stored_as_float8(values, cache_dtype, backend), as_torch_does(values, cache_dtype)
+    )
 
 
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=name_of)
 def test_float64_is_rounded_once(cache_dtype, backend):
     """By float32 on the way, a value beside a half-way point would become that point."""
-    float8 = torch.arange(127 if cache_dtype is FLOAT8[0] else 124).to(torch.uint8).view(cache_dtype)
+    float8 = (
+        torch.arange(127 if cache_dtype is FLOAT8[0] else 124).to(torch.uint8).view(cache_dtype)
+    )
     low, high = float8[:-1].double(), float8[1:].double()
     above = (low + high) / 2 * (1 + 2.0**-40)
     below = (low + high) / 2 * (1 - 2.0**-40)
@@ -489,7 +499,9 @@ def expect_refusal(given, expected, got, operator=rope.apply_rotary_qk_append_kv
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
         append(given, operator)
     for name, t in given.items():
-        assert_same_bits(t, kept[name]) if t.is_floating_point() else torch.equal(t.cpu(), kept[name])
+        assert_same_bits(t, kept[name]) if t.is_floating_point() else torch.equal(
+            t.cpu(), kept[name]
+        )
     assert {name: t._version for name, t in given.items()} == versions
 
 
@@ -640,7 +652,9 @@ def test_versions_of_what_is_written_are_bumped(mode, call, device):
 def test_tensor_that_requires_grad_is_refused(name, device):
     given = arguments(device)
     given[name] = given[name].requires_grad_()
-    message = rf"rope::apply_rotary_qk_append_kv_: expected {name} to need no gradient \(what a cache"
+    message = (
+        rf"rope::apply_rotary_qk_append_kv_: expected {name} to need no gradient \(what a cache"
+    )
     for call in (rope.apply_rotary_qk_append_kv_, rope_ext.apply_rotary_qk_append_kv_):
         kept = given["k_cache"].detach().cpu().clone()
         with pytest.raises(RuntimeError, match=message):
@@ -660,13 +674,12 @@ def test_vmap_is_refused(device):
 def test_opcheck_of_the_append(scales, device):
     given = arguments(device, torch.bfloat16, F8 if scales else None, scales=scales)
     scale = {name: given.pop(name) for name in ("k_scale", "v_scale") if name in given}
-    if scales:  # opcheck compares what is written, and PyTorch compares no float8
-        torch.library.opcheck(
-            rope.apply_rotary_qk_append_kv_.default, tuple(given.values()), scale,
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )  # fmt: skip
+    operator = rope.apply_rotary_qk_append_kv_.default
+    if scales:  # what is written is not compared: PyTorch has no allclose of float8
+        utils = ("test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator, tuple(given.values()), scale, test_utils=utils)
     else:
-        torch.library.opcheck(rope.apply_rotary_qk_append_kv_.default, tuple(given.values()))
+        torch.library.opcheck(operator, tuple(given.values()))
 
 
 def test_one_graph_for_all_lengths(device):
@@ -689,6 +702,35 @@ def test_one_graph_for_all_lengths(device):
         for name in WRITTEN:
             assert_same_bits(given[name], expected[name])
     assert len(graphs) == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
+def test_nothing_is_copied_in_the_code_of_inductor():
+    """Functionalized on the way, but in the end q and k of a packed tensor, and caches that are
+    arguments of the graph, are written where they are.
+    """
+    tokens, dim = 24, 8
+
+    def function(x, k_cache, v_cache, slots, cos, sin):
+        q, k, v = (x @ x.T).unflatten(-1, (3, -1))[..., :dim].split(1, dim=1)
+        rope_ext.apply_rotary_qk_append_kv_(
+            q, k, v, k_cache, v_cache, slots, cos, sin, layout="thd"
+        )
+        return q * 1
+
+    x = random(tokens, 48)
+    slots, table = random_slots(tokens, capacity=tokens), random_table(tokens, dim // 2)
+    caches = [random(6, 4, 1, dim, seed=i) for i in (1, 2)]
+    copies = [cache.clone() for cache in caches]
+    expected = function(x, *copies, slots, *table)
+    got, (code,) = run_and_get_code(
+        torch.compile(function, fullgraph=True), x, *caches, slots, *table
+    )
+    for a, b in zip((got, *caches), (expected, *copies), strict=True):
+        assert_same_bits(a, b)
+    assert code.count("torch.ops.rope.apply_rotary_qk_append_kv_.default(") == 1
+    assert "clone" not in code
+    assert "copy" not in code.replace("async_compile", "").replace("copy_misaligned", "")
 
 
 def test_flops_are_those_of_the_rotation():
