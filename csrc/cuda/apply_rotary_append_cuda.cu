@@ -194,12 +194,13 @@ __device__ __forceinline__ void append_heads(const AppendArgs& args, const Plan&
 }
 
 // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 1024
-// threads (64 registers) where the kernel then needs no local memory.
+// threads (64 registers) where the kernel then needs no local memory. Eight half-split pairs take
+// 80, and with four table values each and a conversion to float8 some more.
 template <int N, bool kInterleaved, bool kInterleavedOut, class Cache>
 constexpr int resident_blocks() {
-  const bool four_values = Cache::kGeneral && !kInterleaved;
-  const bool eight_pairs = N == 8 && (four_values || kInterleaved != kInterleavedOut);
-  return (eight_pairs ? 768 : 1024) / kBlockThreads;
+  if (N < 8 || (kInterleaved && kInterleavedOut)) return 1024 / kBlockThreads;
+  if (Cache::kGeneral && Cache::kFloat8) return 512 / kBlockThreads;
+  return (Cache::kGeneral || Cache::kLatent ? 768 : 1024) / kBlockThreads;
 }
 
 // N == 1: pairs in any order, before and after.

@@ -40,8 +40,9 @@ __device__ __forceinline__ bool find_place(const RotaryArgs& args, const Plan& p
   const uint32_t chunk = part - split * g.unit_chunks;
   const uint32_t head_lane = lane / g.unit_lanes;
   unit = chunk * g.unit_lanes + lane - head_lane * g.unit_lanes;
+  if (unit >= plan.rotate_units + plan.copy_units) return false;
   place = {b, s, split * g.head_lanes + head_lane};
-  return unit < plan.rotate_units + plan.copy_units;
+  return true;
 }
 
 __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& place) {
