@@ -84,19 +84,6 @@ def test_padding_on_either_side_has_position_0(rows):
         assert got.tolist() == expected
 
 
-def test_padded_positions_are_those_of_transformers():
-    from support import small_llama
-
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    tokens = torch.zeros_like(mask)
-    model = small_llama(layers=1)
-    prepare = getattr(model, "_prepare_position_ids_for_generation", None)
-    if prepare is None:
-        pytest.skip("this transformers computes positions elsewhere")
-    expected = prepare(tokens, {"attention_mask": mask, "input_ids": tokens})
-    assert torch.equal(positions.from_attention_mask(mask), expected)
-
-
 # ---- slots
 
 
@@ -190,39 +177,53 @@ def test_a_device_has_the_numbers_of_the_cpu(name, device):
     assert torch.equal(got.cpu(), call(torch.tensor))
 
 
-def test_one_graph_serves_all_lengths():
-    def step(cu_seqlens, total, cached, block_table, mask, segment, height):
-        at = positions.from_cu_seqlens(cu_seqlens, total, offsets=cached)
-        sequence = positions.sequence_of_tokens(cu_seqlens, total)
-        return (
-            at,
-            positions.slot_mapping(block_table, at, 4, sequence),
-            positions.from_offsets(cached, height),
-            positions.from_attention_mask(mask),
-            positions.grid(height, 2 * height, merge=2),
-            positions.patch_centers(height, height + 1),
-            positions.mrope([segment, (1, height, 9), segment + 1, (3, height, 9, 2.5), 2]),
-            positions.mrope_batch([[segment], [(1, height, 9), 3]]),
-            positions.mrope_axes([4, 2, 2], interleaved=True),
-            positions.axial_axes([4, 2]),
-        )
+def packed_step(cu_seqlens, total, cached, block_table):
+    at = positions.from_cu_seqlens(cu_seqlens, total, offsets=cached)
+    sequence = positions.sequence_of_tokens(cu_seqlens, total)
+    return positions.slot_mapping(block_table, at, 4, sequence)
 
+
+# Functions in a graph, and sizes and values of their arguments: no two alike, which the graph would
+# take for one.
+IN_A_GRAPH = {
+    "packed": (
+        packed_step,
+        lambda i: (
+            boundaries([3 + i, 0, *range(i), 2]),
+            7 + 2 * i,
+            torch.arange(2, 4 + i + 1),
+            torch.arange(9 * (3 + i)).view(-1, 9),
+        ),
+    ),
+    "cached": (positions.from_offsets, lambda i: (torch.arange(3 + i), 5 + i)),
+    "cached, as many": (positions.from_offsets, lambda i: (7 + i, 4 + i)),
+    "padded": (positions.from_attention_mask, lambda i: (torch.ones(3 + i, 7 + i).bool(),)),
+    "grid": (lambda h, w: positions.grid(h, w, merge=2), lambda i: (6 + 2 * i, 10 + 2 * i)),
+    "centers": (positions.patch_centers, lambda i: (2 + i, 5 + i)),
+    "text and images": (
+        lambda n, h: positions.mrope([n, (1, h, 2), n + 1, (3, h, 2, 2.5), 2]),
+        lambda i: (11 + i, 4 + i),
+    ),
+    "batch": (
+        lambda n, mask: positions.mrope_batch([[n, (1, 2, 2)], [(1, 1, 2)]], mask),
+        lambda i: (5 + i, (torch.arange(9 + i) >= torch.tensor([[0], [7 + i]])).int()),
+    ),
+    "axes": (
+        lambda n: n * positions.mrope_axes([4, 2, 2], interleaved=True) + 1,
+        lambda i: (i + 2,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_GRAPH)
+def test_one_graph_serves_all_lengths(name):
+    function, arguments = IN_A_GRAPH[name]
     torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
-    for i, lengths in enumerate(([1, 2, 3], [4, 1], [2, 2, 0, 5])):
-        arguments = (
-            boundaries(lengths),
-            sum(lengths) + i,
-            torch.arange(len(lengths)) + i,
-            torch.arange(4 * len(lengths)).view(-1, 4),
-            torch.ones(2 + i, 3 + i, dtype=torch.int64),
-            3 + i,
-            2 * i + 2,
-        )
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    for i in range(3):
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
-            got = compiled(*arguments)
-        for a, b in zip(got, step(*arguments), strict=True):
-            assert torch.equal(a, b)
+            got = compiled(*arguments(i))
+        assert torch.equal(got, function(*arguments(i)))
 
 
 def test_in_a_graph_a_slot_that_is_not_there_is_minus_1():

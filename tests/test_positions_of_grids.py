@@ -11,7 +11,7 @@ import rope_ext
 from rope_ext import positions
 
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from transformers import vision_utils
+from transformers import GenerationMixin, vision_utils
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
@@ -20,6 +20,18 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 MERGE = 2  # patches of a token's side, in transformers' grids
+
+
+# ---- padding
+
+
+def test_padded_positions_are_those_of_generate():
+    prepare = getattr(GenerationMixin, "_prepare_position_ids_for_generation", None)
+    if prepare is None:
+        pytest.skip("this transformers has them elsewhere")
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    expected = prepare(None, mask, {"attention_mask": mask})
+    assert torch.equal(positions.from_attention_mask(mask), expected)
 
 
 # ---- grids
