@@ -123,4 +123,31 @@ struct CosSinGradArgs {
   void* grad_inv_freq;  // contiguous [P], of inv_freq's dtype
 };
 
+// The storage of a cache: the model's own dtype, or eight bits (float8.h).
+enum class CacheDType : int32_t { OfModel, Float8E4M3, Float8E5M2 };
+
+// Heads that are written to a paged cache [blocks, block_size, H, channels].
+struct StoredHeads {
+  Heads<const void*> in;  // [B, S, H, channels], from the first channel on
+  int64_t heads, channels;
+  void* cache;
+  int64_t stride_block, stride_offset, stride_h;  // of the cache
+  const float* scale;  // float8: divides what is stored; one, or one a head; nullptr: 1
+  int64_t scale_stride_h;
+};
+
+// A rotation in place that changes the order of the pairs holds all channels of a head that rotate
+// at once: at most so many.
+inline constexpr int64_t kMostReordered = 512;
+
+// q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
+// block * block_size + offset; it is stored nowhere if that is negative.
+struct AppendArgs {
+  RotaryArgs rotary;
+  StoredHeads k, v;
+  CacheDType cache_dtype;
+  int64_t blocks, block_size;
+  PositionIds slots;  // of each token, [B, S]
+};
+
 }  // namespace rope

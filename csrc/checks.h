@@ -27,7 +27,8 @@ inline std::optional<TensorView> view(const std::optional<torch::stable::Tensor>
   return t ? std::optional<TensorView>(*t) : std::nullopt;
 }
 
-// What an operator was called with; k is absent for the operators on one tensor, named x then.
+// What an operator was called with; k is absent for the operators on one tensor, named x then if it
+// has no other name.
 struct RotaryInputs {
   const char* op;
   TensorView q;                            // [B, S, H, D] or [T, H, D]
@@ -35,6 +36,9 @@ struct RotaryInputs {
   TensorView cos, sin;                     // [L, W] or [1|B, S, W]
   std::optional<TensorView> position_ids;  // [S], [1|B, S] or [T]
   RotaryOptions options;
+  const char* name = nullptr;
+
+  const char* q_name() const { return name ? name : k ? "q" : "x"; }
 };
 
 // Everything but the outputs.
@@ -85,5 +89,31 @@ CosSinGradArgs check_cos_sin_grad(const char* op, const TensorView& grad_cos,
                                   const TensorView& grad_sin, const TensorView& inv_freq,
                                   const std::optional<TensorView>& position_ids, int64_t start,
                                   double attention_scaling);
+
+// What the operators were called with that rotate and write to a paged cache.
+struct AppendInputs {
+  RotaryInputs rotary;               // q and k
+  TensorView v;                      // of k's shape
+  TensorView k_cache, v_cache;       // [blocks, block_size, Hk, D]
+  TensorView slot_mapping;           // [B, S], [B * S] or [T]
+  std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
+};
+
+struct LatentInputs {
+  RotaryInputs rotary;               // q alone
+  TensorView k_pe;                   // [B, S, R], [B, S, 1, R], [T, R] or [T, 1, R]
+  TensorView kv_c;                   // [B, S, rank] or [T, rank]
+  TensorView kv_cache;               // [blocks, block_size, rank + R]
+  TensorView slot_mapping;           // as above
+  std::optional<TensorView> scale;   // one
+};
+
+// Everything but the pointers that are written.
+AppendArgs check_append(const AppendInputs& in);
+AppendArgs check_append(const LatentInputs& in);
+
+// Further: no element may be written twice, or be read while it is written.
+void check_append_written(const AppendInputs& in);
+void check_append_written(const LatentInputs& in);
 
 }  // namespace rope

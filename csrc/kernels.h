@@ -10,6 +10,7 @@ void apply_rotary(const RotaryArgs& args);
 void rotary_table_grad(const RotaryTableGradArgs& args);
 void cos_sin(const CosSinArgs& args);
 void cos_sin_grad(const CosSinGradArgs& args);
+void apply_rotary_append(const AppendArgs& args);
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -18,6 +19,7 @@ void apply_rotary(const RotaryArgs& args, void* stream);
 void rotary_table_grad(const RotaryTableGradArgs& args, void* stream);
 void cos_sin(const CosSinArgs& args, void* stream);
 void cos_sin_grad(const CosSinGradArgs& args, void* stream);
+void apply_rotary_append(const AppendArgs& args, void* stream);
 }  // namespace cuda
 
 }  // namespace rope

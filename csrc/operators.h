@@ -47,6 +47,19 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(
     OptionalInt rotary_dim, int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
     bool inverse);
 
+// apply_rotary_append.cpp
+void apply_rotary_qk_append_kv_(const Tensor& q, const Tensor& k, const Tensor& v,
+                                const Tensor& k_cache, const Tensor& v_cache,
+                                const Tensor& slot_mapping, const Tensor& cos, const Tensor& sin,
+                                const OptionalTensor& position_ids, const OptionalTensor& k_scale,
+                                const OptionalTensor& v_scale, OptionalInt rotary_dim,
+                                int64_t rotary_offset, bool interleaved, bool inverse);
+void apply_rotary_mla_append_(const Tensor& q, const Tensor& k_pe, const Tensor& kv_c,
+                              const Tensor& kv_cache, const Tensor& slot_mapping, const Tensor& cos,
+                              const Tensor& sin, const OptionalTensor& position_ids,
+                              const OptionalTensor& scale, bool interleaved,
+                              OptionalBool interleaved_out);
+
 // cos_sin.cpp
 std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
                                          double attention_scaling, std::optional<ScalarType> dtype);

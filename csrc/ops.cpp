@@ -10,6 +10,9 @@
 //                  Tables with W = R have their columns in the order of the result (of x, if
 //                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
+//   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
+//   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
+//                  [T]; negative: it is not stored
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
@@ -44,6 +47,21 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "*, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
       "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
 
+  // In place, and k as it is then, and v [.., Hk, D], to the caches; float8: divided by a scale,
+  // float32 of one element or [Hk]
+  m.def(
+      "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
+      "Tensor(d!) v_cache, Tensor slot_mapping, Tensor cos, Tensor sin, "
+      "Tensor? position_ids=None, *, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, bool inverse=False) "
+      "-> ()");
+  // The last R channels of q and k_pe [B, S, R] or [T, R] (or with one head) in place, and
+  // kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one element
+  m.def(
+      "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
+      "Tensor slot_mapping, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "Tensor? scale=None, bool interleaved=False, bool? interleaved_out=None) -> ()");
+
   // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
   m.def(
       "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
@@ -76,6 +94,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("apply_rotary_qk_", TORCH_BOX(&rope::apply_rotary_qk_));
   m.impl("apply_rotary.out", TORCH_BOX(&rope::apply_rotary_out));
   m.impl("apply_rotary_qk.out", TORCH_BOX(&rope::apply_rotary_qk_out));
+  m.impl("apply_rotary_qk_append_kv_", TORCH_BOX(&rope::apply_rotary_qk_append_kv_));
+  m.impl("apply_rotary_mla_append_", TORCH_BOX(&rope::apply_rotary_mla_append_));
   m.impl("cos_sin_cache", TORCH_BOX(&rope::cos_sin_cache));
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));

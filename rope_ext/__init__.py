@@ -42,6 +42,7 @@ _C = _load_compiled_part()
 from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
@@ -52,7 +53,9 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "RotaryEmbedding",
     "apply_rotary",
+    "apply_rotary_mla_append_",
     "apply_rotary_qk",
+    "apply_rotary_qk_append_kv_",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",

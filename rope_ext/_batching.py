@@ -31,6 +31,8 @@ def register_batching() -> None:
         ("cos_sin_backward", _cos_sin_backward),
     ):
         register_vmap(f"rope::{name}", rule)
+    for name in ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_"):
+        _REFUSING.impl(name, _refused(name), "FuncTorchBatched")
 
 
 def _samples(x: Tensor, dim: int | None, count: int) -> Tensor:
@@ -111,6 +113,22 @@ def _check_written(name: str, dims: Dims) -> None:
             f"rope::{name}: expected what is written to be batched by vmap where another argument "
             "is, got a tensor that is the same for all samples"
         )
+
+
+# register_vmap takes no operator with tensors among its keywords, even to refuse it.
+_REFUSING = torch.library.Library("rope", "IMPL")
+
+
+def _refused(name: str) -> Callable[..., None]:
+    """A cache is one for all sequences: they are a batch, with slots of their own."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError(
+            f"rope::{name}: expected to be called with a batch of sequences, whose slots are those "
+            "of one cache, got tensors batched by vmap"
+        )
+
+    return refuse
 
 
 def _table_backward(

@@ -28,6 +28,8 @@ def register() -> None:
     register_fake("rope::apply_rotary_qk_", _fake_apply_rotary_qk_)
     register_fake("rope::apply_rotary.out", _fake_apply_rotary_out)
     register_fake("rope::apply_rotary_qk.out", _fake_apply_rotary_qk_out)
+    register_fake("rope::apply_rotary_qk_append_kv_", _fake_append_kv)
+    register_fake("rope::apply_rotary_mla_append_", _fake_mla_append)
     register_fake("rope::apply_rotary_table_backward", _fake_table_backward)
     register_fake("rope::cos_sin_cache", _fake_cos_sin_cache)
     register_fake("rope::cos_sin", _fake_cos_sin)
@@ -44,6 +46,13 @@ def register() -> None:
         ("apply_rotary_qk.out", rope.apply_rotary_qk.out, 4, ("out_q", "out_k")),
     ):
         kernel = _writing_kernel(overload, arguments, outs)
+        _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
+
+    for name, overload, arguments, written in (
+        ("apply_rotary_qk_append_kv_", rope.apply_rotary_qk_append_kv_.default, 8, (0, 1, 3, 4)),
+        ("apply_rotary_mla_append_", rope.apply_rotary_mla_append_.default, 7, (0, 1, 3)),
+    ):
+        kernel = _writing_kernel(overload, arguments, (), written)
         _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
 
 
@@ -118,6 +127,45 @@ def _fake_apply_rotary_qk_out(
     _check_device("apply_rotary_qk.out", "q", q, out_q=out_q, out_k=out_k)
 
 
+def _fake_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **options: Any,
+) -> None:
+    op = "apply_rotary_qk_append_kv_"
+    _check_device(op, "q", q, k=k, cos=cos, sin=sin, position_ids=position_ids, v=v)
+    _check_device(op, "q", q, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
+    _check_device(op, "q", q, k_scale=k_scale, v_scale=v_scale)
+
+
+def _fake_mla_append(
+    q: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    **options: Any,
+) -> None:
+    op = "apply_rotary_mla_append_"
+    _check_device(op, "q", q, cos=cos, sin=sin, position_ids=position_ids, k_pe=k_pe, kv_c=kv_c)
+    _check_device(op, "q", q, kv_cache=kv_cache, slot_mapping=slot_mapping, scale=scale)
+
+
 def _fake_table_backward(
     grad_q: Tensor,
     q: Tensor,
@@ -174,6 +222,8 @@ def _register_flops() -> None:
     register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
     register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
     register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
+    register_flop_formula(rope.apply_rotary_qk_append_kv_)(_flops_of_append_kv)
+    register_flop_formula(rope.apply_rotary_mla_append_)(_flops_of_mla_append)
 
 
 def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:
@@ -190,6 +240,34 @@ def _flops_of_two(
     q: Shape, k: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
 ) -> int:
     return 3 * (_rotating(q, cos, rotary_dim) + _rotating(k, cos, rotary_dim))
+
+
+def _flops_of_append_kv(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    k_cache: Shape,
+    v_cache: Shape,
+    slot_mapping: Shape,
+    cos: Shape,
+    *args: Any,
+    rotary_dim: int | None = None,
+    **options: Any,
+) -> int:
+    return _flops_of_two(q, k, cos, rotary_dim=rotary_dim)
+
+
+def _flops_of_mla_append(
+    q: Shape,
+    k_pe: Shape,
+    kv_c: Shape,
+    kv_cache: Shape,
+    slot_mapping: Shape,
+    cos: Shape,
+    *args: Any,
+    **options: Any,
+) -> int:
+    return _flops_of_two(q, k_pe, cos)
 
 
 def _flops_of_table_backward(
@@ -213,18 +291,26 @@ _WRITING = torch.library.Library("rope", "IMPL")
 _BELOW_AUTOGRAD = {"dispatch_key": "ADInplaceOrView", "with_keyset": True}
 
 
-def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Callable[..., None]:
+def _writing_kernel(
+    overload: Any, arguments: int, outs: tuple[str, ...], places: tuple[int, ...] | None = None
+) -> Callable[..., None]:
     """Refuses tensors that require grad, runs the operator, and counts up the written versions.
 
     The first `arguments` are the differentiable ones; outs, or without any those that come before
-    cos and sin, are written.
+    cos and sin, or those at `places`, are written.
     """
     op = name_of(overload)
     names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
-    instead = "rotate without out" if outs else "the functions of rope_ext differentiate in place"
+    if outs:
+        instead = "rotate without out"
+    elif places is None:
+        instead = "the functions of rope_ext differentiate in place"
+    else:
+        instead = "what a cache keeps has none"
+    places = tuple(range(arguments - 2)) if places is None else places
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> None:
-        written = tuple(options[name] for name in outs) or args[: arguments - 2]
+        written = tuple(options[name] for name in outs) or tuple(args[i] for i in places)
         if not torch.is_inference_mode_enabled():
             check_may_be_written(overload, written)
         if torch.is_grad_enabled():

@@ -17,7 +17,7 @@ ORDERS = {
     "neighbours to halves": {"interleaved": True, "interleaved_out": False},
     "halves to neighbours": {"interleaved": False, "interleaved_out": True},
 }
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def name_of(dtype):
@@ -99,12 +99,10 @@ def assert_same_bits(got, expected):
     got, expected = got.detach().cpu(), expected.detach().cpu()
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
-    nan = expected.isnan()
-    assert torch.equal(got.isnan(), nan)
+    nan = _is_nan(expected)
+    assert torch.equal(_is_nan(got), nan)
     as_int = BITS[got.element_size()]
-    zero = torch.zeros((), dtype=got.dtype)
-    a = torch.where(nan, zero, got).contiguous().view(as_int)
-    b = torch.where(nan, zero, expected).contiguous().view(as_int)
+    a, b = (t.contiguous().view(as_int).masked_fill(nan, 0) for t in (got, expected))
     if not torch.equal(a, b):
         at = (a != b).nonzero()
         first = tuple(at[0].tolist())
@@ -112,6 +110,10 @@ def assert_same_bits(got, expected):
             f"{len(at)} of {a.numel()} elements differ, the first at {first}: "
             f"got {got[first].item()!r}, expected {expected[first].item()!r}"
         )
+
+
+def _is_nan(t):
+    return (t.float() if t.element_size() == 1 else t).isnan()
 
 
 def on_cpu(tensors, dtype=None):

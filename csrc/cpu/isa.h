@@ -29,6 +29,7 @@ struct Isa {
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);                     // tokens
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);            // chunks
   void (*cos_sin_grad_sum)(const CosSinGradArgs&);
+  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end);  // tokens
 };
 
 extern const Isa kPortable;

@@ -13,6 +13,13 @@ struct Row {
   ROPE_HOST_DEVICE Row plus(int64_t n) const { return {c1 + n, s1 + n, c2 + n, s2 + n}; }
 };
 
+// The entry of token s of sequence b.
+ROPE_HOST_DEVICE int64_t entry_of(const PositionIds& ids, int64_t b, int64_t s) {
+  const int64_t at = b * ids.stride_b + s * ids.stride_s;
+  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
+                   : static_cast<const int32_t*>(ids.data)[at];
+}
+
 // A row is cut into whole vectors of kLanes pairs. The last one ends where the row ends: where the
 // pairs are not a multiple of kLanes it has some of the pairs of the one before it again. A row of
 // less than a vector is filled up with zeros.
@@ -35,7 +42,8 @@ struct RowScratch {
     const int64_t size = size_of(table.dtype);
     length = whole < pairs ? whole + kLanes : whole;
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t index = row_index(args.position_ids, b, s + t);
+      const PositionIds& ids = args.position_ids;
+      const int64_t index = ids.data ? entry_of(ids, b, s + t) : s + t;
       const char* cos = static_cast<const char*>(table.cos) +
                         (b * table.cos_stride_b + index * table.cos_stride_row) * size;
       const char* sin = static_cast<const char*>(table.sin) +
@@ -122,12 +130,5 @@ struct RowScratch {
     } else {
       return v;
     }
-  }
-
-  static int64_t row_index(const PositionIds& ids, int64_t b, int64_t s) {
-    if (!ids.data) return s;
-    const int64_t at = b * ids.stride_b + s * ids.stride_s;
-    return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                     : static_cast<const int32_t*>(ids.data)[at];
   }
 };

@@ -15,6 +15,7 @@ void apply_rotary(const RotaryArgs&, void*) { refuse(); }
 void rotary_table_grad(const RotaryTableGradArgs&, void*) { refuse(); }
 void cos_sin(const CosSinArgs&, void*) { refuse(); }
 void cos_sin_grad(const CosSinGradArgs&, void*) { refuse(); }
+void apply_rotary_append(const AppendArgs&, void*) { refuse(); }
 
 }  // namespace rope::cuda
 

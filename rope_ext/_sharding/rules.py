@@ -40,6 +40,8 @@ def register() -> None:
         ("cos_sin_cache", _cos_sin_cache),
         ("cos_sin", _cos_sin),
         ("cos_sin_backward", _cos_sin_backward),
+        ("apply_rotary_qk_append_kv_", _append_kv),
+        ("apply_rotary_mla_append_", _mla_append),
     ):
         torch.library.register_torch_dispatch(f"rope::{op}", DTensor, _as_dispatch(rule))
 
@@ -269,3 +271,65 @@ def _cos_sin_backward(
 
 def _axes_of_any_positions(rank: int) -> tuple[str, ...]:
     return tuple(f"dimension {dim} of the positions" for dim in range(rank))
+
+
+def _append_kv(
+    func: Any, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, cos: Any,
+    sin: Any, position_ids: Any, k_scale: Any, v_scale: Any, **options: Any,
+) -> None:  # fmt: skip
+    """Tensor parallel: each rank has heads of all tokens, and those heads of the caches."""
+    of_q, of_k = HEADS_OF
+
+    def of_heads(scale: Any) -> tuple[str | None, ...]:
+        one_each = scale is not None and scale.dim() == 1 and scale.shape[0] == k.shape[-2]
+        return (of_k,) if one_each and k.shape[-2] > 1 else ()
+
+    _append(
+        func,
+        Operand("q", q, _axes_of_x(q, of_q), written=True),
+        Operand("k", k, _axes_of_x(k, of_k), written=True),
+        Operand("v", v, _axes_of_x(v, of_k)),
+        Operand("k_cache", k_cache, (None, None, of_k, None), written=True),
+        Operand("v_cache", v_cache, (None, None, of_k, None), written=True),
+        Operand("slot_mapping", slot_mapping, ()),
+        Operand("cos", cos, ()),
+        Operand("sin", sin, ()),
+        Operand("position_ids", position_ids, ()),
+        Operand("k_scale", k_scale, of_heads(k_scale)),
+        Operand("v_scale", v_scale, of_heads(v_scale)),
+        options=options,
+    )
+
+
+def _mla_append(
+    func: Any, q: Any, k_pe: Any, kv_c: Any, kv_cache: Any, slot_mapping: Any, cos: Any, sin: Any,
+    position_ids: Any, scale: Any, **options: Any,
+) -> None:  # fmt: skip
+    """Tensor parallel: each rank has heads of q, and writes the cache, which has none, whole."""
+    _append(
+        func,
+        Operand("q", q, _axes_of_x(q, HEADS), written=True),
+        Operand("k_pe", k_pe, (), written=True),
+        Operand("kv_c", kv_c, ()),
+        Operand("kv_cache", kv_cache, (), written=True),
+        Operand("slot_mapping", slot_mapping, ()),
+        Operand("cos", cos, ()),
+        Operand("sin", sin, ()),
+        Operand("position_ids", position_ids, ()),
+        Operand("scale", scale, ()),
+        options=options,
+    )
+
+
+def _append(func: Any, *operands: Operand, options: dict[str, Any]) -> None:
+    op = _name(func)
+    given = checked(op, *operands)
+    plan = plan_for(op, given)
+    for mesh_dim, axes in enumerate(plan.sharded):
+        if any(axis in (BATCH, SEQUENCE) for axis in axes):
+            raise RuntimeError(
+                f"{op}: expected tokens to be replicated on dimension {mesh_dim} of the mesh, as "
+                f"the caches that take them are, got {given[0].name} or another one sharded along "
+                f"{axes[0]}"
+            )
+    func(**parts_of(given, plan), **options)
