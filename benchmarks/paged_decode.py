@@ -136,11 +136,12 @@ def check(model: nn.Module, runs: list[Run]) -> None:
         raise SystemExit("wrong tokens:\n" + "\n".join(wrong))
 
 
-def summary(run: Run, title: str) -> str:
+def summary(run: Run) -> str:
     """The requests, tokens per second, and the share of our part."""
     columns = ("request", "arrives", "prompt", "generated", "first token", "end", "blocks")
     lines = [
-        f"{title}.",
+        "",
+        "### requests",
         "",
         "Steps of arrival, of the first token and of the end; blocks of the cache, and how many of "
         "them another request had had before. Each got the tokens that generate gives it alone.",
@@ -213,12 +214,12 @@ def main() -> None:
                 runs[way].append(run)
     check(model, [run for rounds in runs.values() for run in rounds])
     results = results_of(runs)
-    served = summary(runs["fused"][-1], setting)
-    print("\n" + served + "\n" + report.markdown(results, setting))
+    served = summary(runs["fused"][-1])
+    print("\n" + report.markdown(results, setting) + served)
     if arguments.out is not None:
         paths = report.write(arguments.out, "paged_decode", results, setting)
         with paths[0].open("a") as file:
-            file.write("\n### The requests\n\n" + served)
+            file.write(served)
         print("\n".join(str(path) for path in paths))
 
 
