@@ -114,6 +114,20 @@ def test_gradients_in_place_are_those_of_new_results(packed):
     assert_same_bits(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+def test_samples_of_a_vmap_are_rotated_each_as_alone(inplace):
+    q, k = random(4, B, S, H, D), random(4, B, S, HK, D)
+    cos, sin, cos_k, sin_k = tables(S, P)
+
+    def function(q, k):
+        own = {"cos_k": cos_k, "sin_k": sin_k, "inplace": inplace}
+        return rope_ext.apply_rotary_qk(1 * q, 1 * k, cos, sin, **own)
+
+    alone = [torch.stack(samples) for samples in zip(*map(function, q, k), strict=True)]
+    for got, expected in zip(torch.func.vmap(function)(q, k), alone, strict=True):
+        assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize("lowering", ["op", "decompose"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
 def test_one_graph_serves_all_lengths(inplace, lowering):

@@ -38,7 +38,7 @@ def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> No
 
 
 def check_shape(function: str, name: str, tensor: Tensor, meaning: str, *sizes: int) -> None:
-    """Has to be called for shapes whose number of dimensions has been checked."""
+    """The very sizes; meaning: how they are called, "[B, S]"."""
     if tuple(tensor.shape) != sizes:
         refuse(function, f"{name} to have shape {meaning}, {list(sizes)}", list(tensor.shape))
 

@@ -45,9 +45,8 @@ def from_cu_seqlens(
             at on the CPU alone.
     """
     function = "from_cu_seqlens"
-    token, sequence, total = _tokens(function, cu_seqlens, total)
-    begin = cu_seqlens.long()[sequence]
-    positions = token - begin
+    token, sequence, bounds = _tokens(function, cu_seqlens, total)
+    positions = token - bounds[sequence]
     if isinstance(offsets, Tensor):
         check_integers(function, "offsets", offsets, "[sequences]")
         check_shape(function, "offsets", offsets, "[sequences]", cu_seqlens.shape[0] - 1)
@@ -120,14 +119,15 @@ def from_attention_mask(attention_mask: Tensor) -> Tensor:
     return (counts.cumsum(1) - 1).masked_fill(~counts, 0)
 
 
-def _tokens(function: str, cu_seqlens: Tensor, total: int | None) -> tuple[Tensor, Tensor, int]:
-    """0, 1, ..., T - 1; the sequence of each token, past the last one their number; and T."""
+def _tokens(function: str, cu_seqlens: Tensor, total: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """0, 1, ..., T - 1; the sequence of each token, past the last one their number; and cu_seqlens,
+    int64.
+    """
     check_cu_seqlens(function, cu_seqlens, least=0)
-    total = _total(function, cu_seqlens, total)
-    token = torch.arange(total, device=cu_seqlens.device)
+    token = torch.arange(_total(function, cu_seqlens, total), device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
     # As many sequences end before a token as come before its own, empty ones included.
-    sequence = torch.searchsorted(cu_seqlens.long()[1:], token, right=True)
-    return token, sequence, total
+    return token, torch.searchsorted(bounds[1:], token, right=True), bounds
 
 
 def _total(function: str, cu_seqlens: Tensor, total: int | None) -> int:
