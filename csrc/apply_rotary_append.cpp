@@ -27,14 +27,13 @@ void apply_rotary_qk_append_kv_(const Tensor& q, const Tensor& k, const Tensor& 
                                 const OptionalTensor& v_scale, OptionalInt rotary_dim,
                                 int64_t rotary_offset, bool interleaved, bool inverse) {
   const RotaryOptions options{rotary_dim, rotary_offset, interleaved, std::nullopt, inverse};
-  const AppendInputs in{
-      {"apply_rotary_qk_append_kv_", q, k, cos, sin, view(position_ids), options},
-      v,
-      k_cache,
-      v_cache,
-      slot_mapping,
-      view(k_scale),
-      view(v_scale)};
+  const AppendInputs in{{"apply_rotary_qk_append_kv_", q, k, cos, sin, view(position_ids), options},
+                        v,
+                        k_cache,
+                        v_cache,
+                        slot_mapping,
+                        view(k_scale),
+                        view(v_scale)};
   check_device_supported(in.rotary.op, in.rotary.q);
   AppendArgs args = check_append(in);
   check_append_written(in);

@@ -145,6 +145,7 @@ inline constexpr int64_t kMostReordered = 512;
 struct AppendArgs {
   RotaryArgs rotary;
   StoredHeads k, v;
+  bool latent;  // v is one head, of any length, and all of k rotates
   CacheDType cache_dtype;
   int64_t blocks, block_size;
   PositionIds slots;  // of each token, [B, S]

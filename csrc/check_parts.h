@@ -86,8 +86,8 @@ inline Sizes sizes_of(const TensorView& x) {
   return {x.size(0), x.size(1), x.size(3), false};
 }
 
-// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from channel `first`
-// of its heads on.
+// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from channel
+// `first` of its heads on.
 template <class Pointer>
 Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype, int64_t first) {
   using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
@@ -115,8 +115,8 @@ void look_at_values(const TensorView& t, const Look& look) {
   if (t.is_cpu()) {
     look(t);
   } else if (checks_on_device()) {
-    const torch::stable::Tensor on_host = torch::stable::to(
-        t.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const torch::stable::Tensor on_host =
+        torch::stable::to(t.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU));
     look(TensorView(on_host));
   }
 }

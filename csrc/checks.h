@@ -92,20 +92,20 @@ CosSinGradArgs check_cos_sin_grad(const char* op, const TensorView& grad_cos,
 
 // What the operators were called with that rotate and write to a paged cache.
 struct AppendInputs {
-  RotaryInputs rotary;               // q and k
-  TensorView v;                      // of k's shape
-  TensorView k_cache, v_cache;       // [blocks, block_size, Hk, D]
-  TensorView slot_mapping;           // [B, S], [B * S] or [T]
+  RotaryInputs rotary;                         // q and k
+  TensorView v;                                // of k's shape
+  TensorView k_cache, v_cache;                 // [blocks, block_size, Hk, D]
+  TensorView slot_mapping;                     // [B, S], [B * S] or [T]
   std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
 };
 
 struct LatentInputs {
-  RotaryInputs rotary;               // q alone
-  TensorView k_pe;                   // [B, S, R], [B, S, 1, R], [T, R] or [T, 1, R]
-  TensorView kv_c;                   // [B, S, rank] or [T, rank]
-  TensorView kv_cache;               // [blocks, block_size, rank + R]
-  TensorView slot_mapping;           // as above
-  std::optional<TensorView> scale;   // one
+  RotaryInputs rotary;              // q alone
+  TensorView k_pe;                  // [B, S, R], [B, S, 1, R], [T, R] or [T, 1, R]
+  TensorView kv_c;                  // [B, S, rank] or [T, rank]
+  TensorView kv_cache;              // [blocks, block_size, rank + R]
+  TensorView slot_mapping;          // as above
+  std::optional<TensorView> scale;  // one
 };
 
 // Everything but the pointers that are written.

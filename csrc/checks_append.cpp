@@ -93,8 +93,7 @@ void check_slot_values(const char* op, const PositionIds& slots, const AppendArg
     const int64_t slot = slot_of(token);
     if (slot < 0) continue;
     if (slot >= capacity) {
-      refuse(op,
-             text("slot_mapping below ", capacity, ", the slots of the cache, or negative"),
+      refuse(op, text("slot_mapping below ", capacity, ", the slots of the cache, or negative"),
              text(slot, " at index ", index(token)));
     }
     rising = rising && (stored.empty() || stored.back() < slot);
@@ -118,9 +117,9 @@ void check_slots(const char* op, const TensorView& slots, const TensorView& q, A
   check_device(op, "slot_mapping", slots, "q", q);
   const int64_t batch = args.rotary.batch, seq = args.rotary.seq;
   const bool packed = q.dim() == 3, one_dim = slots.dim() == 1;
-  const bool fits = one_dim ? slots.size(0) == batch * seq
-                            : !packed && slots.dim() == 2 && slots.size(0) == batch &&
-                                  slots.size(1) == seq;
+  const bool fits =
+      one_dim ? slots.size(0) == batch * seq
+              : !packed && slots.dim() == 2 && slots.size(0) == batch && slots.size(1) == seq;
   if (!fits) {
     refuse(op,
            packed ? text("slot_mapping to have shape [T] with T = ", seq)
@@ -139,13 +138,13 @@ void check_slots(const char* op, const TensorView& slots, const TensorView& q, A
   args.slots = entries_of(slots);
 }
 
-// A tensor with one head a token, [.., channels] or, if `with_heads`, also [.., 1, channels], beside
-// q [.., H, D]: as [B, S, 1, channels].
+// A tensor with one head a token, [.., channels] or, if `with_heads`, also [.., 1, channels],
+// beside q [.., H, D]: as [B, S, 1, channels].
 Heads<const void*> check_one_head(const char* op, const char* name, const TensorView& x,
                                   const TensorView& q, int64_t channels, bool with_heads) {
   const int64_t tokens_dim = q.dim() - 2, last = x.dim() - 1;
-  bool fits = x.dim() == tokens_dim + 1 ||
-              (with_heads && x.dim() == q.dim() && x.size(tokens_dim) == 1);
+  bool fits =
+      x.dim() == tokens_dim + 1 || (with_heads && x.dim() == q.dim() && x.size(tokens_dim) == 1);
   std::string tokens;
   for (int64_t d = 0; d < tokens_dim; ++d) {
     fits = fits && x.size(d) == q.size(d);
@@ -226,6 +225,7 @@ AppendArgs check_append(const LatentInputs& in) {
   check_cache(op, "kv_cache", in.kv_cache, q, {rank + rotary_dim});
   args.blocks = in.kv_cache.size(0);
   args.block_size = in.kv_cache.size(1);
+  args.latent = true;
   args.rotary.k.heads = 1;
   args.rotary.k.in = k;
   args.k = {k, 1, rotary_dim, nullptr, in.kv_cache.stride(0), in.kv_cache.stride(1), 0, nullptr, 0};

@@ -10,6 +10,7 @@ import torch
 from rope_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # The order of the pairs in x and in the result.
 ORDERS = {
     "half-split": {},
@@ -66,6 +67,18 @@ def random_table(*shape, dtype=torch.float32, device="cpu", seed=0):
     """cos and sin of random angles, so cos^2 + sin^2 = 1 up to rounding."""
     angle = 3 * random(*shape, dtype=torch.float64, seed=seed + 1)
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def random_slots(*shape, capacity, dtype=torch.int64, device="cpu", seed=0):
+    """Slots of a cache in any order, each once; every fourth token has none."""
+    count = torch.Size(shape).numel()
+    slots = torch.randperm(capacity, generator=torch.Generator().manual_seed(seed))[:count].clone()
+    slots[3::4] = torch.tensor([-1, -2, -(2**31)])[torch.arange(len(slots[3::4])) % 3]
+    return slots.to(dtype).view(shape).to(device)
+
+
+def random_cache(*shape, dtype, device="cpu", seed=5):
+    return random(*shape, dtype=torch.float32, seed=seed).to(dtype).to(device)
 
 
 def in_layout(x, layout):

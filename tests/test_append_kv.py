@@ -6,18 +6,24 @@ import shutil
 
 import pytest
 import torch
+from ranks import RANKS, as_rank, on_every_rank, place
 from support import (
     DTYPES,
+    FLOAT8,
     VIEWS,
     assert_same_bits,
     guarded,
     in_layout,
     name_of,
     random,
+    random_cache,
     random_positions,
+    random_slots,
     random_table,
 )
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 from torch.func import vmap
 
 import rope_ext
@@ -26,41 +32,33 @@ from rope_ext import reference
 rope = torch.ops.rope
 
 B, S, H, K, D, L = 2, 5, 4, 2, 16, 9
-BLOCKS, BLOCK_SIZE = 3, 8  # 24 slots for 10 tokens
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+BLOCKS, BLOCK_SIZE = 3, 8
+SLOTS = BLOCKS * BLOCK_SIZE  # for 10 tokens
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WRITTEN = ("q", "k", "k_cache", "v_cache")
 
 # ---- arguments
 
 
-def random_slots(*shape, capacity=BLOCKS * BLOCK_SIZE, dtype=torch.int64, device="cpu", seed=0):
-    """Slots in any order, each once; every fourth token has none."""
-    count = math.prod(shape)
-    order = torch.randperm(capacity, generator=torch.Generator().manual_seed(seed))[:count].clone()
-    order[3::4] = torch.tensor([-1, -2, -(2**31)])[torch.arange(len(order[3::4])) % 3]
-    return order.to(dtype).view(shape).to(device)
-
-
-def random_cache(*shape, dtype, device="cpu", seed=5):
-    return random(*shape, dtype=torch.float32, seed=seed).to(dtype).to(device)
-
-
-def arguments(device, dtype=torch.float32, cache_dtype=None, *, width=D // 2, scales=False):
+def arguments(
+    device, dtype=torch.float32, cache_dtype=None, *, width=D // 2, heads=(H, K), scales=False
+):
     cos, sin = random_table(L, width, device=device)
-    shape, cache_dtype = (BLOCKS, BLOCK_SIZE, K, D), cache_dtype or dtype
+    h, k = heads
+    shape, cache_dtype = (BLOCKS, BLOCK_SIZE, k, D), cache_dtype or dtype
     made = {
-        "q": random(B, S, H, D, dtype=dtype, device=device),
-        "k": random(B, S, K, D, dtype=dtype, device=device, seed=1),
-        "v": random(B, S, K, D, dtype=dtype, device=device, seed=2),
+        "q": random(B, S, h, D, dtype=dtype, device=device),
+        "k": random(B, S, k, D, dtype=dtype, device=device, seed=1),
+        "v": random(B, S, k, D, dtype=dtype, device=device, seed=2),
         "k_cache": random_cache(*shape, dtype=cache_dtype, device=device),
         "v_cache": random_cache(*shape, dtype=cache_dtype, device=device, seed=6),
-        "slot_mapping": random_slots(B, S, device=device),
+        "slot_mapping": random_slots(B, S, capacity=SLOTS, device=device),
         "cos": cos,
         "sin": sin,
         "position_ids": random_positions(B, S, rows=L, device=device),
     }
     if scales:
-        made["k_scale"] = torch.tensor([0.3, 0.02], device=device)  # one a head
+        made["k_scale"] = torch.linspace(0.02, 0.3, k, device="cpu").to(device)  # one a head
         made["v_scale"] = torch.tensor(1.7, device=device)
     return made
 
@@ -275,7 +273,7 @@ def test_function_takes_every_layout(layout, cache_layout, device):
         assert_same_bits(call[name], in_layout(expected[name], layout))
 
 
-SLOTS = {
+KINDS_OF_SLOTS = {
     "int32": lambda slots: slots.int(),
     "[B * S]": lambda slots: slots.flatten(),
     "[B * S], every second": lambda slots: torch.stack((slots.flatten(), slots.flatten()), 1)[:, 0],
@@ -285,7 +283,7 @@ SLOTS = {
 }
 
 
-@pytest.mark.parametrize("change", SLOTS.values(), ids=SLOTS)
+@pytest.mark.parametrize("change", KINDS_OF_SLOTS.values(), ids=KINDS_OF_SLOTS)
 def test_every_kind_of_slots(change, backend):
     given = arguments(backend)
     given["slot_mapping"] = change(given["slot_mapping"].cpu()).to(backend)
@@ -572,19 +570,15 @@ def test_argument_on_another_device_is_refused(name):
 
 # ---- CUDA, where values can't be looked at without waiting
 
-CUDA_ONLY = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
 
 @pytest.mark.parametrize(
     "value", [BLOCKS * BLOCK_SIZE, 2**31 - 1, 2**40, 2**63 - 1, -(2**63), -1],
     ids=["one past", "2^31 - 1", "2^40", "the largest", "the smallest", "-1"],
 )  # fmt: skip
 @pytest.mark.parametrize("cache_dtype", [torch.float32, F8], ids=name_of)
-@pytest.mark.parametrize("_", [pytest.param(None, marks=CUDA_ONLY)], ids=["cuda"])
-def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value, cache_dtype, _):
+@pytest.mark.cuda
+@needs_cuda
+def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value, cache_dtype):
     given = arguments("cuda", cache_dtype=cache_dtype)
     slots = given["slot_mapping"].cpu()
     slots[1, 1] = value
@@ -595,8 +589,9 @@ def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value,
         assert_same_bits(given[name], expected[name])
 
 
-@pytest.mark.parametrize("_", [pytest.param(None, marks=CUDA_ONLY)], ids=["cuda"])
-def test_bad_values_raise_on_cuda_where_asked(_, monkeypatch):
+@pytest.mark.cuda
+@needs_cuda
+def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
     monkeypatch.setenv("ROPE_EXT_CHECK", "1")
     for change, expected, got in VALUES.values():
         given = arguments("cuda")
@@ -606,8 +601,9 @@ def test_bad_values_raise_on_cuda_where_asked(_, monkeypatch):
     expect_refusal(given, "v_scale to be finite and above 0", "-1.0")
 
 
-@pytest.mark.parametrize("_", [pytest.param(None, marks=CUDA_ONLY)], ids=["cuda"])
-def test_scale_of_0_gives_what_the_division_gives_on_cuda(_):
+@pytest.mark.cuda
+@needs_cuda
+def test_scale_of_0_gives_what_the_division_gives_on_cuda():
     given = arguments("cuda", cache_dtype=F8)
     given["v_scale"] = torch.zeros(1).cuda()
     expected = expected_of(given)  # +-inf, so +-448
@@ -615,8 +611,9 @@ def test_scale_of_0_gives_what_the_division_gives_on_cuda(_):
     assert_same_bits(given["v_cache"], expected["v_cache"])
 
 
-@pytest.mark.parametrize("_", [pytest.param(None, marks=CUDA_ONLY)], ids=["cuda"])
-def test_position_outside_of_the_table_is_stored_as_nan_on_cuda(_):
+@pytest.mark.cuda
+@needs_cuda
+def test_position_outside_of_the_table_is_stored_as_nan_on_cuda():
     given = arguments("cuda")
     given["slot_mapping"] = torch.arange(B * S).cuda()
     ids = given["position_ids"].cpu()
@@ -739,6 +736,52 @@ def test_nothing_is_copied_in_the_code_of_inductor():
     assert code.count("torch.ops.rope.apply_rotary_qk_append_kv_.default(") == 1
     assert "clone" not in code
     assert "copy" not in code.replace("async_compile", "").replace("copy_misaligned", "")
+
+
+# ---- DTensors
+
+PLACED = {"q": 2, "k": 2, "v": 2, "k_cache": 2, "v_cache": 2, "k_scale": 0}  # dimension of heads
+
+
+@pytest.mark.parametrize("sharded", ["q and k", "q", "k"])
+def test_heads_are_sharded_as_those_of_the_caches(sharded):
+    given = arguments("cpu", torch.bfloat16, F8, heads=(2 * RANKS, RANKS), scales=True)
+    expected = expected_of(given)
+    dims = {n: dim for n, dim in PLACED.items() if ("q" if n == "q" else "k") in sharded}
+
+    def on_rank(mesh):
+        placed = {
+            n: place(t.clone(), mesh, Shard(dims[n]) if n in dims else Replicate())
+            for n, t in given.items()
+        }
+        append(placed)
+        return [placed[name] for name in WRITTEN]
+
+    for got, whole in zip(on_every_rank(on_rank), expected.values(), strict=True):
+        assert_same_bits(got, whole)
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ({"q": 1, "k": 1, "v": 1}, "expected tokens to be replicated on dimension 0 of the mesh, "
+         "as the caches that take them are, got q or another one sharded along sequence"),
+        ({"q": 1}, r"expected k to be .*, beside q as"),
+        ({"q": 2, "k": 2, "v": 2}, r"expected k_cache to be .*, beside k as"),
+        ({"k_cache": 2, "v_cache": 2}, r"expected k to be .*, beside k_cache as"),
+        ({"k_cache": 0}, r"expected k_cache to be Replicate\(\), as it is needed whole"),
+        ({"slot_mapping": 0}, r"expected slot_mapping to be Replicate\(\), as it is needed whole"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_shards_that_do_not_fit_are_refused(dims, expected):
+    given = arguments("cpu", heads=(2 * RANKS, RANKS))
+    with as_rank(0):
+        mesh = init_device_mesh("cpu", (RANKS,))
+        placed = {n: place(t, mesh, *([Shard(dims[n])] if n in dims else []))
+                  for n, t in given.items()}  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"apply_rotary_qk_append_kv_: {expected}"):
+            append(placed)
 
 
 def test_flops_are_those_of_the_rotation():

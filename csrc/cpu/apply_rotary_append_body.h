@@ -52,7 +52,8 @@ void rotate_token_from_copies(const RotaryArgs& args, const RotaryPlan& plan, in
   const int64_t dim = args.rotary_dim, heads = args.q.heads + args.k.heads;
   const int64_t first_item = (b * args.seq + s) * heads;
   for (const RotatedHeads* x : {&args.q, &args.k}) {
-    const T* const from = static_cast<const T*>(x->in.data) + b * x->in.stride_b + s * x->in.stride_s;
+    const T* const from =
+        static_cast<const T*>(x->in.data) + b * x->in.stride_b + s * x->in.stride_s;
     const int64_t most = kRoom / dim;
     for (int64_t head = 0; head < x->heads; head += most) {
       const int64_t count = std::min(x->heads - head, most);
@@ -94,7 +95,6 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
 }
 
 void apply_rotary_append(const AppendArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.rotary.dtype, [&](auto storage) {
-    apply_rotary_append_range<decltype(storage)>(args, begin, end);
-  });
+  dispatch(args.rotary.dtype,
+           [&](auto storage) { apply_rotary_append_range<decltype(storage)>(args, begin, end); });
 }

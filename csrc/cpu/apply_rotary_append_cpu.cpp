@@ -1,5 +1,5 @@
-// apply_rotary_append on the CPU: tokens are spread over threads, each rotated and then stored while
-// the first cache still has it.
+// apply_rotary_append on the CPU: tokens are spread over threads, each rotated and then stored
+// while the first cache still has it.
 #include <algorithm>
 
 #include "../kernels.h"

@@ -94,6 +94,8 @@ ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {
 }
 
 #include "apply_rotary_body.h"
-#include "apply_rotary_append_body.h"
 #include "cos_sin_body.h"
 #include "rotary_table_grad_body.h"
+
+// On the rotation above.
+#include "apply_rotary_append_body.h"

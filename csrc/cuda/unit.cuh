@@ -23,6 +23,7 @@ struct Unit {
   static constexpr bool kNeighbours = are_neighbours(N, kInterleaved);
   static constexpr int kCount = kVectors;
   static constexpr int kPairs = kVectors * N / 2;
+  using Element = E;
   using C = ArithmeticOf<E>;
 
   Vector<E, N> vectors[kVectors];
