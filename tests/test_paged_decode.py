@@ -1,5 +1,6 @@
 """The server of benchmarks/paged_decode.py: every request gets the tokens that it gets alone."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def serve(model, append=fused, **options):
 
 
 @pytest.mark.parametrize("append", [fused, apart])
-def test_every_request_gets_the_tokens_that_it_gets_alone(model, append):
+def test_every_request_gets_the_tokens_that_it_gets_alone(model, append, device):
+    model = copy.deepcopy(model).to(device)
     server, requests = serve(model, append)
     for request in requests:
         assert request.generated == paged_decode.generated_alone(model, request)

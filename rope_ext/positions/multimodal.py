@@ -42,7 +42,7 @@ def mrope(segments: Sequence[Segment], *, after: After = "max", device: Device =
         device: of the result.
 
     Returns:
-        int64 [3, T].
+        int64 [3, T]. A token that is generated next is at their largest + 1, on each axis.
 
     Raises:
         ValueError: for a segment that is neither, or an after that is neither.
