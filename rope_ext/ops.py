@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rope_ext import decompositions
-from rope_ext._calling import call
+from rope_ext._apart import check_apart
+from rope_ext._calling import call, check_may_be_written
 from rope_ext._derivatives import inverted, last_stride_one
 
 rope = torch.ops.rope
@@ -123,8 +124,13 @@ def apply_rotary_qk(
     layout: Layout = "bshd",
     inplace: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k by the same angles, in one pass (one launch on CUDA).
+
+    With cos_k and sin_k, k is rotated by these, in a pass of its own: xPos, whose tables also decay
+    for q and grow for k (``frequencies.xpos``).
 
     Args:
         q: as x of :func:`apply_rotary`.
@@ -133,14 +139,20 @@ def apply_rotary_qk(
         cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
             layout, inplace: as for :func:`apply_rotary`.
         out: as for :func:`apply_rotary`, one for q and one for k.
+        cos_k, sin_k: the tables of k, of cos's shape and dtype, both or none.
 
     Returns:
         The rotated q and k.
 
     Raises:
         RuntimeError: as :func:`apply_rotary`.
+
+    Source: for tables of k, A Length-Extrapolatable Transformer, arXiv 2212.10554, algorithm 1.
     """
     options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    if cos_k is not None or sin_k is not None:
+        tables = (cos, sin, cos_k, sin_k)
+        return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     if out is not None:
@@ -173,6 +185,47 @@ def apply_rotary_qk(
         _InPlaceRotation.apply(q, cos, sin, position_ids, layout, options),
         _InPlaceRotation.apply(k, cos, sin, position_ids, layout, options),
     )
+
+
+def _rotate_apart(
+    q: Tensor,
+    k: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    position_ids: Tensor | None,
+    options: dict[str, Any],
+    layout: Layout,
+    inplace: bool,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Each by its own tables; refused, as by one operator, before either is written."""
+    function = "apply_rotary_qk"
+    cos, sin, cos_k, sin_k = tables
+    if cos_k is None or sin_k is None:
+        given, missing = ("cos_k", "sin_k") if sin_k is None else ("sin_k", "cos_k")
+        raise ValueError(f"rope_ext.{function}: expected {missing} with {given}, got None")
+    written: dict[str, Tensor] = {"q": q, "k": k} if inplace else {}
+    if out is not None:
+        _check_not_both(function, inplace)
+        written = {"out[0]": out[0], "out[1]": out[1]}
+        if torch.is_grad_enabled():
+            _check_need_no_grad(function, {"k": k, "cos_k": cos_k, "sin_k": sin_k, **written})
+    view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
+    views = {name: as_bshd(x, layout, function, name) for name, x in written.items()}
+    check_apart(view_q, view_k, (cos, sin, cos_k, sin_k), position_ids, views)
+    if written and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        check_may_be_written(rope.apply_rotary_qk_, tuple(written.values()))
+    if inplace:
+        order = options.get("interleaved_out")
+        check_order_stays(function, options.get("interleaved", False), order)
+        if _is_differentiated(q, k, cos, sin, cos_k, sin_k):
+            _check_tables_need_no_grad(function, cos, sin)
+            _check_tables_need_no_grad(function, cos_k, sin_k)
+            if not _is_transformed():
+                _check_differentiable_in_place(function, written)
+    out_q, out_k = (None, None) if out is None else out
+    how = {**options, "layout": layout, "inplace": inplace}
+    rotated_q = apply_rotary(q, cos, sin, position_ids, **how, out=out_q)
+    return rotated_q, apply_rotary(k, cos_k, sin_k, position_ids, **how, out=out_k)
 
 
 def cos_sin_cache(
@@ -317,6 +370,15 @@ def _check_not_both(function: str, inplace: bool) -> None:
         raise ValueError(f"rope_ext.{function}: expected inplace=False with out, got inplace=True")
 
 
+def _check_need_no_grad(function: str, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.requires_grad:
+            raise RuntimeError(
+                f"rope_ext.{function}: expected {name} to need no gradient with out, got a tensor "
+                "that requires grad"
+            )
+
+
 def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
@@ -330,7 +392,8 @@ def _check_differentiable_in_place(function: str, written: dict[str, Tensor]) ->
     default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
         base = x._base if x._is_view() else x
-        if base.is_leaf and base.requires_grad:
+        # A view may be a leaf itself, of a base that needs no gradient.
+        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
                 "view of one, when inplace=True, got one"
