@@ -1,7 +1,10 @@
 // What every check is made of. Each names the operator and the argument when it refuses.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 
 #include "refusal.h"
@@ -62,6 +65,17 @@ inline void check_sizes_like(const char* op, const char* name, const TensorView&
   if (!same_sizes(t, other)) {
     refuse(op, text(name, " of ", other_name, "'s shape ", shape_text(other)), shape_text(t));
   }
+}
+
+// Calls check with t in host memory; for one that is not, only on demand, as it waits for the
+// device.
+template <class Check>
+void on_host(const TensorView& t, const Check& check) {
+  if (t.is_cpu()) return check(t);
+  const char* value = std::getenv("ROPE_EXT_CHECK");
+  if (value == nullptr || value[0] != '1') return;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  check(torch::stable::to(t.tensor(), cpu));
 }
 
 inline void check_int(const char* op, const char* name, const TensorView& t) {

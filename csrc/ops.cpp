@@ -10,6 +10,7 @@
 //                  Tables with W = R have their columns in the order of the result (of x, if
 //                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
+//   axes           the axis of each pair among those of position_ids [A, ...]: int32 or int64 [P]
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
@@ -44,13 +45,14 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "*, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
       "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
 
-  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
+  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
+  // position_ids: floating too; with axes [A, ...], which gives [..., P]
   m.def(
       "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
       "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
-      "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
-      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "cos_sin(Tensor inv_freq, Tensor position_ids, Tensor? axes=None, *, "
+      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
 
   // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
   // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
@@ -63,7 +65,20 @@ STABLE_TORCH_LIBRARY(rope, m) {
   // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
-      "Tensor? position_ids=None, *, SymInt start=0, float attention_scaling=1.0) -> Tensor");
+      "Tensor? position_ids=None, Tensor? axes=None, *, SymInt start=0, "
+      "float attention_scaling=1.0) -> Tensor");
+
+  // -> q and k rotated by apply_rotary_qk with the rows of cos_sin, which are computed as it goes;
+  // position_ids: of any value, floating too, with axes a leading A; None: 0, 1, 2, ...
+  m.def(
+      "apply_rotary_qk_at(Tensor q, Tensor k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
 }
 
 namespace {
@@ -80,6 +95,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
   m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
+  m.impl("apply_rotary_qk_at", TORCH_BOX(&rope::apply_rotary_qk_at));
+  m.impl("apply_rotary_qk_at_", TORCH_BOX(&rope::apply_rotary_qk_at_));
 }
 
 }  // namespace

@@ -42,6 +42,7 @@ _C = _load_compiled_part()
 from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.on_the_fly import apply_rotary_qk_at  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
@@ -53,6 +54,7 @@ __all__ = [
     "RotaryEmbedding",
     "apply_rotary",
     "apply_rotary_qk",
+    "apply_rotary_qk_at",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",

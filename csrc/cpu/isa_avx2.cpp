@@ -25,7 +25,8 @@ namespace {
 #include "isa_body.h"
 }  // namespace
 
-const Isa kAvx2{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+const Isa kAvx2{apply_rotary, apply_rotary_at, rotary_table_grad,
+                cos_sin,      cos_sin_grad,    cos_sin_grad_sum};
 
 }  // namespace rope::cpu
 ROPE_END_AVX2

@@ -243,30 +243,33 @@ struct AngleCase {
   Memory inv_freq;
   std::vector<int32_t> narrow;
   std::vector<int64_t> wide;
-  Angles angles;
+  Angles angles{};
 
   AngleCase(int64_t pairs, int64_t tokens, int ids, double scaling, Random& random)
       : inv_freq(DType::Float32, pairs, false, random) {
     for (int64_t i = 0; i < pairs; ++i)
       inv_freq.set_value(i, std::pow(10000.0, -double(i) / pairs));
-    angles = {"cos_sin",
-              inv_freq.data(),
-              DType::Float32,
-              pairs,
-              nullptr,
-              ids == 2,
-              random.below(int64_t{1} << 30),
-              tokens,
-              scaling};
+    angles.op = "cos_sin";
+    angles.inv_freq = inv_freq.data();
+    angles.inv_freq_dtype = DType::Float32;
+    angles.pairs = pairs;
+    angles.positions = {nullptr,
+                        ids == 1 ? PositionType::Int32 : PositionType::Int64,
+                        1,
+                        0,
+                        0,
+                        1,
+                        random.below(int64_t{1} << 30)};
+    angles.attention_scaling = scaling;
     constexpr int64_t kLast = (int64_t{1} << 31) - 1;
     narrow.reserve(tokens), wide.reserve(tokens);
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t drawn = random.below(int64_t{2} << random.below(31));
-      wide.push_back(ids == 0 ? angles.start + token : token == 0 ? kLast : drawn);
+      wide.push_back(ids == 0 ? angles.positions.start + token : token == 0 ? kLast : drawn);
       narrow.push_back(static_cast<int32_t>(wide.back()));
     }
-    if (ids == 1) angles.position_ids = narrow.data();
-    if (ids == 2) angles.position_ids = wide.data();
+    if (ids == 1) angles.positions.data = narrow.data();
+    if (ids == 2) angles.positions.data = wide.data();
   }
   long double angle(int64_t token, int64_t pair) const {
     return static_cast<long double>(wide[token]) * static_cast<long double>(inv_freq.value(pair));
@@ -283,7 +286,7 @@ void test_cos_sin(Random& random) {
       AngleCase c(pairs, tokens, ids, scaling, random);
       Memory cos(dtype, tokens * pairs + kGuard, false, random), sin = cos;
       const Memory before = cos;
-      CosSinArgs args{c.angles, cos.data(), sin.data(), dtype};
+      CosSinArgs args{c.angles, tokens, cos.data(), sin.data(), dtype};
       cpu::cos_sin(args);
       const double most = dtype == DType::Float64 ? kAngleUlpsFloat64 : kAngleUlps;
       for (int64_t at = 0; at < tokens * pairs; ++at) {
@@ -319,8 +322,8 @@ void test_cos_sin_grad(Random& random) {
       Memory partial(DType::Float64, chunks * pairs + kGuard, false, random);
       Memory grad(DType::Float32, pairs + kGuard, false, random);
       const Memory before = grad;
-      CosSinGradArgs args{c.angles, grad_cos.data(), grad_sin.data(), dtype,
-                          nullptr,  chunks,          chunk_tokens,    grad.data()};
+      CosSinGradArgs args{c.angles, tokens, grad_cos.data(), grad_sin.data(), dtype,
+                          nullptr,  chunks, chunk_tokens,    grad.data()};
       args.partial = static_cast<double*>(partial.data());
       cpu::cos_sin_grad(args);
       for (int64_t pair = 0; pair < pairs; ++pair) {
