@@ -58,6 +58,16 @@ struct PositionIds {
 
 enum class PositionType : int32_t { Int32, Int64, Float64, Float32, Float16, BFloat16 };
 
+inline constexpr int64_t size_of(PositionType type) {
+  switch (type) {
+    case PositionType::Int64:
+    case PositionType::Float64: return 8;
+    case PositionType::Int32:
+    case PositionType::Float32: return 4;
+    default: return 2;
+  }
+}
+
 // What angles are made from, [B, S], of each axis: that of token (b, s) is at
 // axis * stride_axis + b * stride_b + s * stride_s. data == nullptr: start + s * stride_s.
 struct Positions {

@@ -1,54 +1,10 @@
 // apply_rotary on CUDA: q and k in one launch, each thread's piece of the table row in registers.
 #include "../kernels.h"
-#include "launch.cuh"
-#include "turns.cuh"
-#include "unit.cuh"
+#include "rotate_heads.cuh"
 
 namespace rope::cuda {
 
 namespace {
-
-struct Plan {
-  RotaryGeometry geometry;
-  UnitLayout in, out;
-  TableLayout table;
-  uint32_t rotate_units, copy_units;  // of one head
-  uint32_t copy_vectors;              // of the channels that do not rotate; 0 in place
-  uint32_t heads;                     // of q and k together
-  uint32_t head_step;                 // of a thread
-};
-
-// One token, and the thread's first head of q and k counted together.
-struct Place {
-  uint32_t b, s, head;
-};
-
-// Calls work(in, out) for each of the thread's heads, at channels of theirs. Everything is computed
-// again for each head from the kernel's arguments: pointers kept for q and k would cost registers.
-template <class E, class Channel, class Work>
-__device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& plan,
-                                          const Place& place, Channel channel_in,
-                                          Channel channel_out, const Work& work) {
-  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h,
-                          Channel channel) {
-    return place.b * stride_b + place.s * stride_s + head * stride_h + channel;
-  };
-#pragma unroll 1
-  for (uint32_t head = place.head; head < plan.heads; head += plan.head_step) {
-    // Field by field: a choice between whole structs would put them into local memory.
-    const bool is_q = head < static_cast<uint32_t>(args.q.heads);
-    const RotatedHeads &q = args.q, &k = args.k;
-    const E* in =
-        static_cast<const E*>(is_q ? q.in.data : k.in.data) +
-        offset(head, is_q ? q.in.stride_b : k.in.stride_b, is_q ? q.in.stride_s : k.in.stride_s,
-               is_q ? q.in.stride_h : k.in.stride_h, channel_in);
-    E* out =
-        static_cast<E*>(is_q ? q.out.data : k.out.data) +
-        offset(head, is_q ? q.out.stride_b : k.out.stride_b, is_q ? q.out.stride_s : k.out.stride_s,
-               is_q ? q.out.stride_h : k.out.stride_h, channel_out);
-    work(in, out);
-  }
-}
 
 __device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& place) {
   if (ids.data == nullptr) return place.s;
@@ -166,31 +122,20 @@ template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral
 __global__ void __launch_bounds__(kBlockThreads,
                                   (resident_blocks<N, kInterleaved, kInterleavedOut, kGeneral>()))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
-  const RotaryGeometry& g = plan.geometry;
-  const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
-  const uint32_t lanes = g.unit_lanes * g.head_lanes;
-  const uint32_t group_in_block = threadIdx.x / lanes;
-  const uint32_t lane = threadIdx.x - group_in_block * lanes;
-  const uint32_t group = blockIdx.x * g.groups_per_block + group_in_block;
-  if (b >= args.batch || group_in_block >= g.groups_per_block || group >= g.groups) return;
-
-  const uint32_t s = group / g.parts;
-  const uint32_t part = group - s * g.parts;
-  const uint32_t split = part / g.unit_chunks;
-  const uint32_t chunk = part - split * g.unit_chunks;
-  const uint32_t head_lane = lane / g.unit_lanes;
-  const uint32_t unit = chunk * g.unit_lanes + lane - head_lane * g.unit_lanes;
-  const Place place{b, s, split * g.head_lanes + head_lane};
-
-  if (unit >= plan.rotate_units + plan.copy_units) return;
-  turn_heads<E, N, kInterleaved, kInterleavedOut, kGeneral>(args, plan, place, unit);
+  Lane lane;
+  if (!find_lane(args, plan, lane) || lane.unit >= plan.rotate_units + plan.copy_units) return;
+  turn_heads<E, N, kInterleaved, kInterleavedOut, kGeneral, kGeneral>(
+      args, plan, lane.place, lane.unit, [&](auto& turns) {
+        constexpr bool kMixed = kInterleaved != kInterleavedOut;
+        using In = UnitOf<E, N, kInterleaved, kMixed>;
+        load_turns<In, kMixed, kGeneral>(turns, args, plan, lane.place, lane.unit);
+      });
 }
 
 template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral>
 void launch_units(RotaryArgs args, Plan plan, void* stream) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using In = UnitOf<E, N, kInterleaved, kMixed>;
-  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
   const Table& table = args.table;
   const bool neighbours = table.full_width && table.interleaved;
   plan.table.step = neighbours ? 2 * In::kPairs : In::kPairs;
@@ -203,18 +148,7 @@ void launch_units(RotaryArgs args, Plan plan, void* stream) {
   alignment.add_elements(table.cos_stride_b | table.sin_stride_b);
   plan.table.aligned = alignment.allows(std::min<int64_t>(run * size_of(table.dtype), 16));
 
-  plan.in = In::layout(args.rotary_dim, args.interleaved);
-  plan.out = Out::layout(args.rotary_dim, args.interleaved_out);
-  plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / In::kPairs);
-  plan.copy_vectors /= N;
-  plan.copy_units = (plan.copy_vectors + In::kCount - 1) / In::kCount;
-  const int64_t units = int64_t{plan.rotate_units} + plan.copy_units;
-  if (units == 0) return;
-  plan.geometry = rotary_geometry(units, plan.heads, args.batch, args.seq, sm_count(args.op));
-  plan.head_step = plan.geometry.splits * plan.geometry.head_lanes;
-
-  args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
-  args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
+  if (!lay_out<E, N, kInterleaved, kInterleavedOut>(args, plan)) return;
   launch(args.op, apply_rotary_kernel<E, N, kInterleaved, kInterleavedOut, kGeneral>,
          plan.geometry.grid, plan.geometry.block_threads, stream, args, plan);
 }
@@ -241,87 +175,23 @@ void launch_layout(const RotaryArgs& args, const Plan& plan, void* stream) {
 
 template <class E>
 void launch_element(const RotaryArgs& args, void* stream) {
-  Alignment alignment(sizeof(E));
-  bool in_place = true;
-  for (const RotatedHeads* x : {&args.q, &args.k}) {
-    if (x->heads == 0) continue;
-    alignment.add(x->in, args.batch, args.seq, x->heads);
-    alignment.add(x->out, args.batch, args.seq, x->heads);
-    in_place = in_place && x->in.data == x->out.data;
-  }
-  const bool all_interleaved = args.interleaved && args.interleaved_out;
-  alignment.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
-  const int64_t others = in_place ? 0 : args.head_dim - args.rotary_dim;
-  if (others > 0) {
-    alignment.add_elements(args.rotary_offset);
-    alignment.add_elements(others);
-  }
-
-  Plan plan{};
-  plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
-  plan.copy_vectors = static_cast<uint32_t>(others);  // of one channel, until N is known
-  if (alignment.widest() == 16) {
+  int64_t widest;
+  const Plan plan = plan_of<E>(args, widest);
+  if (widest == 16) {
     launch_layout<E, 16 / sizeof(E)>(args, plan, stream);
-  } else if (sizeof(E) < 8 && alignment.widest() == 8 && args.interleaved == args.interleaved_out) {
+  } else if (sizeof(E) < 8 && widest == 8 && args.interleaved == args.interleaved_out) {
     launch_layout<E, 8 / sizeof(E)>(args, plan, stream);
   } else {
     launch_layout<E, 1>(args, plan, stream);
   }
 }
 
-// Tokens [first, first + seq) of the sequence.
-RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
-  const auto skip = [](auto& data, int64_t bytes) {
-    using Pointer = std::remove_reference_t<decltype(data)>;
-    if (data) data = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(data) + bytes);
-  };
-  const int64_t element_bytes = size_of(args.dtype), table_bytes = size_of(args.table.dtype);
-  for (RotatedHeads* x : {&args.q, &args.k}) {
-    skip(x->in.data, first * x->in.stride_s * element_bytes);
-    skip(x->out.data, first * x->out.stride_s * element_bytes);
-  }
-  if (args.position_ids.data) {
-    skip(args.position_ids.data,
-         first * args.position_ids.stride_s * (args.position_ids.int64 ? int64_t{8} : int64_t{4}));
-  } else {
-    skip(args.table.cos, first * args.table.cos_stride_row * table_bytes);
-    skip(args.table.sin, first * args.table.sin_stride_row * table_bytes);
-    args.table.rows -= first;
-  }
-  args.seq = seq;
-  return args;
-}
-
-// The same tokens with the axes of batch and sequence exchanged, where the sequence is one token.
-RotaryArgs batch_as_sequence(RotaryArgs args) {
-  args.seq = args.batch;
-  args.batch = 1;
-  for (RotatedHeads* x : {&args.q, &args.k}) {
-    x->in.stride_s = x->in.stride_b;
-    x->out.stride_s = x->out.stride_b;
-  }
-  if (args.position_ids.data) {
-    args.position_ids.stride_s = args.position_ids.stride_b;
-  } else {
-    args.table.rows = args.seq;
-    args.table.cos_stride_row = args.table.cos_stride_b;
-    args.table.sin_stride_row = args.table.sin_stride_b;
-  }
-  return args;
-}
-
 }  // namespace
 
-void apply_rotary(const RotaryArgs& given, void* stream) {
-  if (given.batch == 0 || given.seq == 0 || given.q.heads + given.k.heads == 0) return;
-  check_counts(given.op, given.q.heads + given.k.heads, given.head_dim, given.batch, given.seq);
-  // Blocks do not reach over the end of a sequence: a decoding step would leave them almost empty.
-  const RotaryArgs args = given.seq == 1 ? batch_as_sequence(given) : given;
-  const int64_t most = most_tokens(args.head_dim);
-  for (int64_t first = 0; first < args.seq; first += most) {
-    const RotaryArgs slice = slice_of(args, first, std::min(most, args.seq - first));
+void apply_rotary(const RotaryArgs& args, void* stream) {
+  for_slices(args, [&](const RotaryArgs& slice) {
     dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(slice, stream); });
-  }
+  });
 }
 
 }  // namespace rope::cuda
