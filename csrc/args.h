@@ -70,7 +70,7 @@ inline constexpr int64_t size_of(PositionType type) {
 
 // What angles are made from, [B, S], of each axis: that of token (b, s) is at
 // axis * stride_axis + b * stride_b + s * stride_s. data == nullptr: start + s * stride_s.
-struct Positions {
+struct TokenPositions {
   const void* data;
   PositionType type;
   int64_t axes;  // how many there are
@@ -91,7 +91,7 @@ struct Angles {
   const void* inv_freq;  // contiguous [P]
   DType inv_freq_dtype;
   int64_t pairs;
-  Positions positions;
+  TokenPositions positions;
   Axes axes;
   double attention_scaling;
 };

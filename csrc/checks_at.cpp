@@ -7,7 +7,7 @@ namespace rope {
 namespace {
 
 // position_ids for x: [S], [1|B, S] or [T], with axes of a leading A.
-void place_positions(const RotaryAtInputs& in, const Sizes& sizes, Positions& positions) {
+void place_positions(const RotaryAtInputs& in, const Sizes& sizes, TokenPositions& positions) {
   const TensorView& ids = *in.angles.position_ids;
   const int64_t first = in.angles.axes ? 1 : 0, rank = ids.dim() - first;
   const bool fits = (rank == 1 && ids.size(first) == sizes.seq) ||

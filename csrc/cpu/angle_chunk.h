@@ -18,7 +18,7 @@ ROPE_HOST_DEVICE double as_double(const T& value) {
 
 // Calls f with the data as what they are.
 template <class F>
-ROPE_HOST_DEVICE void dispatch(const Positions& positions, const F& f) {
+ROPE_HOST_DEVICE void dispatch(const TokenPositions& positions, const F& f) {
   switch (positions.type) {
     case PositionType::Int32: return f(static_cast<const int32_t*>(positions.data));
     case PositionType::Int64: return f(static_cast<const int64_t*>(positions.data));
@@ -29,7 +29,7 @@ ROPE_HOST_DEVICE void dispatch(const Positions& positions, const F& f) {
   }
 }
 
-ROPE_HOST_DEVICE double position_at(const Positions& positions, int64_t at) {
+ROPE_HOST_DEVICE double position_at(const TokenPositions& positions, int64_t at) {
   if (positions.data == nullptr) return static_cast<double>(positions.start + at);
   double position = 0;
   dispatch(positions, [&](const auto* data) ROPE_ALWAYS_INLINE { position = as_double(data[at]); });
@@ -75,7 +75,7 @@ struct AngleChunk {
   //   d sin / d inv_freq =  position scaling cos(angle)
   template <bool kDouble, bool kSlope = false>
   ROPE_HOST_DEVICE void turn(int64_t b, int64_t s) {
-    const Positions& positions = angles.positions;
+    const TokenPositions& positions = angles.positions;
     const int64_t at = b * positions.stride_b + s * positions.stride_s;
     const double scaling = angles.attention_scaling;
     if (angles.axes.data == nullptr) {

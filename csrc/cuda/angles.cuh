@@ -17,11 +17,11 @@ __device__ __forceinline__ double value_at(const void* data, DType dtype, int64_
 }
 
 // A token's place among the positions of an axis.
-__device__ __forceinline__ int64_t token_at(const Positions& positions, int64_t b, int64_t s) {
+__device__ __forceinline__ int64_t token_at(const TokenPositions& positions, int64_t b, int64_t s) {
   return b * positions.stride_b + s * positions.stride_s;
 }
 
-__device__ __forceinline__ double position_at(const Positions& positions, int64_t at) {
+__device__ __forceinline__ double position_at(const TokenPositions& positions, int64_t at) {
   if (positions.data == nullptr) return static_cast<double>(positions.start + at);
   switch (positions.type) {
     case PositionType::Int32:

@@ -235,7 +235,7 @@ inline RotaryArgs batch_as_sequence(RotaryArgs args) {
 
 inline RotaryAtArgs slice_of(RotaryAtArgs args, int64_t first, int64_t seq) {
   static_cast<RotaryArgs&>(args) = slice_of(static_cast<const RotaryArgs&>(args), first, seq);
-  Positions& positions = args.angles.positions;
+  TokenPositions& positions = args.angles.positions;
   if (positions.data) {
     skip(positions.data, first * positions.stride_s * size_of(positions.type));
   } else {
@@ -246,7 +246,7 @@ inline RotaryAtArgs slice_of(RotaryAtArgs args, int64_t first, int64_t seq) {
 
 inline RotaryAtArgs batch_as_sequence(RotaryAtArgs args) {
   static_cast<RotaryArgs&>(args) = batch_as_sequence(static_cast<const RotaryArgs&>(args));
-  Positions& positions = args.angles.positions;
+  TokenPositions& positions = args.angles.positions;
   positions.stride_s = positions.stride_b;  // without data 0: the position of all is the first
   return args;
 }

@@ -148,12 +148,18 @@ def apply_rotary_qk_at(
     inverse: bool = False,
 ) -> tuple[Value, Value]:
     """rope::apply_rotary_qk_at, in ONNX: by rows."""
-    if position_ids is None:
+    tokens = 1
+    if position_ids is not None:
+        tokens = len(position_ids.shape) - (axes is not None)
+    else:
         first = len(q.shape) - 3
         length = op.Squeeze(op.Shape(q, start=first, end=first + 1), [0])
         position_ids = op.Range(_int64(0), length, _int64(1))
     dtype = DOUBLE if q.dtype == DOUBLE else FLOAT
     rows = cos_sin(inv_freq, position_ids, axes, attention_scaling, dtype)
+    for row in rows:  # which apply_rotary asks for; the exporter knows them of results alone
+        row.shape = onnx_ir.Shape([*([None] * tokens), inv_freq.shape[0]])
+        row.dtype = onnx_ir.DataType(dtype)
     rest = rotary_offset, interleaved, interleaved_out, inverse
     return apply_rotary_qk(q, k, *rows, None, None, *rest)
 

@@ -350,6 +350,58 @@ void test_cos_sin_grad(Random& random) {
   }
 }
 
+// ------------------------------------------------------------------------------- apply_rotary_at
+
+// The bits of apply_rotary by rows that cos_sin has made: of three axes, or 0, 1, 2, ...
+void test_apply_rotary_at(const Case& c, Random& random) {
+  if (c.full_width) return;
+  ++cases;
+  const bool given = c.rows == Rows::Int32 || c.rows == Rows::Int64;
+  const int64_t tokens = (given ? c.batch : 1) * c.seq;
+  AngleCase made(c.pairs, 3 * tokens, given ? (c.rows == Rows::Int32 ? 1 : 2) : 0, 1.1875, random);
+  std::vector<int64_t> axes;
+  for (int64_t i = 0; i < c.pairs; ++i) axes.push_back(random.below(3));
+  axes.shrink_to_fit();
+  if (given) {
+    made.angles.positions.axes = 3, made.angles.positions.stride_axis = tokens;
+    made.angles.axes = {axes.data(), true};
+  }
+  const DType table_dtype = c.dtype == DType::Float64 ? DType::Float64 : DType::Float32;
+  Memory cos(table_dtype, tokens * c.pairs, false, random), sin = cos;
+  cpu::cos_sin({made.angles, tokens, cos.data(), sin.data(), table_dtype});
+  made.angles.positions.stride_b = given ? c.seq : 0;
+
+  RotaryAtArgs args{};
+  args.op = c.op;
+  args.dtype = c.dtype;
+  args.batch = c.batch, args.seq = c.seq;
+  args.head_dim = c.dim(), args.rotary_dim = 2 * c.pairs, args.rotary_offset = c.before;
+  const int64_t stride_b = given ? c.seq * c.pairs : 0;
+  args.table = {cos.data(), sin.data(), table_dtype, c.seq, stride_b,
+                c.pairs,    stride_b,   c.pairs,     false, false};
+  args.interleaved = c.interleaved, args.interleaved_out = c.interleaved_out;
+  args.inverse = c.inverse;
+  args.angles = made.angles;
+
+  const Tensor in[] = {random_tensor(c, c.heads_q, kGuard, random),
+                       random_tensor(c, c.heads_k, kGuard, random)};
+  Tensor by_rows[] = {in[0], in[1]}, at[] = {in[0], in[1]};
+  const auto rotate = [&](Tensor(&out)[2], const auto& run) {
+    args.q = {out[0].heads<const void*>(c), out[0].heads<void*>(c), c.heads_q};
+    args.k = {out[1].heads<const void*>(c), out[1].heads<void*>(c), c.heads_k};
+    Tensor from[] = {in[0], in[1]};
+    if (!c.in_place) {
+      args.q.in = from[0].heads<const void*>(c);
+      args.k.in = from[1].heads<const void*>(c);
+    }
+    run();
+  };
+  rotate(by_rows, [&] { cpu::apply_rotary(args); });
+  rotate(at, [&] { cpu::apply_rotary_at(args); });
+  expect_same(by_rows[0].memory, at[0].memory, text(c) + ", q");
+  expect_same(by_rows[1].memory, at[1].memory, text(c) + ", k");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -360,6 +412,7 @@ int main(int argc, char** argv) {
     for_each_case("rotary_table_grad", random, test_table_grad);
     test_cos_sin(random);
     test_cos_sin_grad(random);
+    for_each_case("apply_rotary_at", random, test_apply_rotary_at);
   });
   Random random(20210420);
   test_streaming(random);
