@@ -105,6 +105,11 @@ NOT_EMULATED = {
     r"test_transforms_are_compiled\[": COMPILED,
     r"tests/test_transforms\.py::": TRANSFORMED,
     r"test_reduce_overhead_replays_with_new_positions_and_no_sync\[": COMPILED,
+    r"test_axes_and_positions_may_be_views\[": INSIDE,
+    r"test_frequencies_of_any_dtype_and_positions_and_frequencies_in_views\[": INSIDE,
+    r"test_opcheck_of_the_axes\[cuda-.*-grad\]": INSIDE,
+    r"tests/test_rotary_at\.py::test_opcheck\[cuda": COMPILED,
+    r"test_vmap_(with_axes|rotates_as_a_loop_does)\[cuda": TRANSFORMED,
 }
 
 

@@ -313,7 +313,7 @@ def test_opcheck_of_the_axes(dtype, grad, device):
     torch.library.opcheck(rope.cos_sin_backward.default, (*grads, inv_freq, ids), {"axes": axes})
 
 
-def test_axes_compile_to_one_graph_for_all_lengths(device):
+def test_compiles_to_one_graph_for_all_lengths(device):
     torch._dynamo.reset()
     axes = torch.tensor(MAPS["sections"], device=device)
 
