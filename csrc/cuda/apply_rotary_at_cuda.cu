@@ -51,21 +51,22 @@ __global__ void __launch_bounds__(kBlockThreads,
   extern __shared__ double shared_memory[];  // cos, sin: [groups_per_block, pairs of a group]
   const RotaryGeometry& g = plan.geometry;
   const uint32_t group_pairs = g.unit_lanes * In::kPairs;
-  Lane lane;
-  const bool has_token = find_lane(args, plan, lane);
-  C* const cos = reinterpret_cast<C*>(shared_memory) + lane.group * group_pairs;
+  const Lane lane = lane_of(g);
+  const bool works = has_token(args, g, lane);
+  const Part part = part_of(g, lane);
+  C* const cos = reinterpret_cast<C*>(shared_memory) + lane.in_block * group_pairs;
   const SharedTurns<C> shared{cos, cos + g.groups_per_block * group_pairs};
-  if (has_token && lane.first_unit < plan.rotate_units) {
-    const uint32_t units = min(g.unit_lanes, plan.rotate_units - lane.first_unit);
-    fill(shared, args.angles, lane.place, static_cast<int64_t>(lane.first_unit) * In::kPairs,
+  if (works && part.first_unit < plan.rotate_units) {
+    const uint32_t units = min(g.unit_lanes, plan.rotate_units - part.first_unit);
+    fill(shared, args.angles, part.place, static_cast<int64_t>(part.first_unit) * In::kPairs,
          units * In::kPairs, lane.thread, g.unit_lanes * g.head_lanes);
   }
   __syncthreads();
-  if (!has_token || lane.unit >= plan.rotate_units + plan.copy_units) return;
+  if (!works || part.unit >= plan.rotate_units + plan.copy_units) return;
 
   turn_heads<E, N, kInterleaved, kInterleavedOut, false, true>(
-      args, plan, lane.place, lane.unit, [&](auto& turns) {
-        const uint32_t first = (lane.unit - lane.first_unit) * In::kPairs;
+      args, plan, part.place, part.unit, [&](auto& turns) {
+        const uint32_t first = (part.unit - part.first_unit) * In::kPairs;
 #pragma unroll
         for (int j = 0; j < In::kPairs; ++j) {
           const C c = shared.cos[first + j], s = shared.sin[first + j];

@@ -122,13 +122,16 @@ template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kGeneral
 __global__ void __launch_bounds__(kBlockThreads,
                                   (resident_blocks<N, kInterleaved, kInterleavedOut, kGeneral>()))
     apply_rotary_kernel(const RotaryArgs args, const Plan plan) {
-  Lane lane;
-  if (!find_lane(args, plan, lane) || lane.unit >= plan.rotate_units + plan.copy_units) return;
+  const Lane lane = lane_of(plan.geometry);
+  if (!has_token(args, plan.geometry, lane)) return;
+  const Part part = part_of(plan.geometry, lane);
+  const uint32_t unit = part.unit;
+  if (unit >= plan.rotate_units + plan.copy_units) return;
   turn_heads<E, N, kInterleaved, kInterleavedOut, kGeneral, kGeneral>(
-      args, plan, lane.place, lane.unit, [&](auto& turns) {
+      args, plan, part.place, unit, [&](auto& turns) {
         constexpr bool kMixed = kInterleaved != kInterleavedOut;
         using In = UnitOf<E, N, kInterleaved, kMixed>;
-        load_turns<In, kMixed, kGeneral>(turns, args, plan, lane.place, lane.unit);
+        load_turns<In, kMixed, kGeneral>(turns, args, plan, part.place, unit);
       });
 }
 

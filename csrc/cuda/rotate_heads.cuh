@@ -116,33 +116,41 @@ __device__ __forceinline__ void turn_heads(const RotaryArgs& args, const Plan& p
   });
 }
 
-// Where a thread works.
+// A thread among those of its block.
 struct Lane {
-  Place place;
-  uint32_t unit;  // of a head; its group's are [first_unit, first_unit + unit_lanes)
-  uint32_t first_unit;
-  uint32_t group, thread;  // the group in the block, and the thread in the group
+  uint32_t b, group;          // its group of the sequence,
+  uint32_t in_block, thread;  // of the block, and the thread in the group
 };
 
-// False for threads without a token.
-__device__ __forceinline__ bool find_lane(const RotaryArgs& args, const Plan& plan, Lane& lane) {
-  const RotaryGeometry& g = plan.geometry;
+__device__ __forceinline__ Lane lane_of(const RotaryGeometry& g) {
   const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
   const uint32_t lanes = g.unit_lanes * g.head_lanes;
-  lane.group = threadIdx.x / lanes;
-  lane.thread = threadIdx.x - lane.group * lanes;
-  const uint32_t group = blockIdx.x * g.groups_per_block + lane.group;
-  if (b >= args.batch || lane.group >= g.groups_per_block || group >= g.groups) return false;
+  const uint32_t group_in_block = threadIdx.x / lanes;
+  const uint32_t lane = threadIdx.x - group_in_block * lanes;
+  const uint32_t group = blockIdx.x * g.groups_per_block + group_in_block;
+  return {b, group, group_in_block, lane};
+}
 
-  const uint32_t s = group / g.parts;
-  const uint32_t part = group - s * g.parts;
+__device__ __forceinline__ bool has_token(const RotaryArgs& args, const RotaryGeometry& g,
+                                          const Lane& lane) {
+  return !(lane.b >= args.batch || lane.in_block >= g.groups_per_block || lane.group >= g.groups);
+}
+
+// What a thread that has a token works on: `unit` of a head, one of those of its group, which begin
+// at first_unit.
+struct Part {
+  Place place;
+  uint32_t unit, first_unit;
+};
+
+__device__ __forceinline__ Part part_of(const RotaryGeometry& g, const Lane& lane) {
+  const uint32_t s = lane.group / g.parts;
+  const uint32_t part = lane.group - s * g.parts;
   const uint32_t split = part / g.unit_chunks;
   const uint32_t chunk = part - split * g.unit_chunks;
   const uint32_t head_lane = lane.thread / g.unit_lanes;
-  lane.first_unit = chunk * g.unit_lanes;
-  lane.unit = lane.first_unit + lane.thread - head_lane * g.unit_lanes;
-  lane.place = {b, s, split * g.head_lanes + head_lane};
-  return true;
+  const uint32_t unit = chunk * g.unit_lanes + lane.thread - head_lane * g.unit_lanes;
+  return {{lane.b, s, split * g.head_lanes + head_lane}, unit, chunk * g.unit_lanes};
 }
 
 // On the host: lays out the units of one head, and the heads of k as counted on from those of q.
