@@ -212,6 +212,17 @@ def test_centres_of_patches_of_dinov3():
         assert (a - b).abs().max() <= 3 * 2.0**-24 * 2 * math.pi + 2.0**-23
 
 
+def test_module_takes_fractional_positions():
+    module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=64)
+    ids = positions_of(B, S, dtype=F32)
+    expected = rope.cos_sin(module.inv_freq, ids)
+    for a, b in zip(module.cos_sin(ids), expected, strict=True):
+        assert_same_bits(a, b)
+    q, k = random(B, S, 4, HEAD_DIM), random(B, S, 2, HEAD_DIM)
+    for a, b in zip(module(q, k, ids), rope.apply_rotary_qk(q, k, *expected), strict=True):
+        assert_same_bits(a, b)
+
+
 # ---- derivatives
 
 SHAPES = {"tokens": (3,), "batch": (2, 2), "one": ()}
