@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <type_traits>
 
 #include "check_parts.h"
 
@@ -59,27 +58,6 @@ inline int64_t check_rotary_offset(const char* op, int64_t given, int64_t rotary
            text(given));
   }
   return given;
-}
-
-struct Sizes {
-  int64_t batch, seq, head_dim;
-  bool packed;
-};
-
-inline Sizes sizes_of(const TensorView& x) {
-  if (x.dim() == 3) return {1, x.size(0), x.size(2), true};
-  return {x.size(0), x.size(1), x.size(3), false};
-}
-
-// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from its first
-// rotating channel on.
-template <class Pointer>
-Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype,
-                        int64_t rotary_offset) {
-  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
-  if (data != nullptr) data = static_cast<Byte*>(data) + rotary_offset * size_of(dtype);
-  if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
-  return {data, strides[0], strides[1], strides[2]};
 }
 
 inline Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {

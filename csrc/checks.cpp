@@ -65,12 +65,6 @@ Table check_table(const char* op, const TensorView& cos, const TensorView& sin, 
   return table;
 }
 
-int64_t position_at(const PositionIds& ids, int64_t b, int64_t s) {
-  const int64_t at = b * ids.stride_b + s * ids.stride_s;
-  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                   : static_cast<const int32_t*>(ids.data)[at];
-}
-
 // Every position in [0, rows), for position_ids in host memory.
 void check_positions(const char* op, const PositionIds& ids, int64_t batch, int64_t seq,
                      int64_t rows, bool one_dim) {
@@ -78,14 +72,14 @@ void check_positions(const char* op, const PositionIds& ids, int64_t batch, int6
   for (int64_t b = 0; b < distinct_batch; ++b) {
     bool all_inside = true;
     for (int64_t s = 0; s < seq; ++s) {
-      all_inside &= static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows);
+      all_inside &= static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows);
     }
     if (all_inside) continue;
     int64_t s = 0;
-    while (static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
+    while (static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
     const std::string index = one_dim ? text("[", s, "]") : text("[", b, ", ", s, "]");
     refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
-           text(position_at(ids, b, s), " at index ", index));
+           text(entry_at(ids, b, s), " at index ", index));
   }
 }
 
@@ -118,7 +112,7 @@ PositionIds check_position_ids(const char* op, const TensorView& ids, const Tens
     check_positions(op, position_ids_of(on_host, sizes.packed), sizes.batch, sizes.seq, rows,
                     rank == 1);
   };
-  on_host(ids, check_values);
+  look_at_values(ids, check_values);
   return position_ids_of(ids, sizes.packed);
 }
 

@@ -37,7 +37,7 @@ int64_t check_axes(const AngleInputs& in) {
     refuse(op, "position_ids to have shape [A, ...] with axes, A at least 1", shape_text(ids));
   }
   const int64_t count = ids.size(0);
-  on_host(axes, [&](const TensorView& values) {
+  look_at_values(axes, [&](const TensorView& values) {
     for (int64_t i = 0; i < pairs; ++i) {
       const int64_t at = i * values.stride(0);
       const int64_t axis = values.scalar_type() == ScalarType::Long

@@ -1,5 +1,5 @@
 // apply_rotary_at on CUDA: the angles of a token are computed by the threads of its group together,
-// once for all of its heads, into shared memory, from where each takes those of its unit.
+// once for all of its heads, into shared memory, from where each thread takes those of its unit.
 #include "../kernels.h"
 #include "angles.cuh"
 #include "rotate_heads.cuh"
@@ -8,28 +8,21 @@ namespace rope::cuda {
 
 namespace {
 
-// cos and sin of the pairs of a group: those of its units.
+// Computes those of pairs first, first + step, ... before last of a token's angles, as a table has
+// them, into cos and sin, which begin with pair `begin`.
 template <class C>
-struct SharedTurns {
-  C* cos;
-  C* sin;
-};
-
-// Computes pairs [first, first + count) of the group's token, one a thread, as a table has them.
-template <class C>
-__device__ __forceinline__ void fill(const SharedTurns<C>& shared, const Angles& angles,
-                                     const Place& place, int64_t first, uint32_t count,
-                                     uint32_t thread, uint32_t threads) {
+__device__ __forceinline__ void fill(C* cos, C* sin, const Angles& angles, const Place& place,
+                                     uint32_t begin, uint32_t first, uint32_t last, uint32_t step) {
   const int64_t token = token_at(angles.positions, place.b, place.s);
   const bool has_axes = angles.axes.data != nullptr;
   const double of_all = has_axes ? 0 : position_at(angles.positions, token);
 #pragma unroll 1
-  for (uint32_t i = thread; i < count; i += threads) {
-    const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, first + i);
-    const double position = has_axes ? position_of_pair(angles, token, first + i) : of_all;
+  for (uint32_t pair = first; pair < last; pair += step) {
+    const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, pair);
+    const double position = has_axes ? position_of_pair(angles, token, pair) : of_all;
     const SinCos value = sin_cos<std::is_same_v<C, double>>(position, inv_freq);
-    shared.cos[i] = narrow<C>(value.cos * angles.attention_scaling);
-    shared.sin[i] = narrow<C>(value.sin * angles.attention_scaling);
+    cos[pair - begin] = narrow<C>(value.cos * angles.attention_scaling);
+    sin[pair - begin] = narrow<C>(value.sin * angles.attention_scaling);
   }
 }
 
@@ -48,29 +41,30 @@ __global__ void __launch_bounds__(kBlockThreads,
     apply_rotary_at_kernel(const RotaryAtArgs args, const Plan plan) {
   using In = UnitOf<E, N, kInterleaved, kInterleaved != kInterleavedOut>;
   using C = typename In::C;
-  extern __shared__ double shared_memory[];  // cos, sin: [groups_per_block, pairs of a group]
+  constexpr int kPairs = In::kPairs;
+  extern __shared__ double shared_memory[];  // cos, sin: [groups_per_block, unit_lanes, kPairs]
   const RotaryGeometry& g = plan.geometry;
-  const uint32_t group_pairs = g.unit_lanes * In::kPairs;
-  const Lane lane = lane_of(g);
-  const bool works = has_token(args, g, lane);
-  const Part part = part_of(g, lane);
-  C* const cos = reinterpret_cast<C*>(shared_memory) + lane.in_block * group_pairs;
-  const SharedTurns<C> shared{cos, cos + g.groups_per_block * group_pairs};
-  if (works && part.first_unit < plan.rotate_units) {
-    const uint32_t units = min(g.unit_lanes, plan.rotate_units - part.first_unit);
-    fill(shared, args.angles, part.place, static_cast<int64_t>(part.first_unit) * In::kPairs,
-         units * In::kPairs, lane.thread, g.unit_lanes * g.head_lanes);
+  const uint32_t lanes = g.unit_lanes * g.head_lanes;
+  const uint32_t group = threadIdx.x / lanes, lane = threadIdx.x - group * lanes;
+  const uint32_t head_lane = lane / g.unit_lanes, unit_lane = lane - head_lane * g.unit_lanes;
+  const uint32_t at = (group * g.unit_lanes + unit_lane) * kPairs;  // of the unit's pairs
+  C* const cos = reinterpret_cast<C*>(shared_memory) + at;
+  C* const sin = cos + g.groups_per_block * g.unit_lanes * kPairs;
+
+  uint32_t unit;
+  Place place;
+  const bool works = find_place(args, plan, place, unit);
+  if (works && unit < plan.rotate_units) {  // the threads of a unit share its pairs
+    const uint32_t first = unit * kPairs;
+    fill(cos, sin, args.angles, place, first, first + head_lane, first + kPairs, g.head_lanes);
   }
   __syncthreads();
-  if (!works || part.unit >= plan.rotate_units + plan.copy_units) return;
-
+  if (!works) return;
   turn_heads<E, N, kInterleaved, kInterleavedOut, false, true>(
-      args, plan, part.place, part.unit, [&](auto& turns) {
-        const uint32_t first = (part.unit - part.first_unit) * In::kPairs;
+      args, plan, place, unit, [&](auto& turns) {
 #pragma unroll
-        for (int j = 0; j < In::kPairs; ++j) {
-          const C c = shared.cos[first + j], s = shared.sin[first + j];
-          const Turn<C> turn{c, s, c, s};
+        for (int j = 0; j < kPairs; ++j) {
+          const Turn<C> turn{cos[j], sin[j], cos[j], sin[j]};
           turns.set(j, args.inverse ? inverse_of(turn) : turn);
         }
       });
@@ -78,8 +72,12 @@ __global__ void __launch_bounds__(kBlockThreads,
 
 template <class E, int N, bool kInterleaved, bool kInterleavedOut>
 void launch_units(RotaryAtArgs args, Plan plan, void* stream) {
-  using In = UnitOf<E, N, kInterleaved, kInterleaved != kInterleavedOut>;
-  if (!lay_out<E, N, kInterleaved, kInterleavedOut>(args, plan)) return;
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using In = UnitOf<E, N, kInterleaved, kMixed>;
+  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
+  if (!cut_into_units<In, Out, N>(plan, args)) return;
+  args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
+  args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
   const RotaryGeometry& g = plan.geometry;
   // At most 16 KiB: 256 threads of 8 pairs.
   const size_t bytes =

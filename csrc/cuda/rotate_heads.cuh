@@ -2,26 +2,9 @@
 // work is laid out for it on the host. They differ in where the turns come from.
 #pragma once
 
-#include "launch.cuh"
-#include "turns.cuh"
-#include "unit.cuh"
+#include "rotary_plan.cuh"
 
 namespace rope::cuda {
-
-struct Plan {
-  RotaryGeometry geometry;
-  UnitLayout in, out;
-  TableLayout table;
-  uint32_t rotate_units, copy_units;  // of one head
-  uint32_t copy_vectors;              // of the channels that do not rotate; 0 in place
-  uint32_t heads;                     // of q and k together
-  uint32_t head_step;                 // of a thread
-};
-
-// One token, and the thread's first head of q and k counted together.
-struct Place {
-  uint32_t b, s, head;
-};
 
 // Calls work(in, out) for each of the thread's heads, at channels of theirs. Everything is computed
 // again for each head from the kernel's arguments: pointers kept for q and k would cost registers.
@@ -48,28 +31,6 @@ __device__ __forceinline__ void for_heads(const RotaryArgs& args, const Plan& pl
                is_q ? q.out.stride_h : k.out.stride_h, channel_out);
     work(in, out);
   }
-}
-
-// What a thread moves of each of its heads: vectors, the first at `channel`, counted from the first
-// that rotates, and the second, if there is one, `second` channels further.
-struct Piece {
-  int32_t channel;
-  uint32_t second;
-};
-
-// Channels before and after those that rotate, as if they were a run of vectors of N: number
-// `index` of it, and the one half of the run further (the last may have none: then itself once
-// more).
-template <int N, int kVectors>
-__device__ __forceinline__ Piece copied_piece(const RotaryArgs& args, const Plan& plan,
-                                              uint32_t index) {
-  const auto channel_of = [&](uint32_t vector) {
-    const int32_t channel = static_cast<int32_t>(vector * N - args.rotary_offset);
-    return channel < 0 ? channel : channel + static_cast<int32_t>(args.rotary_dim);
-  };
-  const int32_t first = channel_of(index);
-  if (kVectors == 1 || index + plan.copy_units >= plan.copy_vectors) return {first, 0};
-  return {first, static_cast<uint32_t>(channel_of(index + plan.copy_units) - first)};
 }
 
 // Rotates a unit of each head, or copies one: the threads of a warp load and store together,
@@ -116,64 +77,6 @@ __device__ __forceinline__ void turn_heads(const RotaryArgs& args, const Plan& p
   });
 }
 
-// A thread among those of its block.
-struct Lane {
-  uint32_t b, group;          // its group of the sequence,
-  uint32_t in_block, thread;  // of the block, and the thread in the group
-};
-
-__device__ __forceinline__ Lane lane_of(const RotaryGeometry& g) {
-  const uint32_t b = blockIdx.z * gridDim.y + blockIdx.y;
-  const uint32_t lanes = g.unit_lanes * g.head_lanes;
-  const uint32_t group_in_block = threadIdx.x / lanes;
-  const uint32_t lane = threadIdx.x - group_in_block * lanes;
-  const uint32_t group = blockIdx.x * g.groups_per_block + group_in_block;
-  return {b, group, group_in_block, lane};
-}
-
-__device__ __forceinline__ bool has_token(const RotaryArgs& args, const RotaryGeometry& g,
-                                          const Lane& lane) {
-  return !(lane.b >= args.batch || lane.in_block >= g.groups_per_block || lane.group >= g.groups);
-}
-
-// What a thread that has a token works on: `unit` of a head, one of those of its group, which begin
-// at first_unit.
-struct Part {
-  Place place;
-  uint32_t unit, first_unit;
-};
-
-__device__ __forceinline__ Part part_of(const RotaryGeometry& g, const Lane& lane) {
-  const uint32_t s = lane.group / g.parts;
-  const uint32_t part = lane.group - s * g.parts;
-  const uint32_t split = part / g.unit_chunks;
-  const uint32_t chunk = part - split * g.unit_chunks;
-  const uint32_t head_lane = lane.thread / g.unit_lanes;
-  const uint32_t unit = chunk * g.unit_lanes + lane.thread - head_lane * g.unit_lanes;
-  return {{lane.b, s, split * g.head_lanes + head_lane}, unit, chunk * g.unit_lanes};
-}
-
-// On the host: lays out the units of one head, and the heads of k as counted on from those of q.
-// False where there is nothing to do.
-template <class E, int N, bool kInterleaved, bool kInterleavedOut>
-bool lay_out(RotaryArgs& args, Plan& plan) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using In = UnitOf<E, N, kInterleaved, kMixed>;
-  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
-  plan.in = In::layout(args.rotary_dim, args.interleaved);
-  plan.out = Out::layout(args.rotary_dim, args.interleaved_out);
-  plan.rotate_units = static_cast<uint32_t>(args.rotary_dim / 2 / In::kPairs);
-  plan.copy_vectors /= N;
-  plan.copy_units = (plan.copy_vectors + In::kCount - 1) / In::kCount;
-  const int64_t units = int64_t{plan.rotate_units} + plan.copy_units;
-  if (units == 0) return false;
-  plan.geometry = rotary_geometry(units, plan.heads, args.batch, args.seq, sm_count(args.op));
-  plan.head_step = plan.geometry.splits * plan.geometry.head_lanes;
-  args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
-  args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
-  return true;
-}
-
 // What is known before the width of vectors is; and what that width may be, in bytes.
 template <class E>
 Plan plan_of(const RotaryArgs& args, int64_t& widest) {
@@ -197,48 +100,6 @@ Plan plan_of(const RotaryArgs& args, int64_t& widest) {
   plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
   plan.copy_vectors = static_cast<uint32_t>(others);  // of one channel, until N is known
   return plan;
-}
-
-template <class Pointer>
-void skip(Pointer& data, int64_t bytes) {
-  if (data) data = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(data) + bytes);
-}
-
-// Tokens [first, first + seq) of the sequence.
-inline RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
-  const int64_t element_bytes = size_of(args.dtype), table_bytes = size_of(args.table.dtype);
-  for (RotatedHeads* x : {&args.q, &args.k}) {
-    skip(x->in.data, first * x->in.stride_s * element_bytes);
-    skip(x->out.data, first * x->out.stride_s * element_bytes);
-  }
-  if (args.position_ids.data) {
-    skip(args.position_ids.data,
-         first * args.position_ids.stride_s * (args.position_ids.int64 ? int64_t{8} : int64_t{4}));
-  } else {
-    skip(args.table.cos, first * args.table.cos_stride_row * table_bytes);
-    skip(args.table.sin, first * args.table.sin_stride_row * table_bytes);
-    args.table.rows -= first;
-  }
-  args.seq = seq;
-  return args;
-}
-
-// The same tokens with the axes of batch and sequence exchanged, where the sequence is one token.
-inline RotaryArgs batch_as_sequence(RotaryArgs args) {
-  args.seq = args.batch;
-  args.batch = 1;
-  for (RotatedHeads* x : {&args.q, &args.k}) {
-    x->in.stride_s = x->in.stride_b;
-    x->out.stride_s = x->out.stride_b;
-  }
-  if (args.position_ids.data) {
-    args.position_ids.stride_s = args.position_ids.stride_b;
-  } else {
-    args.table.rows = args.seq;
-    args.table.cos_stride_row = args.table.cos_stride_b;
-    args.table.sin_stride_row = args.table.sin_stride_b;
-  }
-  return args;
 }
 
 inline RotaryAtArgs slice_of(RotaryAtArgs args, int64_t first, int64_t seq) {
