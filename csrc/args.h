@@ -56,6 +56,46 @@ struct PositionIds {
   int64_t stride_b, stride_s;
 };
 
+enum class PositionType : int32_t { Int32, Int64, Float64, Float32, Float16, BFloat16 };
+
+inline constexpr int64_t size_of(PositionType type) {
+  switch (type) {
+    case PositionType::Int64:
+    case PositionType::Float64: return 8;
+    case PositionType::Int32:
+    case PositionType::Float32: return 4;
+    default: return 2;
+  }
+}
+
+// What angles are made from, [B, S], of each axis: that of token (b, s) is at
+// axis * stride_axis + b * stride_b + s * stride_s. data == nullptr: start + s * stride_s.
+struct TokenPositions {
+  const void* data;
+  PositionType type;
+  int64_t axes;  // how many there are
+  int64_t stride_axis, stride_b, stride_s;
+  int64_t start;
+};
+
+// The axis of each pair, contiguous [P]; data == nullptr: the only one. On CUDA one that is not
+// there gives NaN.
+struct Axes {
+  const void* data;
+  bool int64;  // else int32
+};
+
+// Angles: position times inv_freq, for each token and P pairs.
+struct Angles {
+  const char* op;
+  const void* inv_freq;  // contiguous [P]
+  DType inv_freq_dtype;
+  int64_t pairs;
+  TokenPositions positions;
+  Axes axes;
+  double attention_scaling;
+};
+
 // q and k (or one tensor x as q) rotated by the same rows. Channels before rotary_offset and from
 // rotary_offset + R on stay as they are.
 struct RotaryArgs {
@@ -68,6 +108,11 @@ struct RotaryArgs {
   bool interleaved, interleaved_out;  // the order of the pairs in `in` and in `out`
   bool inverse;
   bool new_outputs;  // nothing has touched their memory yet
+};
+
+// The same rotation by angles that are computed as it goes; R = 2P. Without table and position_ids.
+struct RotaryAtArgs : RotaryArgs {
+  Angles angles;
 };
 
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over
@@ -90,22 +135,10 @@ struct RotaryTableGradArgs {
   bool inverse;
 };
 
-// Angles: position times inv_freq, for `tokens` positions and P pairs.
-struct Angles {
-  const char* op;
-  const void* inv_freq;  // contiguous [P]
-  DType inv_freq_dtype;
-  int64_t pairs;
-  const void* position_ids;  // contiguous [tokens]; nullptr: start + index
-  bool position_int64;       // else int32
-  int64_t start;
-  int64_t tokens;
-  double attention_scaling;
-};
-
-// cos and sin of the angles, scaled.
+// cos and sin of the angles, scaled; the tokens are one sequence.
 struct CosSinArgs {
   Angles angles;
+  int64_t tokens;
   void* cos;  // contiguous [tokens, P]
   void* sin;
   DType dtype;
@@ -115,6 +148,7 @@ struct CosSinArgs {
 // depend on the number of threads: partial sums of `chunk_tokens` tokens, added in order.
 struct CosSinGradArgs {
   Angles angles;
+  int64_t tokens;
   const void* grad_cos;  // contiguous [tokens, P]
   const void* grad_sin;
   DType grad_dtype;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "check_parts.h"
+#include "check_heads.h"
 
 namespace rope {
 
@@ -10,61 +10,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-// x: [B, S, H, D] or [T, H, D], of a supported dtype, last stride 1.
-DType check_rotated(const char* op, const char* name, const TensorView& x) {
-  if (x.dim() != 3 && x.dim() != 4) {
-    refuse(op, text(name, " to have shape [B, S, H, D] or [T, H, D]"), shape_text(x));
-  }
-  const DType dtype = check_floating(op, name, x);
-  check_last_stride(op, name, x);
-  return dtype;
-}
-
-// k beside q: the same but for the number of heads.
-void check_k(const char* op, const TensorView& q, const TensorView& k) {
-  check_rotated(op, "k", k);
-  bool same = k.dim() == q.dim();
-  for (int64_t d = 0; same && d < q.dim(); ++d) {
-    same = d == q.dim() - 2 || k.size(d) == q.size(d);
-  }
-  if (!same) {
-    auto expected = shape_text(q);
-    refuse(op, text("k to have q's shape ", expected, " in all but the number of heads"),
-           shape_text(k));
-  }
-  check_dtype_like(op, "k", k, "q", q);
-  check_device(op, "k", k, "q", q);
-}
-
-// rotary_dim R for a table of width W: 2 W, or as given.
-int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t width,
-                         int64_t head_dim) {
-  const int64_t rotary_dim = given.value_or(2 * width);
-  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > head_dim) {
-    refuse(op,
-           text(given ? "rotary_dim" : "rotary_dim, twice the width of cos,",
-                " to be even, at least 2 and at most head_dim ", head_dim),
-           text(rotary_dim));
-  }
-  return rotary_dim;
-}
-
-// The first channel that rotates.
-int64_t check_rotary_offset(const char* op, int64_t given, int64_t rotary_dim, int64_t head_dim) {
-  const int64_t most = head_dim - rotary_dim;
-  if (given < 0 || given > most) {
-    refuse(op,
-           text("rotary_offset to be at least 0 and at most head_dim - rotary_dim, ", head_dim,
-                " - ", rotary_dim),
-           text(given));
-  }
-  return given;
-}
-
-Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {
-  return heads_of(x.strides(), x.const_data_ptr(), dtype, rotary_offset);
-}
 
 Table check_table(const char* op, const TensorView& cos, const TensorView& sin, const TensorView& x,
                   const char* x_name, const Sizes& sizes, bool has_positions,
@@ -80,7 +25,7 @@ Table check_table(const char* op, const TensorView& cos, const TensorView& sin, 
     refuse(op, "cos to have shape [L, W] or [1|B, S, W]", shape_text(cos));
   }
   const int64_t width = cos.size(rank - 1);
-  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, sizes.head_dim);
+  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, "the width of cos", sizes.head_dim);
   rotary_offset = check_rotary_offset(op, options.rotary_offset, rotary_dim, sizes.head_dim);
   const int64_t half = rotary_dim / 2;
   const bool full_width = width == rotary_dim;
@@ -169,10 +114,6 @@ PositionIds check_position_ids(const char* op, const TensorView& ids, const Tens
   };
   look_at_values(ids, check_values);
   return position_ids_of(ids, sizes.packed);
-}
-
-RotatedHeads rotated_heads(const TensorView& x, DType dtype, int64_t rotary_offset) {
-  return {heads_of(x, dtype, rotary_offset), {}, x.size(x.dim() - 2)};
 }
 
 GradHeads grad_heads(const TensorView& grad, const TensorView& x, DType dtype,

@@ -74,21 +74,40 @@ struct TableGradInputs {
 // Everything but the outputs.
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
 
-// inv_freq [P], and position_ids of any shape; without them, `length` positions from `start`.
-// Everything but the data.
-Angles check_angles(const char* op, const TensorView& inv_freq,
-                    const std::optional<TensorView>& position_ids, int64_t length, int64_t start,
-                    double attention_scaling);
+// What angles are made of. Without position_ids: start, start + 1, ...
+struct AngleInputs {
+  const char* op;
+  TensorView inv_freq;                     // [P]
+  std::optional<TensorView> position_ids;  // of any shape; with axes [A, ...]
+  std::optional<TensorView> axes;          // [P]
+  int64_t start;
+  double attention_scaling;
+};
+
+// Everything but where the data and the positions lie.
+Angles check_angles(const AngleInputs& in);
+
+// The positions of all tokens, one after the other; without position_ids, `length` of them.
+int64_t check_length(const AngleInputs& in, int64_t length);
 
 // The dtype of a table: the one asked for, or float32 (float64 for a float64 inv_freq).
 torch::headeronly::ScalarType check_table_dtype(const char* op, const TensorView& inv_freq,
                                                 std::optional<torch::headeronly::ScalarType> asked);
 
 // Everything but the data of the tensors.
-CosSinGradArgs check_cos_sin_grad(const char* op, const TensorView& grad_cos,
-                                  const TensorView& grad_sin, const TensorView& inv_freq,
-                                  const std::optional<TensorView>& position_ids, int64_t start,
-                                  double attention_scaling);
+CosSinGradArgs check_cos_sin_grad(const AngleInputs& in, const TensorView& grad_cos,
+                                  const TensorView& grad_sin);
+
+// What an operator that rotates by angles was called with.
+struct RotaryAtInputs {
+  TensorView q, k;     // as in RotaryInputs
+  AngleInputs angles;  // position_ids [S], [1|B, S] or [T]; with axes a leading A
+  RotaryOptions options;
+};
+
+// Everything but the outputs and the data of inv_freq and axes.
+RotaryAtArgs check_apply_rotary_at(const RotaryAtInputs& in);
+void check_in_place(const RotaryAtInputs& in);
 
 // What the operators were called with that rotate and write to a paged cache.
 struct AppendInputs {

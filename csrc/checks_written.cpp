@@ -75,21 +75,34 @@ void check_written(const char* op, const Named (&written)[kWritten], const Named
   }
 }
 
-}  // namespace
-
-void check_in_place(const RotaryInputs& in) {
-  const bool interleaved = in.options.interleaved;
-  if (interleaved_out(in.options) != interleaved) {
+void check_order_stays(const char* op, const RotaryOptions& options) {
+  const bool interleaved = options.interleaved;
+  if (interleaved_out(options) != interleaved) {
     const auto name = [](bool value) { return value ? "True" : "False"; };
-    refuse(in.op,
+    refuse(op,
            text("interleaved_out to be None or interleaved, ", name(interleaved),
                 ", as a rotation in place leaves the pairs where they are"),
            name(!interleaved));
   }
+}
+
+}  // namespace
+
+void check_in_place(const RotaryInputs& in) {
+  check_order_stays(in.op, in.options);
   const Named written[] = {{in.q_name(), &in.q}, {"k", address(in.k)}};
   const Named read[] = {
       {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", address(in.position_ids)}};
   check_written(in.op, written, read);
+}
+
+void check_in_place(const RotaryAtInputs& in) {
+  check_order_stays(in.angles.op, in.options);
+  const Named written[] = {{"q", &in.q}, {"k", &in.k}};
+  const Named read[] = {{"inv_freq", &in.angles.inv_freq},
+                        {"position_ids", address(in.angles.position_ids)},
+                        {"axes", address(in.angles.axes)}};
+  check_written(in.angles.op, written, read);
 }
 
 void check_out(const RotaryInputs& in, const TensorView& out_q, const TensorView* out_k) {

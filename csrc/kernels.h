@@ -7,6 +7,7 @@ namespace rope {
 
 namespace cpu {
 void apply_rotary(const RotaryArgs& args);
+void apply_rotary_at(const RotaryAtArgs& args);
 void rotary_table_grad(const RotaryTableGradArgs& args);
 void cos_sin(const CosSinArgs& args);
 void cos_sin_grad(const CosSinGradArgs& args);
@@ -16,6 +17,7 @@ void apply_rotary_append(const AppendArgs& args);
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
 namespace cuda {
 void apply_rotary(const RotaryArgs& args, void* stream);
+void apply_rotary_at(const RotaryAtArgs& args, void* stream);
 void rotary_table_grad(const RotaryTableGradArgs& args, void* stream);
 void cos_sin(const CosSinArgs& args, void* stream);
 void cos_sin_grad(const CosSinGradArgs& args, void* stream);

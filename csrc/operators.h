@@ -64,9 +64,22 @@ void apply_rotary_mla_append_(const Tensor& q, const Tensor& k_pe, const Tensor&
 std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
                                          double attention_scaling, std::optional<ScalarType> dtype);
 std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& position_ids,
-                                   double attention_scaling, std::optional<ScalarType> dtype);
+                                   const OptionalTensor& axes, double attention_scaling,
+                                   std::optional<ScalarType> dtype);
 Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Tensor& inv_freq,
-                        const OptionalTensor& position_ids, int64_t start,
-                        double attention_scaling);
+                        const OptionalTensor& position_ids, const OptionalTensor& axes,
+                        int64_t start, double attention_scaling);
+
+// apply_rotary_at.cpp
+std::tuple<Tensor, Tensor> apply_rotary_qk_at(const Tensor& q, const Tensor& k,
+                                              const Tensor& inv_freq,
+                                              const OptionalTensor& position_ids,
+                                              const OptionalTensor& axes, double attention_scaling,
+                                              int64_t rotary_offset, bool interleaved,
+                                              OptionalBool interleaved_out, bool inverse);
+void apply_rotary_qk_at_(const Tensor& q, const Tensor& k, const Tensor& inv_freq,
+                         const OptionalTensor& position_ids, const OptionalTensor& axes,
+                         double attention_scaling, int64_t rotary_offset, bool interleaved,
+                         OptionalBool interleaved_out, bool inverse);
 
 }  // namespace rope

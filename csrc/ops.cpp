@@ -10,6 +10,7 @@
 //                  Tables with W = R have their columns in the order of the result (of x, if
 //                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
+//   axes           the axis of each pair among those of position_ids [A, ...]: int32 or int64 [P]
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
 //                  [T]; negative: it is not stored
@@ -62,13 +63,14 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "Tensor slot_mapping, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
       "Tensor? scale=None, bool interleaved=False, bool? interleaved_out=None) -> ()");
 
-  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
+  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
+  // position_ids: floating too; with axes [A, ...], which gives [..., P]
   m.def(
       "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
       "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
-      "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
-      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "cos_sin(Tensor inv_freq, Tensor position_ids, Tensor? axes=None, *, "
+      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
 
   // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
   // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
@@ -81,7 +83,20 @@ STABLE_TORCH_LIBRARY(rope, m) {
   // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
-      "Tensor? position_ids=None, *, SymInt start=0, float attention_scaling=1.0) -> Tensor");
+      "Tensor? position_ids=None, Tensor? axes=None, *, SymInt start=0, "
+      "float attention_scaling=1.0) -> Tensor");
+
+  // -> q and k rotated by apply_rotary_qk with the rows of cos_sin, which are computed as it goes;
+  // position_ids: of any value, floating too, with axes a leading A; None: 0, 1, 2, ...
+  m.def(
+      "apply_rotary_qk_at(Tensor q, Tensor k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
 }
 
 namespace {
@@ -100,6 +115,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
   m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
+  m.impl("apply_rotary_qk_at", TORCH_BOX(&rope::apply_rotary_qk_at));
+  m.impl("apply_rotary_qk_at_", TORCH_BOX(&rope::apply_rotary_qk_at_));
 }
 
 }  // namespace

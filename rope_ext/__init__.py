@@ -43,6 +43,7 @@ from rope_ext import _register, _sharding, frequencies, positions, reference  # 
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
 from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
+from rope_ext.on_the_fly import apply_rotary_qk_at  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
@@ -56,6 +57,7 @@ __all__ = [
     "apply_rotary_mla_append_",
     "apply_rotary_qk",
     "apply_rotary_qk_append_kv_",
+    "apply_rotary_qk_at",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",

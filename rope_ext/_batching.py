@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import register_vmap
 
+from rope_ext._angle_derivatives import table_dtype
 from rope_ext._derivatives import last_stride_one
 from rope_ext.ops import check_order_stays
 
@@ -29,6 +30,8 @@ def register_batching() -> None:
         ("cos_sin_cache", _cos_sin("cos_sin_cache")),
         ("cos_sin", _cos_sin("cos_sin")),
         ("cos_sin_backward", _cos_sin_backward),
+        ("apply_rotary_qk_at", _at("apply_rotary_qk_at")),
+        ("apply_rotary_qk_at_", _at("apply_rotary_qk_at_", in_place=True)),
     ):
         register_vmap(f"rope::{name}", rule)
     for name in ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_"):
@@ -175,7 +178,7 @@ def _table_backward(
 def _one_by_one(
     operator: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], options: dict[str, Any]
 ) -> list[Any]:
-    """Frequencies and positions both batched: no operator has both."""
+    """Frequencies and positions both batched, or axes: no operator has that."""
     return [
         operator(
             *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)),
@@ -189,14 +192,25 @@ def _cos_sin(name: str) -> Callable[..., Any]:
     """The rule of cos_sin and cos_sin_cache, whose second argument is a number."""
     operator = getattr(rope, name)
 
-    def rule(info: Any, in_dims: Dims, inv_freq: Tensor, positions: Any, **options: Any) -> Any:
-        if in_dims[0] is None:
-            return operator(inv_freq, positions.movedim(in_dims[1], 0), **options), (0, 0)
-        if in_dims[1] is None:  # one vector of frequencies for all
+    def rule(
+        info: Any,
+        in_dims: Dims,
+        inv_freq: Tensor,
+        positions: Any,
+        *axes: Tensor | None,  # of cos_sin alone, which may be left out
+        **options: Any,
+    ) -> Any:
+        has_axes = axes not in ((), (None,))
+        of_each = len(in_dims) > 2 and in_dims[2] is not None
+        if in_dims[0] is None and not of_each:
+            samples = positions.movedim(in_dims[1], 1 if has_axes else 0)
+            return operator(inv_freq, samples, *axes, **options), (0, 0)
+        if in_dims[1] is None and not of_each:  # one vector of frequencies for all
             inv_freq = inv_freq.movedim(in_dims[0], 0)
-            tables = operator(inv_freq.flatten(), positions, **options)
+            axes = (axes[0].repeat(info.batch_size),) if has_axes else ()
+            tables = operator(inv_freq.flatten(), positions, *axes, **options)
             return tuple(t.unflatten(-1, inv_freq.shape) for t in tables), (-2, -2)
-        tables = _one_by_one(operator, info, in_dims, (inv_freq, positions), options)
+        tables = _one_by_one(operator, info, in_dims, (inv_freq, positions, *axes), options)
         return tuple(torch.stack(t) for t in zip(*tables, strict=True)), (0, 0)
 
     return rule
@@ -209,16 +223,53 @@ def _cos_sin_backward(
     grad_sin: Tensor,
     inv_freq: Tensor,
     position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    operator, dims = rope.cos_sin_backward, (*in_dims, None)[:4]
-    if dims[3] is not None:
-        args = grad_cos, grad_sin, inv_freq, position_ids
+    operator, dims = rope.cos_sin_backward, (*in_dims, None, None)[:5]
+    if dims[3] is not None or dims[4] is not None:
+        args = grad_cos, grad_sin, inv_freq, position_ids, axes
         return torch.stack(_one_by_one(operator, info, dims, args, options)), 0
     grads = (
         _samples(grad, dim, info.batch_size).movedim(0, -2).flatten(-2)
         for grad, dim in zip((grad_cos, grad_sin), dims, strict=False)
     )
     inv_freq = _samples(inv_freq, dims[2], info.batch_size)
-    grad = operator(*grads, inv_freq.flatten(), position_ids, **options)
+    axes = None if axes is None else axes.repeat(info.batch_size)
+    grad = operator(*grads, inv_freq.flatten(), position_ids, axes, **options)
     return grad.view(inv_freq.shape), 0
+
+
+def _at(name: str, in_place: bool = False) -> Callable[..., Any]:
+    """The rule of a rotation by angles: by rows, which every sample may have of its own."""
+    rotation = _rotation("apply_rotary_qk_" if in_place else "apply_rotary_qk", 2, in_place)
+
+    def rule(
+        info: Any,
+        in_dims: Dims,
+        q: Tensor,
+        k: Tensor,
+        inv_freq: Tensor,
+        position_ids: Tensor | None = None,
+        axes: Tensor | None = None,
+        *,
+        attention_scaling: float = 1.0,
+        **options: Any,
+    ) -> Any:
+        dims = (*in_dims, None, None)[:5]
+        if in_place:
+            _check_written(name, dims[:2])
+        made = {"attention_scaling": attention_scaling, "dtype": table_dtype(q, None)}
+        if position_ids is None:
+            made_by = "cos_sin_cache"
+            args = inv_freq, _samples(q, dims[0], info.batch_size).shape[-3]
+        else:
+            made_by, args = "cos_sin", (inv_freq, position_ids, axes)
+        of_args = dims[2 : 2 + len(args)]
+        if all(dim is None for dim in of_args):
+            rows, row_dims = getattr(rope, made_by)(*args, **made), (None, None)
+        else:
+            rows, row_dims = _cos_sin(made_by)(info, of_args, *args, **made)
+        return rotation(info, (*dims[:2], *row_dims, None), q, k, *rows, None, **options)
+
+    return rule

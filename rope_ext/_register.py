@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import register_fake
 
+from rope_ext._angle_derivatives import register_angle_derivatives, table_dtype
 from rope_ext._batching import register_batching
 from rope_ext._calling import check_may_be_written, name_of
-from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
+from rope_ext._derivatives import is_dual, register_derivatives
 from rope_ext._on_import import on_import
 
 rope = torch.ops.rope
@@ -34,14 +35,18 @@ def register() -> None:
     register_fake("rope::cos_sin_cache", _fake_cos_sin_cache)
     register_fake("rope::cos_sin", _fake_cos_sin)
     register_fake("rope::cos_sin_backward", _fake_cos_sin_backward)
+    register_fake("rope::apply_rotary_qk_at", _fake_apply_rotary_qk_at)
+    register_fake("rope::apply_rotary_qk_at_", _fake_apply_rotary_qk_at_)
 
     register_derivatives()
+    register_angle_derivatives()
     register_batching()
     on_import("torch.utils.flop_counter", _register_flops)
 
     for name, overload, arguments, outs in (
         ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
         ("apply_rotary_qk_", rope.apply_rotary_qk_.default, 4, ()),
+        ("apply_rotary_qk_at_", rope.apply_rotary_qk_at_.default, 4, ()),
         ("apply_rotary.out", rope.apply_rotary.out, 3, ("out",)),
         ("apply_rotary_qk.out", rope.apply_rotary_qk.out, 4, ("out_q", "out_k")),
     ):
@@ -200,14 +205,35 @@ def _fake_cos_sin_cache(
 def _fake_cos_sin(
     inv_freq: Tensor,
     position_ids: Tensor,
+    axes: Tensor | None = None,
     *,
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids)
+    _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids, axes=axes)
     dtype = table_dtype(inv_freq, dtype)
-    shape = (*position_ids.shape, inv_freq.shape[0])
+    shape = (*position_ids.shape[0 if axes is None else 1 :], inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+def _fake_apply_rotary_qk_at_(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
+    *,
+    op: str = "apply_rotary_qk_at_",
+    **options: Any,
+) -> None:
+    _check_device(op, "q", q, k=k, inv_freq=inv_freq, position_ids=position_ids, axes=axes)
+
+
+def _fake_apply_rotary_qk_at(
+    q: Tensor, k: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    _fake_apply_rotary_qk_at_(q, k, *args, op="apply_rotary_qk_at", **options)
+    return _output_like(q), _output_like(k)
 
 
 # What torch.utils.flop_counter counts, from shapes: 4 products and 2 sums a pair, so 3 a channel
@@ -224,6 +250,7 @@ def _register_flops() -> None:
     register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
     register_flop_formula(rope.apply_rotary_qk_append_kv_)(_flops_of_append_kv)
     register_flop_formula(rope.apply_rotary_mla_append_)(_flops_of_mla_append)
+    register_flop_formula([rope.apply_rotary_qk_at, rope.apply_rotary_qk_at_])(_flops_at)
 
 
 def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:
@@ -270,6 +297,10 @@ def _flops_of_mla_append(
     return _flops_of_two(q, k_pe, cos)
 
 
+def _flops_at(q: Shape, k: Shape, inv_freq: Shape, *args: Any, **options: Any) -> int:
+    return _flops_of_two(q, k, inv_freq)
+
+
 def _flops_of_table_backward(
     grad_q: Shape,
     q: Shape,
@@ -296,8 +327,8 @@ def _writing_kernel(
 ) -> Callable[..., None]:
     """Refuses tensors that require grad, runs the operator, and counts up the written versions.
 
-    The first `arguments` are the differentiable ones; outs, or without any those that come before
-    cos and sin, or those at `places`, are written.
+    The first `arguments` are the differentiable ones; outs, or without any all but the last two of
+    them (cos and sin, or inv_freq and position_ids), or those at `places`, are written.
     """
     op = name_of(overload)
     names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
@@ -315,8 +346,8 @@ def _writing_kernel(
             check_may_be_written(overload, written)
         if torch.is_grad_enabled():
             tensors = (*args[:arguments], *written) if outs else args[:arguments]
-            for name, tensor in zip(names, tensors, strict=True):
-                if tensor.requires_grad:
+            for name, tensor in zip(names, tensors, strict=False):  # the last may be left out
+                if tensor is not None and tensor.requires_grad:
                     raise RuntimeError(
                         f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
                         "requires grad"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._calling import call
-from rope_ext.ops import Layout, _options, as_bshd
+from rope_ext.ops import Layout, as_bshd, rotation_options
 
 rope = torch.ops.rope
 
@@ -65,7 +65,7 @@ def apply_rotary_qk_append_kv_(
     FlashInfer's append_paged_kv_cache.
     """
     name = "apply_rotary_qk_append_kv_"
-    options = _options(rotary_dim, rotary_offset, interleaved, None, inverse)
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
     _add_scales(options, k_scale=k_scale, v_scale=v_scale)
     views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
     caches = (
@@ -126,7 +126,7 @@ def apply_rotary_mla_append_(
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.
     """
-    options = _options(None, 0, interleaved, interleaved_out, False)
+    options = rotation_options(None, 0, interleaved, interleaved_out, False)
     _add_scales(options, scale=scale)
     call(
         rope.apply_rotary_mla_append_,

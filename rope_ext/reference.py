@@ -56,11 +56,34 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def cos_sin(
-    inv_freq: Tensor, position_ids: Tensor, *, attention_scaling: float = 1.0
+    inv_freq: Tensor,
+    position_ids: Tensor,
+    *,
+    axes: Tensor | None = None,
+    attention_scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.cos_sin`: in float64, exact to about 1e-16 times the angle."""
-    angles = position_ids.double().unsqueeze(-1) * inv_freq.double()
+    positions = position_ids.double()
+    positions = positions.unsqueeze(-1) if axes is None else positions[axes].movedim(0, -1)
+    angles = positions * inv_freq.double()
     return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+
+def apply_rotary_qk_at(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    axes: Tensor | None = None,
+    attention_scaling: float = 1.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_qk_at`, by the rows of its angles in float64."""
+    if position_ids is None:
+        position_ids = torch.arange(q.shape[-3], device=q.device)
+    rows = cos_sin(inv_freq, position_ids, axes=axes, attention_scaling=attention_scaling)
+    return apply_rotary(q, *rows, **options), apply_rotary(k, *rows, **options)
 
 
 def apply_rotary_qk_append_kv(

@@ -107,6 +107,11 @@ NOT_EMULATED = {
     r"test_opcheck_of_the_append\[": COMPILED,
     r"test_append_(kv|mla)\.py::test_one_graph_for_all_lengths\[": COMPILED,
     r"test_reduce_overhead_replays_with_new_positions_and_no_sync\[": COMPILED,
+    r"test_axes_and_positions_may_be_views\[": INSIDE,
+    r"test_frequencies_of_any_dtype_and_positions_and_frequencies_in_views\[": INSIDE,
+    r"test_opcheck_of_the_axes\[cuda-.*-grad\]": INSIDE,
+    r"tests/test_rotary_at\.py::test_opcheck\[cuda": COMPILED,
+    r"test_vmap_(with_axes|rotates_as_a_loop_does)\[cuda": TRANSFORMED,
 }
 
 

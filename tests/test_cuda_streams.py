@@ -32,6 +32,9 @@ EXPECTED = {
     "cos_sin_cache": (2, 1),
     "cos_sin": (2, 1),
     "cos_sin_backward": (2, 2),  # partial sums, then their sum
+    "cos_sin with axes": (2, 1),
+    "apply_rotary_qk_at": (2, 1),
+    "apply_rotary_qk_at_ with axes": (0, 1),
 }
 
 SCRIPT = """
@@ -49,6 +52,9 @@ v, ids = torch.randn(2, 16, 2, 64).cuda(), torch.arange(16).cuda()
 inv_freq = inv_freq.cuda()
 kv, slots = torch.zeros(2, 2, 16, 2, 64).cuda(), torch.arange(32).cuda()
 latent, compressed = torch.zeros(2, 16, 40 + 64).cuda(), torch.randn(2, 16, 40).cuda()
+ids = torch.arange(16).cuda()
+three = torch.arange(48).view(3, 16).cuda()
+inv_freq, axes = inv_freq.cuda(), (torch.arange(32) % 3).cuda()
 functions = {
     "apply_rotary": lambda: rope.apply_rotary(q, cos, sin),
     "apply_rotary_qk": lambda: rope.apply_rotary_qk(q, k, cos, sin),
@@ -63,6 +69,10 @@ functions = {
     "cos_sin_cache": lambda: rope.cos_sin_cache(inv_freq, 16),
     "cos_sin": lambda: rope.cos_sin(inv_freq, ids),
     "cos_sin_backward": lambda: rope.cos_sin_backward(cos, sin, inv_freq),
+    "cos_sin with axes": lambda: rope.cos_sin(inv_freq, three, axes),
+    "apply_rotary_qk_at": lambda: rope.apply_rotary_qk_at(q, k, inv_freq),
+    "apply_rotary_qk_at_ with axes":
+        lambda: rope.apply_rotary_qk_at_(q, k, inv_freq, three, axes),
 }
 stream = torch.cuda.Stream()
 found = {}

@@ -11,9 +11,9 @@
 
 namespace rope::cpu {
 
-// How apply_rotary is cut. Its items: (block of consecutive tokens of one batch row, head of q or
-// k), the blocks outermost. A block's rows of the table are read and converted once for all its
-// heads.
+// How apply_rotary and apply_rotary_at are cut. Items: (block of consecutive tokens of one batch
+// row, head of q or k), the blocks outermost. A block's rows of the table are read and converted
+// once for all its heads.
 struct RotaryPlan {
   int64_t block_tokens;  // at most kMaxBlockTokens
   int64_t blocks_a_batch_row;
@@ -25,6 +25,7 @@ constexpr int64_t kStreamAlignment = 32;  // bytes, of every vector that is stre
 
 struct Isa {
   void (*apply_rotary)(const RotaryArgs&, const RotaryPlan&, int64_t begin, int64_t end);
+  void (*apply_rotary_at)(const RotaryAtArgs&, const RotaryPlan&, int64_t begin, int64_t end);
   void (*rotary_table_grad)(const RotaryTableGradArgs&, int64_t begin, int64_t end);  // rows
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);                     // tokens
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);            // chunks

@@ -12,6 +12,7 @@ namespace {
 }  // namespace
 
 void apply_rotary(const RotaryArgs&, void*) { refuse(); }
+void apply_rotary_at(const RotaryAtArgs&, void*) { refuse(); }
 void rotary_table_grad(const RotaryTableGradArgs&, void*) { refuse(); }
 void cos_sin(const CosSinArgs&, void*) { refuse(); }
 void cos_sin_grad(const CosSinGradArgs&, void*) { refuse(); }
