@@ -4,18 +4,11 @@
 #include "checks.h"
 #include "device.h"
 #include "operators.h"
+#include "outputs.h"
 
 namespace rope {
 
 namespace {
-
-// Dense, of x's shape and order of dimensions, as torch.empty_like; last stride 1.
-Tensor dense_like(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
-  const int64_t last = x.dim() - 1;
-  if (x.size(last) > 1 && out.stride(last) != 1) return torch::stable::new_empty(x, x.sizes());
-  return out;
-}
 
 // A new tensor like x as the result for `heads`.
 Tensor new_output(RotaryArgs& args, RotatedHeads& heads, const Tensor& x) {

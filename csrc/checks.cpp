@@ -87,10 +87,6 @@ Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype,
   return {data, strides[0], strides[1], strides[2]};
 }
 
-Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {
-  return heads_of(x.strides(), x.const_data_ptr(), dtype, rotary_offset);
-}
-
 Table check_table(const char* op, const TensorView& cos, const TensorView& sin, const TensorView& x,
                   const char* x_name, const Sizes& sizes, bool has_positions,
                   const RotaryOptions& options, int64_t& rotary_dim, int64_t& rotary_offset) {
@@ -224,6 +220,10 @@ GradHeads grad_heads(const TensorView& grad, const TensorView& x, DType dtype,
 }
 
 }  // namespace
+
+Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {
+  return heads_of(x.strides(), x.const_data_ptr(), dtype, rotary_offset);
+}
 
 RotaryArgs check_apply_rotary(const RotaryInputs& in) {
   const char* const q_name = in.k ? "q" : "x";

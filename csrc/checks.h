@@ -53,6 +53,9 @@ inline bool interleaved_out(const RotaryOptions& options) {
   return options.interleaved_out.value_or(options.interleaved);
 }
 
+// x [B, S, H, D] or [T, H, D] from its first rotating channel on.
+Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset);
+
 // Points q or k of checked arguments to its output, a tensor of its shape.
 void set_output(const RotaryArgs& args, RotatedHeads& heads, const torch::stable::Tensor& out);
 void set_in_place(const RotaryArgs& args, RotatedHeads& heads, const torch::stable::Tensor& x);
@@ -69,6 +72,23 @@ struct TableGradInputs {
 
 // Everything but the outputs.
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
+
+// What the operators that normalise were called with.
+struct RmsNormInputs {
+  RotaryInputs rotary;
+  TensorView q_weight, k_weight;  // [D], or [H, D] and [Hk, D]
+  double eps;
+  bool unit_offset;
+};
+
+// Everything but the outputs.
+RmsNormRotaryArgs check_rms_norm_rotary(const RmsNormInputs& in);
+
+// grad_q, grad_k: of the shape of q and k; one may be absent. Everything but the outputs and the
+// workspace.
+RmsNormRotaryGradArgs check_rms_norm_rotary_grad(const RmsNormInputs& in,
+                                                 const std::optional<TensorView>& grad_q,
+                                                 const std::optional<TensorView>& grad_k);
 
 // inv_freq [P], and position_ids of any shape; without them, `length` positions from `start`.
 // Everything but the data.

@@ -10,6 +10,9 @@
 //                  Tables with W = R have their columns in the order of the result (of x, if
 //                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
+//   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
+//   together,
+//                  as k by k_weight [D] or [Hk, D]; of q's dtype or float32
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
@@ -64,6 +67,21 @@ STABLE_TORCH_LIBRARY(rope, m) {
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
       "Tensor? position_ids=None, *, SymInt start=0, float attention_scaling=1.0) -> Tensor");
+
+  // -> q and k normalised by RMSNorm, then rotated
+  m.def(
+      "rms_norm_rotary_qk(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, "
+      "Tensor sin, Tensor? position_ids=None, *, float eps=1e-6, bool unit_offset=False, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
+  // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; without one of
+  // these, zeros for its tensor and weight
+  m.def(
+      "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, "
+      "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "float eps=1e-6, bool unit_offset=False, int? rotary_dim=None, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -80,6 +98,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
   m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
+  m.impl("rms_norm_rotary_qk", TORCH_BOX(&rope::rms_norm_rotary_qk));
+  m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
 }
 
 }  // namespace

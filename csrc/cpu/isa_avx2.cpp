@@ -25,7 +25,9 @@ namespace {
 #include "isa_body.h"
 }  // namespace
 
-const Isa kAvx2{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+const Isa kAvx2{apply_rotary,         rotary_table_grad,       cos_sin,
+                cos_sin_grad,         cos_sin_grad_sum,        rms_norm_rotary,
+                rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
 
 }  // namespace rope::cpu
 ROPE_END_AVX2

@@ -15,6 +15,8 @@ void apply_rotary(const RotaryArgs&, void*) { refuse(); }
 void rotary_table_grad(const RotaryTableGradArgs&, void*) { refuse(); }
 void cos_sin(const CosSinArgs&, void*) { refuse(); }
 void cos_sin_grad(const CosSinGradArgs&, void*) { refuse(); }
+void rms_norm_rotary(const RmsNormRotaryArgs&, void*) { refuse(); }
+void rms_norm_rotary_grad(const RmsNormRotaryGradArgs&, void*) { refuse(); }
 
 }  // namespace rope::cuda
 
