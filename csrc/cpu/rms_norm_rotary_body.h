@@ -156,9 +156,20 @@ ROPE_HOST_DEVICE void rotate_across(const In* in, int64_t half_in, Out* out, int
   }
 }
 
+// Rotates the pairs of a piece: from memory of one type to other memory of another.
+template <class In, class Out, class A>
+__attribute__((noinline)) void rotate_piece(const RotaryArgs& args, const In* in, int64_t half_in,
+                                            Out* out, int64_t half_out, int64_t pairs,
+                                            const Row<const A>& row) {
+  dispatch_orders(args, [&](auto from, auto to) {
+    args.table.full_width ? rotate_across<from, to, true>(in, half_in, out, half_out, pairs, row)
+                          : rotate_across<from, to, false>(in, half_in, out, half_out, pairs, row);
+  });
+}
+
 // The scratch memory of a thread: the weight and the rows of the table for one piece, which most
 // often are the same for the heads that follow.
-template <class T, bool kFullWidth>
+template <class T>
 class NormScratch {
  public:
   using A = ArithmeticOf<T>;
@@ -203,17 +214,22 @@ class NormScratch {
   // The rows of the table for the pairs of a piece.
   Row<const A> row_of(int64_t b, int64_t s, const Piece& piece) {
     if (b != row_b_ || s != row_s_ || piece.first != row_first_) {
-      rows_.fill(rotary_, b, s, 1, piece.first, piece.pairs);
+      if (rotary_.table.full_width) {
+        full_width_.fill(rotary_, b, s, 1, piece.first, piece.pairs);
+      } else {
+        rows_.fill(rotary_, b, s, 1, piece.first, piece.pairs);
+      }
       row_b_ = b, row_s_ = s, row_first_ = piece.first;
     }
-    return rows_.row();
+    return rotary_.table.full_width ? full_width_.row() : rows_.row();
   }
 
  private:
   const RotaryArgs& rotary_;
   const RmsNorm& norm_;
   alignas(64) A weights_[2 * kPiecePairs + kLanes] = {};
-  RowScratch<A, kLanes, PairOrder::Natural, false, kFullWidth> rows_;
+  RowScratch<A, kLanes, PairOrder::Natural, false, false> rows_;
+  RowScratch<A, kLanes, PairOrder::Natural, false, true> full_width_;  // one of them is used
   const void* weight_ = nullptr;
   int64_t weight_at_ = 0, weight_channel_ = 0;
   int64_t row_b_ = -1, row_s_ = -1, row_first_ = -1;
@@ -256,12 +272,12 @@ NormedHeads<T> normed_heads(const RotatedHeads& rotated, const Heads<const void*
 }
 
 // Writes the row normalised and rotated.
-template <bool kInterleaved, bool kInterleavedOut, class T, bool kFullWidth>
+template <class T>
 void norm_and_rotate_row(const RotaryArgs& args, const NormedHeads<T>& of, const NormRow& row,
-                         int64_t b, int64_t s, NormScratch<T, kFullWidth>& scratch) {
+                         int64_t b, int64_t s, NormScratch<T>& scratch) {
   using A = ArithmeticOf<T>;
-  constexpr int64_t kLanes = NormScratch<T, kFullWidth>::kLanes;
-  const Pieces pieces(args, kInterleaved);
+  constexpr int64_t kLanes = NormScratch<T>::kLanes;
+  const Pieces pieces(args, args.interleaved);
   const A inverse_rms =
       scratch.inverse_rms(of.x + row.first_head * of.x_stride_h, of.x_stride_h, row.heads);
   for (int64_t h = row.first_head; h < row.first_head + row.heads; ++h) {
@@ -283,18 +299,18 @@ void norm_and_rotate_row(const RotaryArgs& args, const NormedHeads<T>& of, const
         continue;
       }
       for (int64_t j = 0; j < piece.runs; ++j) norm_to(j, scratch.values + j * kPiecePairs);
-      rotate_across<kInterleaved, kInterleavedOut, kFullWidth>(
-          scratch.values, kPiecePairs, out + (kInterleavedOut ? 2 : 1) * piece.first,
-          args.rotary_dim / 2, piece.pairs, scratch.row_of(b, s, piece));
+      rotate_piece(args, scratch.values, kPiecePairs,
+                   out + (args.interleaved_out ? 2 : 1) * piece.first, args.rotary_dim / 2,
+                   piece.pairs, scratch.row_of(b, s, piece));
     }
   }
 }
 
-template <class T, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+template <class T>
 void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t end) {
   const RotaryArgs& rotary = args.rotary;
   const RmsNorm& norm = args.norm;
-  NormScratch<T, kFullWidth> scratch(rotary, norm);
+  NormScratch<T> scratch(rotary, norm);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
     const NormedHeads<T> tensors[] = {
@@ -302,19 +318,13 @@ void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t
         normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
     for (const NormedHeads<T>& each : tensors) {
       for (int64_t i = 0; i < rows_of(norm, each.heads); ++i) {
-        norm_and_rotate_row<kInterleaved, kInterleavedOut>(
-            rotary, each, row_at(norm, each.heads, i), b, s, scratch);
+        norm_and_rotate_row(rotary, each, row_at(norm, each.heads, i), b, s, scratch);
       }
     }
   }
 }
 
 void rms_norm_rotary(const RmsNormRotaryArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.rotary.dtype, [&](auto storage) {
-    using T = decltype(storage);
-    dispatch_orders(args.rotary, [&](auto in, auto out) {
-      args.rotary.table.full_width ? rms_norm_rotary_range<T, in, out, true>(args, begin, end)
-                                   : rms_norm_rotary_range<T, in, out, false>(args, begin, end);
-    });
-  });
+  dispatch(args.rotary.dtype,
+           [&](auto storage) { rms_norm_rotary_range<decltype(storage)>(args, begin, end); });
 }

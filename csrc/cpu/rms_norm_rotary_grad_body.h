@@ -6,21 +6,20 @@
 //   to w       the sum of n g over tokens, and over heads that share it
 
 // The gradients of one row, those to the weight added to `sums` of its columns.
-template <bool kInterleaved, bool kInterleavedOut, class T, bool kFullWidth>
+template <class T>
 void norm_grad_row(const RotaryArgs& args, const NormedHeads<T>& of, const NormRow& row, int64_t b,
-                   int64_t s, ArithmeticOf<T>* sums, NormScratch<T, kFullWidth>& scratch) {
+                   int64_t s, ArithmeticOf<T>* sums, NormScratch<T>& scratch) {
   using A = ArithmeticOf<T>;
   using V = typename Lanes<T>::Vector;
-  constexpr int64_t kLanes = NormScratch<T, kFullWidth>::kLanes;
-  const Pieces pieces(args, kInterleavedOut);
+  constexpr int64_t kLanes = NormScratch<T>::kLanes;
+  const Pieces pieces(args, args.interleaved_out);
 
   // The gradient of one piece turned back, to scratch.values.
   const auto turn_back = [&](int64_t h, const Piece& piece) {
     const T* const grad = of.in + h * of.in_stride_h;
     if (piece.rotates) {
-      rotate_across<kInterleaved, kInterleavedOut, kFullWidth>(
-          grad + (kInterleaved ? 2 : 1) * piece.first, args.rotary_dim / 2, scratch.values,
-          kPiecePairs, piece.pairs, scratch.row_of(b, s, piece));
+      rotate_piece(args, grad + (args.interleaved ? 2 : 1) * piece.first, args.rotary_dim / 2,
+                   scratch.values, kPiecePairs, piece.pairs, scratch.row_of(b, s, piece));
     } else {
       for_lanes<kLanes>(piece.channels,
                         [&](auto whole, auto, int64_t i, int64_t count) ROPE_ALWAYS_INLINE {
@@ -80,12 +79,12 @@ void norm_grad_row(const RotaryArgs& args, const NormedHeads<T>& of, const NormR
   }
 }
 
-template <class T, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+template <class T>
 void rms_norm_rotary_grad_range(const RmsNormRotaryGradArgs& args, int64_t begin, int64_t end) {
   using A = ArithmeticOf<T>;
   const RotaryArgs& rotary = args.rotary;
   const RmsNorm& norm = args.norm;
-  NormScratch<T, kFullWidth> scratch(rotary, norm);
+  NormScratch<T> scratch(rotary, norm);
   const int64_t tokens = rotary.batch * rotary.seq;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* const sums = static_cast<A*>(args.partial) + chunk * args.columns;
@@ -100,9 +99,8 @@ void rms_norm_rotary_grad_range(const RmsNormRotaryGradArgs& args, int64_t begin
       for (int which = 0; which < 2; ++which) {
         const NormedHeads<T>& each = tensors[which];
         for (int64_t i = 0; i < rows_of(norm, each.heads); ++i) {
-          norm_grad_row<kInterleaved, kInterleavedOut>(rotary, each, row_at(norm, each.heads, i), b,
-                                                       s, sums + (which == 0 ? 0 : args.q_columns),
-                                                       scratch);
+          norm_grad_row(rotary, each, row_at(norm, each.heads, i), b, s,
+                        sums + (which == 0 ? 0 : args.q_columns), scratch);
         }
       }
     }
@@ -110,14 +108,8 @@ void rms_norm_rotary_grad_range(const RmsNormRotaryGradArgs& args, int64_t begin
 }
 
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.rotary.dtype, [&](auto storage) {
-    using T = decltype(storage);
-    dispatch_orders(args.rotary, [&](auto in, auto out) {
-      args.rotary.table.full_width
-          ? rms_norm_rotary_grad_range<T, in, out, true>(args, begin, end)
-          : rms_norm_rotary_grad_range<T, in, out, false>(args, begin, end);
-    });
-  });
+  dispatch(args.rotary.dtype,
+           [&](auto storage) { rms_norm_rotary_grad_range<decltype(storage)>(args, begin, end); });
 }
 
 // The partial sums of columns [begin, end), in order.
