@@ -39,12 +39,14 @@ def _load_compiled_part():
 
 _C = _load_compiled_part()
 
-from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
+from rope_ext import _register, _register_norm, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.norm import rms_norm_rotary_qk  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
+_register_norm.register()
 _sharding.register()
 
 __version__: str = _C.build_info()["version"]
@@ -59,4 +61,5 @@ __all__ = [
     "lowering",
     "positions",
     "reference",
+    "rms_norm_rotary_qk",
 ]

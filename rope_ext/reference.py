@@ -5,6 +5,8 @@ Works in the dtype that it is given, or in that of a wider cos and sin, rounded 
 give it float64 to judge others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,33 @@ def apply_rotary(
     y1, y2 = (x1 * c1 - x2 * s1).to(x.dtype), (x2 * c2 + x1 * s2).to(x.dtype)
     y = torch.stack((y1, y2), -1).flatten(-2) if out else torch.cat((y1, y2), -1)
     return torch.cat((before, y, after), -1)
+
+
+def rms_norm_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
+
+    def normalised(x: Tensor, weight: Tensor) -> Tensor:
+        row = (-1,) if weight.dim() == 1 else (-2, -1)
+        mean = x.square().mean(row, keepdim=True)
+        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
+
+    rows = cos, sin, position_ids
+    return (
+        apply_rotary(normalised(q, q_weight), *rows, **options),
+        apply_rotary(normalised(k, k_weight), *rows, **options),
+    )
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
