@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from ranks import on_every_rank, place
 from support import (
     DTYPES,
@@ -19,7 +20,7 @@ from support import (
     random_table,
     ulp,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import Shard
 from torch.func import grad as func_grad
 from torch.func import vmap
@@ -82,8 +83,8 @@ CASES = [
     Case("olmo 2 13B", "a row longer than a block of threads holds", H=40, K=40, D=128,
          dtype=F16, all_heads=True, batch=1),
     Case("float64", "arithmetic in float64", dtype=F64, table_dtype=F64, D=72),
-    Case("float64, float32 weights", "weights widened", dtype=F64, weight_dtype=F32, unit_offset=True),
-    Case("float16", "float32 weights and 1 + weight", dtype=F16, weight_dtype=F32, unit_offset=True),
+    Case("float64, float32 weights", "widened", dtype=F64, weight_dtype=F32, unit_offset=True),
+    Case("float16, float32 weights", "1 + weight", dtype=F16, weight_dtype=F32, unit_offset=True),
     # sizes
     Case("one head", "nothing else to normalise with", H=1, K=1, D=64),
     Case("one head of all", "a row is the head", H=1, K=1, D=64, all_heads=True),
@@ -116,7 +117,7 @@ CASES = [
     Case("packed, ids", "no batch", ids="T", packed=True, D=64),
     Case("packed, all heads", "no batch", packed=True, all_heads=True),
     Case("rows for all", "rows of the step", table="one for all", D=32),
-    Case("rows per token", "rows of each token, bfloat16", table="per token", table_dtype=BF16, D=32),
+    Case("rows per token", "of bfloat16", table="per token", table_dtype=BF16, D=32),
     Case("eps", "a large one", eps=0.5),
 ]  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -457,36 +458,37 @@ def test_opcheck(case):
     torch.library.opcheck(backward, (None, seeds[1], *detached), case.options)
 
 
-def test_one_graph_for_all_lengths_with_the_kernels_in_it():
-    graphs = []
+def test_one_graph_for_all_lengths_with_the_operators_in_it():
+    """Forward and backward each are one call of an operator."""
+    calls = {"forward": [], "backward": []}
 
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
+    def compiler(direction):
+        def compile_graph(graph, inputs):
+            nodes = (node.target for node in graph.graph.nodes if node.op == "call_function")
+            calls[direction].append([str(t) for t in nodes if "getitem" not in str(t)])
+            return make_boxed_func(graph.forward)
 
-    def step(q, k, q_weight, k_weight, cos, sin):
-        return rope_ext.rms_norm_rotary_qk(q, k, q_weight, k_weight, cos, sin)
+        return compile_graph
 
-    counter = CompileCounterWithBackend("aot_eager")
-    run = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
     torch._dynamo.reset()
+    function = rope_ext.rms_norm_rotary_qk
+    run = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
     weights = [random(16, seed=s).requires_grad_() for s in (1, 2)]
+    table = random_table(12, 8)
     for batch, seq in ((3, 5), (2, 7), (4, 9)):
-        q, k = (
-            random(batch, seq, 6, 16).requires_grad_(),
-            random(batch, seq, 4, 16).requires_grad_(),
-        )
-        table = random_table(12, 8)
-        leaves = [q, k, *weights]
-        seeds = [random(*x.shape, seed=3) for x in (q, k)]
-        expected = step(*leaves, *table)
-        got = run(*leaves, *table)
-        for a, b in zip(got, expected, strict=True):
+        leaves = [random(batch, seq, heads, 16).requires_grad_() for heads in (6, 4)] + weights
+        seeds = [random(*x.shape, seed=3) for x in leaves[:2]]
+        results = []
+        for each in (function, run):
+            outputs = each(*leaves, *table)
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, seeds)])
+        for a, b in zip(*results, strict=True):
             assert_same_bits(a, b)
-        grads = [torch.autograd.grad(outputs, leaves, seeds) for outputs in (got, expected)]
-        for a, b in zip(*grads, strict=True):
-            assert_same_bits(a, b)
-    assert counter.frame_count == 1
+    assert calls == {
+        "forward": [["rope.rms_norm_rotary_qk.default"]],
+        "backward": [["rope.rms_norm_rotary_qk_backward.default"]],
+    }
 
 
 @pytest.mark.parametrize("batched", ["q", "weights", "positions", "all"])
@@ -600,7 +602,9 @@ REFUSED = [
     ("q_weight", lambda w: w.repeat_interleave(2)[::2], "q_weight to have stride 1 in its last "
      "dimension, got strides [2]"),
     ("q_weight", lambda w: w.to("meta"), "q_weight on the device of q, cpu, got meta"),
-    ("cos", lambda t: t[:3], "cos to have a row for each of the 5 positions"),
+    ("cos", lambda t: t[0], "sin of cos's shape [8], got [11, 8]"),
+    ("position_ids", lambda _: torch.tensor([0, 1, 2, 3, L]), "position_ids in [0, 11), the rows "
+     "of cos and sin, got 11 at index [4]"),
     ("sin", lambda t: t[:, :4], "sin of cos's shape"),
     ("eps", lambda _: -1e-6, "eps to be at least 0, got -0.000001"),
     ("eps", lambda _: float("nan"), "eps to be at least 0, got nan"),
