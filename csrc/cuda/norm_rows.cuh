@@ -39,6 +39,14 @@ __device__ __forceinline__ C sum_over_lanes(C value, uint32_t lanes, C* of_warps
   return sum;
 }
 
+template <class C, int kChannels>
+__device__ __forceinline__ C sum_of_squares(const C (&x)[kChannels]) {
+  C sum = 0;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
 template <class C>
 __device__ __forceinline__ C inverse_rms_of(C sum_of_squares, C channels, double eps) {
   return C(1) / sqrt(sum_of_squares / channels + static_cast<C>(eps));

@@ -27,9 +27,16 @@ __device__ __forceinline__ Row row_at(const RmsNormRotaryArgs& args, const RowPl
   return {b, s, is_q ? part : part - q_heads, 1, is_q};
 }
 
+// Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
+// where the kernel then needs no local memory.
+template <class E, bool kFullWidth>
+constexpr int resident_blocks() {
+  return sizeof(E) == 2 && !kFullWidth ? 1024 / kMostLanes : 1;
+}
+
 // N == 1: pairs in any order, before and after.
 template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
-__global__ void __launch_bounds__(kMostLanes)
+__global__ void __launch_bounds__(kMostLanes, (resident_blocks<E, kFullWidth>()))
     rms_norm_rotary_kernel(const RmsNormRotaryArgs args, const RowPlan plan) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using In = UnitOf<E, N, kInterleaved, kMixed>;
@@ -54,33 +61,24 @@ __global__ void __launch_bounds__(kMostLanes)
     load_channels<In, N>(x, from, spot_of<In, N>(rotary, plan.rotary, plan.rotary.in, unit));
   };
 
-  C held[kChannels] = {};
-  C squares = 0;
+  // x: of the thread's first unit, until the row has its root mean square.
+  C x[kChannels] = {};
+  if (lane < units) load_unit(x, lane);
+  C squares = sum_of_squares(x);
 #pragma unroll 1
-  for (uint32_t index = lane; index < units; index += plan.lanes) {
-    C x[kChannels];
-    load_unit(x, index);
-    C sum = 0;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) sum += x[i] * x[i];
-    squares += sum;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) held[i] = index == lane ? x[i] : held[i];
+  for (uint32_t index = lane + plan.lanes; index < units; index += plan.lanes) {
+    C other[kChannels];
+    load_unit(other, index);
+    squares += sum_of_squares(other);
   }
   squares = sum_over_lanes(squares, plan.lanes, of_warps);
   const C channels = static_cast<C>(row.heads * rotary.head_dim);
   const C inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
 
 #pragma unroll 1
-  for (uint32_t index = lane; index < units; index += plan.lanes) {
+  for (uint32_t index = lane; index < units;) {
     const uint32_t head = head_of(index), unit = index - index / plan.units * plan.units;
-    C x[kChannels], w[kChannels];
-    if (index == lane) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) x[i] = held[i];
-    } else {
-      load_unit(x, index);
-    }
+    C w[kChannels];
     load_factors<In, N, E>(w, args.norm, row.is_q, head,
                            spot_of<In, N>(rotary, plan.rotary, plan.rotary.in, unit),
                            plan.weights_aligned);
@@ -105,6 +103,8 @@ __global__ void __launch_bounds__(kMostLanes)
             row.s * (row.is_q ? q.out.stride_s : k.out.stride_s) +
             head * (row.is_q ? q.out.stride_h : k.out.stride_h);
     store_channels<Out, N>(y, to, spot);
+    index += plan.lanes;
+    if (index < units) load_unit(x, index);
   }
 }
 

@@ -87,24 +87,26 @@ __global__ void __launch_bounds__(kMostLanes)
     const uint32_t b = token / static_cast<uint32_t>(rotary.seq);
     const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
 
-    C held_x[kChannels] = {}, held_g[kChannels] = {};
+    // x, g: of the thread's first unit, until the row has its sums.
+    C x[kChannels] = {}, g[kChannels] = {};
     C squares = 0, products = 0;
-#pragma unroll 1
-    for (uint32_t index = inside ? lane : units; index < units; index += plan.lanes) {
+    const auto add_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t index) {
       const Unit at = unit_at(first_head, index);
-      C x[kChannels], g[kChannels], w[kChannels];
+      C w[kChannels];
       load_unit(x, g, b, s, at);
       load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
-      C square = 0, product = 0;
+      squares += sum_of_squares(x);
+      C product = 0;
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        square += x[i] * x[i];
-        product += g[i] * w[i] * x[i];
-        held_x[i] = index == lane ? x[i] : held_x[i];
-        held_g[i] = index == lane ? g[i] : held_g[i];
-      }
-      squares += square;
+      for (int i = 0; i < kChannels; ++i) product += g[i] * w[i] * x[i];
       products += product;
+    };
+    const uint32_t past = inside ? units : 0;
+    if (lane < past) add_unit(x, g, lane);
+#pragma unroll 1
+    for (uint32_t index = lane + plan.lanes; index < past; index += plan.lanes) {
+      C other_x[kChannels], other_g[kChannels];
+      add_unit(other_x, other_g, index);
     }
     squares = sum_over_lanes(squares, plan.lanes, of_warps);
     products = sum_over_lanes(products, plan.lanes, of_warps);
@@ -113,15 +115,9 @@ __global__ void __launch_bounds__(kMostLanes)
     const C mean = products * inverse_rms / channels;
 
 #pragma unroll 1
-    for (uint32_t index = inside ? lane : units; index < units; index += plan.lanes) {
+    for (uint32_t index = lane; index < past;) {
       const Unit at = unit_at(first_head, index);
-      C x[kChannels], g[kChannels], w[kChannels];
-      if (index == lane) {
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) x[i] = held_x[i], g[i] = held_g[i];
-      } else {
-        load_unit(x, g, b, s, at);
-      }
+      C w[kChannels];
       load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
       C to_x[kChannels];
 #pragma unroll
@@ -146,6 +142,8 @@ __global__ void __launch_bounds__(kMostLanes)
           sum = first == 0 ? g[i] : sum + g[i];
         }
       }
+      index += plan.lanes;
+      if (index < past) load_unit(x, g, b, s, unit_at(first_head, index));
     }
   }
 
