@@ -135,6 +135,36 @@ struct RotaryTableGradArgs {
   bool inverse;
 };
 
+// RMSNorm of rows of q and of k: x / sqrt(mean(x^2) + eps) * weight. A row is a head, or all heads
+// of a token.
+struct RmsNorm {
+  const void *q_weight, *k_weight;  // of the first head, at its first channel that rotates
+  int64_t q_stride_h, k_stride_h;   // 0: one weight [D] for all heads
+  DType dtype;                      // of both weights
+  double eps;
+  bool unit_offset;  // times 1 + weight
+  bool all_heads;    // a row is all heads of a token
+};
+
+// q and k normalised, then rotated.
+struct RmsNormRotaryArgs {
+  RotaryArgs rotary;
+  RmsNorm norm;
+};
+
+// Its gradients. Those to the weights are sums over tokens, and over heads where these share a
+// weight, in an order that depends on shapes alone: partial sums of `chunk_tokens` consecutive
+// tokens [B * S], added in order.
+struct RmsNormRotaryGradArgs {
+  RotaryArgs rotary;        // the way back: from the gradients of the results to those of q and k
+  Heads<const void*> q, k;  // as the forward saw them
+  RmsNorm norm;
+  int64_t chunks, chunk_tokens;
+  void* partial;               // [chunks, columns] of the dtype of the arithmetic, a workspace
+  int64_t q_columns, columns;  // those of q's weight come first; 0: it has no gradient
+  void *grad_q_weight, *grad_k_weight;  // contiguous, like the weights
+};
+
 // cos and sin of the angles, scaled; the tokens are one sequence.
 struct CosSinArgs {
   Angles angles;

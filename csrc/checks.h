@@ -74,6 +74,23 @@ struct TableGradInputs {
 // Everything but the outputs.
 RotaryTableGradArgs check_table_grad(const TableGradInputs& in);
 
+// What the operators that normalise were called with.
+struct RmsNormInputs {
+  RotaryInputs rotary;
+  TensorView q_weight, k_weight;  // [D], or [H, D] and [Hk, D]
+  double eps;
+  bool unit_offset;
+};
+
+// Everything but the outputs.
+RmsNormRotaryArgs check_rms_norm_rotary(const RmsNormInputs& in);
+
+// grad_q, grad_k: of the shape of q and k; one may be absent. Everything but the outputs and the
+// workspace.
+RmsNormRotaryGradArgs check_rms_norm_rotary_grad(const RmsNormInputs& in,
+                                                 const std::optional<TensorView>& grad_q,
+                                                 const std::optional<TensorView>& grad_k);
+
 // What angles are made of. Without position_ids: start, start + 1, ...
 struct AngleInputs {
   const char* op;

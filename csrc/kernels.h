@@ -12,6 +12,8 @@ void rotary_table_grad(const RotaryTableGradArgs& args);
 void cos_sin(const CosSinArgs& args);
 void cos_sin_grad(const CosSinGradArgs& args);
 void apply_rotary_append(const AppendArgs& args);
+void rms_norm_rotary(const RmsNormRotaryArgs& args);
+void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -22,6 +24,8 @@ void rotary_table_grad(const RotaryTableGradArgs& args, void* stream);
 void cos_sin(const CosSinArgs& args, void* stream);
 void cos_sin_grad(const CosSinGradArgs& args, void* stream);
 void apply_rotary_append(const AppendArgs& args, void* stream);
+void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream);
+void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream);
 }  // namespace cuda
 
 }  // namespace rope

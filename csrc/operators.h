@@ -82,4 +82,18 @@ void apply_rotary_qk_at_(const Tensor& q, const Tensor& k, const Tensor& inv_fre
                          double attention_scaling, int64_t rotary_offset, bool interleaved,
                          OptionalBool interleaved_out, bool inverse);
 
+// rms_norm_rotary.cpp
+std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const Tensor& q, const Tensor& k,
+                                              const Tensor& q_weight, const Tensor& k_weight,
+                                              const Tensor& cos, const Tensor& sin,
+                                              const OptionalTensor& position_ids, double eps,
+                                              bool unit_offset, OptionalInt rotary_dim,
+                                              int64_t rotary_offset, bool interleaved,
+                                              OptionalBool interleaved_out, bool inverse);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
+    const OptionalTensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const Tensor& k,
+    const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+    const OptionalTensor& position_ids, double eps, bool unit_offset, OptionalInt rotary_dim,
+    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out, bool inverse);
+
 }  // namespace rope

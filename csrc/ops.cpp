@@ -14,6 +14,8 @@
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
 //                  [T]; negative: it is not stored
+//   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
+//                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
@@ -97,6 +99,21 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, Tensor inv_freq, Tensor? position_ids=None, "
       "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
       "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
+
+  // -> q and k normalised by RMSNorm, then rotated
+  m.def(
+      "rms_norm_rotary_qk(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, "
+      "Tensor sin, Tensor? position_ids=None, *, float eps=1e-6, bool unit_offset=False, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
+  // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; without one of
+  // these, zeros for its tensor and weight
+  m.def(
+      "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, "
+      "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "float eps=1e-6, bool unit_offset=False, int? rotary_dim=None, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -117,6 +134,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
   m.impl("apply_rotary_qk_at", TORCH_BOX(&rope::apply_rotary_qk_at));
   m.impl("apply_rotary_qk_at_", TORCH_BOX(&rope::apply_rotary_qk_at_));
+  m.impl("rms_norm_rotary_qk", TORCH_BOX(&rope::rms_norm_rotary_qk));
+  m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ def register_batching() -> None:
         ("cos_sin_backward", _cos_sin_backward),
         ("apply_rotary_qk_at", _at("apply_rotary_qk_at")),
         ("apply_rotary_qk_at_", _at("apply_rotary_qk_at_", in_place=True)),
+        ("rms_norm_rotary_qk", _rms_norm_rotary_qk),
+        ("rms_norm_rotary_qk_backward", _rms_norm_rotary_qk_backward),
     ):
         register_vmap(f"rope::{name}", rule)
     for name in ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_"):
@@ -273,3 +275,48 @@ def _at(name: str, in_place: bool = False) -> Callable[..., Any]:
         return rotation(info, (*dims[:2], *row_dims, None), q, k, *rows, None, **options)
 
     return rule
+
+
+def _rms_norm_rotary_qk(
+    info: Any,
+    in_dims: Dims,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *rows: Any,
+    **options: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """Samples are sequences; where they have weights of their own, one call each."""
+    operator, count, weights = rope.rms_norm_rotary_qk, info.batch_size, (q_weight, k_weight)
+    if in_dims[2] is not None or in_dims[3] is not None:
+        return _each_sample(operator, info, in_dims, (q, k, *weights, *rows), options), (0, 0)
+    samples = [_samples(x, dim, count) for x, dim in zip((q, k), in_dims, strict=False)]
+    batch = 1 if samples[0].dim() == 4 else samples[0].shape[1]
+    cos, sin, position_ids = (*rows, None)[:3]
+    dims = (*in_dims[4:], None)[:3]
+    all_rows = _rows(count, batch, samples[0].shape[-3], dims, cos, sin, position_ids)
+    outs = operator(*(_sequences(x) for x in samples), *weights, *all_rows, **options)
+    return tuple(out.unflatten(0, x.shape[: x.dim() - 3])
+                 for out, x in zip(outs, samples, strict=True)), (0, 0)  # fmt: skip
+
+
+def _rms_norm_rotary_qk_backward(
+    info: Any, in_dims: Dims, *args: Any, **options: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call each: every sample has gradients to the weights of its own."""
+    operator = rope.rms_norm_rotary_qk_backward
+    return _each_sample(operator, info, in_dims, args, options), (0,) * 4
+
+
+def _each_sample(
+    operator: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    def sample(x: Any, dim: int | None, i: int) -> Any:
+        return x if dim is None else last_stride_one(x.select(dim, i))
+
+    results = [
+        operator(*(sample(x, dim, i) for x, dim in zip(args, in_dims, strict=True)), **options)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))

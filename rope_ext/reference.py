@@ -47,6 +47,33 @@ def apply_rotary(
     return torch.cat((before, y, after), -1)
 
 
+def rms_norm_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
+
+    def normalised(x: Tensor, weight: Tensor) -> Tensor:
+        row = (-1,) if weight.dim() == 1 else (-2, -1)
+        mean = x.square().mean(row, keepdim=True)
+        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
+
+    rows = cos, sin, position_ids
+    return (
+        apply_rotary(normalised(q, q_weight), *rows, **options),
+        apply_rotary(normalised(k, k_weight), *rows, **options),
+    )
+
+
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and second channels of the pairs of x [..., R], each [..., P]."""
     if interleaved:

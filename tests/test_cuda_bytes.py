@@ -324,3 +324,26 @@ def test_append_of_latents_moves_them_once(step, out, cache_dtype):
     assert moved.load_unique_sectors == -(-tokens * 8 // SECTOR) + sectors(rotated + table + latent)
     row = tokens * (rank + 64) * cache_dtype.itemsize
     assert moved.store_unique_sectors == sectors(rotated + row)
+
+
+@pytest.mark.parametrize("all_heads", [False, True], ids=["Qwen3", "OLMo 2"])
+def test_normalised_heads_are_read_once(all_heads):
+    """And written once. A warp has two heads of 128 channels, and asks the caches once for the row of
+    the table (cos and sin, 16 sectors of float32) and for the weights, 8 sectors, or 16 where each
+    head has its own.
+    """
+    shape = LLAMA if not all_heads else Shape("OLMo 2 1B", 16, 16, 128, 128)
+    batch, seq = STEPS["prefill of two"]
+    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
+    weights = [
+        torch.randn(*((x.shape[2],) if all_heads else ()), 128).bfloat16().cuda() for x in (q, k)
+    ]
+    moved = moved_by(lambda: torch.ops.rope.rms_norm_rotary_qk(q, k, *weights, cos, sin))
+    channels = sectors((q.numel() + k.numel()) * 2)
+    others = sectors(2 * cos.numel() * 4 + 2 * sum(w.numel() for w in weights))
+    warps = batch * seq * shape.heads // 2
+    assert moved.launches == 1
+    assert moved.load_unique_sectors == channels + others
+    assert moved.load_sectors == channels + warps * (16 + (16 if all_heads else 8))
+    assert moved.store_sectors == moved.store_unique_sectors == channels
+    assert moved.store_efficiency == 1

@@ -30,7 +30,11 @@ struct Isa {
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);                     // tokens
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);            // chunks
   void (*cos_sin_grad_sum)(const CosSinGradArgs&);
-  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end);  // tokens
+  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end);              // tokens
+  void (*rms_norm_rotary)(const RmsNormRotaryArgs&, int64_t begin, int64_t end);           // tokens
+  void (*rms_norm_rotary_grad)(const RmsNormRotaryGradArgs&, int64_t begin, int64_t end);  // chunks
+  void (*rms_norm_rotary_grad_sum)(const RmsNormRotaryGradArgs&, int64_t begin,
+                                   int64_t end);  // columns
 };
 
 extern const Isa kPortable;

@@ -26,8 +26,9 @@ namespace {
 #include "isa_body.h"
 }  // namespace
 
-const Isa kAvx2{apply_rotary, apply_rotary_at,  rotary_table_grad,  cos_sin,
-                cos_sin_grad, cos_sin_grad_sum, apply_rotary_append};
+const Isa kAvx2{apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
+                cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, rms_norm_rotary,
+                rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
 
 }  // namespace rope::cpu
 ROPE_END_AVX2

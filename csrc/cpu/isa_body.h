@@ -96,6 +96,8 @@ ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {
 #include "angle_chunk.h"
 #include "apply_rotary_body.h"
 #include "cos_sin_body.h"
+#include "rms_norm_rotary_body.h"
+#include "rms_norm_rotary_grad_body.h"
 #include "rotary_table_grad_body.h"
 
 // On the rotation above.
