@@ -13,22 +13,25 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
 
     What autograd has of an operator is written in Python (_derivatives.py, _register.py), and takes
     longer than all else of a small call. Without gradients it has only the writes to take note of,
-    and that is done here. Inference mode goes past it by itself.
+    and that is done here. Inference mode goes past it by itself, but for writes where some tensor
+    was made outside of it.
     """
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
         return operator(*args, **options)
-    if written:
+    inference = torch.is_inference_mode_enabled()
+    if inference and not written:
+        return operator(*args, **options)
+    if not inference and written:
         check_may_be_written(operator, written)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         result = operator(*args, **options)
     if written:
-        increment_version(written)
+        increment_version([x for x in written if not x.is_inference()])
     return result
 
 

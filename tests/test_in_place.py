@@ -339,6 +339,19 @@ def test_inference_tensors_are_rotated_in_place(device):
         assert_same_bits(x, expected)
 
 
+def test_tensors_of_both_kinds_are_rotated_in_inference_mode(device):
+    q = random(B, S, H, D, device=device)
+    cos, sin = random_table(S, P, device=device)
+    with torch.inference_mode():
+        k = random(B, S, 1, D, device=device)
+        expected = rounded_once(q, cos, sin), rounded_once(k, cos, sin)
+        version = q._version
+        rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True)
+        assert q._version == version + 1
+        assert_same_bits(q, expected[0])
+        assert_same_bits(k, expected[1])
+
+
 # ---- refusals: what autograd can't record is refused before it is written
 
 
