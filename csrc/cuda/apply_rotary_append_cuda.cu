@@ -133,29 +133,22 @@ __device__ __forceinline__ void append_heads(const AppendArgs& args, const Plan&
     const uint32_t head = first + place.head;
     const bool is_q = head < q_heads, is_v = head >= rotated_heads;
     // Field by field: a choice between whole structs would put them into local memory.
+    const auto of = [&](auto of_q, auto of_k, auto of_v) {
+      return is_q ? of_q : is_v ? of_v : of_k;
+    };
     const StoredHeads& stored_k = args.k;
     const StoredHeads& stored_v = args.v;
     const Heads<void*>& q = rotary.q.out;
     const Heads<void*>& k = rotary.k.out;
     const Heads<const void*>& v = stored_v.in;
-    const uint32_t index = head - (is_v ? rotated_heads : is_q ? 0 : q_heads);
-    const bool active = has_place && head < plan.heads &&
-                        (is_q   ? rotates
-                         : is_v ? slot.exists
-                                : rotates || slot.exists);
-    const int64_t at = place.b * (is_q   ? q.stride_b
-                                  : is_v ? v.stride_b
-                                         : k.stride_b) +
-                       place.s * (is_q   ? q.stride_s
-                                  : is_v ? v.stride_s
-                                         : k.stride_s) +
-                       index * (is_q   ? q.stride_h
-                                : is_v ? v.stride_h
-                                       : k.stride_h);
-    E* const x_head = const_cast<E*>(static_cast<const E*>(is_q   ? q.data
-                                                           : is_v ? v.data
-                                                                  : k.data)) +
-                      at;
+    const uint32_t index = head - of(0u, q_heads, rotated_heads);
+    const bool moves = of(rotates, rotates || slot.exists, slot.exists);
+    const bool active = has_place && head < plan.heads && moves;
+    const int64_t at = place.b * of(q.stride_b, k.stride_b, v.stride_b) +
+                       place.s * of(q.stride_s, k.stride_s, v.stride_s) +
+                       index * of(q.stride_h, k.stride_h, v.stride_h);
+    // Only q and k are written.
+    E* const x_head = static_cast<E*>(of(q.data, k.data, const_cast<void*>(v.data))) + at;
     Present present{active, active};
     if (Cache::kLatent && is_v) {
       const int64_t channel = index * rotary.rotary_dim + from.channel;
