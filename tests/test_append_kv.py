@@ -653,6 +653,19 @@ def test_versions_of_what_is_written_are_bumped(mode, call, device):
         assert t._version == before[name] + (name in WRITTEN), name
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_tokens_of_inference_mode_go_to_a_cache_made_outside_of_it(call, device):
+    given = arguments(device)
+    with torch.inference_mode():
+        given.update({name: given[name].clone() for name in ("q", "k", "v", "position_ids")})
+        expected = expected_of(given)
+        version = given["k_cache"]._version
+        append(given, call)
+        for name in WRITTEN:
+            assert_same_bits(given[name], expected[name])
+    assert given["k_cache"]._version == version + 1
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "k_cache", "v_cache", "cos", "sin"])
 def test_tensor_that_requires_grad_is_refused(name, device):
     given = arguments(device)
