@@ -8,7 +8,6 @@ import pytest
 import torch
 from support import small_llama
 
-pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
 pytest.importorskip("tqdm", reason="pip install 'rope_ext[test]'")
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 
