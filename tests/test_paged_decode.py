@@ -8,7 +8,6 @@ import pytest
 import torch
 from support import small_llama
 
-pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
 pytest.importorskip("tqdm", reason="pip install 'rope_ext[test]'")
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 
@@ -51,8 +50,7 @@ def serve(model, append=fused, **options):
 
 @pytest.mark.parametrize("append", [fused, apart])
 def test_every_request_gets_the_tokens_that_it_gets_alone(model, append, device):
-    model = copy.deepcopy(model).to(device)
-    server, requests = serve(model, append)
+    server, requests = serve(copy.deepcopy(model).to(device), append)
     for request in requests:
         assert request.generated == paged_decode.generated_alone(model, request)
         assert len(request.generated) == request.new_tokens

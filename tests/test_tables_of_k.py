@@ -89,9 +89,10 @@ def test_score_of_xpos_depends_on_the_distance_alone(way):
 
 def test_derivatives_of_every_tensor(device):
     q, k = (
-        x[:, :2, :, :6].contiguous().requires_grad_() for x in inputs("bshd", device, torch.float64)
+        x[:1, :2, :1, :3].contiguous().requires_grad_()
+        for x in inputs("bshd", device, torch.float64)
     )
-    rows = [t.requires_grad_() for t in tables(1, 2, 2, device=device, dtype=torch.float64)]
+    rows = [t.requires_grad_() for t in tables(1, 2, 1, device=device, dtype=torch.float64)]
 
     def function(q, k, cos, sin, cos_k, sin_k):
         return rope_ext.apply_rotary_qk(q, k, cos, sin, cos_k=cos_k, sin_k=sin_k)
@@ -128,25 +129,20 @@ def test_samples_of_a_vmap_are_rotated_each_as_alone(inplace):
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("lowering", ["op", "decompose"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
-def test_one_graph_serves_all_lengths(inplace, lowering):
-    def function(q, k, *rows):
-        cos, sin, cos_k, sin_k = rows
-        q, k = 2 * q, 2 * k
-        own = {"cos_k": cos_k, "sin_k": sin_k}
-        return rope_ext.apply_rotary_qk(q, k, cos, sin, **own, inplace=inplace)
+def test_one_graph_serves_all_lengths(inplace):
+    def function(q, k, cos, sin, cos_k, sin_k):
+        own = {"cos_k": cos_k, "sin_k": sin_k, "inplace": inplace}
+        return rope_ext.apply_rotary_qk(2 * q, 2 * k, cos, sin, **own)
 
     torch.compiler.reset()
-    with rope_ext.lowering(lowering):
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-        for i, seq in enumerate((6, 7, 11)):
-            q, k = random(B, seq, H, D), random(B, seq, HK, D)
-            with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
-                got = compiled(q, k, *tables(seq, P))
-            expected = function(q, k, *tables(seq, P))
-            for a, b in zip(got, expected, strict=True):
-                assert_same_bits(a, b)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, seq in enumerate((6, 7, 11)):
+        arguments = random(B, seq, H, D), random(B, seq, HK, D), *tables(seq, P)
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            got = compiled(*arguments)
+        for a, b in zip(got, function(*arguments), strict=True):
+            assert_same_bits(a, b)
 
 
 # ---- refusals
