@@ -328,9 +328,9 @@ def test_append_of_latents_moves_them_once(step, out, cache_dtype):
 
 @pytest.mark.parametrize("all_heads", [False, True], ids=["Qwen3", "OLMo 2"])
 def test_normalised_heads_are_read_once(all_heads):
-    """And written once. A warp has two heads of 128 channels, and asks the caches once for the row of
-    the table (cos and sin, 16 sectors of float32) and for the weights, 8 sectors, or 16 where each
-    head has its own.
+    """And written once. A warp has two heads of 128 channels, and asks the caches once for the row
+    of the table (cos and sin, 16 sectors of float32) and for the weights, 8 sectors, or 16 where
+    each head has its own.
     """
     shape = LLAMA if not all_heads else Shape("OLMo 2 1B", 16, 16, 128, 128)
     batch, seq = STEPS["prefill of two"]

@@ -88,8 +88,8 @@ def test_gradients_to_the_table_are_not_rounded_on_the_way():
 # ---- compilers and transforms
 
 
-@pytest.mark.parametrize("case", [DERIVED[0], DERIVED[1]], ids=lambda case: case.name)
-def test_opcheck(case):
+def test_opcheck():
+    case = DERIVED[1]
     tensors = inputs_of(case, "cpu")
     seeds = [random(*x.shape, dtype=F64, seed=9) for x in tensors[:2]]
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
