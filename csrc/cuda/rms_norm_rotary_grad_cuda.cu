@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kMostLanes)
   using C = typename UnitOfX::C;
   constexpr int kPairs = UnitOfX::kPairs, kChannels = UnitOfX::kChannels;
   __shared__ C of_warps[kMostLanes / kWarpThreads];
-  __shared__ C of_groups[kChannels][kBlockThreads];  // used where a block has several rows
+  // Of the gradient to the weights of each thread's first unit: as registers they would be too
+  // many.
+  __shared__ C sums[kChannels][kMostLanes];
 
   const RotaryArgs& rotary = args.rotary;
   const bool all_heads = args.norm.all_heads;
@@ -76,7 +78,8 @@ __global__ void __launch_bounds__(kMostLanes)
   };
   const auto channels_of = [&](const Unit& at) { return at.x.rotates ? kChannels : N; };
 
-  C sums[kChannels] = {};  // of the gradient to the weights of the thread's first unit
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] = 0;
 #pragma unroll 1
   for (uint32_t first = 0; first < rows; first += plan.groups) {
     const bool inside = first + group < rows;
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(kMostLanes)
       store_channels<UnitOfX, N>(to_x, to, at.x);
       if (index == lane) {
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) sums[i] += g[i];
+        for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
       } else {  // rows of more units than lanes have the block for themselves, and its sums
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) {
@@ -147,23 +150,20 @@ __global__ void __launch_bounds__(kMostLanes)
     }
   }
 
-  if (plan.groups > 1) {
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) of_groups[i][threadIdx.x] = sums[i];
-    __syncthreads();
-    if (group > 0) return;
+  __syncthreads();
+  if (group > 0) return;
+  C total[kChannels] = {};  // of the groups, in order
 #pragma unroll 1
-    for (uint32_t other = 1; other < plan.groups; ++other) {
+  for (uint32_t each = 0; each < plan.groups; ++each) {
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) sums[i] += of_groups[i][other * plan.lanes + lane];
-    }
+    for (int i = 0; i < kChannels; ++i) total[i] += sums[i][each * plan.lanes + lane];
   }
 #pragma unroll 1
   for (uint32_t index = lane; index < units; index += plan.lanes) {
     const Unit at = unit_at(0, index);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
-      if (i < channels_of(at) && (index == lane || rows == 0)) partial[column_of(at, i)] = sums[i];
+      if (i < channels_of(at) && (index == lane || rows == 0)) partial[column_of(at, i)] = total[i];
     }
   }
 }
