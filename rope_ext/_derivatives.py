@@ -26,7 +26,7 @@ _unpack_dual = torch._VF._unpack_dual
 
 Grads = tuple[Tensor | None, ...]
 
-_AUTOGRAD = torch.library.Library("rope", "IMPL")
+AUTOGRAD = torch.library.Library("rope", "IMPL")
 
 
 def register_derivatives() -> None:
@@ -51,7 +51,7 @@ def register_derivative(
 ) -> None:
     """Of an operator: what it saves, its backward, its tangent."""
     kernel = _autograd_kernel(getattr(rope, name).default, save, backward, tangent)
-    _AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
+    AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def is_dual(*tensors: Any) -> bool:
@@ -196,7 +196,7 @@ def _apply_rotary_backward(ctx: Any, grad: Tensor) -> Grads:
     if ctx.needs_input_grad[0]:
         grad_x = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(ctx.options))
     if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
+        grad_cos, grad_sin = table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
     return grad_x, grad_cos, grad_sin, None
 
 
@@ -217,7 +217,7 @@ def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | 
     terms = [pair for pair in zip(grads, xs, strict=False) if pair[0] is not None]
     if ctx.table_needs_grad and terms:
         first, second = (*terms, (None, None))[:2]
-        grad_cos, grad_sin = _table_grad(*first, *second, cos, position_ids, ctx.options)
+        grad_cos, grad_sin = table_grad(*first, *second, cos, position_ids, ctx.options)
     return to_q, to_k, grad_cos, grad_sin, None
 
 
@@ -230,7 +230,7 @@ def inverted(options: dict[str, Any]) -> dict[str, Any]:
     return inverse
 
 
-def _table_grad(
+def table_grad(
     grad_q: Tensor,
     q: Tensor,
     grad_k: Tensor | None,
@@ -270,7 +270,7 @@ def rotated_alone(
     return pad(out, (offset, x.shape[-1] - offset - dim))
 
 
-def _rotary_tangent(
+def rotary_tangent(
     x: Tensor,
     x_tangent: Tensor | None,
     rows: tuple[Tensor, Tensor, Tensor | None],
@@ -289,14 +289,14 @@ def _rotary_tangent(
 
 def _apply_rotary_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     x, *rows = inputs
-    return _rotary_tangent(x, tangents[0], tuple(rows), tangents[1:3], options)
+    return rotary_tangent(x, tangents[0], tuple(rows), tangents[1:3], options)
 
 
 def _apply_rotary_qk_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     *xs, cos, sin, position_ids = inputs
     rows = cos, sin, position_ids
     return tuple(
-        _rotary_tangent(x, tangent, rows, tangents[2:4], options)
+        rotary_tangent(x, tangent, rows, tangents[2:4], options)
         for x, tangent in zip(xs, tangents[:2], strict=True)
     )
 

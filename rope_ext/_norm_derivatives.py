@@ -10,23 +10,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rope_ext._derivatives import (
-    _AUTOGRAD,
+    AUTOGRAD,
     Grads,
-    _autograd_kernel,
-    _rotary_tangent,
-    _save_all,
-    _table_grad,
     inverted,
     last_stride_one,
+    register_derivative,
+    rotary_tangent,
+    save_all,
+    table_grad,
 )
 
 rope = torch.ops.rope
 
 
 def register_norm_derivatives() -> None:
-    kernel = _autograd_kernel(rope.rms_norm_rotary_qk.default, _save_all, _backward, _tangent)
-    _AUTOGRAD.impl("rms_norm_rotary_qk", kernel, "Autograd", with_keyset=True)
-    _AUTOGRAD.impl("rms_norm_rotary_qk_backward", _backward_kernel, "Autograd", with_keyset=True)
+    register_derivative("rms_norm_rotary_qk", save_all, _backward, _tangent)
+    AUTOGRAD.impl("rms_norm_rotary_qk_backward", _backward_kernel, "Autograd", with_keyset=True)
 
 
 def _split(options: dict[str, Any]) -> tuple[float, bool, dict[str, Any]]:
@@ -85,7 +84,7 @@ def _backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
             if grad is not None:
                 norm = _Norm(x, weight, eps, unit_offset)
                 terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
-        result[4:6] = _table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
+        result[4:6] = table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
     return tuple(result)
 
 
@@ -95,7 +94,7 @@ def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any
     results = []
     for x, weight, i in zip(tensors[:2], tensors[2:], (0, 1), strict=True):
         norm = _Norm(x, weight, eps, unit_offset)
-        tangent = _rotary_tangent(
+        tangent = rotary_tangent(
             norm.n * norm.factor,
             norm.tangent(tangents[i], tangents[2 + i]),
             (cos, sin, position_ids),

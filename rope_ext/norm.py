@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._calling import call
-from rope_ext.ops import Layout, _options, as_bshd, from_bshd
+from rope_ext.ops import Layout, as_bshd, from_bshd, rotation_options
 
 
 def rms_norm_rotary_qk(
@@ -58,7 +58,7 @@ def rms_norm_rotary_qk(
     Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
     transformers; RoFormer, arXiv 2104.09864, equation 34.
     """
-    options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
     if eps != 1e-6:
         options["eps"] = eps
     if unit_offset:
