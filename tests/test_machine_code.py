@@ -30,7 +30,7 @@ SOURCES = (
 # channel needs four values a pair, and the gradient four sums: there the bound is half. For eight
 # half-split pairs a thread sm_80 needs 48, which keeps five eighths; at 40 it would spill. So would
 # eight pairs on their way from one order to the other with four values, at 64: three eighths stay.
-# Angles computed on the way, in float64, take 64 too, and their gradient 72: the three eighths of
+# Angles computed on the way, in float64, take 64 too, and their gradient 80: the three eighths of
 # the threads that stay are more than the units of float64 keep up with.
 MOST_REGISTERS = 40
 MOST_REGISTERS_WITH_FOUR_VALUES = 64
@@ -43,7 +43,7 @@ MOST_REGISTERS_OF_APPEND = {
     "8, true, false, rope::cuda::LatentCache": 80,
     "8, false, true, rope::cuda::LatentCache": 80,
 }
-MOST_REGISTERS_OF_ANGLE_GRADIENTS = 72
+MOST_REGISTERS_OF_ANGLE_GRADIENTS = 80
 MOST_REGISTERS_OF = {("80", "8, false, false, false"): 48}
 # A row that is normalised stays in registers until its sums are known: eight channels a thread, and
 # their factors and turns, and for gradients as many of the gradient. Blocks have up to 512 threads:

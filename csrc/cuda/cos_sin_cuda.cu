@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 //   d cos / d inv_freq = -position scale sin(angle)
 //   d sin / d inv_freq =  position scale cos(angle)
 template <bool kAxes>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 768 / kBlockThreads)
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
   const Entry entry = entry_of(g, args.chunks);
