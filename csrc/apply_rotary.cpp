@@ -3,27 +3,12 @@
 
 #include "checks.h"
 #include "device.h"
+#include "new_output.h"
 #include "operators.h"
 
 namespace rope {
 
 namespace {
-
-// Dense, of x's shape and order of dimensions, as torch.empty_like; last stride 1.
-Tensor dense_like(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
-  const int64_t last = x.dim() - 1;
-  if (x.size(last) > 1 && out.stride(last) != 1) return torch::stable::new_empty(x, x.sizes());
-  return out;
-}
-
-// A new tensor like x as the result for `heads`.
-Tensor new_output(RotaryArgs& args, RotatedHeads& heads, const Tensor& x) {
-  Tensor out = dense_like(x);
-  set_output(args, heads, out);
-  args.new_outputs = true;
-  return out;
-}
 
 RotaryArgs check(const RotaryInputs& in) {
   check_device_supported(in.op, in.q);

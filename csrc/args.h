@@ -56,6 +56,46 @@ struct PositionIds {
   int64_t stride_b, stride_s;
 };
 
+enum class PositionType : int32_t { Int32, Int64, Float64, Float32, Float16, BFloat16 };
+
+inline constexpr int64_t size_of(PositionType type) {
+  switch (type) {
+    case PositionType::Int64:
+    case PositionType::Float64: return 8;
+    case PositionType::Int32:
+    case PositionType::Float32: return 4;
+    default: return 2;
+  }
+}
+
+// What angles are made from, [B, S], of each axis: that of token (b, s) is at
+// axis * stride_axis + b * stride_b + s * stride_s. data == nullptr: start + s * stride_s.
+struct TokenPositions {
+  const void* data;
+  PositionType type;
+  int64_t axes;  // how many there are
+  int64_t stride_axis, stride_b, stride_s;
+  int64_t start;
+};
+
+// The axis of each pair, contiguous [P]; data == nullptr: the only one. On CUDA one that is not
+// there gives NaN.
+struct Axes {
+  const void* data;
+  bool int64;  // else int32
+};
+
+// Angles: position times inv_freq, for each token and P pairs.
+struct Angles {
+  const char* op;
+  const void* inv_freq;  // contiguous [P]
+  DType inv_freq_dtype;
+  int64_t pairs;
+  TokenPositions positions;
+  Axes axes;
+  double attention_scaling;
+};
+
 // q and k (or one tensor x as q) rotated by the same rows. Channels before rotary_offset and from
 // rotary_offset + R on stay as they are.
 struct RotaryArgs {
@@ -68,6 +108,11 @@ struct RotaryArgs {
   bool interleaved, interleaved_out;  // the order of the pairs in `in` and in `out`
   bool inverse;
   bool new_outputs;  // nothing has touched their memory yet
+};
+
+// The same rotation by angles that are computed as it goes; R = 2P. Without table and position_ids.
+struct RotaryAtArgs : RotaryArgs {
+  Angles angles;
 };
 
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over
@@ -90,22 +135,40 @@ struct RotaryTableGradArgs {
   bool inverse;
 };
 
-// Angles: position times inv_freq, for `tokens` positions and P pairs.
-struct Angles {
-  const char* op;
-  const void* inv_freq;  // contiguous [P]
-  DType inv_freq_dtype;
-  int64_t pairs;
-  const void* position_ids;  // contiguous [tokens]; nullptr: start + index
-  bool position_int64;       // else int32
-  int64_t start;
-  int64_t tokens;
-  double attention_scaling;
+// RMSNorm of rows of q and of k: x / sqrt(mean(x^2) + eps) * weight. A row is a head, or all heads
+// of a token.
+struct RmsNorm {
+  const void *q_weight, *k_weight;  // of the first head, at its first channel that rotates
+  int64_t q_stride_h, k_stride_h;   // 0: one weight [D] for all heads
+  DType dtype;                      // of both weights
+  double eps;
+  bool unit_offset;  // times 1 + weight
+  bool all_heads;    // a row is all heads of a token
 };
 
-// cos and sin of the angles, scaled.
+// q and k normalised, then rotated.
+struct RmsNormRotaryArgs {
+  RotaryArgs rotary;
+  RmsNorm norm;
+};
+
+// Its gradients. Those to the weights are sums over tokens, and over heads where these share a
+// weight, in an order that depends on shapes alone: partial sums of `chunk_tokens` consecutive
+// tokens [B * S], added in order.
+struct RmsNormRotaryGradArgs {
+  RotaryArgs rotary;        // the way back: from the gradients of the results to those of q and k
+  Heads<const void*> q, k;  // as the forward saw them
+  RmsNorm norm;
+  int64_t chunks, chunk_tokens;
+  void* partial;               // [chunks, columns] of the dtype of the arithmetic, a workspace
+  int64_t q_columns, columns;  // those of q's weight come first; 0: it has no gradient
+  void *grad_q_weight, *grad_k_weight;  // contiguous, like the weights
+};
+
+// cos and sin of the angles, scaled; the tokens are one sequence.
 struct CosSinArgs {
   Angles angles;
+  int64_t tokens;
   void* cos;  // contiguous [tokens, P]
   void* sin;
   DType dtype;
@@ -115,12 +178,41 @@ struct CosSinArgs {
 // depend on the number of threads: partial sums of `chunk_tokens` tokens, added in order.
 struct CosSinGradArgs {
   Angles angles;
+  int64_t tokens;
   const void* grad_cos;  // contiguous [tokens, P]
   const void* grad_sin;
   DType grad_dtype;
   double* partial;  // [chunks, P] workspace
   int64_t chunks, chunk_tokens;
   void* grad_inv_freq;  // contiguous [P], of inv_freq's dtype
+};
+
+// The storage of a cache: the model's own dtype, or eight bits (float8.h).
+enum class CacheDType : int32_t { OfModel, Float8E4M3, Float8E5M2 };
+
+// Heads that are written to a paged cache [blocks, block_size, H, channels].
+struct StoredHeads {
+  Heads<const void*> in;  // [B, S, H, channels], from the first channel on
+  int64_t heads, channels;
+  void* cache;
+  int64_t stride_block, stride_offset, stride_h;  // of the cache
+  const float* scale;  // float8: divides what is stored; one, or one a head; nullptr: 1
+  int64_t scale_stride_h;
+};
+
+// A rotation in place that changes the order of the pairs holds all channels of a head that rotate
+// at once: at most so many.
+inline constexpr int64_t kMostReordered = 512;
+
+// q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
+// block * block_size + offset; it is stored nowhere if that is negative.
+struct AppendArgs {
+  RotaryArgs rotary;
+  StoredHeads k, v;
+  bool latent;  // v is one head, of any length, and all of k rotates
+  CacheDType cache_dtype;
+  int64_t blocks, block_size;
+  PositionIds slots;  // of each token, [B, S]
 };
 
 }  // namespace rope

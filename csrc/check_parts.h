@@ -1,8 +1,12 @@
 // What every check is made of. Each names the operator and the argument when it refuses.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
+#include <type_traits>
 
 #include "refusal.h"
 
@@ -68,6 +72,52 @@ inline void check_int(const char* op, const char* name, const TensorView& t) {
   if (t.scalar_type() != torch::headeronly::ScalarType::Int &&
       t.scalar_type() != torch::headeronly::ScalarType::Long) {
     refuse(op, text(name, " to be int32 or int64"), dtype_text(t.scalar_type()));
+  }
+}
+
+struct Sizes {
+  int64_t batch, seq, head_dim;
+  bool packed;
+};
+
+// Of x [B, S, H, D] or [T, H, D].
+inline Sizes sizes_of(const TensorView& x) {
+  if (x.dim() == 3) return {1, x.size(0), x.size(2), true};
+  return {x.size(0), x.size(1), x.size(3), false};
+}
+
+// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from channel
+// `first` of its heads on.
+template <class Pointer>
+Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype, int64_t first) {
+  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
+  if (data != nullptr) data = static_cast<Byte*>(data) + first * size_of(dtype);
+  if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
+  return {data, strides[0], strides[1], strides[2]};
+}
+
+// The entry of token s of sequence b, in host memory.
+inline int64_t entry_at(const PositionIds& ids, int64_t b, int64_t s) {
+  const int64_t at = b * ids.stride_b + s * ids.stride_s;
+  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
+                   : static_cast<const int32_t*>(ids.data)[at];
+}
+
+// Values on CUDA are looked at on the host only on demand: it waits for the device.
+inline bool checks_on_device() {
+  const char* value = std::getenv("ROPE_EXT_CHECK");
+  return value != nullptr && value[0] == '1';
+}
+
+// Calls look(t) with t in host memory, if its values are to be looked at.
+template <class Look>
+void look_at_values(const TensorView& t, const Look& look) {
+  if (t.is_cpu()) {
+    look(t);
+  } else if (checks_on_device()) {
+    const torch::stable::Tensor on_host =
+        torch::stable::to(t.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    look(TensorView(on_host));
   }
 }
 

@@ -1,12 +1,8 @@
 #include "checks.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <type_traits>
 
-#include "check_parts.h"
+#include "check_heads.h"
 
 namespace rope {
 
@@ -14,82 +10,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-// x: [B, S, H, D] or [T, H, D], of a supported dtype, last stride 1.
-DType check_rotated(const char* op, const char* name, const TensorView& x) {
-  if (x.dim() != 3 && x.dim() != 4) {
-    refuse(op, text(name, " to have shape [B, S, H, D] or [T, H, D]"), shape_text(x));
-  }
-  const DType dtype = check_floating(op, name, x);
-  check_last_stride(op, name, x);
-  return dtype;
-}
-
-// k beside q: the same but for the number of heads.
-void check_k(const char* op, const TensorView& q, const TensorView& k) {
-  check_rotated(op, "k", k);
-  bool same = k.dim() == q.dim();
-  for (int64_t d = 0; same && d < q.dim(); ++d) {
-    same = d == q.dim() - 2 || k.size(d) == q.size(d);
-  }
-  if (!same) {
-    auto expected = shape_text(q);
-    refuse(op, text("k to have q's shape ", expected, " in all but the number of heads"),
-           shape_text(k));
-  }
-  check_dtype_like(op, "k", k, "q", q);
-  check_device(op, "k", k, "q", q);
-}
-
-// rotary_dim R for a table of width W: 2 W, or as given.
-int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t width,
-                         int64_t head_dim) {
-  const int64_t rotary_dim = given.value_or(2 * width);
-  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > head_dim) {
-    refuse(op,
-           text(given ? "rotary_dim" : "rotary_dim, twice the width of cos,",
-                " to be even, at least 2 and at most head_dim ", head_dim),
-           text(rotary_dim));
-  }
-  return rotary_dim;
-}
-
-// The first channel that rotates.
-int64_t check_rotary_offset(const char* op, int64_t given, int64_t rotary_dim, int64_t head_dim) {
-  const int64_t most = head_dim - rotary_dim;
-  if (given < 0 || given > most) {
-    refuse(op,
-           text("rotary_offset to be at least 0 and at most head_dim - rotary_dim, ", head_dim,
-                " - ", rotary_dim),
-           text(given));
-  }
-  return given;
-}
-
-struct Sizes {
-  int64_t batch, seq, head_dim;
-  bool packed;
-};
-
-Sizes sizes_of(const TensorView& x) {
-  if (x.dim() == 3) return {1, x.size(0), x.size(2), true};
-  return {x.size(0), x.size(1), x.size(3), false};
-}
-
-// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from its first
-// rotating channel on.
-template <class Pointer>
-Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype,
-                        int64_t rotary_offset) {
-  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
-  if (data != nullptr) data = static_cast<Byte*>(data) + rotary_offset * size_of(dtype);
-  if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
-  return {data, strides[0], strides[1], strides[2]};
-}
-
-Heads<const void*> heads_of(const TensorView& x, DType dtype, int64_t rotary_offset) {
-  return heads_of(x.strides(), x.const_data_ptr(), dtype, rotary_offset);
-}
 
 Table check_table(const char* op, const TensorView& cos, const TensorView& sin, const TensorView& x,
                   const char* x_name, const Sizes& sizes, bool has_positions,
@@ -105,7 +25,7 @@ Table check_table(const char* op, const TensorView& cos, const TensorView& sin, 
     refuse(op, "cos to have shape [L, W] or [1|B, S, W]", shape_text(cos));
   }
   const int64_t width = cos.size(rank - 1);
-  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, sizes.head_dim);
+  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, "the width of cos", sizes.head_dim);
   rotary_offset = check_rotary_offset(op, options.rotary_offset, rotary_dim, sizes.head_dim);
   const int64_t half = rotary_dim / 2;
   const bool full_width = width == rotary_dim;
@@ -145,12 +65,6 @@ Table check_table(const char* op, const TensorView& cos, const TensorView& sin, 
   return table;
 }
 
-int64_t position_at(const PositionIds& ids, int64_t b, int64_t s) {
-  const int64_t at = b * ids.stride_b + s * ids.stride_s;
-  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                   : static_cast<const int32_t*>(ids.data)[at];
-}
-
 // Every position in [0, rows), for position_ids in host memory.
 void check_positions(const char* op, const PositionIds& ids, int64_t batch, int64_t seq,
                      int64_t rows, bool one_dim) {
@@ -158,14 +72,14 @@ void check_positions(const char* op, const PositionIds& ids, int64_t batch, int6
   for (int64_t b = 0; b < distinct_batch; ++b) {
     bool all_inside = true;
     for (int64_t s = 0; s < seq; ++s) {
-      all_inside &= static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows);
+      all_inside &= static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows);
     }
     if (all_inside) continue;
     int64_t s = 0;
-    while (static_cast<uint64_t>(position_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
+    while (static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
     const std::string index = one_dim ? text("[", s, "]") : text("[", b, ", ", s, "]");
     refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
-           text(position_at(ids, b, s), " at index ", index));
+           text(entry_at(ids, b, s), " at index ", index));
   }
 }
 
@@ -177,12 +91,6 @@ PositionIds position_ids_of(const TensorView& ids, bool packed) {
   out.stride_s = ids.stride(rank - 1);
   if (!packed && rank == 2 && ids.size(0) > 1) out.stride_b = ids.stride(0);
   return out;
-}
-
-// CUDA positions are looked at on the host only on demand: it waits for the device.
-bool checks_on_device() {
-  const char* value = std::getenv("ROPE_EXT_CHECK");
-  return value != nullptr && value[0] == '1';
 }
 
 PositionIds check_position_ids(const char* op, const TensorView& ids, const TensorView& x,
@@ -204,17 +112,8 @@ PositionIds check_position_ids(const char* op, const TensorView& ids, const Tens
     check_positions(op, position_ids_of(on_host, sizes.packed), sizes.batch, sizes.seq, rows,
                     rank == 1);
   };
-  if (ids.is_cpu()) {
-    check_values(ids);
-  } else if (checks_on_device()) {
-    check_values(
-        torch::stable::to(ids.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU)));
-  }
+  look_at_values(ids, check_values);
   return position_ids_of(ids, sizes.packed);
-}
-
-RotatedHeads rotated_heads(const TensorView& x, DType dtype, int64_t rotary_offset) {
-  return {heads_of(x, dtype, rotary_offset), {}, x.size(x.dim() - 2)};
 }
 
 GradHeads grad_heads(const TensorView& grad, const TensorView& x, DType dtype,
@@ -226,7 +125,7 @@ GradHeads grad_heads(const TensorView& grad, const TensorView& x, DType dtype,
 }  // namespace
 
 RotaryArgs check_apply_rotary(const RotaryInputs& in) {
-  const char* const q_name = in.k ? "q" : "x";
+  const char* const q_name = in.q_name();
   RotaryArgs args{};
   args.op = in.op;
   args.dtype = check_rotated(in.op, q_name, in.q);

@@ -43,11 +43,11 @@ std::array<std::optional<Footprint>, kCount> footprints_of(const Named (&tensors
 }
 
 // No element of `written` may be written twice, or read while it is written.
-template <size_t kRead>
-void check_written(const char* op, const Named (&written)[2], const Named (&read)[kRead]) {
+template <size_t kWritten, size_t kRead>
+void check_written(const char* op, const Named (&written)[kWritten], const Named (&read)[kRead]) {
   const auto written_at = footprints_of(written);
   const auto read_at = footprints_of(read);
-  for (size_t w = 0; w < 2; ++w) {
+  for (size_t w = 0; w < kWritten; ++w) {
     if (!written_at[w]) continue;
     if (overlaps_itself(*written_at[w])) {
       const TensorView& t = *written[w].t;
@@ -63,29 +63,46 @@ void check_written(const char* op, const Named (&written)[2], const Named (&read
       }
     }
   }
-  if (written_at[0] && written_at[1] && overlap(*written_at[0], *written_at[1])) {
-    refuse(
-        op,
-        text(written[0].name, " and ", written[1].name, " to share no memory, as both are written"),
-        "overlapping tensors");
+  for (size_t a = 0; a < kWritten; ++a) {
+    for (size_t b = a + 1; b < kWritten; ++b) {
+      if (written_at[a] && written_at[b] && overlap(*written_at[a], *written_at[b])) {
+        refuse(op,
+               text(written[a].name, " and ", written[b].name,
+                    " to share no memory, as both are written"),
+               "overlapping tensors");
+      }
+    }
+  }
+}
+
+void check_order_stays(const char* op, const RotaryOptions& options) {
+  const bool interleaved = options.interleaved;
+  if (interleaved_out(options) != interleaved) {
+    const auto name = [](bool value) { return value ? "True" : "False"; };
+    refuse(op,
+           text("interleaved_out to be None or interleaved, ", name(interleaved),
+                ", as a rotation in place leaves the pairs where they are"),
+           name(!interleaved));
   }
 }
 
 }  // namespace
 
 void check_in_place(const RotaryInputs& in) {
-  const bool interleaved = in.options.interleaved;
-  if (interleaved_out(in.options) != interleaved) {
-    const auto name = [](bool value) { return value ? "True" : "False"; };
-    refuse(in.op,
-           text("interleaved_out to be None or interleaved, ", name(interleaved),
-                ", as a rotation in place leaves the pairs where they are"),
-           name(!interleaved));
-  }
-  const Named written[] = {{in.k ? "q" : "x", &in.q}, {"k", address(in.k)}};
+  check_order_stays(in.op, in.options);
+  const Named written[] = {{in.q_name(), &in.q}, {"k", address(in.k)}};
   const Named read[] = {
       {"cos", &in.cos}, {"sin", &in.sin}, {"position_ids", address(in.position_ids)}};
   check_written(in.op, written, read);
+}
+
+void check_in_place(const RotaryAtInputs& in) {
+  check_order_stays(in.angles.op, in.options);
+  const Named written[] = {{"q", &in.q}, {"k", &in.k}};
+  const Named read[] = {{"inv_freq", &in.angles.inv_freq},
+                        {"position_ids", address(in.angles.position_ids)},
+                        {"axes", address(in.angles.axes)}};
+  check_written(in.angles.op, written, read);
 }
 
 void check_out(const RotaryInputs& in, const TensorView& out_q, const TensorView* out_k) {
@@ -105,6 +122,34 @@ void check_out(const RotaryInputs& in, const TensorView& out_q, const TensorView
                         {"sin", &in.sin},
                         {"position_ids", address(in.position_ids)}};
   check_written(in.op, written, read);
+}
+
+void check_append_written(const AppendInputs& in) {
+  const RotaryInputs& rotary = in.rotary;
+  const Named written[] = {{"q", &rotary.q},
+                           {"k", address(rotary.k)},
+                           {"k_cache", &in.k_cache},
+                           {"v_cache", &in.v_cache}};
+  const Named read[] = {{"v", &in.v},
+                        {"slot_mapping", &in.slot_mapping},
+                        {"cos", &rotary.cos},
+                        {"sin", &rotary.sin},
+                        {"position_ids", address(rotary.position_ids)},
+                        {"k_scale", address(in.k_scale)},
+                        {"v_scale", address(in.v_scale)}};
+  check_written(rotary.op, written, read);
+}
+
+void check_append_written(const LatentInputs& in) {
+  const RotaryInputs& rotary = in.rotary;
+  const Named written[] = {{"q", &rotary.q}, {"k_pe", &in.k_pe}, {"kv_cache", &in.kv_cache}};
+  const Named read[] = {{"kv_c", &in.kv_c},
+                        {"slot_mapping", &in.slot_mapping},
+                        {"cos", &rotary.cos},
+                        {"sin", &rotary.sin},
+                        {"position_ids", address(rotary.position_ids)},
+                        {"scale", address(in.scale)}};
+  check_written(rotary.op, written, read);
 }
 
 }  // namespace rope

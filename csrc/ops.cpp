@@ -10,6 +10,12 @@
 //                  Tables with W = R have their columns in the order of the result (of x, if
 //                  inverse), so that the backward is the transpose with the two orders swapped
 //   inv_freq       [P], radians per token
+//   axes           the axis of each pair among those of position_ids [A, ...]: int32 or int64 [P]
+//   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
+//   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
+//                  [T]; negative: it is not stored
+//   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
+//                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
@@ -44,13 +50,29 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "*, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
       "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
 
-  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise
+  // In place, and k as it is then, and v [.., Hk, D], to the caches; float8: divided by a scale,
+  // float32 of one element or [Hk]
+  m.def(
+      "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
+      "Tensor(d!) v_cache, Tensor slot_mapping, Tensor cos, Tensor sin, "
+      "Tensor? position_ids=None, *, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, bool inverse=False) "
+      "-> ()");
+  // The last R channels of q and k_pe [B, S, R] or [T, R] (or with one head) in place, and
+  // kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one element
+  m.def(
+      "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
+      "Tensor slot_mapping, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "Tensor? scale=None, bool interleaved=False, bool? interleaved_out=None) -> ()");
+
+  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
+  // position_ids: floating too; with axes [A, ...], which gives [..., P]
   m.def(
       "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
       "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
-      "cos_sin(Tensor inv_freq, Tensor position_ids, *, float attention_scaling=1.0, "
-      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "cos_sin(Tensor inv_freq, Tensor position_ids, Tensor? axes=None, *, "
+      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
 
   // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
   // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
@@ -63,7 +85,35 @@ STABLE_TORCH_LIBRARY(rope, m) {
   // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
   m.def(
       "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
-      "Tensor? position_ids=None, *, SymInt start=0, float attention_scaling=1.0) -> Tensor");
+      "Tensor? position_ids=None, Tensor? axes=None, *, SymInt start=0, "
+      "float attention_scaling=1.0) -> Tensor");
+
+  // -> q and k rotated by apply_rotary_qk with the rows of cos_sin, which are computed as it goes;
+  // position_ids: of any value, floating too, with axes a leading A; None: 0, 1, 2, ...
+  m.def(
+      "apply_rotary_qk_at(Tensor q, Tensor k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, Tensor inv_freq, Tensor? position_ids=None, "
+      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
+
+  // -> q and k normalised by RMSNorm, then rotated
+  m.def(
+      "rms_norm_rotary_qk(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, "
+      "Tensor sin, Tensor? position_ids=None, *, float eps=1e-6, bool unit_offset=False, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
+  // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; without one of
+  // these, zeros for its tensor and weight
+  m.def(
+      "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, "
+      "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
+      "float eps=1e-6, bool unit_offset=False, int? rotary_dim=None, int rotary_offset=0, "
+      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -76,10 +126,16 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("apply_rotary_qk_", TORCH_BOX(&rope::apply_rotary_qk_));
   m.impl("apply_rotary.out", TORCH_BOX(&rope::apply_rotary_out));
   m.impl("apply_rotary_qk.out", TORCH_BOX(&rope::apply_rotary_qk_out));
+  m.impl("apply_rotary_qk_append_kv_", TORCH_BOX(&rope::apply_rotary_qk_append_kv_));
+  m.impl("apply_rotary_mla_append_", TORCH_BOX(&rope::apply_rotary_mla_append_));
   m.impl("cos_sin_cache", TORCH_BOX(&rope::cos_sin_cache));
   m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
   m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
   m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
+  m.impl("apply_rotary_qk_at", TORCH_BOX(&rope::apply_rotary_qk_at));
+  m.impl("apply_rotary_qk_at_", TORCH_BOX(&rope::apply_rotary_qk_at_));
+  m.impl("rms_norm_rotary_qk", TORCH_BOX(&rope::rms_norm_rotary_qk));
+  m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
 }
 
 }  // namespace

@@ -39,12 +39,16 @@ def _load_compiled_part():
 
 _C = _load_compiled_part()
 
-from rope_ext import _register, _sharding, frequencies, positions, reference  # noqa: E402
+from rope_ext import _register, _register_norm, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
+from rope_ext.norm import rms_norm_rotary_qk  # noqa: E402
+from rope_ext.on_the_fly import apply_rotary_qk_at  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
 _register.register()
+_register_norm.register()
 _sharding.register()
 
 __version__: str = _C.build_info()["version"]
@@ -52,11 +56,15 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "RotaryEmbedding",
     "apply_rotary",
+    "apply_rotary_mla_append_",
     "apply_rotary_qk",
+    "apply_rotary_qk_append_kv_",
+    "apply_rotary_qk_at",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",
     "lowering",
     "positions",
     "reference",
+    "rms_norm_rotary_qk",
 ]

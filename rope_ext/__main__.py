@@ -1,4 +1,4 @@
-"""The command line: `python -m rope_ext demo`, `info` and `integrations`."""
+"""The command line: `python -m rope_ext demo`, `plot`, `explore`, `info` and `integrations`."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import rope_ext
+from rope_ext import viz
 from rope_ext.integrations.transformers import families
 
 
@@ -19,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rope_ext", description=rope_ext.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="demo | info | integrations")
+    names = "demo | plot | explore | info | integrations"
+    commands = parser.add_subparsers(required=True, metavar=names)
 
     info = commands.add_parser("info", help="how this rope_ext was built and what it runs on")
     info.set_defaults(command=run_info)
@@ -93,6 +95,44 @@ def build_parser() -> argparse.ArgumentParser:
         "max_position_embeddings; for dynamic and longrope 1024, which the prompt exceeds)",
     )
     demo.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw figures of a rotation: its frequencies, tables, scores and errors",
+        description="Draws figures of the rotation of a model, with matplotlib.",
+        epilog="Exit status: 0 drawn, 2 it could not run.",
+    )
+    plot.set_defaults(command=run_plot)
+    plot.add_argument(
+        "figures",
+        nargs="*",
+        type=figure,
+        metavar="FIGURE",
+        help=f"{', '.join(viz.FIGURES)} (default: all)",
+    )
+    plot.add_argument("--out", type=Path, default="figures", help="folder (default: %(default)s)")
+    plot.add_argument("--format", choices=("png", "svg"), default="png", help="default: png")
+
+    explore = commands.add_parser(
+        "explore",
+        help="write an HTML page to explore a rotation in",
+        description="Writes an HTML page to explore the rotation of a model in: one file, which "
+        "fetches nothing.",
+        epilog="Exit status: 0 written, 2 it could not run.",
+    )
+    explore.set_defaults(command=run_explore)
+    explore.add_argument(
+        "--out", type=Path, default="rope.html", metavar="FILE", help="default: %(default)s"
+    )
+    for command in (plot, explore):
+        command.add_argument(
+            "--config",
+            type=Path,
+            metavar="PATH",
+            help="a Hugging Face config.json, or the folder of a model (default: a model like "
+            "Llama 3)",
+        )
+        command.add_argument("--layer-type", help="of the config, where layers differ")
     return parser
 
 
@@ -108,6 +148,12 @@ def at_least_one(text: str) -> float:
     if not 1 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
     return value
+
+
+def figure(text: str) -> str:
+    if text not in viz.FIGURES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(viz.FIGURES)}, got {text}")
+    return text
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -141,6 +187,18 @@ def run_demo(args: argparse.Namespace) -> int:
     from rope_ext import demo
 
     return demo.run(args)
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    from rope_ext.viz import command
+
+    return command.plot(args)
+
+
+def run_explore(args: argparse.Namespace) -> int:
+    from rope_ext.viz import command
+
+    return command.explore(args)
 
 
 if __name__ == "__main__":

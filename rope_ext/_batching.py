@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import register_vmap
 
+from rope_ext._angle_derivatives import table_dtype
 from rope_ext._derivatives import last_stride_one
 from rope_ext.ops import check_order_stays
 
@@ -29,8 +30,14 @@ def register_batching() -> None:
         ("cos_sin_cache", _cos_sin("cos_sin_cache")),
         ("cos_sin", _cos_sin("cos_sin")),
         ("cos_sin_backward", _cos_sin_backward),
+        ("apply_rotary_qk_at", _at("apply_rotary_qk_at")),
+        ("apply_rotary_qk_at_", _at("apply_rotary_qk_at_", in_place=True)),
+        ("rms_norm_rotary_qk", _rms_norm_rotary_qk),
+        ("rms_norm_rotary_qk_backward", _rms_norm_rotary_qk_backward),
     ):
         register_vmap(f"rope::{name}", rule)
+    for name in ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_"):
+        _REFUSING.impl(name, _refused(name), "FuncTorchBatched")
 
 
 def _samples(x: Tensor, dim: int | None, count: int) -> Tensor:
@@ -113,6 +120,22 @@ def _check_written(name: str, dims: Dims) -> None:
         )
 
 
+# register_vmap takes no operator with tensors among its keywords, even to refuse it.
+_REFUSING = torch.library.Library("rope", "IMPL")
+
+
+def _refused(name: str) -> Callable[..., None]:
+    """A cache is one for all sequences: they are a batch, with slots of their own."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError(
+            f"rope::{name}: expected to be called with a batch of sequences, whose slots are those "
+            "of one cache, got tensors batched by vmap"
+        )
+
+    return refuse
+
+
 def _table_backward(
     info: Any,
     in_dims: Dims,
@@ -157,7 +180,7 @@ def _table_backward(
 def _one_by_one(
     operator: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], options: dict[str, Any]
 ) -> list[Any]:
-    """Frequencies and positions both batched: no operator has both."""
+    """Frequencies and positions both batched, or axes: no operator has that."""
     return [
         operator(
             *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)),
@@ -171,14 +194,25 @@ def _cos_sin(name: str) -> Callable[..., Any]:
     """The rule of cos_sin and cos_sin_cache, whose second argument is a number."""
     operator = getattr(rope, name)
 
-    def rule(info: Any, in_dims: Dims, inv_freq: Tensor, positions: Any, **options: Any) -> Any:
-        if in_dims[0] is None:
-            return operator(inv_freq, positions.movedim(in_dims[1], 0), **options), (0, 0)
-        if in_dims[1] is None:  # one vector of frequencies for all
+    def rule(
+        info: Any,
+        in_dims: Dims,
+        inv_freq: Tensor,
+        positions: Any,
+        *axes: Tensor | None,  # of cos_sin alone, which may be left out
+        **options: Any,
+    ) -> Any:
+        has_axes = axes not in ((), (None,))
+        of_each = len(in_dims) > 2 and in_dims[2] is not None
+        if in_dims[0] is None and not of_each:
+            samples = positions.movedim(in_dims[1], 1 if has_axes else 0)
+            return operator(inv_freq, samples, *axes, **options), (0, 0)
+        if in_dims[1] is None and not of_each:  # one vector of frequencies for all
             inv_freq = inv_freq.movedim(in_dims[0], 0)
-            tables = operator(inv_freq.flatten(), positions, **options)
+            axes = (axes[0].repeat(info.batch_size),) if has_axes else ()
+            tables = operator(inv_freq.flatten(), positions, *axes, **options)
             return tuple(t.unflatten(-1, inv_freq.shape) for t in tables), (-2, -2)
-        tables = _one_by_one(operator, info, in_dims, (inv_freq, positions), options)
+        tables = _one_by_one(operator, info, in_dims, (inv_freq, positions, *axes), options)
         return tuple(torch.stack(t) for t in zip(*tables, strict=True)), (0, 0)
 
     return rule
@@ -191,16 +225,98 @@ def _cos_sin_backward(
     grad_sin: Tensor,
     inv_freq: Tensor,
     position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    operator, dims = rope.cos_sin_backward, (*in_dims, None)[:4]
-    if dims[3] is not None:
-        args = grad_cos, grad_sin, inv_freq, position_ids
+    operator, dims = rope.cos_sin_backward, (*in_dims, None, None)[:5]
+    if dims[3] is not None or dims[4] is not None:
+        args = grad_cos, grad_sin, inv_freq, position_ids, axes
         return torch.stack(_one_by_one(operator, info, dims, args, options)), 0
     grads = (
         _samples(grad, dim, info.batch_size).movedim(0, -2).flatten(-2)
         for grad, dim in zip((grad_cos, grad_sin), dims, strict=False)
     )
     inv_freq = _samples(inv_freq, dims[2], info.batch_size)
-    grad = operator(*grads, inv_freq.flatten(), position_ids, **options)
+    axes = None if axes is None else axes.repeat(info.batch_size)
+    grad = operator(*grads, inv_freq.flatten(), position_ids, axes, **options)
     return grad.view(inv_freq.shape), 0
+
+
+def _at(name: str, in_place: bool = False) -> Callable[..., Any]:
+    """The rule of a rotation by angles: by rows, which every sample may have of its own."""
+    rotation = _rotation("apply_rotary_qk_" if in_place else "apply_rotary_qk", 2, in_place)
+
+    def rule(
+        info: Any,
+        in_dims: Dims,
+        q: Tensor,
+        k: Tensor,
+        inv_freq: Tensor,
+        position_ids: Tensor | None = None,
+        axes: Tensor | None = None,
+        *,
+        attention_scaling: float = 1.0,
+        **options: Any,
+    ) -> Any:
+        dims = (*in_dims, None, None)[:5]
+        if in_place:
+            _check_written(name, dims[:2])
+        made = {"attention_scaling": attention_scaling, "dtype": table_dtype(q, None)}
+        if position_ids is None:
+            made_by = "cos_sin_cache"
+            args = inv_freq, _samples(q, dims[0], info.batch_size).shape[-3]
+        else:
+            made_by, args = "cos_sin", (inv_freq, position_ids, axes)
+        of_args = dims[2 : 2 + len(args)]
+        if all(dim is None for dim in of_args):
+            rows, row_dims = getattr(rope, made_by)(*args, **made), (None, None)
+        else:
+            rows, row_dims = _cos_sin(made_by)(info, of_args, *args, **made)
+        return rotation(info, (*dims[:2], *row_dims, None), q, k, *rows, None, **options)
+
+    return rule
+
+
+def _rms_norm_rotary_qk(
+    info: Any,
+    in_dims: Dims,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *rows: Any,
+    **options: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """Samples are sequences; where they have weights of their own, one call each."""
+    operator, count, weights = rope.rms_norm_rotary_qk, info.batch_size, (q_weight, k_weight)
+    if in_dims[2] is not None or in_dims[3] is not None:
+        return _each_sample(operator, info, in_dims, (q, k, *weights, *rows), options), (0, 0)
+    samples = [_samples(x, dim, count) for x, dim in zip((q, k), in_dims, strict=False)]
+    batch = 1 if samples[0].dim() == 4 else samples[0].shape[1]
+    cos, sin, position_ids = (*rows, None)[:3]
+    dims = (*in_dims[4:], None)[:3]
+    all_rows = _rows(count, batch, samples[0].shape[-3], dims, cos, sin, position_ids)
+    outs = operator(*(_sequences(x) for x in samples), *weights, *all_rows, **options)
+    return tuple(out.unflatten(0, x.shape[: x.dim() - 3])
+                 for out, x in zip(outs, samples, strict=True)), (0, 0)  # fmt: skip
+
+
+def _rms_norm_rotary_qk_backward(
+    info: Any, in_dims: Dims, *args: Any, **options: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call each: every sample has gradients to the weights of its own."""
+    operator = rope.rms_norm_rotary_qk_backward
+    return _each_sample(operator, info, in_dims, args, options), (0,) * 4
+
+
+def _each_sample(
+    operator: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    def sample(x: Any, dim: int | None, i: int) -> Any:
+        return x if dim is None else last_stride_one(x.select(dim, i))
+
+    results = [
+        operator(*(sample(x, dim, i) for x, dim in zip(args, in_dims, strict=True)), **options)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))

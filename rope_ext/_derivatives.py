@@ -26,7 +26,7 @@ _unpack_dual = torch._VF._unpack_dual
 
 Grads = tuple[Tensor | None, ...]
 
-_AUTOGRAD = torch.library.Library("rope", "IMPL")
+AUTOGRAD = torch.library.Library("rope", "IMPL")
 
 
 def register_derivatives() -> None:
@@ -35,17 +35,23 @@ def register_derivatives() -> None:
         ("apply_rotary_qk", _save_two, _apply_rotary_qk_backward, _apply_rotary_qk_tangent),
         (
             "apply_rotary_table_backward",
-            _save_all,
+            save_all,
             _table_backward_backward,
             _table_backward_tangent,
         ),
-        ("cos_sin_cache", _save_all, _cos_sin_cache_backward, _cos_sin_cache_tangent),
-        ("cos_sin", _save_all, _cos_sin_backward, _cos_sin_tangent),
-        ("cos_sin_backward", _save_all, _cos_sin_backward_backward, _cos_sin_backward_tangent),
     ):
-        overload = getattr(rope, name).default
-        kernel = _autograd_kernel(overload, save, backward, tangent)
-        _AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
+        register_derivative(name, save, backward, tangent)
+
+
+def register_derivative(
+    name: str,
+    save: Callable[..., None],
+    backward: Callable[..., Grads],
+    tangent: Callable[..., Any],
+) -> None:
+    """Of an operator: what it saves, its backward, its tangent."""
+    kernel = _autograd_kernel(getattr(rope, name).default, save, backward, tangent)
+    AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def is_dual(*tensors: Any) -> bool:
@@ -149,15 +155,15 @@ def last_stride_one(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _zero_unless_given(tangent: Tensor | None, of: Tensor) -> Tensor:
+def zero_unless_given(tangent: Tensor | None, of: Tensor) -> Tensor:
     return torch.zeros_like(of) if tangent is None else last_stride_one(tangent)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _save_all(ctx: Any, args: list[Any]) -> None:
+def save_all(ctx: Any, args: list[Any]) -> None:
     ctx.numbers = [None if isinstance(a, Tensor) else a for a in args]
     ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
 
@@ -190,7 +196,7 @@ def _apply_rotary_backward(ctx: Any, grad: Tensor) -> Grads:
     if ctx.needs_input_grad[0]:
         grad_x = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(ctx.options))
     if ctx.table_needs_grad:
-        grad_cos, grad_sin = _table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
+        grad_cos, grad_sin = table_grad(grad, xs[0], None, None, cos, position_ids, ctx.options)
     return grad_x, grad_cos, grad_sin, None
 
 
@@ -211,7 +217,7 @@ def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | 
     terms = [pair for pair in zip(grads, xs, strict=False) if pair[0] is not None]
     if ctx.table_needs_grad and terms:
         first, second = (*terms, (None, None))[:2]
-        grad_cos, grad_sin = _table_grad(*first, *second, cos, position_ids, ctx.options)
+        grad_cos, grad_sin = table_grad(*first, *second, cos, position_ids, ctx.options)
     return to_q, to_k, grad_cos, grad_sin, None
 
 
@@ -224,7 +230,7 @@ def inverted(options: dict[str, Any]) -> dict[str, Any]:
     return inverse
 
 
-def _table_grad(
+def table_grad(
     grad_q: Tensor,
     q: Tensor,
     grad_k: Tensor | None,
@@ -245,7 +251,7 @@ def _table_grad(
     return rope.apply_rotary_table_backward(grad_q, q, grad_k, k, cos, order, offsets, **options)
 
 
-def _rotated_alone(
+def rotated_alone(
     x: Tensor | None,
     cos: Tensor,
     sin: Tensor,
@@ -264,7 +270,7 @@ def _rotated_alone(
     return pad(out, (offset, x.shape[-1] - offset - dim))
 
 
-def _rotary_tangent(
+def rotary_tangent(
     x: Tensor,
     x_tangent: Tensor | None,
     rows: tuple[Tensor, Tensor, Tensor | None],
@@ -276,21 +282,21 @@ def _rotary_tangent(
     if x_tangent is not None:
         of_x = rope.apply_rotary(last_stride_one(x_tangent), *rows, **options)
     if any(t is not None for t in row_tangents):
-        table = (_zero_unless_given(t, cos) for t in row_tangents)
-        of_table = _rotated_alone(x, *table, position_ids, options)
-    return _sum(of_x, of_table)
+        table = (zero_unless_given(t, cos) for t in row_tangents)
+        of_table = rotated_alone(x, *table, position_ids, options)
+    return sum_of(of_x, of_table)
 
 
 def _apply_rotary_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     x, *rows = inputs
-    return _rotary_tangent(x, tangents[0], tuple(rows), tangents[1:3], options)
+    return rotary_tangent(x, tangents[0], tuple(rows), tangents[1:3], options)
 
 
 def _apply_rotary_qk_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     *xs, cos, sin, position_ids = inputs
     rows = cos, sin, position_ids
     return tuple(
-        _rotary_tangent(x, tangent, rows, tangents[2:4], options)
+        rotary_tangent(x, tangent, rows, tangents[2:4], options)
         for x, tangent in zip(xs, tangents[:2], strict=True)
     )
 
@@ -299,7 +305,7 @@ def _table_backward_backward(ctx: Any, table_cos: Tensor | None, table_sin: Tens
     """grad_cos and grad_sin are linear in grad_q, and in q: the gradient to either is the other one
     rotated by the table (table_cos, table_sin), and zero where channels do not rotate.
     """
-    table_cos, table_sin = _both(table_cos, table_sin)
+    table_cos, table_sin = both(table_cos, table_sin)
     grad_q, q, grad_k, k, _, order, offsets = ctx.saved_tensors
     position_ids = None
     if is_dtensor(order):
@@ -314,10 +320,10 @@ def _table_backward_backward(ctx: Any, table_cos: Tensor | None, table_sin: Tens
     rows = last_stride_one(table_cos), last_stride_one(table_sin), position_ids
     forward, inverse = ctx.options, inverted(ctx.options)
     return (
-        _rotated_alone(q, *rows, forward),
-        _rotated_alone(grad_q, *rows, inverse),
-        _rotated_alone(k, *rows, forward),
-        _rotated_alone(grad_k, *rows, inverse),
+        rotated_alone(q, *rows, forward),
+        rotated_alone(grad_q, *rows, inverse),
+        rotated_alone(k, *rows, forward),
+        rotated_alone(grad_k, *rows, inverse),
         None,
         None,
         None,
@@ -329,105 +335,19 @@ def _table_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[st
     grad_q, q, grad_k, k, *rest = inputs
     first, second = None, None
     if tangents[0] is not None or tangents[2] is not None:
-        to_q = _zero_unless_given(tangents[0], grad_q)
-        to_k = None if k is None else _zero_unless_given(tangents[2], grad_k)
+        to_q = zero_unless_given(tangents[0], grad_q)
+        to_k = None if k is None else zero_unless_given(tangents[2], grad_k)
         first = rope.apply_rotary_table_backward(to_q, q, to_k, k, *rest, **options)
     if tangents[1] is not None or tangents[3] is not None:
-        to_q = _zero_unless_given(tangents[1], q)
-        to_k = None if k is None else _zero_unless_given(tangents[3], k)
+        to_q = zero_unless_given(tangents[1], q)
+        to_k = None if k is None else zero_unless_given(tangents[3], k)
         second = rope.apply_rotary_table_backward(grad_q, to_q, grad_k, to_k, *rest, **options)
     if first is None or second is None:
         return first or second or (None, None)
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor]:
+def both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients to cos and sin, with zeros for one that nothing depends on."""
     first = torch.zeros_like(second) if first is None else first
     return first, torch.zeros_like(first) if second is None else second
-
-
-# Of cos and sin: cos' = -position sin, sin' = position cos.
-
-
-def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """As check_table_dtype in checks_cos_sin.cpp."""
-    if dtype is not None:
-        return dtype
-    return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
-
-
-def _cos_sin_cache_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
-    grad_cos, grad_sin = _both(grad_cos, grad_sin)
-    inv_freq, _ = ctx.saved_tensors
-    options = {name: ctx.options[name] for name in ("start", "attention_scaling")}
-    return rope.cos_sin_backward(grad_cos, grad_sin, inv_freq, **options), None
-
-
-def _cos_sin_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
-    grad_cos, grad_sin = _both(grad_cos, grad_sin)
-    inv_freq, position_ids = ctx.saved_tensors
-    scaling = ctx.options["attention_scaling"]
-    grad = rope.cos_sin_backward(
-        grad_cos, grad_sin, inv_freq, position_ids, attention_scaling=scaling
-    )
-    return grad, None
-
-
-def _cos_sin_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    inv_freq, position_ids = inputs
-    if tangents[0] is None:
-        return None, None
-    exact = {"attention_scaling": options["attention_scaling"], "dtype": torch.float64}
-    cos, sin = rope.cos_sin(inv_freq, position_ids, **exact)
-    turned = position_ids.unsqueeze(-1).double() * tangents[0]
-    dtype = table_dtype(inv_freq, options["dtype"])
-    return (-(sin * turned)).to(dtype), (cos * turned).to(dtype)
-
-
-def _cos_sin_cache_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    inv_freq, length = inputs
-    position_ids = _consecutive(options["start"], length, inv_freq)
-    return _cos_sin_tangent([inv_freq, position_ids], tangents, options)
-
-
-def _consecutive(start: int, length: int, like: Tensor) -> Tensor:
-    return torch.arange(start, start + length, device=like.device)
-
-
-def _position_weighted(inputs: list[Any], options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """position_ids, and of F = sum over positions p of p (cos grad_sin - sin grad_cos), which is
-    cos_sin_backward: p [.., 1], and dF / d inv_freq.
-    """
-    grad_cos, grad_sin, inv_freq, position_ids = inputs
-    if position_ids is None:
-        position_ids = _consecutive(options["start"], grad_cos.shape[0], inv_freq)
-    position = position_ids.unsqueeze(-1).double()
-    slope = rope.cos_sin_backward(
-        position * grad_sin, -position * grad_cos, inv_freq, position_ids,
-        attention_scaling=options["attention_scaling"],
-    )  # fmt: skip
-    return position_ids, position, slope
-
-
-def _cos_sin_backward_backward(ctx: Any, grad: Tensor) -> Grads:
-    """Of F above, grad [P] coming in."""
-    grad_cos, grad_sin, inv_freq, _ = ctx.saved_tensors
-    position_ids, position, slope = _position_weighted(ctx.saved_tensors, ctx.options)
-    scaling = ctx.options["attention_scaling"]
-    cos, sin = rope.cos_sin(inv_freq, position_ids, attention_scaling=scaling, dtype=torch.float64)
-    weight = position * grad
-    to_grad_cos, to_grad_sin = -(weight * sin), weight * cos
-    return to_grad_cos.to(grad_cos.dtype), to_grad_sin.to(grad_sin.dtype), grad * slope, None
-
-
-def _cos_sin_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    grad_cos, grad_sin, inv_freq, position_ids = inputs
-    of_grads = of_inv_freq = None
-    if tangents[0] is not None or tangents[1] is not None:
-        to_cos = _zero_unless_given(tangents[0], grad_cos)
-        to_sin = _zero_unless_given(tangents[1], grad_sin)
-        of_grads = rope.cos_sin_backward(to_cos, to_sin, inv_freq, position_ids, **options)
-    if tangents[2] is not None:
-        of_inv_freq = tangents[2] * _position_weighted(inputs, options)[2]
-    return _sum(of_grads, of_inv_freq)

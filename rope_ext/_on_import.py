@@ -4,7 +4,7 @@ whomever, instead of importing it.
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
@@ -17,7 +17,7 @@ def on_import(module: str, register: Callable[[], None]) -> None:
 
 
 class _Importing:
-    """Finds the module as ever, and registers once it is there."""
+    """Has the module found by those who come after, and registers once it is there."""
 
     def __init__(self, module: str, register: Callable[[], None]) -> None:
         self.module, self.register = module, register
@@ -25,7 +25,11 @@ class _Importing:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == self.module else None
+        if name != self.module:
+            return None
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import register_fake
 
+from rope_ext._angle_derivatives import register_angle_derivatives, table_dtype
 from rope_ext._batching import register_batching
 from rope_ext._calling import check_may_be_written, name_of
-from rope_ext._derivatives import is_dual, register_derivatives, table_dtype
+from rope_ext._derivatives import is_dual, register_derivatives
 from rope_ext._on_import import on_import
 
 rope = torch.ops.rope
@@ -28,22 +29,35 @@ def register() -> None:
     register_fake("rope::apply_rotary_qk_", _fake_apply_rotary_qk_)
     register_fake("rope::apply_rotary.out", _fake_apply_rotary_out)
     register_fake("rope::apply_rotary_qk.out", _fake_apply_rotary_qk_out)
+    register_fake("rope::apply_rotary_qk_append_kv_", _fake_append_kv)
+    register_fake("rope::apply_rotary_mla_append_", _fake_mla_append)
     register_fake("rope::apply_rotary_table_backward", _fake_table_backward)
     register_fake("rope::cos_sin_cache", _fake_cos_sin_cache)
     register_fake("rope::cos_sin", _fake_cos_sin)
     register_fake("rope::cos_sin_backward", _fake_cos_sin_backward)
+    register_fake("rope::apply_rotary_qk_at", _fake_apply_rotary_qk_at)
+    register_fake("rope::apply_rotary_qk_at_", _fake_apply_rotary_qk_at_)
 
     register_derivatives()
+    register_angle_derivatives()
     register_batching()
     on_import("torch.utils.flop_counter", _register_flops)
 
     for name, overload, arguments, outs in (
         ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
         ("apply_rotary_qk_", rope.apply_rotary_qk_.default, 4, ()),
+        ("apply_rotary_qk_at_", rope.apply_rotary_qk_at_.default, 4, ()),
         ("apply_rotary.out", rope.apply_rotary.out, 3, ("out",)),
         ("apply_rotary_qk.out", rope.apply_rotary_qk.out, 4, ("out_q", "out_k")),
     ):
         kernel = _writing_kernel(overload, arguments, outs)
+        _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
+
+    for name, overload, arguments, written in (
+        ("apply_rotary_qk_append_kv_", rope.apply_rotary_qk_append_kv_.default, 8, (0, 1, 3, 4)),
+        ("apply_rotary_mla_append_", rope.apply_rotary_mla_append_.default, 7, (0, 1, 3)),
+    ):
+        kernel = _writing_kernel(overload, arguments, (), written)
         _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
 
 
@@ -118,6 +132,45 @@ def _fake_apply_rotary_qk_out(
     _check_device("apply_rotary_qk.out", "q", q, out_q=out_q, out_k=out_k)
 
 
+def _fake_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **options: Any,
+) -> None:
+    op = "apply_rotary_qk_append_kv_"
+    _check_device(op, "q", q, k=k, cos=cos, sin=sin, position_ids=position_ids, v=v)
+    _check_device(op, "q", q, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
+    _check_device(op, "q", q, k_scale=k_scale, v_scale=v_scale)
+
+
+def _fake_mla_append(
+    q: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    **options: Any,
+) -> None:
+    op = "apply_rotary_mla_append_"
+    _check_device(op, "q", q, cos=cos, sin=sin, position_ids=position_ids, k_pe=k_pe, kv_c=kv_c)
+    _check_device(op, "q", q, kv_cache=kv_cache, slot_mapping=slot_mapping, scale=scale)
+
+
 def _fake_table_backward(
     grad_q: Tensor,
     q: Tensor,
@@ -152,14 +205,35 @@ def _fake_cos_sin_cache(
 def _fake_cos_sin(
     inv_freq: Tensor,
     position_ids: Tensor,
+    axes: Tensor | None = None,
     *,
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids)
+    _check_device("cos_sin", "inv_freq", inv_freq, position_ids=position_ids, axes=axes)
     dtype = table_dtype(inv_freq, dtype)
-    shape = (*position_ids.shape, inv_freq.shape[0])
+    shape = (*position_ids.shape[0 if axes is None else 1 :], inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+def _fake_apply_rotary_qk_at_(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
+    *,
+    op: str = "apply_rotary_qk_at_",
+    **options: Any,
+) -> None:
+    _check_device(op, "q", q, k=k, inv_freq=inv_freq, position_ids=position_ids, axes=axes)
+
+
+def _fake_apply_rotary_qk_at(
+    q: Tensor, k: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    _fake_apply_rotary_qk_at_(q, k, *args, op="apply_rotary_qk_at", **options)
+    return _output_like(q), _output_like(k)
 
 
 # What torch.utils.flop_counter counts, from shapes: 4 products and 2 sums a pair, so 3 a channel
@@ -174,6 +248,9 @@ def _register_flops() -> None:
     register_flop_formula([rope.apply_rotary, rope.apply_rotary_])(_flops_of_one)
     register_flop_formula([rope.apply_rotary_qk, rope.apply_rotary_qk_])(_flops_of_two)
     register_flop_formula(rope.apply_rotary_table_backward)(_flops_of_table_backward)
+    register_flop_formula(rope.apply_rotary_qk_append_kv_)(_flops_of_append_kv)
+    register_flop_formula(rope.apply_rotary_mla_append_)(_flops_of_mla_append)
+    register_flop_formula([rope.apply_rotary_qk_at, rope.apply_rotary_qk_at_])(_flops_at)
 
 
 def _rotating(x: Shape, cos: Shape, rotary_dim: int | None) -> int:
@@ -190,6 +267,38 @@ def _flops_of_two(
     q: Shape, k: Shape, cos: Shape, *args: Any, rotary_dim: int | None = None, **options: Any
 ) -> int:
     return 3 * (_rotating(q, cos, rotary_dim) + _rotating(k, cos, rotary_dim))
+
+
+def _flops_of_append_kv(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    k_cache: Shape,
+    v_cache: Shape,
+    slot_mapping: Shape,
+    cos: Shape,
+    *args: Any,
+    rotary_dim: int | None = None,
+    **options: Any,
+) -> int:
+    return _flops_of_two(q, k, cos, rotary_dim=rotary_dim)
+
+
+def _flops_of_mla_append(
+    q: Shape,
+    k_pe: Shape,
+    kv_c: Shape,
+    kv_cache: Shape,
+    slot_mapping: Shape,
+    cos: Shape,
+    *args: Any,
+    **options: Any,
+) -> int:
+    return _flops_of_two(q, k_pe, cos)
+
+
+def _flops_at(q: Shape, k: Shape, inv_freq: Shape, *args: Any, **options: Any) -> int:
+    return _flops_of_two(q, k, inv_freq)
 
 
 def _flops_of_table_backward(
@@ -213,24 +322,32 @@ _WRITING = torch.library.Library("rope", "IMPL")
 _BELOW_AUTOGRAD = {"dispatch_key": "ADInplaceOrView", "with_keyset": True}
 
 
-def _writing_kernel(overload: Any, arguments: int, outs: tuple[str, ...]) -> Callable[..., None]:
+def _writing_kernel(
+    overload: Any, arguments: int, outs: tuple[str, ...], places: tuple[int, ...] | None = None
+) -> Callable[..., None]:
     """Refuses tensors that require grad, runs the operator, and counts up the written versions.
 
-    The first `arguments` are the differentiable ones; outs, or without any those that come before
-    cos and sin, are written.
+    The first `arguments` are the differentiable ones; outs, or without any all but the last two of
+    them (cos and sin, or inv_freq and position_ids), or those at `places`, are written.
     """
     op = name_of(overload)
     names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
-    instead = "rotate without out" if outs else "the functions of rope_ext differentiate in place"
+    if outs:
+        instead = "rotate without out"
+    elif places is None:
+        instead = "the functions of rope_ext differentiate in place"
+    else:
+        instead = "what a cache keeps has none"
+    places = tuple(range(arguments - 2)) if places is None else places
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> None:
-        written = tuple(options[name] for name in outs) or args[: arguments - 2]
+        written = tuple(options[name] for name in outs) or tuple(args[i] for i in places)
         if not torch.is_inference_mode_enabled():
             check_may_be_written(overload, written)
         if torch.is_grad_enabled():
             tensors = (*args[:arguments], *written) if outs else args[:arguments]
-            for name, tensor in zip(names, tensors, strict=True):
-                if tensor.requires_grad:
+            for name, tensor in zip(names, tensors, strict=False):  # the last may be left out
+                if tensor is not None and tensor.requires_grad:
                     raise RuntimeError(
                         f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
                         "requires grad"

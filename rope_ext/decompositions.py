@@ -23,9 +23,9 @@ class lowering:
 
     Called, it holds from now on; in a ``with`` statement, until its end. It holds for all threads,
     for the rotations of the functions and modules of rope_ext, forward and backward. What is called
-    by ``torch.ops.rope`` stays an operator, as do the tables of cos and sin, which need an exact
-    reduction of angles. A graph is compiled again where the choice has changed; eager calls are the
-    operators always.
+    by ``torch.ops.rope`` stays an operator, as do the tables of cos and sin and the rotation by
+    angles, which need an exact reduction of these. A graph is compiled again where the choice has
+    changed; eager calls are the operators always.
 
     The numbers are the same but that a compiler may contract a product and a sum to one rounding,
     as Triton does: each way is then within 2^-23 (|x1 cos| + |x2 sin|) and one rounding of the

@@ -20,11 +20,13 @@ class RotaryEmbedding(nn.Module):
 
     With position_ids the angles are computed for just these positions, once a call; without, they
     come from a table of the positions 0, 1, 2, ... which grows by doubling when a longer sequence
-    comes. inv_freq and the table are float32 and stay so through ``.half()`` and ``.bfloat16()``.
-    Neither is part of the state dict: they follow from the arguments. An ``inv_freq`` in a state
-    dict, as older checkpoints have it, is accepted and not used. Only learned frequencies are
-    parameters, and in the state dict. The table follows what is written into inv_freq, but for
-    writes through ``.data``, which PyTorch does not count, to frequencies that are not learned.
+    comes. Tokens of several positions turn by rows of ``cos_sin(module.inv_freq, position_ids,
+    axes=...)``. inv_freq and the table are float32 and stay so through ``.half()`` and
+    ``.bfloat16()``. Neither is part of the state dict: they follow from the arguments. An
+    ``inv_freq`` in a state dict, as older checkpoints have it, is accepted and not used. Only
+    learned frequencies are parameters, and in the state dict. The table follows what is written
+    into inv_freq, but for writes through ``.data``, which PyTorch does not count, to frequencies
+    that are not learned.
 
     Two scalings have frequencies that depend on the length of the sequence, which is one more than
     the largest position of a call, over the whole batch, as in transformers:
@@ -207,8 +209,8 @@ class RotaryEmbedding(nn.Module):
         Args:
             q: [B, S, H, D], or as layout says, "bhsd", "sbhd" or "thd" ([T, H, D]).
             k: of q's shape and dtype, but for its number of heads.
-            position_ids: int32 or int64 [S], [1|B, S], or [T] for "thd", in tokens, of any size.
-                None: 0, 1, 2, ... in each sequence.
+            position_ids: int32, int64 or floating [S], [1|B, S], or [T] for "thd", in tokens, of
+                any size. None: 0, 1, 2, ... in each sequence.
             layout: the order of the dimensions of q and k.
             regime_length: for "dynamic" and "longrope", the length in tokens that decides the
                 frequencies: an integer, or int32 or int64 [], or one a sequence [B], or for "thd"
@@ -262,7 +264,7 @@ class RotaryEmbedding(nn.Module):
         """cos and sin, float32 [*position_ids.shape, P]: once a step, for all layers of a model.
 
         Args:
-            position_ids: int32 or int64 [B, S] or [T], in tokens.
+            position_ids: int32, int64 or floating [B, S] or [T], in tokens.
             regime_length: as for :meth:`forward`.
         """
         cos, sin, seen = self._cos_sin(position_ids, regime_length)

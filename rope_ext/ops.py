@@ -1,5 +1,6 @@
 """The operators as typed functions: with layouts, and in place with autograd."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rope_ext import decompositions
-from rope_ext._calling import call
+from rope_ext._apart import check_apart
+from rope_ext._calling import call, check_may_be_written
 from rope_ext._derivatives import inverted, last_stride_one
 
 rope = torch.ops.rope
@@ -82,7 +84,7 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
     view = as_bshd(x, layout, "apply_rotary")
     if out is not None:
         _check_not_both("apply_rotary", inplace)
@@ -95,17 +97,17 @@ def apply_rotary(
         rotated = call(rotate.apply_rotary, view, cos, sin, position_ids, **options)
         return from_bshd(rotated, layout)
     check_order_stays("apply_rotary", interleaved, interleaved_out)
-    if not _is_differentiated(x, cos, sin) and not decompositions.in_graph():
+    if not is_differentiated(x, cos, sin) and not decompositions.in_graph():
         call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
         return x
     _check_tables_need_no_grad("apply_rotary", cos, sin)
-    if _is_transformed():
+    if is_transformed():
         rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
         return x.copy_(rotated)
-    _check_differentiable_in_place("apply_rotary", {"x": x})
+    check_differentiable_in_place("apply_rotary", {"x": x})
     with torch.no_grad():
         call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
-    return _InPlaceRotation.apply(x, cos, sin, position_ids, layout, options)
+    return in_place_rotation(x, apply_rotary, layout, options, cos, sin, position_ids)
 
 
 def apply_rotary_qk(
@@ -123,8 +125,13 @@ def apply_rotary_qk(
     layout: Layout = "bshd",
     inplace: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k by the same angles, in one pass (one launch on CUDA).
+
+    With cos_k and sin_k, k is rotated by these, in a pass of its own: xPos, whose tables also decay
+    for q and grow for k (``frequencies.xpos``).
 
     Args:
         q: as x of :func:`apply_rotary`.
@@ -133,14 +140,20 @@ def apply_rotary_qk(
         cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
             layout, inplace: as for :func:`apply_rotary`.
         out: as for :func:`apply_rotary`, one for q and one for k.
+        cos_k, sin_k: the tables of k, of cos's shape and dtype, both or none.
 
     Returns:
         The rotated q and k.
 
     Raises:
         RuntimeError: as :func:`apply_rotary`.
+
+    Source: for tables of k, A Length-Extrapolatable Transformer, arXiv 2212.10554, algorithm 1.
     """
-    options = _options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    if cos_k is not None or sin_k is not None:
+        tables = (cos, sin, cos_k, sin_k)
+        return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
     view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
     view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     if out is not None:
@@ -157,22 +170,63 @@ def apply_rotary_qk(
         out_q, out_k = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
-    if not _is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
+    if not is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
         rotate = rope.apply_rotary_qk_
         call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
         return q, k
     _check_tables_need_no_grad("apply_rotary_qk", cos, sin)
-    if _is_transformed():
+    if is_transformed():
         out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
         return q.copy_(out_q), k.copy_(out_k)
-    _check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
+    check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
     with torch.no_grad():
         rotate = rope.apply_rotary_qk_
         call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
     return (
-        _InPlaceRotation.apply(q, cos, sin, position_ids, layout, options),
-        _InPlaceRotation.apply(k, cos, sin, position_ids, layout, options),
+        in_place_rotation(q, apply_rotary, layout, options, cos, sin, position_ids),
+        in_place_rotation(k, apply_rotary, layout, options, cos, sin, position_ids),
     )
+
+
+def _rotate_apart(
+    q: Tensor,
+    k: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    position_ids: Tensor | None,
+    options: dict[str, Any],
+    layout: Layout,
+    inplace: bool,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Each by its own tables; refused, as by one operator, before either is written."""
+    function = "apply_rotary_qk"
+    cos, sin, cos_k, sin_k = tables
+    if cos_k is None or sin_k is None:
+        given, missing = ("cos_k", "sin_k") if sin_k is None else ("sin_k", "cos_k")
+        raise ValueError(f"rope_ext.{function}: expected {missing} with {given}, got None")
+    written: dict[str, Tensor] = {"q": q, "k": k} if inplace else {}
+    if out is not None:
+        _check_not_both(function, inplace)
+        written = {"out[0]": out[0], "out[1]": out[1]}
+        if torch.is_grad_enabled():
+            _check_need_no_grad(function, {"k": k, "cos_k": cos_k, "sin_k": sin_k, **written})
+    view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
+    views = {name: as_bshd(x, layout, function, name) for name, x in written.items()}
+    check_apart(view_q, view_k, (cos, sin, cos_k, sin_k), position_ids, views)
+    if written and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        check_may_be_written(rope.apply_rotary_qk_, tuple(written.values()))
+    if inplace:
+        order = options.get("interleaved_out")
+        check_order_stays(function, options.get("interleaved", False), order)
+        if is_differentiated(q, k, cos, sin, cos_k, sin_k):
+            _check_tables_need_no_grad(function, cos, sin)
+            _check_tables_need_no_grad(function, cos_k, sin_k)
+            if not is_transformed():
+                check_differentiable_in_place(function, written)
+    out_q, out_k = (None, None) if out is None else out
+    how = {**options, "layout": layout, "inplace": inplace}
+    rotated_q = apply_rotary(q, cos, sin, position_ids, **how, out=out_q)
+    return rotated_q, apply_rotary(k, cos_k, sin_k, position_ids, **how, out=out_k)
 
 
 def cos_sin_cache(
@@ -217,6 +271,7 @@ def cos_sin(
     inv_freq: Tensor,
     position_ids: Tensor,
     *,
+    axes: Tensor | None = None,
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -224,21 +279,31 @@ def cos_sin(
 
     Args:
         inv_freq, attention_scaling, dtype: as for :func:`cos_sin_cache`.
-        position_ids: int32 or int64 of any shape, in tokens; may be negative.
+        position_ids: of any shape, in tokens; may be negative. int32 or int64; or, for pixel
+            coordinates, interpolation and the like, float64, float32, float16 or bfloat16, of which
+            the angle is just as exact. With axes [A, ...]: a position an axis, such as time, height
+            and width.
+        axes: int32 or int64 [P], each in [0, A): pair i turns by position_ids[axes[i]]. None: all
+            pairs turn by the one position that a token has.
 
     Returns:
-        cos, sin: [*position_ids.shape, P], ready for :func:`apply_rotary` when position_ids is
-        [B, S] or [T].
+        cos, sin: [*position_ids.shape, P], with axes [*position_ids.shape[1:], P]; ready for
+        :func:`apply_rotary` when a token's positions are [B, S] or [T]. Differentiable, twice, for
+        inv_freq and floating position_ids.
 
     Raises:
-        RuntimeError: for position_ids that are not int32 or int64 or on another device.
+        RuntimeError: for position_ids or axes of another dtype, shape or device. An axis outside of
+            [0, A) raises on the CPU; on CUDA its pairs become NaN, unless the environment variable
+            ROPE_EXT_CHECK=1 is set.
+
+    Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,
+    as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
-    return call(
-        rope.cos_sin, inv_freq, position_ids, attention_scaling=attention_scaling, dtype=dtype
-    )
+    options = {"attention_scaling": attention_scaling, "dtype": dtype}
+    return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
 
 
-def _options(
+def rotation_options(
     rotary_dim: int | None,
     rotary_offset: int,
     interleaved: bool,
@@ -286,12 +351,12 @@ def from_bshd(x: Tensor, layout: str) -> Tensor:
     return x if swap is None else x.transpose(*swap)
 
 
-def _is_differentiated(*tensors: Tensor) -> bool:
+def is_differentiated(*tensors: Tensor) -> bool:
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return needs_grad or forward_ad._current_level >= 0
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
     by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
     """
@@ -317,6 +382,15 @@ def _check_not_both(function: str, inplace: bool) -> None:
         raise ValueError(f"rope_ext.{function}: expected inplace=False with out, got inplace=True")
 
 
+def _check_need_no_grad(function: str, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.requires_grad:
+            raise RuntimeError(
+                f"rope_ext.{function}: expected {name} to need no gradient with out, got a tensor "
+                "that requires grad"
+            )
+
+
 def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
@@ -325,12 +399,13 @@ def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
+def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
     """Refuses what autograd would refuse later, when the data had been written already."""
     default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
         base = x._base if x._is_view() else x
-        if base.is_leaf and base.requires_grad:
+        # A view may be a leaf itself, of a base that needs no gradient.
+        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
                 "view of one, when inplace=True, got one"
@@ -350,22 +425,25 @@ class _InPlaceRotation(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: Tensor | None,
+        rotate: Callable[..., Tensor],
         layout: str,
         options: dict[str, Any],
+        *rows: Tensor | None,
     ) -> Tensor:
         ctx.mark_dirty(x)
-        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.save_for_backward(*rows)
+        ctx.rotate = rotate
         ctx.layout = layout
         ctx.options = options
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        cos, sin, position_ids = ctx.saved_tensors
+        rows = ctx.saved_tensors
         options = inverted(ctx.options)
-        grad = last_stride_one(grad)
-        rotated = apply_rotary(grad, cos, sin, position_ids, layout=ctx.layout, **options)
-        return rotated, None, None, None, None, None
+        rotated = ctx.rotate(last_stride_one(grad), *rows, layout=ctx.layout, **options)
+        return rotated, *(None,) * (3 + len(rows))
+
+
+# x, the function that rotates it out of place, layout, options, and what it takes after x
+in_place_rotation = _InPlaceRotation.apply

@@ -5,6 +5,8 @@ Works in the dtype that it is given, or in that of a wider cos and sin, rounded 
 give it float64 to judge others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,33 @@ def apply_rotary(
     return torch.cat((before, y, after), -1)
 
 
+def rms_norm_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
+
+    def normalised(x: Tensor, weight: Tensor) -> Tensor:
+        row = (-1,) if weight.dim() == 1 else (-2, -1)
+        mean = x.square().mean(row, keepdim=True)
+        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
+
+    rows = cos, sin, position_ids
+    return (
+        apply_rotary(normalised(q, q_weight), *rows, **options),
+        apply_rotary(normalised(k, k_weight), *rows, **options),
+    )
+
+
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and second channels of the pairs of x [..., R], each [..., P]."""
     if interleaved:
@@ -54,8 +83,101 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def cos_sin(
-    inv_freq: Tensor, position_ids: Tensor, *, attention_scaling: float = 1.0
+    inv_freq: Tensor,
+    position_ids: Tensor,
+    *,
+    axes: Tensor | None = None,
+    attention_scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.cos_sin`: in float64, exact to about 1e-16 times the angle."""
-    angles = position_ids.double().unsqueeze(-1) * inv_freq.double()
+    positions = position_ids.double()
+    positions = positions.unsqueeze(-1) if axes is None else positions[axes].movedim(0, -1)
+    angles = positions * inv_freq.double()
     return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+
+def apply_rotary_qk_at(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    axes: Tensor | None = None,
+    attention_scaling: float = 1.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_qk_at`, by the rows of its angles in float64."""
+    if position_ids is None:
+        position_ids = torch.arange(q.shape[-3], device=q.device)
+    rows = cos_sin(inv_freq, position_ids, axes=axes, attention_scaling=attention_scaling)
+    return apply_rotary(q, *rows, **options), apply_rotary(k, *rows, **options)
+
+
+def apply_rotary_qk_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_qk_append_kv_` on [B, S, H, D] or [T, H, D] and caches
+    [blocks, block_size, Hk, D], but nothing is written.
+
+    Returns:
+        What q, k, k_cache and v_cache become.
+    """
+    q, k = (apply_rotary(x, cos, sin, position_ids, **options) for x in (q, k))
+    k_cache = _stored(k_cache, k, slot_mapping, k_scale)
+    return q, k, k_cache, _stored(v_cache, v, slot_mapping, v_scale)
+
+
+def apply_rotary_mla_append(
+    q: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    interleaved: bool = False,
+    interleaved_out: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_mla_append_`, but nothing is written.
+
+    Returns:
+        What q, k_pe and kv_cache become.
+    """
+    options: dict[str, Any] = {"interleaved": interleaved, "interleaved_out": interleaved_out}
+    rows, last = (cos, sin, position_ids), q.shape[-1] - 2 * cos.shape[-1]
+    q = apply_rotary(q, *rows, rotary_offset=last, **options)
+    one_head = k_pe.unsqueeze(-2) if k_pe.dim() < q.dim() else k_pe
+    one_head = apply_rotary(one_head, *rows, **options)
+    row = torch.cat((kv_c.unsqueeze(-2), one_head), -1)
+    kv_cache = _stored(kv_cache.unsqueeze(2), row, slot_mapping, scale).squeeze(2)
+    return q, one_head.reshape(k_pe.shape), kv_cache
+
+
+def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
+    """A copy of the cache with the heads [.., Hk, D] of each token in its slot."""
+    rows, slots = x.flatten(0, -3), slots.flatten()
+    if scale is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = rows.to(wide) / scale.to(wide).reshape(-1, 1)
+    if cache.dtype.itemsize == 1:  # as PyTorch rounds to a float8, but saturating
+        limit = torch.finfo(cache.dtype).max
+        rows = rows.clamp(-limit, limit)
+    pages = cache.flatten(0, 1).clone()
+    as_bytes = pages.view(torch.uint8)
+    as_bytes[slots[slots >= 0]] = rows[slots >= 0].to(cache.dtype).view(torch.uint8)
+    return pages.view(cache.shape)

@@ -10,6 +10,7 @@ import torch
 from rope_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # The order of the pairs in x and in the result.
 ORDERS = {
     "half-split": {},
@@ -17,7 +18,7 @@ ORDERS = {
     "neighbours to halves": {"interleaved": True, "interleaved_out": False},
     "halves to neighbours": {"interleaved": False, "interleaved_out": True},
 }
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def name_of(dtype):
@@ -68,6 +69,18 @@ def random_table(*shape, dtype=torch.float32, device="cpu", seed=0):
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
 
+def random_slots(*shape, capacity, dtype=torch.int64, device="cpu", seed=0):
+    """Slots of a cache in any order, each once; every fourth token has none."""
+    count = torch.Size(shape).numel()
+    slots = torch.randperm(capacity, generator=torch.Generator().manual_seed(seed))[:count].clone()
+    slots[3::4] = torch.tensor([-1, -2, -(2**31)])[torch.arange(len(slots[3::4])) % 3]
+    return slots.to(dtype).view(shape).to(device)
+
+
+def random_cache(*shape, dtype, device="cpu", seed=5):
+    return random(*shape, dtype=torch.float32, seed=seed).to(dtype).to(device)
+
+
 def in_layout(x, layout):
     """x [B, S, H, D] as a dense tensor of the layout."""
     swap = {"bshd": (0, 0), "bhsd": (1, 2), "sbhd": (0, 1), "thd": (0, 0)}[layout]
@@ -99,12 +112,10 @@ def assert_same_bits(got, expected):
     got, expected = got.detach().cpu(), expected.detach().cpu()
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
-    nan = expected.isnan()
-    assert torch.equal(got.isnan(), nan)
+    nan = _is_nan(expected)
+    assert torch.equal(_is_nan(got), nan)
     as_int = BITS[got.element_size()]
-    zero = torch.zeros((), dtype=got.dtype)
-    a = torch.where(nan, zero, got).contiguous().view(as_int)
-    b = torch.where(nan, zero, expected).contiguous().view(as_int)
+    a, b = (t.contiguous().view(as_int).masked_fill(nan, 0) for t in (got, expected))
     if not torch.equal(a, b):
         at = (a != b).nonzero()
         first = tuple(at[0].tolist())
@@ -112,6 +123,10 @@ def assert_same_bits(got, expected):
             f"{len(at)} of {a.numel()} elements differ, the first at {first}: "
             f"got {got[first].item()!r}, expected {expected[first].item()!r}"
         )
+
+
+def _is_nan(t):
+    return (t.float() if t.element_size() == 1 else t).isnan()
 
 
 def on_cpu(tensors, dtype=None):

@@ -501,6 +501,8 @@ WITHOUT_CUDA = {
     "cos_sin_cache": lambda x, table: (table[0], 3),
     "cos_sin": lambda x, table: (table[0], torch.arange(3, device="meta")),
     "cos_sin_backward": lambda x, table: (table, table, table[0]),
+    "apply_rotary_qk_at": lambda x, table: (x, x, table[0]),
+    "apply_rotary_qk_at_": lambda x, table: (x, x.clone(), table[0]),
 }
 
 
@@ -727,10 +729,10 @@ def test_bad_length_start_dtype_and_positions_are_refused(called, device):
          "float64, float32, float16 or bfloat16, got int32"),
         (lambda: rows(f, ids, dtype=torch.int64), "rope::cos_sin: expected dtype to be float64, "
          "float32, float16 or bfloat16, got int64"),
-        (lambda: rows(f, ids.float()), "rope::cos_sin: expected position_ids to be int32 or int64, "
-         "got float32"),
-        (lambda: rows(f, ids.bool()), "rope::cos_sin: expected position_ids to be int32 or int64, "
-         "got bool"),
+        (lambda: rows(f, ids.short()), "rope::cos_sin: expected position_ids to be int32, int64, "
+         "float64, float32, float16 or bfloat16, got "),
+        (lambda: rows(f, ids.bool()), "rope::cos_sin: expected position_ids to be int32, int64, "
+         "float64, float32, float16 or bfloat16, got bool"),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError, match=re.escape(message)):
             call()

@@ -21,6 +21,7 @@ import bench_overhead
 import bench_rope
 import bench_scaling
 import floors
+import paged_decode
 import report
 import rotations_cpu
 import verify
@@ -38,6 +39,7 @@ BENCHMARKS = {  # each with arguments that keep it to a few seconds
     "bench_overhead": (bench_overhead, []),
     "bench_scaling": (bench_scaling, ["--max-tokens=512", "--threads=1"]),
     "bench_model": (bench_model, ["--max-tokens=4", "--random-layers=1"]),
+    "paged_decode": (paged_decode, ["--max-tokens=4", "--random-layers=1"]),
 }
 
 

@@ -80,6 +80,30 @@ def test_16_bits_are_rounded_once(dtype, backend):
         assert worst_error(a, b, dtype) <= 0.5 + TWICE
 
 
+# Between tokens, below one and in the millions; as each dtype rounds them.
+FRACTIONS = [0.5, -0.3, 1e-3, 2.0**-20, 7.25, -196.6, 1234.567, 60_000.7, 1e6 + 0.1, 2.0**31 - 0.3]
+
+
+@pytest.mark.parametrize("position_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=name_of)
+def test_fractional_positions_are_within_1_ulp(dtype, position_dtype, backend):
+    ids = torch.tensor(FRACTIONS, dtype=F64).to(position_dtype)
+    ids = ids[ids.isfinite()]  # 65,504 is the largest float16
+    inv_freq = inv_freq_of(5e5, F64, head_dim=32)
+    truth = exact(tuple(ids.double().tolist()), tuple(inv_freq.tolist()))
+    got = rope.cos_sin(inv_freq.to(backend), ids.to(backend), dtype=dtype)
+    for a, b in zip(got, truth, strict=True):
+        assert worst_error(a, b, dtype) <= 1
+
+
+@pytest.mark.parametrize("position", [2.0**53, -(2.0**60), float("inf"), float("nan")])
+def test_floating_position_that_is_out_of_reach_is_nan(position, backend):
+    inv_freq = torch.tensor([1e-12, 0.0], dtype=F64, device=backend)
+    ids = torch.tensor([position, 2.0**53 - 1], dtype=F64, device=backend)
+    for table in rope.cos_sin(inv_freq, ids):
+        assert table.cpu().isnan().tolist() == [[True, True], [False, False]]
+
+
 @pytest.mark.parametrize("inv_freq_dtype", DTYPES, ids=name_of)
 def test_angle_is_that_of_the_inv_freq_given(inv_freq_dtype, device):
     """Not of one rounded to another dtype, nor of the formula."""

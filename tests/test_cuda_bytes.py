@@ -237,3 +237,113 @@ def test_halves_of_24_bytes_move_in_8_byte_steps():
     assert moved.store_unique_sectors == channels
     assert {8} <= moved.store_widths <= {8, 16}
     assert moved.store_sectors <= 2 * channels
+
+
+# ---- with a cache
+
+BLOCK_SIZE = 16
+
+
+def cache_of(tokens: int, *row: int, dtype: torch.dtype):
+    """A cache with twice the slots of the tokens, and a slot for each in any order."""
+    blocks = -(-2 * tokens // BLOCK_SIZE)
+    cache = torch.zeros(blocks, BLOCK_SIZE, *row).to(dtype).cuda()
+    return cache, torch.randperm(blocks * BLOCK_SIZE)[:tokens].cuda()
+
+
+def appended(shape: Shape, step: str, dtype: torch.dtype, cache_dtype: torch.dtype, stored=True):
+    """What apply_rotary_qk_append_kv_ moved; and bytes of: q and k that rotate, k and v, the two
+    caches, the table and the slots.
+    """
+    batch, seq = STEPS[step]
+    tokens = batch * seq
+    q, k, cos, sin = tensors(shape, batch, seq, dtype)
+    k_cache, slots = cache_of(tokens, shape.k_heads, shape.head_dim, dtype=cache_dtype)
+    v, v_cache = k.clone(), k_cache.clone()
+    slots = (slots if stored else torch.full_like(slots, -1)).view(batch, seq)
+    options = {"rotary_offset": shape.rotary_offset, "interleaved": shape.interleaved}
+    moved = moved_by(
+        lambda: torch.ops.rope.apply_rotary_qk_append_kv_(
+            q, k, v, k_cache, v_cache, slots, cos, sin, **options
+        )
+    )
+    rotated = tokens * shape.heads * shape.rotary_dim * dtype.itemsize
+    of_k = tokens * shape.k_heads * shape.head_dim
+    return moved, rotated, of_k, 2 * cos.numel() * cos.itemsize, -(-tokens * 8 // SECTOR)
+
+
+@pytest.mark.parametrize("cache", ["of the model", torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if not s.mixed], ids=lambda s: s.name)
+def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, cache):
+    """The channels of k that do not rotate are read to be stored, those of q are not."""
+    cache_dtype = dtype if cache == "of the model" else cache
+    moved, rotated, of_k, table, of_slots = appended(shape, step, dtype, cache_dtype)
+    k_stays = of_k // shape.head_dim * (shape.head_dim - shape.rotary_dim) * dtype.itemsize
+    assert moved.launches == 1
+    assert moved.store_widths == {16, 16 * cache_dtype.itemsize // dtype.itemsize}
+    assert moved.load_unique_sectors == of_slots + sectors(
+        rotated + k_stays + of_k * dtype.itemsize + table
+    )
+    written = sectors(rotated + 2 * of_k * cache_dtype.itemsize)
+    assert moved.store_unique_sectors == written
+    run = shape.rotary_dim // (1 if shape.interleaved else 2) * cache_dtype.itemsize
+    if run % SECTOR == 0:  # else two runs share a sector
+        assert moved.store_sectors == written
+
+
+def test_append_reads_no_v_that_is_not_stored():
+    moved, rotated, _, table, of_slots = appended(
+        LLAMA, "prefill", torch.bfloat16, torch.bfloat16, stored=False
+    )
+    assert moved.load_unique_sectors == of_slots + sectors(rotated + table)
+    assert moved.store_unique_sectors == sectors(rotated)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("out", [True, False], ids=["interleaved", "halves in the result"])
+@pytest.mark.parametrize("step", STEPS)
+def test_append_of_latents_moves_them_once(step, out, cache_dtype):
+    """DeepSeek-V3, with the heads of one of eight ranks."""
+    batch, seq = STEPS[step]
+    shape, rank, tokens, dtype = SHAPES[5], 512, batch * seq, torch.bfloat16
+    q, _, cos, sin = tensors(shape, batch, seq, dtype)
+    k_pe, kv_c = torch.randn(batch, seq, rank + 64).to(dtype).cuda().split((64, rank), -1)
+    kv_cache, slots = cache_of(tokens, rank + 64, dtype=cache_dtype)
+    slots = slots.view(batch, seq)
+    options = {"interleaved": True, "interleaved_out": out}
+    moved = moved_by(
+        lambda: torch.ops.rope.apply_rotary_mla_append_(
+            q, k_pe, kv_c, kv_cache, slots, cos, sin, **options
+        )
+    )
+    rotated = tokens * shape.heads * 64 * dtype.itemsize
+    table, latent = 2 * cos.numel() * cos.itemsize, tokens * rank * dtype.itemsize
+    assert moved.launches == 1
+    assert moved.load_unique_sectors == -(-tokens * 8 // SECTOR) + sectors(rotated + table + latent)
+    row = tokens * (rank + 64) * cache_dtype.itemsize
+    assert moved.store_unique_sectors == sectors(rotated + row)
+
+
+@pytest.mark.parametrize("all_heads", [False, True], ids=["Qwen3", "OLMo 2"])
+def test_normalised_heads_are_read_once(all_heads):
+    """And written once. A warp has two heads of 128 channels, and asks the caches once for the row
+    of the table (cos and sin, 16 sectors of float32) and for the weights, 8 sectors, or 16 where
+    each head has its own.
+    """
+    shape = LLAMA if not all_heads else Shape("OLMo 2 1B", 16, 16, 128, 128)
+    batch, seq = STEPS["prefill of two"]
+    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
+    weights = [
+        torch.randn(*((x.shape[2],) if all_heads else ()), 128).bfloat16().cuda() for x in (q, k)
+    ]
+    moved = moved_by(lambda: torch.ops.rope.rms_norm_rotary_qk(q, k, *weights, cos, sin))
+    channels = sectors((q.numel() + k.numel()) * 2)
+    others = sectors(2 * cos.numel() * 4 + 2 * sum(w.numel() for w in weights))
+    warps = batch * seq * shape.heads // 2
+    assert moved.launches == 1
+    assert moved.load_unique_sectors == channels + others
+    assert moved.load_sectors == channels + warps * (16 + (16 if all_heads else 8))
+    assert moved.store_sectors == moved.store_unique_sectors == channels
+    assert moved.store_efficiency == 1

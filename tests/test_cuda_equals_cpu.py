@@ -87,6 +87,26 @@ def test_gradient_to_inv_freq(tokens):
     assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("axes", [False, True], ids=["one axis", "axes"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, *DTYPES], ids=name_of)
+def test_rows_and_gradient_to_inv_freq_of_any_positions(dtype, axes):
+    inv_freq, _ = rope_ext.frequencies.default(600)
+    lead = (3,) if axes else ()
+    if dtype.is_floating_point:
+        ids = (100 * random(*lead, 2, 70)).to(dtype)
+    else:
+        ids = random_positions(*lead, 2, 70, rows=2**31 - 1, dtype=dtype)
+    of_pairs = torch.arange(300) % 3 if axes else None
+    for table_dtype in DTYPES:
+        expected = rope.cos_sin(inv_freq, ids, of_pairs, dtype=table_dtype)
+        got = rope.cos_sin(*on_cuda(inv_freq, ids, of_pairs), dtype=table_dtype)
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a, b)
+    grads = random(2, 70, 300), random(2, 70, 300, seed=1)
+    expected = rope.cos_sin_backward(*grads, inv_freq, ids, of_pairs)
+    assert_same_bits(rope.cos_sin_backward(*on_cuda(*grads, inv_freq, ids, of_pairs)), expected)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("offset", [0, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

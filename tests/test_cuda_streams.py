@@ -26,10 +26,15 @@ EXPECTED = {
     "apply_rotary_": (0, 1),
     "apply_rotary_qk_": (0, 1),
     "apply_rotary_qk_ with position_ids": (0, 1),
+    "apply_rotary_qk_append_kv_": (0, 1),
+    "apply_rotary_mla_append_": (0, 1),
     "apply_rotary_table_backward": (2, 1),
     "cos_sin_cache": (2, 1),
     "cos_sin": (2, 1),
     "cos_sin_backward": (2, 2),  # partial sums, then their sum
+    "cos_sin with axes": (2, 1),
+    "apply_rotary_qk_at": (2, 1),
+    "apply_rotary_qk_at_ with axes": (0, 1),
 }
 
 SCRIPT = """
@@ -43,18 +48,31 @@ rope = torch.ops.rope
 inv_freq, _ = rope_ext.frequencies.default(64)
 cos, sin = (t.cuda() for t in rope_ext.cos_sin_cache(inv_freq, 16))
 q, k = torch.randn(2, 16, 4, 64).cuda(), torch.randn(2, 16, 2, 64).cuda()
-ids = torch.arange(16).cuda()
+v, ids = torch.randn(2, 16, 2, 64).cuda(), torch.arange(16).cuda()
 inv_freq = inv_freq.cuda()
+kv, slots = torch.zeros(2, 2, 16, 2, 64).cuda(), torch.arange(32).cuda()
+latent, compressed = torch.zeros(2, 16, 40 + 64).cuda(), torch.randn(2, 16, 40).cuda()
+ids = torch.arange(16).cuda()
+three = torch.arange(48).view(3, 16).cuda()
+inv_freq, axes = inv_freq.cuda(), (torch.arange(32) % 3).cuda()
 functions = {
     "apply_rotary": lambda: rope.apply_rotary(q, cos, sin),
     "apply_rotary_qk": lambda: rope.apply_rotary_qk(q, k, cos, sin),
     "apply_rotary_": lambda: rope.apply_rotary_(q, cos, sin),
     "apply_rotary_qk_": lambda: rope.apply_rotary_qk_(q, k, cos, sin),
     "apply_rotary_qk_ with position_ids": lambda: rope.apply_rotary_qk_(q, k, cos, sin, ids),
+    "apply_rotary_qk_append_kv_":
+        lambda: rope.apply_rotary_qk_append_kv_(q, k, v, kv[0], kv[1], slots, cos, sin),
+    "apply_rotary_mla_append_": lambda: rope.apply_rotary_mla_append_(
+        q, k[:, :, :1], compressed, latent, slots, cos, sin),
     "apply_rotary_table_backward": lambda: rope.apply_rotary_table_backward(q, q, k, k, cos),
     "cos_sin_cache": lambda: rope.cos_sin_cache(inv_freq, 16),
     "cos_sin": lambda: rope.cos_sin(inv_freq, ids),
     "cos_sin_backward": lambda: rope.cos_sin_backward(cos, sin, inv_freq),
+    "cos_sin with axes": lambda: rope.cos_sin(inv_freq, three, axes),
+    "apply_rotary_qk_at": lambda: rope.apply_rotary_qk_at(q, k, inv_freq),
+    "apply_rotary_qk_at_ with axes":
+        lambda: rope.apply_rotary_qk_at_(q, k, inv_freq, three, axes),
 }
 stream = torch.cuda.Stream()
 found = {}

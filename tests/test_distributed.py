@@ -313,6 +313,98 @@ def test_rows_are_sharded_as_their_positions(positions_at, inv_freq_at, tables_a
     torch.testing.assert_close(got[2], expected[2], rtol=SUMS["rtol"], atol=ROWS * SUMS["atol"])
 
 
+@pytest.mark.parametrize(
+    ("positions_at", "inv_freq_at", "tables_at"),
+    [
+        (Replicate(), Replicate(), Replicate()),
+        (Shard(1), Replicate(), Shard(0)),
+        (Shard(2), Replicate(), Shard(1)),
+        (Replicate(), Shard(0), Shard(2)),  # the pairs, and their axes with them
+    ],
+)
+def test_rows_of_several_axes_and_their_gradients(positions_at, inv_freq_at, tables_at):
+    inv_freq, axes = random(D // 2, dtype=DTYPE).abs(), torch.arange(D // 2) % 3
+    positions = random(3, B, S, dtype=DTYPE)
+    grads = random(B, S, D // 2, dtype=DTYPE), random(B, S, D // 2, dtype=DTYPE, seed=1)
+
+    def tables(inv_freq, positions, axes, *grads):
+        leaves = [t.detach().requires_grad_() for t in (inv_freq, positions)]
+        cos, sin = rope_ext.cos_sin(*leaves, axes=axes)
+        torch.autograd.backward((cos, sin), grads)
+        return cos.detach(), sin.detach(), *(leaf.grad for leaf in leaves)
+
+    def on_rank(mesh):
+        at = (place(grad, mesh, tables_at) for grad in grads)
+        return tables(
+            place(inv_freq, mesh, inv_freq_at),
+            place(positions, mesh, positions_at),
+            place(axes, mesh, inv_freq_at),
+            *at,
+        )
+
+    expected = tables(inv_freq, positions, axes, *grads)
+    got = on_every_rank(on_rank)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    for a, b in zip(got[2:], expected[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=SUMS["rtol"], atol=SUMS["atol"])
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("positions", [None, "S", "1S", "BS", "3BS"])
+def test_rotation_by_angles(positions, shard):
+    """In place and not, and back, of any shard; angles have one of their own if tokens do."""
+    inv_freq, axes = random(D // 2, dtype=DTYPE).abs(), torch.arange(D // 2) % 3
+    sizes = {"3": 3, "1": 1, "B": B, "S": S}
+    ids = None if positions is None else random(*map(sizes.get, positions), dtype=DTYPE)
+    axes = axes if positions == "3BS" else None
+
+    def rotated(q, k, grad_q, grad_k, inv_freq, ids, axes):
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        y = rope_ext.apply_rotary_qk_at(*leaves, inv_freq, ids, axes=axes, interleaved=True)
+        grads = torch.autograd.grad(y, leaves, (grad_q, grad_k))
+        written = q.clone(), k.clone()
+        rope.apply_rotary_qk_at_(*written, inv_freq, ids, axes, interleaved=True)
+        return *(x.detach() for x in y), *grads, *written
+
+    def on_rank(mesh):
+        xs = (place(x, mesh, SHARDS[shard]) for x in (q, k, grad_q, grad_k))
+        angles = (None if t is None else place(t, mesh) for t in (inv_freq, ids, axes))
+        return rotated(*xs, *angles)
+
+    expected = rotated(q, k, grad_q, grad_k, inv_freq, ids, axes)
+    for a, b in zip(on_every_rank(on_rank), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_to_frequencies_of_the_rotation_by_angles_is_pending():
+    """Of tokens in sequence shards, each rank has a term of the sum."""
+    inv_freq = random(D // 2, dtype=DTYPE).abs()
+
+    def gradient(q, k, grad_q, grad_k, inv_freq):
+        leaf = inv_freq.detach().requires_grad_()
+        y = rope_ext.apply_rotary_qk_at(q, k, leaf)
+        return torch.autograd.grad(y, leaf, (grad_q, grad_k))
+
+    def on_rank(mesh):
+        xs = (place(x, mesh, Shard(1)) for x in (q, k, grad_q, grad_k))
+        return gradient(*xs, place(inv_freq, mesh))
+
+    (expected,) = gradient(q, k, grad_q, grad_k, inv_freq)
+    (got,) = on_every_rank(on_rank)
+    torch.testing.assert_close(got, expected, rtol=SUMS["rtol"], atol=S * SUMS["atol"])
+
+
+def test_axes_and_frequencies_in_parts_are_refused_by_name(mesh):
+    inv_freq, axes, ids = torch.ones(D // 2), torch.zeros(D // 2).long(), torch.zeros(4, B, S)
+    whole = [place(t, mesh) for t in (inv_freq, ids, axes)]
+    with pytest.raises(RuntimeError, match=r"cos_sin: expected position_ids to be Replicate\(\)"):
+        rope_ext.cos_sin(whole[0], place(ids, mesh, Shard(0)), axes=whole[2])
+    xs = place(q, mesh), place(k, mesh)
+    with pytest.raises(RuntimeError, match=r"qk_at: expected inv_freq to be Replicate\(\)"):
+        rope_ext.apply_rotary_qk_at(*xs, place(inv_freq, mesh, Shard(0)))
+
+
 @pytest.mark.parametrize("grads_at", [Replicate(), Shard(0), Shard(1), Partial()])
 def test_gradients_to_a_table_are_sharded_freely(grads_at):
     inv_freq = random(D // 2, dtype=DTYPE).abs()

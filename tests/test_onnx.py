@@ -234,6 +234,50 @@ def test_tables_are_exact_to_one_rounding():
                 assert error.max() <= 2.0**-51
 
 
+class ByAngles(nn.Module):
+    """Rows of three axes, and rotations without a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.inv_freq = nn.Buffer(rope_ext.frequencies.default(16)[0])
+        self.axes = nn.Buffer(torch.arange(8) % 3)
+
+    def forward(self, q, k, positions):
+        of_axes = rope_ext.cos_sin(self.inv_freq, positions, axes=self.axes, dtype=torch.float64)
+        options = {"axes": self.axes, "attention_scaling": 1.25, "rotary_offset": 3}
+        return (
+            *of_axes,
+            *rope_ext.apply_rotary_qk_at(q, k, self.inv_freq),
+            *rope_ext.apply_rotary_qk_at(q, k, self.inv_freq, positions[0], interleaved=True),
+            *rope_ext.apply_rotary_qk_at(q, k, self.inv_freq, positions, inverse=True, **options),
+            *rope_ext.apply_rotary_qk_at(q[0], k[0], self.inv_freq, positions[0, 0], layout="thd"),
+        )
+
+
+def test_rotation_by_angles():
+    """The angles, below 2^9, are rounded to float64: cos and sin are off by 2^-44 at most. In
+    float32 rows and rotations are rounded as ours, each by 2^-24 of less than twice the largest.
+    """
+    model = ByAngles()
+
+    def inputs(batch, seq):
+        q, k = random(batch, seq, 4, 24), random(batch, seq, 2, 24, seed=1)
+        return q, k, 100 * random(3, batch, seq)
+
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=3)
+    like_x = {0: batch, 1: length}
+    program = to_onnx(model, inputs(2, 4), dynamic=(like_x, like_x, {1: batch, 2: length}))
+    for size in ((2, 4), (3, 50)):
+        arguments = inputs(*size)
+        for got, expected in zip(
+            run(session_of(program), arguments), model(*arguments), strict=True
+        ):
+            assert got.dtype == expected.dtype
+            allowed = 2.0**-44 if got.dtype == torch.float64 else 2.0**-21 * expected.abs().max()
+            assert got.shape == expected.shape
+            assert (got - expected).abs().max() <= allowed
+
+
 def assert_as_near_to_float64(program, model):
     """Sums of products come in another order in onnxruntime, so float64 is the measure."""
     session = session_of(program)

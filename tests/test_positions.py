@@ -1,135 +1,306 @@
-"""Positions of the tokens that a rank has, under context parallelism."""
+"""Positions of packed, cached and padded sequences, and their slots in a paged cache."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import rope_ext
 from rope_ext import positions
 
-WORLDS = (1, 2, 3, 4, 8)
-# Lengths of packed sequences in multiples of the chunks of 24 = lcm(2 * world) tokens.
-LENGTHS = {
-    "one sequence": [2],
-    "several": [1, 3, 2],
-    "an empty one in the middle": [1, 0, 2],
-    "empty ones at both ends": [0, 4, 0],
-    "no tokens at all": [0],
-}
-UNIT = 48  # a multiple of 2 * world for every world above
+INT_DTYPES = (torch.int32, torch.int64)
+drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+lengths = st.lists(st.integers(0, 5), max_size=6)
 
 
-def packed(lengths, dtype=torch.int64):
-    return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype) * UNIT
+def boundaries(lengths, dtype=torch.int64):
+    return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
 
 
-def chunk_numbers(world, rank, load_balanced):
-    """The chunks of a rank, as Megatron-LM's get_batch_on_this_cp_rank picks them."""
-    return [rank, 2 * world - 1 - rank] if load_balanced else [rank]
+# ---- packed
 
 
-def transformer_engine_indices(cu_seqlens, total_tokens, world, rank):
-    """What the kernel behind thd_get_partitioned_indices computes, token by token."""
-    shares = [int(bound) // world for bound in cu_seqlens]
-    indices = []
-    for token in range(total_tokens // world):
-        sequence = max(i for i in range(len(shares) - 1) if shares[i] <= token)
-        length = shares[sequence + 1] - shares[sequence]
-        index = token - shares[sequence]
-        offset = rank if index < length // 2 else (world - 1) * 2 - rank
-        indices.append(index + shares[sequence] * world + length // 2 * offset)
-    return torch.tensor(indices, dtype=torch.int64)
+@drawn
+@given(lengths, st.data(), st.sampled_from(INT_DTYPES), st.integers(0, 3))
+def test_packed_tokens_count_from_the_offset_of_their_sequence(lengths, data, dtype, padding):
+    offsets = [data.draw(st.integers(0, 1000)) for _ in lengths]
+    expected = [offsets[i] + n for i, length in enumerate(lengths) for n in range(length)]
+    sequence = [i for i, length in enumerate(lengths) for _ in range(length)]
+    cu_seqlens, total = boundaries(lengths, dtype), sum(lengths) + padding
+    given = torch.tensor(offsets, dtype=dtype)
+    got = positions.from_cu_seqlens(cu_seqlens, total, offsets=given)
+    assert got.dtype == torch.int64
+    assert got.tolist() == expected + [-1] * padding
+    assert positions.sequence_of_tokens(cu_seqlens, total).tolist() == sequence + [-1] * padding
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("load_balanced", [True, False])
-def test_a_rank_has_its_chunks_in_order(world, load_balanced):
-    whole = torch.arange(UNIT)
-    chunks = whole.chunk(2 * world if load_balanced else world)
-    for rank in range(world):
-        got = positions.context_parallel(UNIT, world, rank, load_balanced)
-        expected = torch.cat([chunks[i] for i in chunk_numbers(world, rank, load_balanced)])
+def test_total_and_offsets_may_be_left_out_or_be_numbers():
+    cu_seqlens = boundaries([2, 0, 3])
+    assert positions.from_cu_seqlens(cu_seqlens).tolist() == [0, 1, 0, 1, 2]
+    assert positions.from_cu_seqlens(cu_seqlens, offsets=7).tolist() == [7, 8, 7, 8, 9]
+    assert positions.sequence_of_tokens(cu_seqlens).tolist() == [0, 0, 2, 2, 2]
+
+
+def test_positions_pass_the_range_of_int32():
+    offsets = torch.tensor([2**31 - 1], dtype=torch.int32)
+    packed = positions.from_cu_seqlens(boundaries([2], torch.int32), offsets=offsets)
+    assert packed.tolist() == [2**31 - 1, 2**31]
+    assert positions.from_offsets(offsets, 2).tolist() == [[2**31 - 1, 2**31]]
+    table = torch.tensor([[2**31 - 1]], dtype=torch.int32)
+    at = torch.tensor([[3]], dtype=torch.int32)
+    assert positions.slot_mapping(table, at, 16).item() == (2**31 - 1) * 16 + 3
+
+
+# ---- cached and padded
+
+
+@pytest.mark.parametrize("dtype", INT_DTYPES)
+def test_next_tokens_count_from_their_offsets(dtype, device):
+    offsets = torch.tensor([5, 0, 9], dtype=dtype, device=device)
+    got = positions.from_offsets(offsets, 2)
+    assert got.device == offsets.device
+    assert got.tolist() == [[5, 6], [0, 1], [9, 10]]
+    assert positions.from_offsets(4, 3).tolist() == [[4, 5, 6]]
+    assert positions.from_offsets(offsets, 0).shape == (3, 0)
+    assert positions.from_offsets(4, 3, device="meta").device.type == "meta"
+
+
+def test_one_row_of_positions_serves_every_sequence():
+    inv_freq, _ = rope_ext.frequencies.default(8)
+    x = torch.randn(3, 2, 1, 8)
+    rows = rope_ext.cos_sin(inv_freq, positions.from_offsets(4, 2))
+    each = rope_ext.cos_sin(inv_freq, positions.from_offsets(torch.tensor([4, 4, 4]), 2))
+    assert torch.equal(rope_ext.apply_rotary(x, *rows), rope_ext.apply_rotary(x, *each))
+
+
+@drawn
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), max_size=4))
+def test_padding_on_either_side_has_position_0(rows):
+    mask = torch.tensor(rows, dtype=torch.bool).view(-1, 5)
+    expected = [[sum(row[:i]) if row[i] else 0 for i in range(5)] for row in rows]
+    for dtype in (torch.bool, *INT_DTYPES):
+        got = positions.from_attention_mask(mask.to(dtype))
         assert got.dtype == torch.int64
-        assert torch.equal(got, expected)
+        assert got.tolist() == expected
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("load_balanced", [True, False])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_packed_sequences_are_cut_one_by_one(world, load_balanced, dtype, lengths):
-    cu_seqlens = packed(lengths, dtype)
-    total = int(cu_seqlens[-1])
-    within = torch.cat([torch.arange(n * UNIT) for n in lengths])
-    everyone = []
-    for rank in range(world):
-        options = {"cu_seqlens": cu_seqlens, "load_balanced": load_balanced}
-        indices = positions.context_parallel_indices(total, world, rank, **options)
-        got = positions.context_parallel(total, world, rank, **options)
-        alone = [positions.context_parallel(n * UNIT, world, rank, load_balanced) for n in lengths]
-        assert torch.equal(got, torch.cat(alone))
-        assert torch.equal(got, within[indices])
-        everyone.append(indices)
-    order = torch.cat(everyone).argsort()
-    assert torch.equal(torch.cat(everyone)[order], torch.arange(total))
+# ---- slots
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("lengths", [[2], [1, 3, 2], [4, 1]])  # it has no empty sequences
-def test_packed_indices_are_those_of_transformer_engine(world, lengths):
-    cu_seqlens = packed(lengths)
-    total = int(cu_seqlens[-1])
-    for rank in range(world):
-        got = positions.context_parallel_indices(total, world, rank, cu_seqlens=cu_seqlens)
-        assert torch.equal(got, transformer_engine_indices(cu_seqlens, total, world, rank))
+@st.composite
+def paged(draw):
+    """A table without holes, and positions that it has blocks for, or -1."""
+    rows, most, block_size = (
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 5)),
+    )
+    table = draw(
+        st.lists(st.lists(st.integers(0, 99), min_size=most, max_size=most), min_size=rows,
+                 max_size=rows)
+    )  # fmt: skip
+    place = st.integers(-2, most * block_size - 1)
+    token = st.tuples(st.integers(0, rows - 1), place) if rows else st.nothing()
+    return table, most, block_size, draw(st.lists(token, max_size=8 if rows else 0))
 
 
-def test_load_balance_gives_every_rank_the_same_causal_work():
-    work = {int((positions.context_parallel(96, 4, rank) + 1).sum()) for rank in range(4)}
-    assert len(work) == 1
+@drawn
+@given(paged(), st.sampled_from(INT_DTYPES))
+def test_slots_of_packed_tokens_are_those_of_their_blocks(case, dtype):
+    table, most, block_size, tokens = case
+    expected = [
+        table[b][p // block_size] * block_size + p % block_size if p >= 0 else -1 for b, p in tokens
+    ]
+    block_table = torch.tensor(table, dtype=dtype).view(len(table), most)
+    sequence = torch.tensor([b for b, _ in tokens], dtype=dtype)
+    at = torch.tensor([p for _, p in tokens], dtype=dtype)
+    got = positions.slot_mapping(block_table, at, block_size, sequence)
+    assert got.dtype == torch.int64
+    assert got.tolist() == expected
 
 
-def test_result_is_on_the_device_that_is_asked_for():
-    assert positions.context_parallel(8, 2, 0, device="meta").device.type == "meta"
-    with torch.device("meta"):
-        assert positions.context_parallel(8, 2, 0).device.type == "meta"
+def test_slots_of_a_batch(device):
+    block_table = torch.tensor([[7, 2], [0, -1], [5, 6]], dtype=torch.int32, device=device)
+    at = torch.tensor([[3, 4], [0, -1], [-1, 7]], device=device)
+    got = positions.slot_mapping(block_table, at, 4)
+    assert got.tolist() == [[31, 8], [0, -1], [-1, 27]]
+    one_row = torch.tensor([[1, 2]], device=device)
+    assert positions.slot_mapping(block_table, one_row, 4).tolist() == [[29, 30], [1, 2], [21, 22]]
+    mask = at % 2 == 0
+    masked = positions.slot_mapping(block_table, at, 4, mask=mask)
+    assert masked.tolist() == [[-1, 8], [0, -1], [-1, -1]]
+    no_blocks = torch.empty(3, 0, dtype=torch.int32, device=device)
+    nowhere = torch.full((3, 1), -1, device=device)
+    assert torch.equal(positions.slot_mapping(no_blocks, nowhere, 4), nowhere)
 
 
-def test_values_of_cu_seqlens_on_a_device_are_not_waited_for():
+def test_no_two_tokens_of_different_sequences_share_a_slot():
+    """Prompts, parts of them and tokens to decode in one batch, from boundaries to slots."""
+    cu_seqlens, cached = boundaries([5, 1, 3, 0]), torch.tensor([0, 9, 4, 2])
+    block_table = torch.tensor([[0, 1, -1], [4, 2, 7], [3, 9, -1], [8, -1, -1]])
+    at = positions.from_cu_seqlens(cu_seqlens, 12, offsets=cached)
+    sequence = positions.sequence_of_tokens(cu_seqlens, 12)
+    slots = positions.slot_mapping(block_table, at, 4, sequence)
+    assert slots.tolist() == [0, 1, 2, 3, 4, 29, 36, 37, 38, -1, -1, -1]
+
+
+# ---- devices and graphs
+
+
+ON_A_DEVICE = {
+    "from_cu_seqlens": lambda t: positions.from_cu_seqlens(t([0, 2, 3]), 4, offsets=t([1, 9])),
+    "sequence_of_tokens": lambda t: positions.sequence_of_tokens(t([0, 2, 3]), 4),
+    "from_offsets": lambda t: positions.from_offsets(t([1, 9]), 3),
+    "from_attention_mask": lambda t: positions.from_attention_mask(t([[0, 1], [1, 1]])),
+    "slot_mapping": lambda t: positions.slot_mapping(t([[3], [1]]), t([[0], [2]]), 4),
+    "slot_mapping, packed": lambda t: positions.slot_mapping(t([[3]]), t([1]), 4, t([0])),
+    "mrope_batch": lambda t: positions.mrope_batch([[1], [(1, 1, 2)]], t([[0, 1], [1, 1]])),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_values_on_a_device_are_not_waited_for(name):
     """The meta device has no values at all: what asked for one would raise."""
-    on_device = packed([1, 2]).to("meta")
-    got = positions.context_parallel(3 * UNIT, 2, 1, cu_seqlens=on_device)
-    assert got.shape == (3 * UNIT // 2,)
+    call = ON_A_DEVICE[name]
+    expected = call(torch.tensor)
+    got = call(lambda values: torch.tensor(values, device="meta"))
     assert got.device.type == "meta"
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
 
 
-def test_compiles_to_one_graph_for_all_lengths():
-    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
-    def compiled(cu_seqlens, total, rank):
-        return positions.context_parallel(total, 2, rank, cu_seqlens=cu_seqlens)
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_a_device_has_the_numbers_of_the_cpu(name, device):
+    call = ON_A_DEVICE[name]
+    got = call(lambda values: torch.tensor(values, device=device))
+    assert got.device.type == device.type
+    assert torch.equal(got.cpu(), call(torch.tensor))
 
-    for lengths in ([1, 2], [3, 1], [2, 2]):
-        cu_seqlens, total = packed(lengths), sum(lengths) * UNIT
-        expected = positions.context_parallel(total, 2, 1, cu_seqlens=cu_seqlens)
-        assert torch.equal(compiled(cu_seqlens, total, 1), expected)
+
+def packed_step(cu_seqlens, total, cached, block_table):
+    at = positions.from_cu_seqlens(cu_seqlens, total, offsets=cached)
+    sequence = positions.sequence_of_tokens(cu_seqlens, total)
+    return positions.slot_mapping(block_table, at, 4, sequence)
+
+
+# Functions in a graph, and sizes and values of their arguments: no two alike, which the graph would
+# take for one.
+IN_A_GRAPH = {
+    "packed": (
+        packed_step,
+        lambda i: (
+            boundaries([3 + i, 0, *range(i), 2]),
+            7 + 2 * i,
+            torch.arange(2, 4 + i + 1),
+            torch.arange(9 * (3 + i)).view(-1, 9),
+        ),
+    ),
+    "cached": (positions.from_offsets, lambda i: (torch.arange(3 + i), 5 + i)),
+    "cached, as many": (positions.from_offsets, lambda i: (7 + i, 4 + i)),
+    "padded": (positions.from_attention_mask, lambda i: (torch.ones(3 + i, 7 + i).bool(),)),
+    "grid": (lambda h, w: positions.grid(h, w, merge=2), lambda i: (6 + 2 * i, 10 + 2 * i)),
+    "centers": (positions.patch_centers, lambda i: (2 + i, 5 + i)),
+    "text and images": (
+        lambda n, h: positions.mrope([n, (1, h, 2), n + 1, (3, h, 2, 2.5), 2]),
+        lambda i: (11 + i, 4 + i),
+    ),
+    "batch": (
+        lambda n, mask: positions.mrope_batch([[n, (1, 2, 2)], [(1, 1, 2)]], mask),
+        lambda i: (5 + i, (torch.arange(9 + i) >= torch.tensor([[0], [7 + i]])).int()),
+    ),
+    "axes": (
+        lambda n: n * positions.mrope_axes([4, 2, 2], interleaved=True) + 1,
+        lambda i: (i + 2,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_GRAPH)
+def test_one_graph_serves_all_lengths(name):
+    function, arguments = IN_A_GRAPH[name]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    for i in range(3):
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            got = compiled(*arguments(i))
+        assert torch.equal(got, function(*arguments(i)))
+
+
+def test_in_a_graph_a_slot_that_is_not_there_is_minus_1():
+    table, at = torch.tensor([[3, -1]]), torch.tensor([[0, 4, 9]])
+    compiled = torch.compile(positions.slot_mapping, fullgraph=True, backend="eager")
+    assert compiled(table, at, 4).tolist() == [[12, -1, -1]]
+    outside = compiled(table, torch.tensor([0, 0, 0]), 4, torch.tensor([0, 1, -1]))
+    assert outside.tolist() == [12, -1, -1]
+
+
+# ---- refusals
+
+
+def T(*values, dtype=None, device=None):
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+REFUSALS = {
+    "from_cu_seqlens": [
+        ((T(0.0, 1.0),), {}, "cu_seqlens of dtype int32 or int64, got torch.float32"),
+        ((T([0, 1]),), {}, r"cu_seqlens to have shape \[sequences \+ 1\], got \[1, 2\]"),
+        ((T(dtype=torch.int64),), {}, r"cu_seqlens to have shape .*, got \[0\]"),
+        ((T(1, 2),), {}, "cu_seqlens to begin with 0, got 1"),
+        ((T(0, 3, 2),), {}, "sequence 1 of cu_seqlens to have a length of at least 0, got -1"),
+        ((T(0, 3), 2), {}, "total to be at least 3, the last of cu_seqlens, got 2"),
+        ((T(0, 3), 3.0), {}, "total to be an integer of at least 0, got 3.0"),
+        ((T(0, 3, device="meta"),), {}, "total, .* for cu_seqlens on meta, .*, got None"),
+        ((T(0, 3),), {"offsets": -1}, "offsets to be an integer of at least 0, got -1"),
+        ((T(0, 3),), {"offsets": T(1, 2)}, r"offsets to have shape .*, \[1\], got \[2\]"),
+        ((T(0, 3),), {"offsets": T(-1)}, r"offsets of at least 0, got -1 at index \[0\]"),
+        ((T(0, 3),), {"offsets": T(1.0)}, "offsets of dtype int32 or int64, got torch.float32"),
+        ((T(0, 3),), {"offsets": T(1, device="meta")}, "offsets on the device of .*, got meta"),
+    ],
+    "sequence_of_tokens": [
+        ((T(0, 3), 2), {}, "total to be at least 3, the last of cu_seqlens, got 2"),
+        ((T(0.0, 1.0),), {}, "cu_seqlens of dtype int32 or int64, got torch.float32"),
+    ],
+    "from_offsets": [
+        ((T(3, -2), 1), {}, r"offsets of at least 0, got -2 at index \[1\]"),
+        ((T([2]), 1), {}, r"offsets to have shape \[B\], got \[1, 1\]"),
+        ((T(2.0), 1), {}, "offsets of dtype int32 or int64, got torch.float32"),
+        ((-2, 1), {}, "offsets to be an integer of at least 0, got -2"),
+        ((2, -1), {}, "seq_len to be an integer of at least 0, got -1"),
+        ((2, True), {}, "seq_len to be an integer of at least 0, got True"),
+    ],
+    "from_attention_mask": [
+        ((T([0.0]),), {}, "attention_mask of dtype bool, int32 or int64, got torch.float32"),
+        ((T(0, 1),), {}, r"attention_mask to have shape \[B, S\], got \[2\]"),
+        ((T([0, 2]),), {}, r"attention_mask of 0 and 1, got \[0, 2\]"),
+    ],
+    "slot_mapping": [
+        ((T([1]), T([0]), 0), {}, "block_size to be an integer of at least 1, got 0"),
+        ((T(1), T([0]), 4), {}, r"block_table to have shape \[B, .*, got \[1\]"),
+        ((T([1.0]), T([0]), 4), {}, "block_table of dtype int32 or int64, got torch.float32"),
+        ((T([1]), T(0), 4), {}, r"positions to have shape \[1\|B, S\], got \[1\]"),
+        ((T([1], [1]), T([0], [0], [0]), 4), {}, r"positions .*, \[2, 1\], got \[3, 1\]"),
+        ((T([1]), T([0.0]), 4), {}, "positions of dtype int32 or int64, got torch.float32"),
+        ((T([1]), T([0], device="meta"), 4), {}, "positions on the device of block_table, cpu"),
+        ((T([1]), T([0]), 4, T(0)), {}, r"positions to have shape \[T\], got \[1, 1\]"),
+        ((T([1]), T(0), 4, T(0, 0)), {}, r"sequence to have shape .*, \[1\], got \[2\]"),
+        ((T([1]), T(0), 4, T(0.0)), {}, "sequence of dtype int32 or int64, got torch.float32"),
+        ((T([1]), T(0), 4, T(0, device="meta")), {}, "sequence on the device of block_table"),
+        ((T([1]), T(0), 4, T(1)), {}, r"sequence in \[0, 1\), the rows .*, got 1 at index \[0\]"),
+        ((T([1]), T(0), 4, T(-1)), {}, r"sequence in \[0, 1\), the rows .*, got -1 at index"),
+        ((T([1]), T([0]), 4), {"mask": T([1])}, "mask of dtype bool, got torch.int64"),
+        ((T([1]), T([0]), 4), {"mask": T(True)}, r"mask to have .*, \[1, 1\], got \[1\]"),
+        ((T([1, 2], [3, -1]), T([7]), 4), {}, r"block 1 of sequence 1, for position 7, .*, -1\]"),
+        ((T([1, 2]), T(0, 8), 4, T(0, 0)), {}, r"block 2 .* position 8, got \[1, 2\]"),
+        ((T([1])[:, :0], T([0]), 4), {}, r"block 0 of sequence 0, for position 0, got \[\]"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((8, 0, 0), {}, "expected world to be at least 1, got 0"),
-        ((8, 2, 2), {}, r"expected rank in \[0, 2\), of world ranks, got 2"),
-        ((8, 2, -1), {}, r"expected rank in \[0, 2\), of world ranks, got -1"),
-        ((6, 2, 0), {}, "expected seq_len to be a multiple of 4, the chunks of 2 ranks, got 6"),
-        ((5, 2, 0, False), {}, "expected seq_len to be a multiple of 2, .*, got 5"),
-        ((-8, 2, 0), {}, "expected seq_len to be a multiple of 4, .*, got -8"),
-        ((8, 2, 0), {"cu_seqlens": [0.0, 8.0]}, "expected cu_seqlens of dtype int32 or int64"),
-        ((8, 2, 0), {"cu_seqlens": [8]}, r"expected cu_seqlens to have shape .*, got \[1\]"),
-        ((8, 2, 0), {"cu_seqlens": [0, 4]}, "expected cu_seqlens from 0 to seq_len, 8, got 0 to 4"),
-        ((8, 2, 0), {"cu_seqlens": [0, 2, 8]}, "sequence 0 of cu_seqlens .* of 4, .*, got 2"),
-        ((8, 2, 0), {"cu_seqlens": [0, 12, 8]}, "sequence 1 of cu_seqlens .* of 4, .*, got -4"),
-    ],
+    ("function", "arguments", "options", "message"),
+    [(function, *row) for function, rows in REFUSALS.items() for row in rows],
 )
-@pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
 def test_what_makes_no_sense_is_refused_by_name(function, arguments, options, message):
-    options = {name: torch.tensor(value) for name, value in options.items()}
-    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: .*{message}"):
+    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: expected .*{message}"):
         getattr(positions, function)(*arguments, **options)

@@ -28,3 +28,14 @@ def test_command_is_one_line_of_shell(name: str):
     assert match is not None
     assert match[1].count("\n") == 1
     assert match[1].startswith("pip install ")
+
+
+def test_who_can_do_what_leads_to_tests():
+    table = re.search(r"<!-- who -->\n(.*?)<!-- /who -->", README.read_text(), re.S)[1]
+    rows = table.strip().splitlines()[2:]
+    claims = [re.search(r"\| \[yes\]\((tests/\w+\.py) \"(test_\w+)\"\) \|", row) for row in rows]
+    assert len(rows) >= 20
+    for row, claim in zip(rows, claims, strict=True):
+        assert claim is not None, row
+        source = (README.parent / claim[1]).read_text()
+        assert re.search(rf"^def {claim[2]}\(", source, re.M), row

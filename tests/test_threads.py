@@ -80,6 +80,7 @@ def calls():
         "backward": backward,
         "backward in place": backward_in_place,
         "cos_sin": lambda: rope_ext.cos_sin(inv_freq, ids),
+        "by angles": lambda: rope_ext.apply_rotary_qk_at(q, k, inv_freq, ids),
         "cos_sin_cache": lambda: rope_ext.cos_sin_cache(inv_freq, 300, start=7),
         "backward to frequencies": backward_to_frequencies,
         "module": lambda: rotary(q, k),

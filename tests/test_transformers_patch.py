@@ -24,6 +24,8 @@ from rope_ext.integrations.transformers import (  # noqa: E402
 )
 
 LAYERS, VOCAB = 2, 96
+# Dynamo before torch 2.12 takes no note of a module that has got a forward of its own.
+NOTICES_A_PATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 STANDARD = "half-split"
 
 
@@ -167,6 +169,8 @@ def test_a_model_that_was_compiled_earlier_compiles_again(model, tokens):
     with torch.no_grad():
         own = compiled(tokens, use_cache=False).logits
         with patched(model):
+            if not NOTICES_A_PATCH:
+                torch.compiler.reset()
             assert torch.equal(compiled(tokens, use_cache=False).logits, own)
         assert torch.equal(compiled(tokens, use_cache=False).logits, own)
     assert graphs == [0, LAYERS]

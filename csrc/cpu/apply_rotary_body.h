@@ -1,4 +1,5 @@
-// apply_rotary inside one thread. Included by isa_body.h, in the namespace of an instruction set.
+// apply_rotary and apply_rotary_at inside one thread. Included by isa_body.h, in the namespace of
+// an instruction set.
 #include "row_scratch.h"
 
 // Copies count < kBelow elements (kBelow a power of two) by moves of a fixed size each, which take
@@ -119,8 +120,8 @@ struct Block {
 };
 
 // Rotates pairs [first, first + pairs) of the heads of a block.
-template <class T, class P, bool kFullWidth, bool kStream, bool kFew = false>
-void rotate_block(const RotaryArgs& args, const Block& block, int64_t first, int64_t pairs) {
+template <class T, class P, bool kFullWidth, bool kStream, bool kFew = false, class Args>
+void rotate_block(const Args& args, const Block& block, int64_t first, int64_t pairs) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   RowScratch<A, P::kLanes, P::kOrder, P::kBFloat16, kFullWidth> rows;
   rows.fill(args, block.b, block.s, block.tokens, first, pairs);
@@ -156,9 +157,9 @@ void rotate_block(const RotaryArgs& args, const Block& block, int64_t first, int
   }
 }
 
-template <class T, bool kInterleaved, bool kInterleavedOut, bool kFullWidth, bool kStream>
-void apply_rotary_range(const RotaryArgs& args, const RotaryPlan& plan, int64_t begin,
-                        int64_t end) {
+template <class T, bool kInterleaved, bool kInterleavedOut, bool kFullWidth, bool kStream,
+          class Args>
+void apply_rotary_range(const Args& args, const RotaryPlan& plan, int64_t begin, int64_t end) {
   using Wide = RotationPairs<T, kInterleaved, kInterleavedOut, true>;
   using Narrow = RotationPairs<T, kInterleaved, kInterleavedOut, false>;
   const int64_t heads = args.q.heads + args.k.heads;
@@ -204,6 +205,15 @@ void apply_rotary(const RotaryArgs& args, const RotaryPlan& plan, int64_t begin,
       } else {
         run(std::false_type(), std::false_type());
       }
+    });
+  });
+}
+
+// Its results are new or in place: nothing is written past the caches.
+void apply_rotary_at(const RotaryAtArgs& args, const RotaryPlan& plan, int64_t begin, int64_t end) {
+  dispatch(args.dtype, [&](auto storage) {
+    dispatch_orders(args, [&](auto in, auto out) {
+      apply_rotary_range<decltype(storage), in, out, false, false>(args, plan, begin, end);
     });
   });
 }

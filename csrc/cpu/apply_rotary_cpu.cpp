@@ -1,4 +1,4 @@
-// apply_rotary on the CPU: how the work is cut and spread over threads.
+// apply_rotary and apply_rotary_at on the CPU: how the work is cut and spread over threads.
 #include <algorithm>
 
 #include "../kernels.h"
@@ -48,9 +48,8 @@ bool streams(const RotaryArgs& args) {
          elsewhere(args.k) && aligned(args, args.q) && aligned(args, args.k);
 }
 
-}  // namespace
-
-void apply_rotary(const RotaryArgs& args) {
+template <class Args>
+void run(const Args& args, void (*kernel)(const Args&, const RotaryPlan&, int64_t, int64_t)) {
   const int64_t heads = args.q.heads + args.k.heads;
   if (args.batch == 0 || args.seq == 0 || heads == 0) return;
   RotaryPlan plan;
@@ -59,8 +58,13 @@ void apply_rotary(const RotaryArgs& args) {
   plan.stream = streams(args);
   const int64_t items = args.batch * plan.blocks_a_batch_row * heads;
   const int64_t grain = std::max<int64_t>(1, kGrainChannels / (plan.block_tokens * args.head_dim));
-  const auto& kernel = isa().apply_rotary;
   parallel_for(items, grain, [&](int64_t begin, int64_t end) { kernel(args, plan, begin, end); });
 }
+
+}  // namespace
+
+void apply_rotary(const RotaryArgs& args) { run(args, isa().apply_rotary); }
+
+void apply_rotary_at(const RotaryAtArgs& args) { run(args, isa().apply_rotary_at); }
 
 }  // namespace rope::cpu

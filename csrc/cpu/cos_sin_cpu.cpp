@@ -12,8 +12,7 @@ void cos_sin(const CosSinArgs& args) {
   if (args.angles.pairs == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrainAngles / args.angles.pairs);
   const auto& kernel = isa().cos_sin;
-  parallel_for(args.angles.tokens, grain,
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(args.tokens, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void cos_sin_grad(const CosSinGradArgs& args) {

@@ -11,9 +11,9 @@
 
 namespace rope::cpu {
 
-// How apply_rotary is cut. Its items: (block of consecutive tokens of one batch row, head of q or
-// k), the blocks outermost. A block's rows of the table are read and converted once for all its
-// heads.
+// How apply_rotary and apply_rotary_at are cut. Items: (block of consecutive tokens of one batch
+// row, head of q or k), the blocks outermost. A block's rows of the table are read and converted
+// once for all its heads.
 struct RotaryPlan {
   int64_t block_tokens;  // at most kMaxBlockTokens
   int64_t blocks_a_batch_row;
@@ -25,10 +25,16 @@ constexpr int64_t kStreamAlignment = 32;  // bytes, of every vector that is stre
 
 struct Isa {
   void (*apply_rotary)(const RotaryArgs&, const RotaryPlan&, int64_t begin, int64_t end);
+  void (*apply_rotary_at)(const RotaryAtArgs&, const RotaryPlan&, int64_t begin, int64_t end);
   void (*rotary_table_grad)(const RotaryTableGradArgs&, int64_t begin, int64_t end);  // rows
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);                     // tokens
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);            // chunks
   void (*cos_sin_grad_sum)(const CosSinGradArgs&);
+  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end);              // tokens
+  void (*rms_norm_rotary)(const RmsNormRotaryArgs&, int64_t begin, int64_t end);           // tokens
+  void (*rms_norm_rotary_grad)(const RmsNormRotaryGradArgs&, int64_t begin, int64_t end);  // chunks
+  void (*rms_norm_rotary_grad_sum)(const RmsNormRotaryGradArgs&, int64_t begin,
+                                   int64_t end);  // columns
 };
 
 extern const Isa kPortable;

@@ -15,6 +15,7 @@
 
 ROPE_BEGIN_AVX2
 #include "../angle.h"
+#include "../float8.h"
 #include "../rotation.h"
 #define ROPE_ISA_WIDE
 #define ROPE_ISA_F16C
@@ -25,7 +26,9 @@ namespace {
 #include "isa_body.h"
 }  // namespace
 
-const Isa kAvx2{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+const Isa kAvx2{apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
+                cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, rms_norm_rotary,
+                rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
 
 }  // namespace rope::cpu
 ROPE_END_AVX2

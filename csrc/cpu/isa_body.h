@@ -4,23 +4,25 @@
 
 #include "pairs.h"
 
+// Rounds to odd, so that a later rounding to a narrower type sees on which side of the float the
+// value was.
+ROPE_HOST_DEVICE float round_to_odd(double value) {
+  const float f = static_cast<float>(value);
+  if (static_cast<double>(f) == value || value != value) return f;
+  uint32_t bits = bit_cast<uint32_t>(f);
+  if (std::fabs(static_cast<double>(f)) > std::fabs(value)) bits -= 1;
+  return bit_cast<float>(bits | 1u);
+}
+ROPE_HOST_DEVICE float round_to_odd(float value) { return value; }
+
 // A value in double or float as storage type T, rounded once, to nearest, ties to even.
 template <class T, class A>
 ROPE_HOST_DEVICE T narrow(A value) {
   if constexpr (sizeof(T) >= 4) {
     return static_cast<T>(value);
   } else {
-    float f = static_cast<float>(value);
-    if constexpr (sizeof(A) == 8) {
-      // Round to odd, so that the rounding to T that follows sees on which side of f the value was.
-      if (static_cast<A>(f) != value && value == value) {
-        uint32_t bits = bit_cast<uint32_t>(f);
-        if (std::fabs(static_cast<A>(f)) > std::fabs(value)) bits -= 1;
-        f = bit_cast<float>(bits | 1u);
-      }
-    }
     Float8 lanes = {};
-    lanes[0] = f;
+    lanes[0] = round_to_odd(value);
     T out[8];
     Lanes<T>::store(out, lanes);
     return out[0];
@@ -91,6 +93,12 @@ ROPE_HOST_DEVICE void write_entry(void* to, DType dtype, int64_t at, A value) {
   });
 }
 
+#include "angle_chunk.h"
 #include "apply_rotary_body.h"
 #include "cos_sin_body.h"
+#include "rms_norm_rotary_body.h"
+#include "rms_norm_rotary_grad_body.h"
 #include "rotary_table_grad_body.h"
+
+// On the rotation above.
+#include "apply_rotary_append_body.h"

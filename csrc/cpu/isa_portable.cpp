@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../angle.h"
+#include "../float8.h"
 #include "../rotation.h"
 #include "isa.h"
 
@@ -15,6 +16,9 @@ namespace {
 #include "isa_body.h"
 }  // namespace
 
-const Isa kPortable{apply_rotary, rotary_table_grad, cos_sin, cos_sin_grad, cos_sin_grad_sum};
+const Isa kPortable{
+    apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
+    cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, rms_norm_rotary,
+    rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
 
 }  // namespace rope::cpu

@@ -1,5 +1,5 @@
 // Rows of the table as apply_rotary uses them, in the thread's scratch memory: converted, inverted,
-// in the order of the pairs. Included by apply_rotary_body.h.
+// in the order of the pairs. Read from a table, or made of angles. Included by apply_rotary_body.h.
 
 // Pairs of one block of tokens whose table rows are held at a time.
 constexpr int64_t kScratchPairs = 1024;
@@ -12,6 +12,13 @@ struct Row {
 
   ROPE_HOST_DEVICE Row plus(int64_t n) const { return {c1 + n, s1 + n, c2 + n, s2 + n}; }
 };
+
+// The entry of token s of sequence b.
+ROPE_HOST_DEVICE int64_t entry_of(const PositionIds& ids, int64_t b, int64_t s) {
+  const int64_t at = b * ids.stride_b + s * ids.stride_s;
+  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
+                   : static_cast<const int32_t*>(ids.data)[at];
+}
 
 // A row is cut into whole vectors of kLanes pairs. The last one ends where the row ends: where the
 // pairs are not a multiple of kLanes it has some of the pairs of the one before it again. A row of
@@ -30,12 +37,12 @@ struct RowScratch {
   // Pairs [first, first + pairs) of the rows of tokens s, s + 1, ... of batch row b.
   __attribute__((noinline)) void fill(const RotaryArgs& args, int64_t b, int64_t s, int64_t tokens,
                                       int64_t first, int64_t pairs) {
-    const int64_t whole = pairs / kLanes * kLanes;
     const Table& table = args.table;
     const int64_t size = size_of(table.dtype);
-    length = whole < pairs ? whole + kLanes : whole;
+    const int64_t whole = lay_out(pairs);
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t index = row_index(args.position_ids, b, s + t);
+      const PositionIds& ids = args.position_ids;
+      const int64_t index = ids.data ? entry_of(ids, b, s + t) : s + t;
       const char* cos = static_cast<const char*>(table.cos) +
                         (b * table.cos_stride_b + index * table.cos_stride_row) * size;
       const char* sin = static_cast<const char*>(table.sin) +
@@ -54,7 +61,43 @@ struct RowScratch {
     }
   }
 
+  // The same of angles, with the bits that a table of them has.
+  __attribute__((noinline)) void fill(const RotaryAtArgs& args, int64_t b, int64_t s,
+                                      int64_t tokens, int64_t first, int64_t pairs) {
+    static_assert(!kFullWidth, "one angle a pair");
+    const int64_t whole = lay_out(pairs);
+    if (whole == 0) {
+      for (int64_t i = 0; i < tokens * stride(); ++i) entries[i] = 0;
+    }
+    for (int64_t done = 0; done < pairs; done += kAngleChunk) {
+      AngleChunk chunk(args.angles, first + done, std::min(pairs - done, kAngleChunk));
+      for (int64_t t = 0; t < tokens; ++t) {
+        chunk.turn<std::is_same_v<A, double>>(b, s + t);
+        const Row<A> to = row_at(entries + t * stride()).plus(done);
+        for (int64_t i = 0; i < chunk.pairs; ++i) to.c1[i] = static_cast<A>(chunk.cos[i]);
+        for (int64_t i = 0; i < chunk.pairs; ++i) to.s1[i] = static_cast<A>(chunk.sin[i]);
+        if (args.inverse) invert(chunk.pairs, to);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      A* const to = entries + t * stride();
+      if (0 < whole && whole < pairs) {
+        for (A* const part : {row_at(to).c1, row_at(to).s1}) {
+          memmove(part + whole, part + pairs - kLanes, kLanes * sizeof(A));
+        }
+      }
+      if constexpr (kOrder != PairOrder::Natural || kEmptyNan) prepare(to);
+    }
+  }
+
  private:
+  // The pairs of a row that are whole vectors.
+  int64_t lay_out(int64_t pairs) {
+    const int64_t whole = pairs / kLanes * kLanes;
+    length = whole < pairs ? whole + kLanes : whole;
+    return whole;
+  }
+
   template <class E>
   Row<E> row_at(E* to) const {
     return {to, to + length, to + 2 * length, to + 3 * length};
@@ -77,7 +120,10 @@ struct RowScratch {
       put_neighbours(dtype, cos, first, pairs, to.c1, to.c2);
       put_neighbours(dtype, sin, first, pairs, to.s1, to.s2);
     }
-    if (!args.inverse) return;
+    if (args.inverse) invert(pairs, to);
+  }
+
+  static void invert(int64_t pairs, const Row<A>& to) {
     for (int64_t i = 0; i < pairs; ++i) {
       const A s2 = kFullWidth ? to.s2[i] : to.s1[i];
       const Turn<A> turn = inverse_of(Turn<A>{to.c1[i], to.s1[i], to.c1[i], s2});
@@ -122,12 +168,5 @@ struct RowScratch {
     } else {
       return v;
     }
-  }
-
-  static int64_t row_index(const PositionIds& ids, int64_t b, int64_t s) {
-    if (!ids.data) return s;
-    const int64_t at = b * ids.stride_b + s * ids.stride_s;
-    return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                     : static_cast<const int32_t*>(ids.data)[at];
   }
 };

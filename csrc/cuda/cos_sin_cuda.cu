@@ -1,8 +1,7 @@
 // Tables of cos and sin on CUDA, and their gradient to inv_freq. A thread for each angle.
-#include "../angle.h"
 #include "../kernels.h"
+#include "angles.cuh"
 #include "launch.cuh"
-#include "vector.cuh"
 
 namespace rope::cuda {
 
@@ -22,33 +21,19 @@ __device__ __forceinline__ Entry entry_of(const EntryGeometry& g, int64_t rows) 
   return {row, column, lane < g.rows_per_block && row < rows};
 }
 
-__device__ __forceinline__ double position_of(const Angles& angles, int64_t token) {
-  if (angles.position_ids == nullptr) return static_cast<double>(angles.start + token);
-  return angles.position_int64
-             ? static_cast<double>(__ldg(static_cast<const int64_t*>(angles.position_ids) + token))
-             : static_cast<double>(__ldg(static_cast<const int32_t*>(angles.position_ids) + token));
-}
-
-__device__ __forceinline__ double value_at(const void* data, DType dtype, int64_t at) {
-  double value = 0;
-  dispatch(dtype, [&](auto storage) {
-    Vector<decltype(storage), 1> v;
-    load_constant(v, static_cast<const decltype(storage)*>(data) + at);
-    unpack(v, &value);
-  });
-  return value;
-}
-
-template <class E>
+// kAxes: pairs have positions of their own.
+template <class E, bool kAxes>
 __global__ void __launch_bounds__(kBlockThreads)
     cos_sin_kernel(const CosSinArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
-  const Entry entry = entry_of(g, angles.tokens);
+  const Entry entry = entry_of(g, args.tokens);
   if (!entry.inside) return;
-  const double position = position_of(angles, entry.row);
+  const int64_t token = token_at(angles.positions, 0, entry.row);
+  double position = kAxes ? 0 : position_at(angles.positions, token);
 #pragma unroll 1
   for (int64_t pair = entry.column; pair < angles.pairs; pair += g.column_lanes) {
     const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, pair);
+    if constexpr (kAxes) position = position_of_pair(angles, token, pair);
     const SinCos value = sin_cos<std::is_same_v<E, double>>(position, inv_freq);
     const int64_t at = entry.row * angles.pairs + pair;
     static_cast<E*>(args.cos)[at] = narrow<E>(value.cos * angles.attention_scaling);
@@ -59,23 +44,26 @@ __global__ void __launch_bounds__(kBlockThreads)
 // partial [chunks, P]: row i is the sum, in order, of chunk_tokens tokens from i * chunk_tokens on.
 //   d cos / d inv_freq = -position scale sin(angle)
 //   d sin / d inv_freq =  position scale cos(angle)
-__global__ void __launch_bounds__(kBlockThreads)
+template <bool kAxes>
+__global__ void __launch_bounds__(kBlockThreads, 768 / kBlockThreads)
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
   const Entry entry = entry_of(g, args.chunks);
   if (!entry.inside) return;
   const int64_t begin = entry.row * args.chunk_tokens;
-  const int64_t end = min(begin + args.chunk_tokens, angles.tokens);
+  const int64_t end = min(begin + args.chunk_tokens, args.tokens);
 #pragma unroll 1
   for (int64_t pair = entry.column; pair < angles.pairs; pair += g.column_lanes) {
     const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, pair);
     double sum = 0;
 #pragma unroll 1
-    for (int64_t token = begin; token < end; ++token) {
-      const double position = position_of(angles, token);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t token = token_at(angles.positions, 0, row);
+      const double position =
+          kAxes ? position_of_pair(angles, token, pair) : position_at(angles.positions, token);
       const SinCos value = sin_cos<true>(position, inv_freq);
       const double scale = position * angles.attention_scaling;
-      const int64_t at = token * angles.pairs + pair;
+      const int64_t at = row * angles.pairs + pair;
       const double grad_cos = value_at(args.grad_cos, args.grad_dtype, at);
       const double grad_sin = value_at(args.grad_sin, args.grad_dtype, at);
       sum += value.cos * scale * grad_sin - value.sin * scale * grad_cos;
@@ -105,10 +93,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 void cos_sin(const CosSinArgs& args, void* stream) {
   const Angles& angles = args.angles;
-  if (angles.tokens == 0 || angles.pairs == 0) return;
-  const EntryGeometry g = entry_geometry(angles.pairs, angles.tokens);
+  if (args.tokens == 0 || angles.pairs == 0) return;
+  const EntryGeometry g = entry_geometry(angles.pairs, args.tokens);
   dispatch(args.dtype, [&](auto storage) {
-    launch(angles.op, cos_sin_kernel<decltype(storage)>, g.grid, g.block_threads, stream, args, g);
+    using E = decltype(storage);
+    const auto kernel = angles.axes.data ? cos_sin_kernel<E, true> : cos_sin_kernel<E, false>;
+    launch(angles.op, kernel, g.grid, g.block_threads, stream, args, g);
   });
 }
 
@@ -118,7 +108,9 @@ void cos_sin_grad(const CosSinGradArgs& args, void* stream) {
   if (pairs == 0) return;
   if (args.chunks > 0) {
     const EntryGeometry g = entry_geometry(pairs, args.chunks);
-    launch(op, cos_sin_grad_kernel, g.grid, g.block_threads, stream, args, g);
+    const auto kernel =
+        args.angles.axes.data ? cos_sin_grad_kernel<true> : cos_sin_grad_kernel<false>;
+    launch(op, kernel, g.grid, g.block_threads, stream, args, g);
   }
   const int64_t threads = std::min<int64_t>(whole_warps(pairs), kBlockThreads);
   launch(op, cos_sin_grad_sum_kernel, grid_of(ceil_div(pairs, threads)),

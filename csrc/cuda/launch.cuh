@@ -16,13 +16,20 @@ inline void check(cudaError_t error, const char* op) {
                            ": CUDA error: " + cudaGetErrorString(error));
 }
 
-// The error is that of the launch itself; what goes wrong inside the kernel shows at a later call.
+// With so many bytes of shared memory. The error is that of the launch itself; what goes wrong
+// inside the kernel shows at a later call.
+template <class... Args>
+void launch_with(size_t shared_bytes, const char* op, void (*kernel)(Args...), Grid grid,
+                 uint32_t block_threads, void* stream, const Args&... args) {
+  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError(), op);
+}
+
 template <class... Args>
 void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads,
             void* stream, const Args&... args) {
-  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      args...);
-  check(cudaGetLastError(), op);
+  launch_with(0, op, kernel, grid, block_threads, stream, args...);
 }
 
 // Kernels count heads, the channels of a head, sequences and tokens of a sequence in 32 bits.

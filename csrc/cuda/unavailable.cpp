@@ -12,9 +12,13 @@ namespace {
 }  // namespace
 
 void apply_rotary(const RotaryArgs&, void*) { refuse(); }
+void apply_rotary_at(const RotaryAtArgs&, void*) { refuse(); }
 void rotary_table_grad(const RotaryTableGradArgs&, void*) { refuse(); }
 void cos_sin(const CosSinArgs&, void*) { refuse(); }
 void cos_sin_grad(const CosSinGradArgs&, void*) { refuse(); }
+void apply_rotary_append(const AppendArgs&, void*) { refuse(); }
+void rms_norm_rotary(const RmsNormRotaryArgs&, void*) { refuse(); }
+void rms_norm_rotary_grad(const RmsNormRotaryGradArgs&, void*) { refuse(); }
 
 }  // namespace rope::cuda
 

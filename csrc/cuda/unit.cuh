@@ -23,6 +23,8 @@ struct Unit {
   static constexpr bool kNeighbours = are_neighbours(N, kInterleaved);
   static constexpr int kCount = kVectors;
   static constexpr int kPairs = kVectors * N / 2;
+  using Element = E;
+  static constexpr int kLength = N, kChannels = kVectors * N;
   using C = ArithmeticOf<E>;
 
   Vector<E, N> vectors[kVectors];
@@ -56,10 +58,20 @@ struct Unit {
     for (int i = 0; i < kVectors; ++i) vectors[i] = other.vectors[i];
   }
 
-  __device__ __forceinline__ void unpack_to(C (&x1)[kPairs], C (&x2)[kPairs]) const {
-    C x[kVectors * N];
+  // The channels in the order of memory.
+  __device__ __forceinline__ void values_to(C (&x)[kChannels]) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) unpack(vectors[i], x + i * N);
+  }
+
+  __device__ __forceinline__ void pack_values(const C (&x)[kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) pack(vectors[i], x + i * N);
+  }
+
+  // As pairs, and back.
+  static __device__ __forceinline__ void split(const C (&x)[kChannels], C (&x1)[kPairs],
+                                               C (&x2)[kPairs]) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       x1[j] = x[kNeighbours ? 2 * j : j];
@@ -67,15 +79,25 @@ struct Unit {
     }
   }
 
-  __device__ __forceinline__ void pack_from(const C (&x1)[kPairs], const C (&x2)[kPairs]) {
-    C x[kVectors * N];
+  static __device__ __forceinline__ void join(const C (&x1)[kPairs], const C (&x2)[kPairs],
+                                              C (&x)[kChannels]) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       x[kNeighbours ? 2 * j : j] = x1[j];
       x[kNeighbours ? 2 * j + 1 : j + N] = x2[j];
     }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) pack(vectors[i], x + i * N);
+  }
+
+  __device__ __forceinline__ void unpack_to(C (&x1)[kPairs], C (&x2)[kPairs]) const {
+    C x[kChannels];
+    values_to(x);
+    split(x, x1, x2);
+  }
+
+  __device__ __forceinline__ void pack_from(const C (&x1)[kPairs], const C (&x2)[kPairs]) {
+    C x[kChannels];
+    join(x1, x2, x);
+    pack_values(x);
   }
 };
 

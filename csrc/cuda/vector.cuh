@@ -35,6 +35,10 @@ template <>
 struct WordOf<2> {
   using Type = uint16_t;
 };
+template <>
+struct WordOf<1> {
+  using Type = uint8_t;
+};
 
 // N consecutive elements, moved by one instruction; addresses are multiples of their size.
 template <class E, int N>

@@ -2,6 +2,7 @@
 
 plan.py   how each operand has to be placed, and what the rank then has of it
 rules.py  a rule for each operator
+norm_rules.py  and for those that normalise before they rotate
 """
 
 from rope_ext._on_import import on_import
@@ -13,6 +14,7 @@ def register() -> None:
 
 
 def _register_rules() -> None:
-    from rope_ext._sharding import rules
+    from rope_ext._sharding import norm_rules, rules
 
     rules.register()
+    norm_rules.register()

@@ -40,6 +40,10 @@ def register() -> None:
         ("cos_sin_cache", _cos_sin_cache),
         ("cos_sin", _cos_sin),
         ("cos_sin_backward", _cos_sin_backward),
+        ("apply_rotary_qk_at", _rotate_at),
+        ("apply_rotary_qk_at_", _rotate_at),
+        ("apply_rotary_qk_append_kv_", _append_kv),
+        ("apply_rotary_mla_append_", _mla_append),
     ):
         torch.library.register_torch_dispatch(f"rope::{op}", DTensor, _as_dispatch(rule))
 
@@ -85,11 +89,16 @@ def _axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> tuple[
     return (None,) * cos.dim()
 
 
-def _axes_of_positions(position_ids: Tensor | None) -> tuple[str | None, ...]:
-    if position_ids is None or position_ids.dim() not in (1, 2):
+def _axes_of_positions(
+    position_ids: Tensor | None, of_pairs: Tensor | None = None
+) -> tuple[str | None, ...]:
+    """Of position_ids [S], [1|B, S] or [T]; of_pairs, the argument axes: with a leading A."""
+    lead = () if of_pairs is None else (None,)
+    shape = () if position_ids is None else position_ids.shape[len(lead) :]
+    if len(shape) not in (1, 2):
         return ()
-    batch = () if position_ids.dim() == 1 else (None if position_ids.shape[0] == 1 else BATCH,)
-    return (*batch, SEQUENCE)
+    batch = () if len(shape) == 1 else (None if shape[0] == 1 else BATCH,)
+    return (*lead, *batch, SEQUENCE)
 
 
 def _range(start: int, length: int, like: Any, axis: str, plan: Plan) -> Tensor | None:
@@ -145,25 +154,57 @@ def _rotate(
         Operand("position_ids", position_ids, _axes_of_positions(position_ids)),
     )
     plan = plan_for(op, operands)
-    for i, (to, placements) in enumerate(zip(operands, plan.placements, strict=True)):
-        if to.written and placements != plan.placements[i % len(xs)]:
-            raise RuntimeError(
-                f"{op}: expected {to.name} to be placed as the result, "
-                f"{plan.placements[i % len(xs)]}, got {placements}"
-            )
+    _check_placed_as_results(op, operands, plan, len(xs))
     parts = parts_of(operands, plan)
     if position_ids is None:
         parts["position_ids"] = _positions_in_table(op, operands[0].tensor, cos, plan)
     results = func(**parts, **options)
     if func._schema.is_mutable:
         return None
-    wrapped = tuple(
-        distributed(result, x.tensor.device_mesh, placements, x.tensor.shape, x.tensor)
-        for result, x, placements in zip(
-            (results,) if len(xs) == 1 else results, operands, plan.placements, strict=False
-        )
-    )
+    wrapped = _placed_as(operands, plan, (results,) if len(xs) == 1 else results)
     return wrapped[0] if len(xs) == 1 else wrapped
+
+
+def _check_placed_as_results(op: str, operands: list[Operand], plan: Plan, rotated: int) -> None:
+    for i, (to, placements) in enumerate(zip(operands, plan.placements, strict=True)):
+        if to.written and placements != plan.placements[i % rotated]:
+            raise RuntimeError(
+                f"{op}: expected {to.name} to be placed as the result, "
+                f"{plan.placements[i % rotated]}, got {placements}"
+            )
+
+
+def _placed_as(operands: list[Operand], plan: Plan, results: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Results of a rank, placed as the first operands, which they are like."""
+    return tuple(
+        distributed(result, x.tensor.device_mesh, placements, x.tensor.shape, x.tensor)
+        for result, x, placements in zip(results, operands, plan.placements, strict=False)
+    )
+
+
+def _rotate_at(
+    func: Any, q: Any, k: Any, inv_freq: Any, position_ids: Any, axes: Any, **options: Any
+) -> Any:
+    """The rotation by angles; frequencies stay whole."""
+    op, in_place = _name(func), func._schema.is_mutable
+    operands = checked(
+        op,
+        *(
+            Operand(name, x, _axes_of_x(x, heads), linear=True, written=in_place)
+            for name, x, heads in zip(("q", "k"), (q, k), HEADS_OF, strict=True)
+        ),
+        Operand("inv_freq", inv_freq, (None,)),
+        Operand("position_ids", position_ids, _axes_of_positions(position_ids, axes)),
+        Operand("axes", axes, (None,)),
+    )
+    plan = plan_for(op, operands)
+    _check_placed_as_results(op, operands, plan, 2)
+    parts = parts_of(operands, plan)
+    if position_ids is None:
+        whole = operands[0].tensor
+        parts["position_ids"] = _range(0, whole.shape[-3], whole, SEQUENCE, plan)
+    results = func(**parts, **options)
+    return None if in_place else _placed_as(operands, plan, results)
 
 
 def _sums(
@@ -217,13 +258,17 @@ def _table_backward(
     return tuple(distributed(grad, mesh, placements, cos.shape) for grad in grads)
 
 
-def _cos_sin(func: Any, inv_freq: Any, position_ids: Any, **options: Any) -> Any:
-    op, axes = _name(func), _axes_of_any_positions(position_ids.dim())
+def _cos_sin(func: Any, inv_freq: Any, position_ids: Any, axes: Any, **options: Any) -> Any:
+    lead = () if axes is None else (None,)
+    shape = position_ids.shape[len(lead) :]
+    of_rows = _axes_of_any_positions(len(shape))
     operands = checked(
-        op, Operand("inv_freq", inv_freq, (PAIRS,)), Operand("position_ids", position_ids, axes)
+        _name(func),
+        Operand("inv_freq", inv_freq, (PAIRS,)),
+        Operand("position_ids", position_ids, (*lead, *of_rows)),
+        Operand("axes", axes, (PAIRS,)),
     )
-    shape = (*position_ids.shape, *inv_freq.shape)
-    return _cos_sin_of(func, operands, (*axes, PAIRS), shape, options)
+    return _cos_sin_of(func, operands, (*of_rows, PAIRS), (*shape, *inv_freq.shape), options)
 
 
 def _cos_sin_cache(func: Any, inv_freq: Any, length: int, **options: Any) -> Any:
@@ -246,26 +291,89 @@ def _cos_sin_of(
 
 
 def _cos_sin_backward(
-    func: Any, grad_cos: Any, grad_sin: Any, inv_freq: Any, position_ids: Any, start: int,
-    **options: Any,
+    func: Any, grad_cos: Any, grad_sin: Any, inv_freq: Any, position_ids: Any, axes: Any,
+    start: int, **options: Any,
 ) -> Any:  # fmt: skip
-    op, axes = _name(func), _axes_of_any_positions(grad_cos.dim() - 1)
+    op, of_rows = _name(func), _axes_of_any_positions(grad_cos.dim() - 1)
     operands = checked(
         op,
-        Operand("grad_cos", grad_cos, (*axes, PAIRS), linear=True),
-        Operand("grad_sin", grad_sin, (*axes, PAIRS), linear=True),
+        Operand("grad_cos", grad_cos, (*of_rows, PAIRS), linear=True),
+        Operand("grad_sin", grad_sin, (*of_rows, PAIRS), linear=True),
         Operand("inv_freq", inv_freq, (PAIRS,)),
-        Operand("position_ids", position_ids, axes),
+        Operand("position_ids", position_ids, (*(() if axes is None else (None,)), *of_rows)),
+        Operand("axes", axes, (PAIRS,)),
     )
     plan = plan_for(op, operands)
     placements = _sums(op, (PAIRS,), operands, plan, {"grad_cos"}, {"grad_sin"})
     parts = parts_of(operands, plan)
     if position_ids is None:
         whole = operands[0].tensor
-        parts["position_ids"] = _range(start, whole.shape[0], whole, axes[0], plan)
+        parts["position_ids"] = _range(start, whole.shape[0], whole, of_rows[0], plan)
     grad = func(**parts, start=start, **options)
     return distributed(grad, operands[0].tensor.device_mesh, placements, inv_freq.shape)
 
 
 def _axes_of_any_positions(rank: int) -> tuple[str, ...]:
     return tuple(f"dimension {dim} of the positions" for dim in range(rank))
+
+
+def _append_kv(
+    func: Any, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, cos: Any,
+    sin: Any, position_ids: Any, k_scale: Any, v_scale: Any, **options: Any,
+) -> None:  # fmt: skip
+    """Tensor parallel: each rank has heads of all tokens, and those heads of the caches."""
+    of_q, of_k = HEADS_OF
+
+    def of_heads(scale: Any) -> tuple[str | None, ...]:
+        one_each = scale is not None and scale.dim() == 1 and scale.shape[0] == k.shape[-2]
+        return (of_k,) if one_each and k.shape[-2] > 1 else ()
+
+    _append(
+        func,
+        Operand("q", q, _axes_of_x(q, of_q), written=True),
+        Operand("k", k, _axes_of_x(k, of_k), written=True),
+        Operand("v", v, _axes_of_x(v, of_k)),
+        Operand("k_cache", k_cache, (None, None, of_k, None), written=True),
+        Operand("v_cache", v_cache, (None, None, of_k, None), written=True),
+        Operand("slot_mapping", slot_mapping, ()),
+        Operand("cos", cos, ()),
+        Operand("sin", sin, ()),
+        Operand("position_ids", position_ids, ()),
+        Operand("k_scale", k_scale, of_heads(k_scale)),
+        Operand("v_scale", v_scale, of_heads(v_scale)),
+        options=options,
+    )
+
+
+def _mla_append(
+    func: Any, q: Any, k_pe: Any, kv_c: Any, kv_cache: Any, slot_mapping: Any, cos: Any, sin: Any,
+    position_ids: Any, scale: Any, **options: Any,
+) -> None:  # fmt: skip
+    """Tensor parallel: each rank has heads of q, and writes the cache, which has none, whole."""
+    _append(
+        func,
+        Operand("q", q, _axes_of_x(q, HEADS), written=True),
+        Operand("k_pe", k_pe, (), written=True),
+        Operand("kv_c", kv_c, ()),
+        Operand("kv_cache", kv_cache, (), written=True),
+        Operand("slot_mapping", slot_mapping, ()),
+        Operand("cos", cos, ()),
+        Operand("sin", sin, ()),
+        Operand("position_ids", position_ids, ()),
+        Operand("scale", scale, ()),
+        options=options,
+    )
+
+
+def _append(func: Any, *operands: Operand, options: dict[str, Any]) -> None:
+    op = _name(func)
+    given = checked(op, *operands)
+    plan = plan_for(op, given)
+    for mesh_dim, axes in enumerate(plan.sharded):
+        if any(axis in (BATCH, SEQUENCE) for axis in axes):
+            raise RuntimeError(
+                f"{op}: expected tokens to be replicated on dimension {mesh_dim} of the mesh, as "
+                f"the caches that take them are, got {given[0].name} or another one sharded along "
+                f"{axes[0]}"
+            )
+    func(**parts_of(given, plan), **options)

@@ -1,11 +1,12 @@
 """Frequencies for images and volumes, and starting points of learned ones.
 
-A token at (h, w) has one position an axis; its angles are those of the axes side by side. The
-operators need nothing for it: the rows of the axes are joined along the pairs.
+A token at (h, w) has one position an axis; its angles are those of the axes side by side.
 
-    inv_freq, _ = frequencies.axial(64, axes=2)                            # [16], for each axis
-    cos, sin = zip(*(rope_ext.cos_sin(inv_freq, p) for p in (height, width)))  # [S, 16] each
-    x = rope_ext.apply_rotary(x, torch.cat(cos, -1)[None], torch.cat(sin, -1)[None])
+    inv_freq, _ = frequencies.axial(64, axes=2)   # [16], for each axis
+    axes = torch.arange(2).repeat_interleave(16)  # the axis of each pair
+    positions = torch.stack((height, width))      # [2, S]
+    cos, sin = rope_ext.cos_sin(inv_freq.repeat(2), positions, axes=axes)  # [S, 32]
+    x = rope_ext.apply_rotary(x, cos[None], sin[None])
 """
 
 import math

@@ -110,23 +110,58 @@ def cos_sin_cache(
     """rope::cos_sin_cache, in ONNX."""
     start, length = _int64(start), _int64(length)
     position_ids = op.Range(start, op.Add(start, length), _int64(1))
-    return cos_sin(inv_freq, position_ids, attention_scaling, dtype)
+    return cos_sin(inv_freq, position_ids, None, attention_scaling, dtype)
 
 
 def cos_sin(
     inv_freq: Value,  # [P]
-    position_ids: Value,  # [*]
+    position_ids: Value,  # [*], with axes [A, *]
+    axes: Value | None = None,  # [P]
     attention_scaling: float = 1.0,
     dtype: int = -1,
 ) -> tuple[Value, Value]:
     """rope::cos_sin, in ONNX: exact but for 2^-53 of the angle and one rounding."""
     if dtype == -1:  # None
         dtype = DOUBLE if inv_freq.dtype == DOUBLE else FLOAT
-    position = op.Unsqueeze(_cast(position_ids, DOUBLE), [-1])
+    position = _cast(position_ids, DOUBLE)
+    if axes is None:
+        position = op.Unsqueeze(position, [-1])
+    else:
+        dims = range(1, len(position_ids.shape))
+        position = op.Transpose(op.Gather(position, axes, axis=0), perm=[*dims, 0])
     angle = op.Mul(position, _cast(inv_freq, DOUBLE))
     scaling = op.Constant(value=onnx_ir.tensor(attention_scaling, dtype=DOUBLE))
     cos, sin = (op.Mul(f(angle), scaling) for f in (op.Cos, op.Sin))
     return op.Cast(cos, to=dtype), op.Cast(sin, to=dtype)
+
+
+def apply_rotary_qk_at(
+    q: Value,
+    k: Value,
+    inv_freq: Value,  # [P]
+    position_ids: Value | None = None,  # [S], [1|B, S] or [T], with axes [A, ...]
+    axes: Value | None = None,
+    attention_scaling: float = 1.0,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    interleaved_out: bool | None = None,
+    inverse: bool = False,
+) -> tuple[Value, Value]:
+    """rope::apply_rotary_qk_at, in ONNX: by rows."""
+    tokens = 1
+    if position_ids is not None:
+        tokens = len(position_ids.shape) - (axes is not None)
+    else:
+        first = len(q.shape) - 3
+        length = op.Squeeze(op.Shape(q, start=first, end=first + 1), [0])
+        position_ids = op.Range(_int64(0), length, _int64(1))
+    dtype = DOUBLE if q.dtype == DOUBLE else FLOAT
+    rows = cos_sin(inv_freq, position_ids, axes, attention_scaling, dtype)
+    for row in rows:  # which apply_rotary asks for; the exporter knows them of results alone
+        row.shape = onnx_ir.Shape([*([None] * tokens), inv_freq.shape[0]])
+        row.dtype = onnx_ir.DataType(dtype)
+    rest = rotary_offset, interleaved, interleaved_out, inverse
+    return apply_rotary_qk(q, k, *rows, None, None, *rest)
 
 
 # For custom_translation_table of torch.onnx.export(..., dynamo=True).
@@ -135,6 +170,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.rope.apply_rotary_qk.default: apply_rotary_qk,
     torch.ops.rope.cos_sin_cache.default: cos_sin_cache,
     torch.ops.rope.cos_sin.default: cos_sin,
+    torch.ops.rope.apply_rotary_qk_at.default: apply_rotary_qk_at,
 }
 
 

@@ -243,30 +243,33 @@ struct AngleCase {
   Memory inv_freq;
   std::vector<int32_t> narrow;
   std::vector<int64_t> wide;
-  Angles angles;
+  Angles angles{};
 
   AngleCase(int64_t pairs, int64_t tokens, int ids, double scaling, Random& random)
       : inv_freq(DType::Float32, pairs, false, random) {
     for (int64_t i = 0; i < pairs; ++i)
       inv_freq.set_value(i, std::pow(10000.0, -double(i) / pairs));
-    angles = {"cos_sin",
-              inv_freq.data(),
-              DType::Float32,
-              pairs,
-              nullptr,
-              ids == 2,
-              random.below(int64_t{1} << 30),
-              tokens,
-              scaling};
+    angles.op = "cos_sin";
+    angles.inv_freq = inv_freq.data();
+    angles.inv_freq_dtype = DType::Float32;
+    angles.pairs = pairs;
+    angles.positions = {nullptr,
+                        ids == 1 ? PositionType::Int32 : PositionType::Int64,
+                        1,
+                        0,
+                        0,
+                        1,
+                        random.below(int64_t{1} << 30)};
+    angles.attention_scaling = scaling;
     constexpr int64_t kLast = (int64_t{1} << 31) - 1;
     narrow.reserve(tokens), wide.reserve(tokens);
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t drawn = random.below(int64_t{2} << random.below(31));
-      wide.push_back(ids == 0 ? angles.start + token : token == 0 ? kLast : drawn);
+      wide.push_back(ids == 0 ? angles.positions.start + token : token == 0 ? kLast : drawn);
       narrow.push_back(static_cast<int32_t>(wide.back()));
     }
-    if (ids == 1) angles.position_ids = narrow.data();
-    if (ids == 2) angles.position_ids = wide.data();
+    if (ids == 1) angles.positions.data = narrow.data();
+    if (ids == 2) angles.positions.data = wide.data();
   }
   long double angle(int64_t token, int64_t pair) const {
     return static_cast<long double>(wide[token]) * static_cast<long double>(inv_freq.value(pair));
@@ -283,7 +286,7 @@ void test_cos_sin(Random& random) {
       AngleCase c(pairs, tokens, ids, scaling, random);
       Memory cos(dtype, tokens * pairs + kGuard, false, random), sin = cos;
       const Memory before = cos;
-      CosSinArgs args{c.angles, cos.data(), sin.data(), dtype};
+      CosSinArgs args{c.angles, tokens, cos.data(), sin.data(), dtype};
       cpu::cos_sin(args);
       const double most = dtype == DType::Float64 ? kAngleUlpsFloat64 : kAngleUlps;
       for (int64_t at = 0; at < tokens * pairs; ++at) {
@@ -319,8 +322,8 @@ void test_cos_sin_grad(Random& random) {
       Memory partial(DType::Float64, chunks * pairs + kGuard, false, random);
       Memory grad(DType::Float32, pairs + kGuard, false, random);
       const Memory before = grad;
-      CosSinGradArgs args{c.angles, grad_cos.data(), grad_sin.data(), dtype,
-                          nullptr,  chunks,          chunk_tokens,    grad.data()};
+      CosSinGradArgs args{c.angles, tokens, grad_cos.data(), grad_sin.data(), dtype,
+                          nullptr,  chunks, chunk_tokens,    grad.data()};
       args.partial = static_cast<double*>(partial.data());
       cpu::cos_sin_grad(args);
       for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -347,6 +350,58 @@ void test_cos_sin_grad(Random& random) {
   }
 }
 
+// ------------------------------------------------------------------------------- apply_rotary_at
+
+// The bits of apply_rotary by rows that cos_sin has made: of three axes, or 0, 1, 2, ...
+void test_apply_rotary_at(const Case& c, Random& random) {
+  if (c.full_width) return;
+  ++cases;
+  const bool given = c.rows == Rows::Int32 || c.rows == Rows::Int64;
+  const int64_t tokens = (given ? c.batch : 1) * c.seq;
+  AngleCase made(c.pairs, 3 * tokens, given ? (c.rows == Rows::Int32 ? 1 : 2) : 0, 1.1875, random);
+  std::vector<int64_t> axes;
+  for (int64_t i = 0; i < c.pairs; ++i) axes.push_back(random.below(3));
+  axes.shrink_to_fit();
+  if (given) {
+    made.angles.positions.axes = 3, made.angles.positions.stride_axis = tokens;
+    made.angles.axes = {axes.data(), true};
+  }
+  const DType table_dtype = c.dtype == DType::Float64 ? DType::Float64 : DType::Float32;
+  Memory cos(table_dtype, tokens * c.pairs, false, random), sin = cos;
+  cpu::cos_sin({made.angles, tokens, cos.data(), sin.data(), table_dtype});
+  made.angles.positions.stride_b = given ? c.seq : 0;
+
+  RotaryAtArgs args{};
+  args.op = c.op;
+  args.dtype = c.dtype;
+  args.batch = c.batch, args.seq = c.seq;
+  args.head_dim = c.dim(), args.rotary_dim = 2 * c.pairs, args.rotary_offset = c.before;
+  const int64_t stride_b = given ? c.seq * c.pairs : 0;
+  args.table = {cos.data(), sin.data(), table_dtype, c.seq, stride_b,
+                c.pairs,    stride_b,   c.pairs,     false, false};
+  args.interleaved = c.interleaved, args.interleaved_out = c.interleaved_out;
+  args.inverse = c.inverse;
+  args.angles = made.angles;
+
+  const Tensor in[] = {random_tensor(c, c.heads_q, kGuard, random),
+                       random_tensor(c, c.heads_k, kGuard, random)};
+  Tensor by_rows[] = {in[0], in[1]}, at[] = {in[0], in[1]};
+  const auto rotate = [&](Tensor(&out)[2], const auto& run) {
+    args.q = {out[0].heads<const void*>(c), out[0].heads<void*>(c), c.heads_q};
+    args.k = {out[1].heads<const void*>(c), out[1].heads<void*>(c), c.heads_k};
+    Tensor from[] = {in[0], in[1]};
+    if (!c.in_place) {
+      args.q.in = from[0].heads<const void*>(c);
+      args.k.in = from[1].heads<const void*>(c);
+    }
+    run();
+  };
+  rotate(by_rows, [&] { cpu::apply_rotary(args); });
+  rotate(at, [&] { cpu::apply_rotary_at(args); });
+  expect_same(by_rows[0].memory, at[0].memory, text(c) + ", q");
+  expect_same(by_rows[1].memory, at[1].memory, text(c) + ", k");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -357,6 +412,7 @@ int main(int argc, char** argv) {
     for_each_case("rotary_table_grad", random, test_table_grad);
     test_cos_sin(random);
     test_cos_sin_grad(random);
+    for_each_case("apply_rotary_at", random, test_apply_rotary_at);
   });
   Random random(20210420);
   test_streaming(random);

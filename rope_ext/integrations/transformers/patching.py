@@ -65,9 +65,10 @@ def patch(model: nn.Module) -> Report:
 
     Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
     form. A patched model trains, generates, compiles and is copied as before; one that was compiled
-    earlier compiles again. Saved as a whole and loaded again it is an unpatched model. The
-    result has q's dtype: where a model's own function would return float32 for a bfloat16 q because
-    its tables are float32, the patched model does not.
+    earlier compiles again (before torch 2.12 it goes on as it was, until torch.compiler.reset()).
+    Saved as a whole and loaded again it is an unpatched model. The result has q's dtype: where a
+    model's own function would return float32 for a bfloat16 q because its tables are float32, the
+    patched model does not.
 
     Each rotation is recognized by the names of its parameters and by what it computes for a few
     numbers, never by the model's name: see recognition.py. It is called for that, and afterwards no

@@ -4,10 +4,10 @@ They go where any position_ids go: ``cos_sin(inv_freq, positions.context_paralle
 rows of a rank's tokens, once a step, for all layers.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from rope_ext.positions.checks import check_cu_seqlens, check_lengths, refuse, values_known
 
 
 def context_parallel(
@@ -108,31 +108,20 @@ def _tokens(
 def _check(
     function: str, seq_len: int, world: int, rank: int, chunks: int, cu_seqlens: Tensor | None
 ) -> None:
-    def refuse(expected: str, got: object) -> None:
-        raise ValueError(f"rope_ext.positions.{function}: expected {expected}, got {got}")
-
     if world < 1:
-        refuse("world to be at least 1", world)
+        refuse(function, "world to be at least 1", world)
     if not 0 <= rank < world:
-        refuse(f"rank in [0, {world}), of world ranks", rank)
+        refuse(function, f"rank in [0, {world}), of world ranks", rank)
+    of = f"the chunks of {world} ranks"
     if seq_len < 0 or seq_len % chunks != 0:
-        refuse(f"seq_len to be a multiple of {chunks}, the chunks of {world} ranks", seq_len)
+        refuse(function, f"seq_len to be a multiple of {chunks}, {of}", seq_len)
     if cu_seqlens is None:
         return
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        refuse("cu_seqlens of dtype int32 or int64", cu_seqlens.dtype)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        refuse("cu_seqlens to have shape [sequences + 1]", list(cu_seqlens.shape))
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    check_cu_seqlens(function, cu_seqlens)
+    if not values_known(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != seq_len:
-        refuse(f"cu_seqlens from 0 to seq_len, {seq_len}", f"{bounds[0]} to {bounds[-1]}")
-    lengths = [end - begin for begin, end in pairwise(bounds)]
-    for i, length in enumerate(lengths):
-        if length < 0 or length % chunks != 0:
-            refuse(
-                f"sequence {i} of cu_seqlens to have a length that is a multiple of {chunks}, the "
-                f"chunks of {world} ranks",
-                length,
-            )
+        got = f"{bounds[0]} to {bounds[-1]}"
+        refuse(function, f"cu_seqlens from 0 to seq_len, {seq_len}", got)
+    check_lengths(function, bounds, chunks, of)

@@ -1,0 +1,94 @@
+// sin and cos of the angles of a token. Included by isa_body.h, in the namespace of an instruction
+// set.
+
+// Pairs worked on at a time: sin and cos stay in the first cache.
+constexpr int64_t kAngleChunk = 128;
+
+template <class T>
+ROPE_HOST_DEVICE double as_double(const T& value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return static_cast<double>(value);
+  } else {
+    const T padded[8] = {value};
+    Float8 lanes;
+    Lanes<T>::load(padded, lanes);
+    return lanes[0];
+  }
+}
+
+// Calls f with the data as what they are.
+template <class F>
+ROPE_HOST_DEVICE void dispatch(const TokenPositions& positions, const F& f) {
+  switch (positions.type) {
+    case PositionType::Int32: return f(static_cast<const int32_t*>(positions.data));
+    case PositionType::Int64: return f(static_cast<const int64_t*>(positions.data));
+    case PositionType::Float64: return f(static_cast<const double*>(positions.data));
+    case PositionType::Float32: return f(static_cast<const float*>(positions.data));
+    case PositionType::Float16: return f(static_cast<const Half*>(positions.data));
+    case PositionType::BFloat16: return f(static_cast<const BFloat16*>(positions.data));
+  }
+}
+
+ROPE_HOST_DEVICE double position_at(const TokenPositions& positions, int64_t at) {
+  if (positions.data == nullptr) return static_cast<double>(positions.start + at);
+  double position = 0;
+  dispatch(positions, [&](const auto* data) ROPE_ALWAYS_INLINE { position = as_double(data[at]); });
+  return position;
+}
+
+// One number for all pairs, or one for each.
+ROPE_HOST_DEVICE double of_pair(double all, int64_t) { return all; }
+ROPE_HOST_DEVICE double of_pair(const double* each, int64_t i) { return each[i]; }
+
+template <bool kDouble, class Position, class Scale>
+ROPE_HOST_DEVICE void sin_cos_of(Position position, const double* inv_freq, int64_t pairs,
+                                 Scale scale, double* sin, double* cos) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const SinCos value = sin_cos<kDouble>(of_pair(position, i), inv_freq[i]);
+    sin[i] = value.sin * of_pair(scale, i);
+    cos[i] = value.cos * of_pair(scale, i);
+  }
+}
+
+// Pairs [first, first + pairs) of angles, for one token after the other.
+struct AngleChunk {
+  const Angles& angles;
+  const int64_t pairs;  // at most kAngleChunk
+  alignas(64) double inv_freq[kAngleChunk], sin[kAngleChunk], cos[kAngleChunk];
+  alignas(64) double position[kAngleChunk], scale[kAngleChunk];  // used where there are axes
+  int64_t axis_at[kAngleChunk];                                  // among the positions
+
+  ROPE_HOST_DEVICE AngleChunk(const Angles& of, int64_t first, int64_t count)
+      : angles(of), pairs(count) {
+    convert(angles.inv_freq_dtype, angles.inv_freq, first, pairs, inv_freq);
+    const Axes& axes = angles.axes;
+    if (axes.data == nullptr) return;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t axis = axes.int64 ? static_cast<const int64_t*>(axes.data)[first + i]
+                                      : static_cast<const int32_t*>(axes.data)[first + i];
+      axis_at[i] = axis * angles.positions.stride_axis;
+    }
+  }
+
+  // sin and cos of token (b, s), times attention_scaling; kSlope: and times the position, as
+  //   d cos / d inv_freq = -position scaling sin(angle)
+  //   d sin / d inv_freq =  position scaling cos(angle)
+  template <bool kDouble, bool kSlope = false>
+  ROPE_HOST_DEVICE void turn(int64_t b, int64_t s) {
+    const TokenPositions& positions = angles.positions;
+    const int64_t at = b * positions.stride_b + s * positions.stride_s;
+    const double scaling = angles.attention_scaling;
+    if (angles.axes.data == nullptr) {
+      const double all = position_at(positions, at);
+      sin_cos_of<kDouble>(all, inv_freq, pairs, kSlope ? all * scaling : scaling, sin, cos);
+      return;
+    }
+    dispatch(positions, [&](const auto* data) ROPE_ALWAYS_INLINE {
+      for (int64_t i = 0; i < pairs; ++i) position[i] = as_double(data[axis_at[i] + at]);
+    });
+    for (int64_t i = 0; i < pairs; ++i) scale[i] = kSlope ? position[i] * scaling : scaling;
+    const double* const each = position;
+    const double* const scale_of_each = scale;
+    sin_cos_of<kDouble>(each, inv_freq, pairs, scale_of_each, sin, cos);
+  }
+};

@@ -1,0 +1,100 @@
+// apply_rotary_append inside one thread. Included by isa_body.h, in the namespace of an instruction
+// set.
+
+// Elements divided by `scale` and rounded once to a float8.
+template <class Format, class T>
+void quantise(const T* from, uint8_t* to, int64_t count, float scale) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int64_t kChunk = 256;
+  alignas(64) A wide[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t n = std::min(count - first, kChunk);
+    convert<A, T>(from, first, n, wide);
+    for (int64_t i = 0; i < n; ++i) {
+      to[first + i] = float8_of<Format>(round_to_odd(wide[i] / static_cast<A>(scale)));
+    }
+  }
+}
+
+// The heads of one token to its slot of the cache.
+template <class T>
+void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_t s, int64_t slot) {
+  const int64_t block = slot / args.block_size;
+  const int64_t offset = slot - block * args.block_size;
+  const T* from = static_cast<const T*>(x.in.data) + b * x.in.stride_b + s * x.in.stride_s;
+  const int64_t to = block * x.stride_block + offset * x.stride_offset;
+  for (int64_t head = 0; head < x.heads; ++head) {
+    const T* const channels = from + head * x.in.stride_h;
+    const int64_t at = to + head * x.stride_h;
+    const float scale = x.scale ? x.scale[head * x.scale_stride_h] : 1;
+    switch (args.cache_dtype) {
+      case CacheDType::OfModel:
+        memcpy(static_cast<T*>(x.cache) + at, channels, x.channels * sizeof(T));
+        break;
+      case CacheDType::Float8E4M3:
+        quantise<Float8E4M3>(channels, static_cast<uint8_t*>(x.cache) + at, x.channels, scale);
+        break;
+      case CacheDType::Float8E5M2:
+        quantise<Float8E5M2>(channels, static_cast<uint8_t*>(x.cache) + at, x.channels, scale);
+        break;
+    }
+  }
+}
+
+// Token s of sequence b rotated in place where the pairs change their order: from copies of its
+// heads, as many at a time as there is room for.
+template <class T>
+void rotate_token_from_copies(const RotaryArgs& args, const RotaryPlan& plan, int64_t b,
+                              int64_t s) {
+  constexpr int64_t kRoom = 4096;  // channels
+  static_assert(kRoom >= kMostReordered, "at least one head");
+  alignas(64) T copies[kRoom];
+  const int64_t dim = args.rotary_dim, heads = args.q.heads + args.k.heads;
+  const int64_t first_item = (b * args.seq + s) * heads;
+  for (const RotatedHeads* x : {&args.q, &args.k}) {
+    const T* const from =
+        static_cast<const T*>(x->in.data) + b * x->in.stride_b + s * x->in.stride_s;
+    const int64_t most = kRoom / dim;
+    for (int64_t head = 0; head < x->heads; head += most) {
+      const int64_t count = std::min(x->heads - head, most);
+      for (int64_t i = 0; i < count; ++i) {
+        memcpy(copies + i * dim, from + (head + i) * x->in.stride_h, dim * sizeof(T));
+      }
+      // These heads as the only ones of q, which begins at the first of them.
+      RotaryArgs part = args;
+      part.head_dim = dim;
+      part.rotary_offset = 0;
+      part.k.heads = 0;
+      part.q.heads = heads;
+      part.q.in = {copies, 0, 0, dim};
+      part.q.out = x->out;
+      part.q.out.data = static_cast<T*>(x->out.data) + head * x->out.stride_h;
+      apply_rotary(part, plan, first_item, first_item + count);
+    }
+  }
+}
+
+template <class T>
+void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t end) {
+  const RotaryArgs& rotary = args.rotary;
+  const RotaryPlan plan{1, rotary.seq, false};
+  const int64_t heads = rotary.q.heads + rotary.k.heads;
+  const bool reorders = rotary.interleaved != rotary.interleaved_out;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
+    if (reorders) {
+      rotate_token_from_copies<T>(rotary, plan, b, s);
+    } else if (heads > 0) {
+      apply_rotary(rotary, plan, token * heads, (token + 1) * heads);
+    }
+    const int64_t slot = entry_of(args.slots, b, s);
+    if (slot < 0) continue;
+    store_heads<T>(args, args.k, b, s, slot);
+    store_heads<T>(args, args.v, b, s, slot);
+  }
+}
+
+void apply_rotary_append(const AppendArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.rotary.dtype,
+           [&](auto storage) { apply_rotary_append_range<decltype(storage)>(args, begin, end); });
+}

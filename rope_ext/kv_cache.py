@@ -1,0 +1,163 @@
+"""Rotations that also write a paged KV cache: for inference, one pass and one launch a layer."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rope_ext._calling import call
+from rope_ext.ops import Layout, as_bshd, rotation_options
+
+rope = torch.ops.rope
+
+CacheLayout = Literal["NHD", "HND"]
+
+
+def apply_rotary_qk_append_kv_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+    cache_layout: CacheLayout = "NHD",
+) -> None:
+    """Rotates q and k in place, and writes the rotated k, and v, to a paged KV cache.
+
+    q and k get the bits of :func:`rope_ext.apply_rotary_qk` with ``inplace=True``. For inference:
+    nothing may need a gradient.
+
+    Args:
+        q, cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, inverse, layout: as for
+            :func:`rope_ext.apply_rotary_qk`.
+        k: of q's shape and dtype, but for its number of heads Hk.
+        v: of k's shape and dtype, in the same layout.
+        k_cache: [blocks, block_size, Hk, D] (cache_layout "NHD") or [blocks, Hk, block_size, D]
+            ("HND"), any strides with the last one 1: a part of one for k and v too. Of q's dtype,
+            float8_e4m3fn or float8_e5m2.
+        v_cache: as k_cache.
+        slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
+            [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
+            and not stored.
+        k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
+            k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large
+            becomes the largest finite value of the dtype, NaN stays NaN. None: 1.
+        v_scale: as k_scale.
+
+    Raises:
+        RuntimeError: naming operator, argument, what was expected and what came, before anything is
+            written. A slot outside of the cache, one that two tokens have and a scale that is not
+            above 0 raise on the CPU; on CUDA, unless ROPE_EXT_CHECK=1 is set, the first is not
+            stored, of the second one token is, and the third gives what the division gives.
+
+    Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
+    FlashInfer's append_paged_kv_cache.
+    """
+    name = "apply_rotary_qk_append_kv_"
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
+    _add_scales(options, k_scale=k_scale, v_scale=v_scale)
+    views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
+    caches = (
+        _as_nhd(cache, cache_layout, name, at)
+        for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
+    )
+    call(
+        rope.apply_rotary_qk_append_kv_,
+        *views,
+        *caches,
+        slot_mapping,
+        cos,
+        sin,
+        position_ids,
+        written=(q, k, k_cache, v_cache),
+        **options,
+    )
+
+
+def apply_rotary_mla_append_(
+    q: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    interleaved: bool = False,
+    interleaved_out: bool | None = None,
+) -> None:
+    """DeepSeek's latent attention: rotates q and k_pe in place, and writes the row of the cache.
+
+    The R = 2 W last channels of each head of q rotate, and all of k_pe, the one key that all heads
+    share; the row of a token is its latent kv_c, then k_pe as rotated. For inference: nothing may
+    need a gradient.
+
+    Args:
+        q: [B, S, H, D] or packed [T, H, D], R <= D; a part of a larger tensor too, any strides with
+            the last one 1. float64, float32, float16 or bfloat16.
+        k_pe: [B, S, R], [B, S, 1, R], [T, R] or [T, 1, R], of q's dtype.
+        kv_c: [B, S, rank] or [T, rank], of q's dtype.
+        kv_cache: [blocks, block_size, rank + R], any strides with the last one 1. Of q's dtype,
+            float8_e4m3fn or float8_e5m2.
+        slot_mapping: as for :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        cos, sin: a table [L, W], or a row for each token [1|B, S, W]: one angle a pair.
+        position_ids: as for :func:`rope_ext.apply_rotary`.
+        scale: float32 of one element, for a float8 cache: as k_scale of
+            :func:`rope_ext.apply_rotary_qk_append_kv_`, for the whole row.
+        interleaved, interleaved_out: as for :func:`rope_ext.apply_rotary`. DeepSeek-V3's pairs are
+            neighbours that become halves (True, False): in place too, where R is at most 512.
+
+    Raises:
+        RuntimeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
+    concat_and_cache_mla.
+    """
+    options = rotation_options(None, 0, interleaved, interleaved_out, False)
+    _add_scales(options, scale=scale)
+    call(
+        rope.apply_rotary_mla_append_,
+        q,
+        k_pe,
+        kv_c,
+        kv_cache,
+        slot_mapping,
+        cos,
+        sin,
+        position_ids,
+        written=(q, k_pe, kv_cache),
+        **options,
+    )
+
+
+def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:
+    options.update({name: scale for name, scale in scales.items() if scale is not None})
+
+
+def _as_nhd(cache: Tensor, layout: str, function: str, name: str) -> Tensor:
+    """A view [blocks, block_size, Hk, D] of a cache."""
+    if layout not in ("NHD", "HND"):
+        raise ValueError(
+            f"rope_ext.{function}: expected cache_layout to be one of NHD, HND, got {layout!r}"
+        )
+    if cache.dim() != 4:
+        heads_first = layout == "HND"
+        shape = "[blocks, Hk, block_size, D]" if heads_first else "[blocks, block_size, Hk, D]"
+        raise ValueError(
+            f"rope_ext.{function}: expected {name} to have shape {shape} (cache_layout "
+            f"{layout!r}), got {list(cache.shape)}"
+        )
+    return cache.transpose(1, 2) if layout == "HND" else cache

@@ -1,0 +1,78 @@
+"""RMSNorm of q and k and their rotation, in one pass, as a typed function."""
+
+import torch
+from torch import Tensor
+
+from rope_ext._calling import call
+from rope_ext.ops import Layout, as_bshd, from_bshd, rotation_options
+
+
+def rms_norm_rotary_qk(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    interleaved_out: bool | None = None,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+) -> tuple[Tensor, Tensor]:
+    """Normalises q and k by RMSNorm, then rotates them: one pass over memory (one launch on CUDA).
+
+    A row becomes ``x / sqrt(mean(x^2) + eps) * weight``, then its R channels at rotary_offset are
+    rotated as by :func:`rope_ext.apply_rotary_qk`; the others stay normalised. Arithmetic is in
+    float32 (float64 for float64), rounded to q's dtype once, at the end. transformers rounds below
+    float32 after the norm and after each step of the rotation, so there its results are up to a
+    few roundings away from these, and these nearer to the exact ones.
+
+    Args:
+        q, k: as for :func:`rope_ext.apply_rotary_qk`.
+        q_weight: [D]: a row is a head (Qwen3, Gemma 3); or [H, D]: a row is all heads of a token
+            (OLMo 2, whose weight [H * D] is ``weight.view(H, D)``). Of q's dtype or float32.
+        k_weight: [D], or [Hk, D] where q_weight is [H, D]; of q_weight's dtype.
+        eps: added to the mean of the squares, at least 0.
+        unit_offset: the factor is 1 + weight (Gemma).
+        cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+            layout: as for :func:`rope_ext.apply_rotary`.
+
+    Returns:
+        q and k normalised and rotated, of their shapes and dtype.
+
+    Differentiable for q, k, q_weight, k_weight, cos and sin, any number of times. Gradients to q, k
+    and the weights are kernels, deterministic for any number of threads: those to a weight are
+    summed in float32 (float64 for float64) in an order of the shapes alone, and rounded once. Under
+    ``torch.compile`` an operator, whatever :class:`rope_ext.lowering` says.
+
+    Raises:
+        RuntimeError: as :func:`rope_ext.apply_rotary`. On CUDA a position outside of the table
+            makes the rotated channels of its token NaN.
+
+    Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
+    transformers; RoFormer, arXiv 2104.09864, equation 34.
+    """
+    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+    if eps != 1e-6:
+        options["eps"] = eps
+    if unit_offset:
+        options["unit_offset"] = unit_offset
+    function = "rms_norm_rotary_qk"
+    out_q, out_k = call(
+        torch.ops.rope.rms_norm_rotary_qk,
+        as_bshd(q, layout, function, "q"),
+        as_bshd(k, layout, function, "k"),
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        position_ids,
+        **options,
+    )
+    return from_bshd(out_q, layout), from_bshd(out_k, layout)

@@ -1,0 +1,86 @@
+"""What the functions of this package check, and when values may be looked at."""
+
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+Device = torch.device | str | None
+
+
+def refuse(function: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"rope_ext.positions.{function}: expected {expected}, got {got}")
+
+
+def values_known(*tensors: Tensor | None) -> bool:
+    """Whether values may be looked at. On a device that would wait for it; in a graph, under a
+    transform and in tensors that stand for others there are none.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(t is None or (type(t) is Tensor and t.device.type == "cpu") for t in tensors)
+    )
+
+
+def check_size(function: str, name: str, value: Any, least: int = 0) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
+        refuse(function, f"{name} to be an integer of at least {least}", repr(value))
+
+
+def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> None:
+    """int32 or int64, of as many dimensions as one of the shapes, "[B, S]", has."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        refuse(function, f"{name} of dtype int32 or int64", tensor.dtype)
+    if tensor.dim() not in [shape.count(",") + 1 for shape in shapes]:
+        refuse(function, f"{name} to have shape {' or '.join(shapes)}", list(tensor.shape))
+
+
+def check_shape(function: str, name: str, tensor: Tensor, meaning: str, *sizes: int) -> None:
+    """The very sizes; meaning: how they are called, "[B, S]"."""
+    if tuple(tensor.shape) != sizes:
+        refuse(function, f"{name} to have shape {meaning}, {list(sizes)}", list(tensor.shape))
+
+
+def check_device(function: str, name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        refuse(function, f"{name} on the device of {of}, {other.device}", tensor.device)
+
+
+def check_mask(function: str, attention_mask: Tensor) -> Tensor:
+    """bool [B, S] of an attention_mask of that shape: which tokens count."""
+    counts = attention_mask
+    if attention_mask.dtype is not torch.bool:
+        if attention_mask.dtype not in (torch.int32, torch.int64):
+            refuse(function, "attention_mask of dtype bool, int32 or int64", attention_mask.dtype)
+        counts = attention_mask != 0
+        if values_known(attention_mask) and (attention_mask[counts] != 1).any():
+            refuse(function, "attention_mask of 0 and 1", attention_mask.unique().tolist())
+    if attention_mask.dim() != 2:
+        refuse(function, "attention_mask to have shape [B, S]", list(attention_mask.shape))
+    return counts
+
+
+def check_not_negative(function: str, name: str, tensor: Tensor) -> None:
+    """Looks at the values where that is possible."""
+    if values_known(tensor) and (tensor < 0).any():
+        index = (tensor < 0).nonzero()[0].tolist()
+        got = f"{tensor[tuple(index)].item()} at index {index}"
+        refuse(function, f"{name} of at least 0", got)
+
+
+def check_cu_seqlens(function: str, cu_seqlens: Tensor, least: int = 1) -> None:
+    """Boundaries of sequences: but for their values, and how many sequences there are at least."""
+    check_integers(function, "cu_seqlens", cu_seqlens, "[sequences + 1]")
+    if cu_seqlens.shape[0] < least + 1:
+        refuse(function, "cu_seqlens to have shape [sequences + 1]", list(cu_seqlens.shape))
+
+
+def check_lengths(function: str, bounds: list[int], multiple_of: int = 1, of: str = "") -> None:
+    """Of the sequences between the values of cu_seqlens."""
+    for i, (begin, end) in enumerate(pairwise(bounds)):
+        length = end - begin
+        if length < 0 or length % multiple_of != 0:
+            expected = f"that is a multiple of {multiple_of}, {of}" if of else "of at least 0"
+            refuse(function, f"sequence {i} of cu_seqlens to have a length {expected}", length)

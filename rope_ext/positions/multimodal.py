@@ -1,0 +1,206 @@
+"""M-RoPE: positions of text with images and videos on three axes, and the axis of each pair.
+
+    position_ids = positions.mrope([5, (1, 4, 6), 12])   # text, an image of 4 x 6 tokens, text
+    axes = positions.mrope_axes([16, 24, 24])            # time, height, width of the 64 pairs
+
+Pair i of a token turns by position ``position_ids[axes[i]]``. Text has the same position on all
+axes, and so the angles of plain RoPE.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rope_ext.positions.checks import Device, check_mask, check_size, refuse, values_known
+from rope_ext.positions.grids import grid
+
+# Tokens of text; or frames, height and width, in tokens; and positions from one frame to the next.
+Segment = int | tuple[int, int, int] | tuple[int, int, int, float]
+After = Literal["max", "space"]
+
+
+def mrope(segments: Sequence[Segment], *, after: After = "max", device: Device = None) -> Tensor:
+    """Positions of a sequence of text, images and videos, on the axes time, height and width.
+
+    Text counts on from where the last segment ended, alike on the three axes. An image or a video
+    is a grid whose first token is there, with positions of their own on each axis. Packed
+    sequences are joined: ``torch.cat([mrope(a), mrope(b)], 1)``.
+
+    Args:
+        segments: one after the other: an int, so many tokens of text; or a tuple (frames, height,
+            width), in tokens (after patches are merged), 1 frame for an image. A fourth number is
+            the step from one frame to the next, ``tokens_per_second * second_per_grid_t`` in
+            Qwen2.5-VL: positions are ``floor(frame * step)``. Where timestamps stand between the
+            frames of a video, as in Qwen3-VL, each frame is a segment.
+        after: where the next segment begins. "max": past the largest position so far, as Qwen2-VL
+            was published, as transformers 4 has it and vLLM. "space": past the larger of height
+            and width, as transformers 5 has it; another number only where a video lasts longer
+            than that.
+        device: of the result.
+
+    Returns:
+        int64 [3, T]. A token that is generated next is at their largest + 1, on each axis.
+
+    Raises:
+        ValueError: for a segment that is neither, or an after that is neither.
+
+    Source: Qwen2-VL, arXiv 2409.12191, section 2.1; get_rope_index of transformers.
+    """
+    return _mrope("mrope", segments, after, device)
+
+
+def mrope_batch(
+    sequences: Sequence[Sequence[Segment]],
+    attention_mask: Tensor | None = None,
+    *,
+    after: After = "max",
+    device: Device = None,
+) -> Tensor:
+    """Positions of several sequences, each as of :func:`mrope`, padded to one length.
+
+    Args:
+        sequences: the segments of each.
+        attention_mask: bool or int [B, S]: 1 for tokens, of which row b has as many as sequence b.
+            None: sequences are padded on the right, to the longest.
+        after: as for :func:`mrope`.
+        device: of the result. None: that of attention_mask, or the default device.
+
+    Returns:
+        int64 [3, B, S]; 0 for padding.
+
+    Raises:
+        ValueError: as :func:`mrope`; for no sequences, and for an attention_mask of another shape
+            or, looked at on the CPU alone, of other numbers of tokens.
+
+    Source: as of :func:`mrope`; padding has position 0 as in transformers 5.
+    """
+    function = "mrope_batch"
+    if len(sequences) == 0:
+        refuse(function, "at least one sequence", "none")
+    if attention_mask is not None and device is None:
+        device = attention_mask.device
+    rows = [_mrope(function, segments, after, device) for segments in sequences]
+    longest = max(row.shape[1] for row in rows)
+    padded = torch.stack([pad(row, (0, longest - row.shape[1])) for row in rows], 1)
+    if attention_mask is None:
+        return padded
+    counts = check_mask(function, attention_mask)
+    if counts.shape[0] != len(rows):
+        expected = f"attention_mask to have shape [B, S] with B = {len(rows)}"
+        refuse(function, expected, list(counts.shape))
+    if values_known(attention_mask):
+        lengths = [row.shape[1] for row in rows]
+        if counts.sum(1).tolist() != lengths:
+            expected = f"attention_mask with the sequences' numbers of tokens, {lengths}"
+            refuse(function, expected, counts.sum(1).tolist())
+    if longest == 0:
+        return padded.new_zeros(3, *counts.shape)
+    counts = counts.to(padded.device)
+    # Which token of its sequence each is. Gathered, so that no number of tokens has to be known.
+    index = (counts.cumsum(1) - 1).clamp(0, longest - 1)
+    return padded.gather(2, index.expand(3, -1, -1)).masked_fill(~counts, 0)
+
+
+def mrope_axes(
+    sections: Sequence[int], *, interleaved: bool = False, device: Device = None
+) -> Tensor:
+    """The axis of each pair: 0, 1, 2 for time, height, width.
+
+    Args:
+        sections: pairs of each axis, in their order (mrope_section of Hugging Face).
+        interleaved: False: the pairs of an axis are neighbours (Qwen2-VL, GLM-4V). True: the axes
+            take turns, pair j being of axis j % A as long as that has pairs left, and of the first
+            axis otherwise (Qwen3-VL).
+        device: of the result.
+
+    Returns:
+        int64 [P], P the sum of sections.
+
+    Raises:
+        ValueError: for sections that are not numbers of pairs or, interleaved, do not fit.
+
+    Source: recomposition_frequencies of transformers' Qwen2-VL and Qwen3-VL.
+    """
+    if not interleaved:
+        return _axes("mrope_axes", "sections", sections, device)
+    _check_pairs("mrope_axes", "sections", sections)
+    axes, pairs = [0] * sum(sections), len(sections)
+    for axis in range(1, pairs):
+        places = range(axis, len(axes), pairs)[: sections[axis]]
+        if len(places) < sections[axis]:
+            expected = f"sections[{axis}] to be at most {len(places)}, every {pairs}th of the pairs"
+            refuse("mrope_axes", expected, sections[axis])
+        for place in places:
+            axes[place] = axis
+    return torch.tensor(axes, dtype=torch.int64, device=device)
+
+
+def axial_axes(pairs_per_axis: Sequence[int], *, device: Device = None) -> Tensor:
+    """The axis of each pair, where every axis has a run of neighbouring pairs.
+
+    For ``inv_freq, _ = frequencies.axial(head_dim, axes=2)``, the frequencies of each axis, that is
+    ``axial_axes([len(inv_freq)] * 2)`` with ``inv_freq.repeat(2)``. HunYuan-VL has one angle a
+    channel, and axes of neighbouring channels: ``axial_axes([2 * n for n in sections])`` with
+    ``inv_freq.repeat(2)`` and rotary_dim.
+
+    Args:
+        pairs_per_axis: how many pairs each axis has, in their order.
+        device: of the result.
+
+    Returns:
+        int64 [P], P the sum of pairs_per_axis.
+
+    Raises:
+        ValueError: for what is not a list of numbers of pairs.
+    """
+    return _axes("axial_axes", "pairs_per_axis", pairs_per_axis, device)
+
+
+def _axes(function: str, name: str, pairs: Sequence[int], device: Device) -> Tensor:
+    _check_pairs(function, name, pairs)
+    axes = [axis for axis, count in enumerate(pairs) for _ in range(count)]
+    return torch.tensor(axes, dtype=torch.int64, device=device)
+
+
+def _check_pairs(function: str, name: str, pairs: Sequence[int]) -> None:
+    if len(pairs) == 0:
+        refuse(function, f"{name} to have an entry for each axis", "none")
+    for i, count in enumerate(pairs):
+        check_size(function, f"{name}[{i}]", count)
+
+
+def _mrope(function: str, segments: Sequence[Segment], after: After, device: Device) -> Tensor:
+    if after not in ("max", "space"):
+        refuse(function, "after to be 'max' or 'space'", repr(after))
+    parts = [torch.zeros(3, 0, dtype=torch.int64, device=device)]
+    start: int | Tensor = 0  # a tensor after frames whose step is not 1: it stays on the device
+    for i, segment in enumerate(segments):
+        name = f"segments[{i}]"
+        if not isinstance(segment, tuple):
+            check_size(function, name, segment)
+            parts.append((torch.arange(segment, device=device) + start).expand(3, -1))
+            start = start + segment
+            continue
+        if len(segment) not in (3, 4):
+            expected = f"{name} to be (frames, height, width) or (frames, height, width, step)"
+            refuse(function, expected, segment)
+        frames, height, width = segment[:3]
+        for size in segment[:3]:
+            check_size(function, name, size)
+        ids = grid(frames, height, width, device=device)  # [3, tokens]
+        largest: int | Tensor = max(height, width)
+        if len(segment) == 4:
+            if not segment[3] >= 0:
+                refuse(function, f"{name}[3], the step of frames, to be at least 0", segment[3])
+            # Rounded as transformers rounds it.
+            ids = torch.cat(((ids[:1].float() * segment[3]).long(), ids[1:]))
+            if after == "max" and ids.shape[1] > 0:
+                largest = ids.amax() + 1
+        elif after == "max":
+            largest = max(frames, height, width)
+        parts.append(ids + start)
+        start = start + (largest if ids.shape[1] > 0 else 0)
+    return torch.cat(parts, 1)

@@ -1,0 +1,149 @@
+"""Positions in sequences: packed into one, after the tokens of a cache, or padded to one length."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rope_ext.positions.checks import (
+    Device,
+    check_cu_seqlens,
+    check_device,
+    check_integers,
+    check_lengths,
+    check_mask,
+    check_not_negative,
+    check_shape,
+    check_size,
+    refuse,
+    values_known,
+)
+
+
+def from_cu_seqlens(
+    cu_seqlens: Tensor, total: int | None = None, *, offsets: Tensor | int | None = None
+) -> Tensor:
+    """Positions of the tokens of packed sequences: 0, 1, 2, ... in each.
+
+    With offsets they count on from the tokens that a sequence has in its cache. Prompts, parts of
+    prompts and single tokens to decode may be mixed: a sequence of one token with an offset is a
+    step of decoding.
+
+    Args:
+        cu_seqlens: int32 or int64 [sequences + 1]: where each sequence begins in the batch, from 0
+            on, and where the last one ends. Sequences may be empty.
+        total: tokens of the batch, T. None: the last of cu_seqlens, which has to be read, so it is
+            for the CPU and outside of graphs. Larger for a batch that is padded to a fixed size.
+        offsets: tokens that come before: of each sequence, int32 or int64 [sequences], or of all.
+
+    Returns:
+        int64 [T], in tokens; -1 for tokens past the last sequence (:func:`slot_mapping` skips
+        them).
+
+    Raises:
+        ValueError: for a total that is not known or too small, for boundaries that fall, for
+            negative offsets, and for wrong shapes, dtypes and devices. Values of tensors are looked
+            at on the CPU alone.
+    """
+    function = "from_cu_seqlens"
+    token, sequence, bounds = _tokens(function, cu_seqlens, total)
+    positions = token - bounds[sequence]
+    if isinstance(offsets, Tensor):
+        check_integers(function, "offsets", offsets, "[sequences]")
+        check_shape(function, "offsets", offsets, "[sequences]", cu_seqlens.shape[0] - 1)
+        check_device(function, "offsets", offsets, "cu_seqlens", cu_seqlens)
+        check_not_negative(function, "offsets", offsets)
+        positions = positions + pad(offsets.long(), (0, 1))[sequence]
+    elif offsets is not None:
+        check_size(function, "offsets", offsets)
+        positions = positions + offsets
+    return torch.where(sequence < cu_seqlens.shape[0] - 1, positions, -1)
+
+
+def sequence_of_tokens(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
+    """The sequence that each token of a packed batch belongs to.
+
+    Args:
+        cu_seqlens, total: as for :func:`from_cu_seqlens`.
+
+    Returns:
+        int64 [T], in [0, sequences); -1 for tokens past the last sequence.
+
+    Raises:
+        ValueError: as :func:`from_cu_seqlens`.
+    """
+    _, sequence, _ = _tokens("sequence_of_tokens", cu_seqlens, total)
+    return torch.where(sequence < cu_seqlens.shape[0] - 1, sequence, -1)
+
+
+def from_offsets(offsets: Tensor | int, seq_len: int, *, device: Device = None) -> Tensor:
+    """Positions of the next tokens of sequences, as many of each: decoding with a KV cache.
+
+    Args:
+        offsets: tokens that come before: int32 or int64 [B], or an int for all sequences.
+        seq_len: next tokens of each sequence, S.
+        device: of the result, where offsets is an int.
+
+    Returns:
+        int64 [B, S], or [1, S] for an int, which the operators take for any B.
+
+    Raises:
+        ValueError: for negative offsets or seq_len, a wrong shape or dtype. Values of tensors are
+            looked at on the CPU alone.
+    """
+    function = "from_offsets"
+    check_size(function, "seq_len", seq_len)
+    if not isinstance(offsets, Tensor):
+        check_size(function, "offsets", offsets)
+        return torch.arange(seq_len, device=device).unsqueeze(0) + offsets
+    check_integers(function, "offsets", offsets, "[B]")
+    check_not_negative(function, "offsets", offsets)
+    return offsets.long().unsqueeze(1) + torch.arange(seq_len, device=offsets.device)
+
+
+def from_attention_mask(attention_mask: Tensor) -> Tensor:
+    """Positions in padded sequences, whichever side is padded: those of tokens that count.
+
+    Args:
+        attention_mask: bool, int32 or int64 [B, S]: 1 for tokens, 0 for padding. With a cache S are
+            all tokens so far, and ``from_attention_mask(...)[:, -new:]`` those of the step.
+
+    Returns:
+        int64 [B, S]: 0, 1, 2, ... for tokens, from left to right, and 0 for padding.
+
+    Raises:
+        ValueError: for a wrong shape or dtype and, on the CPU, other values than 0 and 1.
+
+    Source: generate of transformers 5, which has 0 for padding, where transformers 4 had 1.
+    """
+    counts = check_mask("from_attention_mask", attention_mask)
+    return (counts.cumsum(1) - 1).masked_fill(~counts, 0)
+
+
+def _tokens(function: str, cu_seqlens: Tensor, total: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """0, 1, ..., T - 1; the sequence of each token, past the last one their number; and cu_seqlens,
+    int64.
+    """
+    check_cu_seqlens(function, cu_seqlens, least=0)
+    token = torch.arange(_total(function, cu_seqlens, total), device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
+    # As many sequences end before a token as come before its own, empty ones included.
+    return token, torch.searchsorted(bounds[1:], token, right=True), bounds
+
+
+def _total(function: str, cu_seqlens: Tensor, total: int | None) -> int:
+    if not values_known(cu_seqlens):
+        if total is None:
+            where = f"cu_seqlens on {cu_seqlens.device}, or in a graph"
+            refuse(function, f"total, the number of tokens, to be given for {where}", None)
+        check_size(function, "total", total)
+        return total
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        refuse(function, "cu_seqlens to begin with 0", bounds[0])
+    check_lengths(function, bounds)
+    if total is None:
+        return bounds[-1]
+    check_size(function, "total", total)
+    if total < bounds[-1]:
+        refuse(function, f"total to be at least {bounds[-1]}, the last of cu_seqlens", total)
+    return total

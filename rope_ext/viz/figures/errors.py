@@ -1,0 +1,66 @@
+"""What float32 does to angles."""
+
+import mpmath
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rope_ext.ops import cos_sin
+from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
+from rope_ext.viz.rope import Rope
+
+DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and more than float64's 16 for the rest
+LAST = 2**31 - 1
+
+
+@styled
+def accuracy(rope: Rope) -> Figure:
+    """The largest error of a pair's angle at each position, in float32: ours and the usual one.
+
+    Ours is ``rope_ext.cos_sin``; the usual one is ``angle = position.float() * inv_freq``, then
+    ``torch.cos(angle)`` and ``torch.sin(angle)``. The truth is cos and sin of position * inv_freq
+    in 40 digits, for the float32 inv_freq that both are given. The error is the angle, in radians,
+    between (cos, sin) and the truth. The usual one grows, as the product is rounded to 24 bits: at
+    most to position * inv_freq * 2^-24.
+
+    Source: the bound is half a unit in the last place of the product; positions are four in each
+    doubling up to 2^31 - 1.
+    """
+    positions = torch.tensor(positions_shown())
+    truth = exact(positions, rope.inv_freq)
+    angle = positions.float()[:, None] * rope.inv_freq  # [N, P]
+    figure = new_figure("Error of angles in float32", 7.5, 5)
+    axes = figure.subplots()
+    for name, (cos, sin) in {
+        "position.float() * inv_freq, torch.cos": (angle.cos(), angle.sin()),
+        "rope_ext.cos_sin": cos_sin(rope.inv_freq, positions),
+    }.items():
+        worst = angle_between(truth, (cos, sin)).amax(-1)  # [N]
+        axes.plot(positions.numpy(), worst.numpy(), label=name)
+    mark_contexts(axes, rope, across=False)
+    axes.set(xscale="log", yscale="log", xlabel="position (tokens)")
+    axes.set_ylabel("largest error of a pair's angle (radians)")
+    axes.legend(loc="center right", handlelength=4)
+    return figure
+
+
+def positions_shown() -> list[int]:
+    """Four in each doubling; odd where they can be, as a position of few bits is never rounded."""
+    steps = (round(2 ** (octave + step / 4)) | 1 for octave in range(31) for step in range(4))
+    return sorted({step for step in steps if step < LAST} | {LAST})
+
+
+def exact(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [N] times inv_freq [P], each float64 [N, P], rounded once."""
+    with mpmath.workdps(DIGITS):
+        frequencies = [mpmath.mpf(f) for f in inv_freq.tolist()]
+        rows = [[mpmath.cos_sin(p * f) for f in frequencies] for p in positions.tolist()]
+        both = [[[float(part) for part in pair] for pair in row] for row in rows]
+    both = torch.tensor(both, dtype=torch.float64)  # [N, P, 2]
+    return both[..., 0], both[..., 1]
+
+
+def angle_between(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Of two (cos, sin), in radians: float64."""
+    (c, s), (c2, s2) = one, (part.double() for part in other)
+    return torch.atan2(s * c2 - c * s2, c * c2 + s * s2).abs()

@@ -1,0 +1,36 @@
+"""How long each pair takes for a turn, by each method."""
+
+from matplotlib.figure import Figure
+
+from rope_ext.viz import rope as of_rope
+from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
+from rope_ext.viz.rope import Rope
+
+
+@styled
+def wavelengths(rope: Rope) -> Figure:
+    """Tokens that each pair takes for a turn, a line a method, against the contexts.
+
+    A pair whose line is below a context has turned all the way within it; above, it has seen a part
+    of a turn only, and at positions past the trained context angles that are new to the model. The
+    methods differ in which pairs they slow down. Lines are those of ``Rope.methods``: the model's
+    own as its config has it, the others with `Rope.factor`; for dynamic and longrope, in a sequence
+    of the extended context.
+
+    Sources: those of the functions of ``rope_ext.frequencies``; the view is that of YaRN, arXiv
+    2309.00071, section 3.2.
+    """
+    figure = new_figure("Wavelength of each pair", 7.5, 5)
+    axes = figure.subplots()
+    for name, inv_freq in rope.methods().items():
+        own = name == rope.rope_type
+        axes.plot(
+            range(rope.pairs),
+            of_rope.wavelengths(inv_freq).numpy(),
+            label=f"{name} (this model)" if own else name,
+            linewidth=2.6 if own else None,
+        )
+    mark_contexts(axes, rope, across=True)
+    axes.set(yscale="log", xlabel="pair", ylabel="tokens for a turn")
+    axes.legend(loc="lower right", title=f"method, by a factor of {rope.factor:g}", handlelength=4)
+    return figure

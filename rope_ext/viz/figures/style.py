@@ -1,0 +1,70 @@
+"""What the figures share: a palette for all eyes, and files that are the same in every run."""
+
+from pathlib import Path
+
+import matplotlib.style
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rope_ext.viz.rope import Rope
+
+# Okabe and Ito, "Color Universal Design", 2008: those that stand out from white, and a grey. Each
+# has dashes of its own, which tell the lines apart in grey.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676")
+DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (6, 2, 1, 2, 1, 2)))
+QUIET = "#595959"  # of what is beside the point
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(color=COLORS, linestyle=DASHES),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    # one hue after the other, and lighter all along: the same to all eyes, and in grey
+    "image.cmap": "cividis",
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 120,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "rope_ext",  # ids of elements, which are random otherwise
+}
+
+# For each function that draws: whatever style its caller has, the figure is in this one.
+styled = matplotlib.style.context(["default", STYLE])
+
+
+def new_figure(title: str, width: float, height: float) -> Figure:
+    """An empty figure, width and height in inches. pyplot, and so a display, plays no part."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize="large")
+    return figure
+
+
+def mark_contexts(axes: Axes, rope: Rope, *, across: bool, named: bool = True) -> None:
+    """A thin line at the trained and the extended context: across, or up and down."""
+    for name, tokens in (("trained", rope.trained), ("extended", rope.extended)):
+        label = f"{name} context: {tokens:,} tokens"
+        how = {"color": QUIET, "linewidth": 0.9, "linestyle": "-", "label": f"_{label}"}
+        beside = {"color": QUIET, "fontsize": "small"}
+        if across:
+            axes.axhline(tokens, **how)
+            where = {"x": 0.01, "y": tokens, "transform": axes.get_yaxis_transform()}
+            beside |= {"ha": "left", "va": "bottom"}
+        else:
+            axes.axvline(tokens, **how)
+            where = {"x": tokens, "y": 0.99, "transform": axes.get_xaxis_transform()}
+            beside |= {"ha": "right", "va": "top", "rotation": 90}
+        if named:
+            axes.text(s=label, **where, **beside)
+
+
+@styled
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG or SVG, by the suffix: without a date or a version, the same bytes each time."""
+    nothing = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+    figure.savefig(path, metadata=nothing[path.suffix])

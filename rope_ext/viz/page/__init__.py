@@ -1,0 +1,69 @@
+"""The page to explore a rotation in: one file of HTML, which fetches nothing.
+
+page.html       what it says
+page.css        light and dark, wide and narrow
+frequencies.js  the formulas of rope_ext: frequencies, angles, scores
+drawing.js      the pair, the tables, the two charts
+page.js         the controls, and what follows from them
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rope_ext.viz.rope import LLAMA3, Rope
+
+FOLDER = Path(__file__).parent
+SCRIPTS = ("frequencies.js", "drawing.js", "page.js")
+METHODS = ("default", "linear", "ntk", "yarn", "llama3")  # that frequencies.js knows
+YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+CHANNELS = range(4, 257)  # that can rotate on the page
+
+
+def page(rope: Rope | None = None) -> str:
+    """The page as text.
+
+    Args:
+        rope: what it shows at first. None: the rotation of a model like Llama 3.
+
+    Raises:
+        ValueError: for a rope that turns fewer than 4 channels or more than 256.
+    """
+    rope = rope or Rope.of()
+    if 2 * rope.pairs not in CHANNELS:
+        raise ValueError(f"viz: expected rotary_dim to be 4 to 256, got {2 * rope.pairs}")
+    data = json.dumps(data_of(rope), sort_keys=True).replace("<", "\\u003c")  # no end of the script
+    parts = {
+        "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
+        "data": data,
+        "script": "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    text = (FOLDER / "page.html").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace(f"{{{{ {name} }}}}", part)
+    return text
+
+
+def data_of(rope: Rope) -> dict[str, Any]:
+    """What the scripts are given: the model's numbers, and two similar vectors for the scores."""
+    generator = torch.Generator().manual_seed(0)
+    q, other = torch.randn(2, CHANNELS[-1], generator=generator).double()
+    k = 0.8 * q + 0.6 * other
+    q, k = (x.mul(100).round().div(100).tolist() for x in (q, k))
+    scaling = rope.scaling
+    own = {} if rope.rope_type in METHODS else {"inv_freq": rope.inv_freq.tolist()}
+    return {
+        "rotary_dim": 2 * rope.pairs,
+        "base": rope.base,
+        "trained": rope.trained,
+        "factor": rope.factor,
+        "rope_type": rope.rope_type,
+        "attention_scaling": rope.attention_scaling,
+        "yarn": {key: scaling[key] for key in YARN if key in scaling},
+        "llama3": {key: scaling.get(key, default) for key, default in LLAMA3.items()},
+        "q": q,
+        "k": k,
+        **own,
+    }

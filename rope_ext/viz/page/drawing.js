@@ -1,0 +1,164 @@
+// The pictures. Each fills an <svg> or <canvas> at the size that it has; colours are those of page.css.
+
+const COLUMNS = 128; // positions of a table
+// cividis (Nuñez, Anderton, Renslow, 2018), at 0, 1/8, ..., 1: the same to all eyes, lighter all along
+const CIVIDIS = [
+  [0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
+  [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56],
+];
+const DASHES = {
+  default: "", linear: "10 4", ntk: "2 3", yarn: "10 3 2 3", llama3: "5 4", config: "10 3 2 3 2 3",
+};
+
+function sized(svg) {
+  const [width, height] = [svg.clientWidth, svg.clientHeight];
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  return [width, height];
+}
+
+function line(x1, y1, x2, y2, of) {
+  return `<line x1="${x1}" y1="${y1}" x2="${x2}" y2="${y2}" ${of}/>`;
+}
+
+function text(x, y, content, of = "") {
+  return `<text x="${x}" y="${y}" ${of}>${content}</text>`;
+}
+
+function path(points) {
+  return "M" + points.map(([x, y]) => `${x.toFixed(2)} ${y.toFixed(2)}`).join("L");
+}
+
+// Two vectors that point right at position 0: solid the query's at m, dashed the key's at n. The circle
+// has the radius of attention scaling.
+function drawPair(svg, { m, n }, frequency) {
+  const [width, height] = sized(svg);
+  const [x, y] = [width / 2, height / 2];
+  const radius = Math.min(width, height) / 2 - 28;
+  const arrow = (position, kind, dashes, name, reach, aside) => {
+    const [cos, sin] = turn(position, frequency);
+    const [tipX, tipY] = [x + radius * cos, y - radius * sin];
+    const label = `text-anchor="middle" dominant-baseline="central"`;
+    const [labelX, labelY] = [reach * cos + aside * sin, aside * cos - reach * sin];
+    return (
+      line(x, y, tipX, tipY, `class="${kind}" stroke-dasharray="${dashes}"`) +
+      `<circle class="${kind}" cx="${tipX}" cy="${tipY}" r="5"/>` +
+      text(x + labelX, y + labelY, name, label)
+    );
+  };
+  svg.innerHTML =
+    line(x - radius - 8, y, x + radius + 8, y, `class="grid"`) +
+    line(x, y - radius - 8, x, y + radius + 8, `class="grid"`) +
+    `<circle class="edge" cx="${x}" cy="${y}" r="${radius}"/>` +
+    arrow(n, "key", "6 4", "n", radius - 30, 12) +
+    arrow(m, "query", "", "m", radius + 17, 0);
+}
+
+function shade(value) { // of -1 to 1
+  const place = Math.min((value + 1) * 4, 7.999);
+  const [from, part] = [Math.floor(place), place % 1];
+  return CIVIDIS[from].map((start, i) => Math.round(start + part * (CIVIDIS[from + 1][i] - start)));
+}
+
+// cos (which = 0) or sin (1) of pairs, from the top, at the positions from `first`; a frame around the
+// cell of m and the chosen pair.
+function drawTable(canvas, which, first, { m, pair }, inverse) {
+  const cells = new OffscreenCanvas(COLUMNS, inverse.length);
+  const image = new ImageData(COLUMNS, inverse.length);
+  inverse.forEach((frequency, row) => {
+    for (let column = 0; column < COLUMNS; column++) {
+      const value = turn(first + column, frequency)[which];
+      image.data.set([...shade(value), 255], 4 * (row * COLUMNS + column));
+    }
+  });
+  cells.getContext("2d").putImageData(image, 0, 0);
+
+  canvas.width = Math.round(canvas.clientWidth * devicePixelRatio);
+  canvas.height = Math.round(canvas.clientHeight * devicePixelRatio);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(cells, 0, 0, canvas.width, canvas.height);
+  const [wide, high] = [canvas.width / COLUMNS, canvas.height / inverse.length];
+  const [x, y] = [(m - first) * wide, pair * high];
+  for (const [color, grow] of [["#ffffff", 3], ["#000000", 5]]) {
+    const by = grow * devicePixelRatio;
+    context.strokeStyle = color;
+    context.lineWidth = 2 * devicePixelRatio;
+    context.strokeRect(x - by, y - by, wide + 2 * by, high + 2 * by);
+  }
+}
+
+// A line a method, name to inv_freq, on a logarithmic scale; the chosen one is thick and has a dot.
+function drawWavelengths(svg, methods, { pair, method, trained, factor }) {
+  const [width, height] = sized(svg);
+  const [left, right, top, bottom] = [50, width - 14, 14, height - 40];
+  const pairs = methods[method].length;
+  const finite = Object.values(methods).flat().filter((frequency) => frequency > 0);
+  const decades = Math.ceil(Math.log10(Math.max(TURN / Math.min(...finite), trained * factor)));
+  const across = (i) => left + ((right - left) * i) / Math.max(pairs - 1, 1);
+  const up = (tokens) => bottom - ((bottom - top) * Math.log10(tokens)) / decades;
+
+  let drawn = "";
+  for (let power = 0; power <= decades; power++) {
+    const y = up(10 ** power);
+    drawn += line(left, y, right, y, `class="grid"`);
+    const ten = `10<tspan dy="-5" font-size="10">${power}</tspan>`;
+    drawn += text(left - 6, y + 4, ten, `text-anchor="end"`);
+  }
+  for (let i = 0; i < pairs; i += Math.ceil(pairs / 8)) {
+    drawn += text(across(i), bottom + 16, i, `text-anchor="middle"`);
+  }
+  drawn += text((left + right) / 2, height - 6, "pair", `text-anchor="middle" class="quiet"`);
+  let above = text(left + 6, top + 13, "tokens a turn", `class="quiet"`); // the lines
+  const contexts = { "trained context": trained, "extended context": trained * factor };
+  for (const [name, tokens] of Object.entries(contexts)) {
+    if (tokens === trained && name !== "trained context") continue;
+    const [y, shown] = [up(tokens), number(tokens, 7)];
+    drawn += line(left, y, right, y, `class="context" data-tokens="${tokens}"`);
+    above += text(left + 6, y - 4, `${name}: ${shown}`, `class="quiet"`);
+  }
+  drawn += line(across(pair), top, across(pair), bottom, `class="edge"`);
+  for (const [name, inverse] of Object.entries(methods)) {
+    const points = inverse.flatMap((w, i) => (w > 0 ? [[across(i), up(TURN / w)]] : []));
+    const chosen = name === method ? " chosen" : "";
+    drawn +=
+      `<path class="method${chosen}" data-method="${name}" style="stroke: var(--${name})" ` +
+      `stroke-dasharray="${DASHES[name]}" d="${path(points)}"/>`;
+  }
+  const frequency = methods[method][pair];
+  if (frequency > 0) {
+    drawn += `<circle class="dot" cx="${across(pair)}" cy="${up(TURN / frequency)}" r="6"/>`;
+  }
+  svg.innerHTML = drawn + above;
+}
+
+// The score of q at distance d from k at 0, as a curve, and a dot for the one of m and n.
+function drawScores(svg, { m, n }, score, q, k, frequencies) {
+  const [width, height] = sized(svg);
+  const [left, right, top, bottom] = [50, width - 14, 16, height - 40];
+  const span = Math.max(64, 2 ** Math.ceil(Math.log2(Math.abs(m - n) || 1)));
+  const distances = Array.from({ length: 129 }, (_, i) => (span * (i - 64)) / 64);
+  const scores = distances.map((distance) => scoreOf(q, k, distance, 0, frequencies));
+  const [least, most] = [Math.min(...scores, score), Math.max(...scores, score)];
+  const across = (distance) => left + ((right - left) * (distance + span)) / (2 * span);
+  const up = (value) => bottom - ((bottom - top) * (value - least)) / (most - least || 1);
+
+  let drawn = "";
+  for (const distance of [-span, 0, span]) {
+    const anchor = distance < 0 ? "start" : distance > 0 ? "end" : "middle";
+    drawn += line(across(distance), top, across(distance), bottom, `class="grid"`);
+    const shown = number(distance, 10).replace("-", "−");
+    drawn += text(across(distance), bottom + 16, shown, `text-anchor="${anchor}"`);
+  }
+  for (const value of [least, most]) {
+    drawn += line(left, up(value), right, up(value), `class="grid"`);
+    const shown = value.toPrecision(2).replace("-", "−");
+    drawn += text(left - 6, up(value) + 4, shown, `text-anchor="end"`);
+  }
+  const label = "m − n (tokens)";
+  drawn += text((left + right) / 2, height - 6, label, `text-anchor="middle" class="quiet"`);
+  drawn += `<path class="curve" d="${path(distances.map((d, i) => [across(d), up(scores[i])]))}"/>`;
+  const [x, y] = [across(m - n).toFixed(2), up(score).toFixed(2)];
+  drawn += `<circle class="dot" cx="${x}" cy="${y}" r="6"/>`;
+  drawn += text(left + 6, top + 13, "score", `class="quiet"`);
+  svg.innerHTML = drawn;
+}

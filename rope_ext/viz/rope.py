@@ -1,0 +1,141 @@
+"""Rope: the rotation that figures and page show."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rope_ext.frequencies.config import from_config, resolve
+from rope_ext.frequencies.scaling import from_scaling, rope_type_of
+
+# Of Llama 3 8B.
+LLAMA_LIKE: dict[str, Any] = {
+    "model_type": "llama",
+    "head_dim": 128,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+}
+# What Llama 3.1 has: for configs that do not stretch their context by a factor.
+NOT_STRETCHED = ("default", "longrope", "proportional")
+FACTOR = 8.0
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of a model, and what its context could be stretched by.
+
+    Attributes:
+        head_dim, rotary_dim: channels of a head, D, and those that rotate, R.
+        base: often called rope_theta.
+        scaling: rope_type and its parameters, as for ``frequencies.from_scaling``.
+        trained: tokens of the context of the training.
+        extended: tokens of the stretched context.
+        factor: of the methods that the model does not have itself; at least 1.
+        inv_freq: float32 [P], radians per token, as in a sequence of `extended` tokens.
+        attention_scaling: factor on cos and sin.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    base: float
+    scaling: dict[str, Any]
+    trained: int
+    extended: int
+    factor: float
+    inv_freq: Tensor
+    attention_scaling: float
+
+    @classmethod
+    def of(cls, config: Any = LLAMA_LIKE, layer_type: str | None = None) -> "Rope":
+        """The rotation of a Hugging Face config, or of a model like Llama 3.
+
+        Args:
+            config, layer_type: as for ``frequencies.from_config``. trained is
+                original_max_position_embeddings where the config has it, else
+                max_position_embeddings; extended is factor times as much, but at least
+                max_position_embeddings.
+
+        Raises:
+            ValueError: for a config that ``from_config`` refuses, whose layers of this type do not
+                rotate, whose positions have several axes, whose context is shorter than that of the
+            training, or that has no max_position_embeddings of at least 2.
+        """
+        if from_config(config, layer_type) is None:
+            raise ValueError(
+                f"viz: expected a layer_type whose layers rotate, got {layer_type or 'none'}"
+            )
+        rope = resolve(config, layer_type)
+        if rope_type_of(rope.scaling) == "axial":
+            raise ValueError("viz: expected a config with one position a token, got an axial one")
+        longest = rope.max_position_embeddings
+        trained = rope.scaling.get("original_max_position_embeddings") or longest
+        if trained is None or trained < 2:
+            raise ValueError(
+                "viz: expected config to have max_position_embeddings of at least 2, got "
+                f"{'none' if trained is None else trained}"
+            )
+        longest = longest or trained
+        factor = rope.scaling.get("factor") or rope.scaling.get("alpha") or longest / trained
+        if factor == 1 and rope_type_of(rope.scaling) in NOT_STRETCHED:
+            factor = FACTOR
+        if factor < 1:  # yarn's, where it follows from the lengths
+            raise ValueError(
+                "viz: expected max_position_embeddings to be at least those of the training, "
+                f"{trained}, got {longest}"
+            )
+        extended = max(longest, round(trained * factor))
+        inv_freq, attention_scaling = from_config(config, layer_type, length=extended)
+        return cls(
+            rope.head_dim,
+            rope.rotary_dim,
+            rope.base,
+            rope.scaling,
+            trained,
+            extended,
+            factor,
+            inv_freq,
+            attention_scaling,
+        )
+
+    @property
+    def rope_type(self) -> str:
+        """The method that the model has."""
+        return rope_type_of(self.scaling)
+
+    @property
+    def pairs(self) -> int:
+        """P, the pairs of channels that rotate."""
+        return len(self.inv_freq)
+
+    def methods(self) -> dict[str, Tensor]:
+        """inv_freq [P] of each method: the model's own as it has it, the others by `factor`."""
+        original = {"original_max_position_embeddings": self.trained}
+        parameters: dict[str, dict[str, Any]] = {
+            "default": {},
+            "linear": {"factor": self.factor},
+            "ntk": {"alpha": self.factor},
+            "yarn": {"factor": self.factor, **original},
+            "llama3": {"factor": self.factor, **LLAMA3, **original},
+        }
+        others = {
+            name: self.frequencies({"rope_type": name, **of_method})
+            for name, of_method in parameters.items()
+            if name != self.rope_type
+        }
+        return {name: others.get(name, self.inv_freq) for name in (*parameters, self.rope_type)}
+
+    def frequencies(self, scaling: dict[str, Any]) -> Tensor:
+        """inv_freq [P] with another scaling of the same head and base."""
+        return from_scaling(self.head_dim, scaling, base=self.base, rotary_dim=self.rotary_dim)[0]
+
+
+def wavelengths(inv_freq: Tensor) -> Tensor:
+    """Tokens that a turn takes: float64, as inv_freq; inf where nothing turns."""
+    return 2 * math.pi / inv_freq.double()
+
+
+def in_tokens(count: float) -> str:
+    """A number of tokens in words."""
+    return f"{count:,.0f} tokens" if count >= 100 else f"{count:.3g} tokens"

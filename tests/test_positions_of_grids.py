@@ -1,0 +1,327 @@
+"""Positions of images, videos and text with them, beside those of transformers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rope_ext
+from rope_ext import positions
+
+pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from transformers import GenerationMixin, vision_utils
+from transformers.models.dinov3_vit import modeling_dinov3_vit
+from transformers.models.hunyuan_vl import modeling_hunyuan_vl
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+MERGE = 2  # patches of a token's side, in transformers' grids
+
+
+# ---- padding
+
+
+def test_padded_positions_are_those_of_generate():
+    prepare = getattr(GenerationMixin, "_prepare_position_ids_for_generation", None)
+    if prepare is None:
+        pytest.skip("this transformers has them elsewhere")
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    expected = prepare(None, mask, {"attention_mask": mask})
+    assert torch.equal(positions.from_attention_mask(mask), expected)
+
+
+# ---- grids
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_patches_are_in_the_order_of_transformers(merge):
+    frames, height, width = 2, 6, 12
+    expected = vision_utils.get_vision_position_ids(
+        torch.tensor([[frames, height, width]]), merge, include_temporal=True
+    )
+    video = positions.grid(frames, height, width, merge=merge)
+    assert video.dtype == torch.int64
+    assert torch.equal(video, expected.t())
+    assert torch.equal(
+        positions.grid(height, width, merge=merge), expected[: height * width, 1:].t()
+    )
+
+
+def test_grids_may_be_empty_and_on_a_device():
+    assert positions.grid(0, 4, merge=2).shape == (2, 0)
+    assert positions.grid(3, 0, 4).shape == (3, 0)
+    assert positions.patch_centers(0, 4).shape == (2, 0)
+    assert positions.grid(2, 4, device="meta").device.type == "meta"
+    assert positions.patch_centers(2, 4, device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 7), (14, 37), (100, 64)])
+def test_centers_of_patches_have_the_bits_of_dinov3(height, width):
+    theirs = modeling_dinov3_vit.get_patches_center_coordinates
+    for dtype in (torch.float32, torch.float64):
+        expected = theirs(height, width, dtype=dtype, device=torch.device("cpu"))
+        got = positions.patch_centers(height, width, dtype=dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got, expected.t())
+
+
+def test_centers_of_a_volume_are_those_of_each_axis():
+    got = positions.patch_centers(2, 4, 5)
+    frames, height, width = positions.grid(2, 4, 5)
+    for axis, (index, size) in enumerate(((frames, 2), (height, 4), (width, 5))):
+        torch.testing.assert_close(got[axis], (2 * index + 1.0) / size - 1)
+
+
+# ---- text with images and videos
+
+
+text = st.integers(1, 6)
+image = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
+video = st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(1, 4))
+
+
+either = st.one_of(image, video)
+
+
+@st.composite
+def prompts(draw, vision=either):
+    """Segments with text between any two grids, as chat templates have it."""
+    segments = [draw(text)] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, 3))):
+        segments += [draw(vision), draw(text)]
+    return segments or [draw(text)]
+
+
+def tokens_of(segment):
+    return segment if isinstance(segment, int) else segment[0] * segment[1] * segment[2]
+
+
+def as_transformers_gets_it(sequences, padded_left=True):
+    """Token types, grids in patches, and the mask, of sequences padded to one length."""
+    longest = max(sum(map(tokens_of, segments)) for segments in sequences)
+    types, masks, grids = [], [], {1: [], 2: []}
+    for segments in sequences:
+        row = []
+        for segment in segments:
+            kind = 0 if isinstance(segment, int) else 1 if segment[0] == 1 else 2
+            row += [kind] * tokens_of(segment)
+            if kind:
+                frames, height, width = segment[:3]
+                grids[kind].append([frames, height * MERGE, width * MERGE])
+        padding = [0] * (longest - len(row))
+        types.append(padding + row if padded_left else row + padding)
+        mask = [1] * len(row)
+        masks.append(padding + mask if padded_left else mask + padding)
+    image_grid, video_grid = (torch.tensor(g) if g else None for g in (grids[1], grids[2]))
+    return torch.tensor(types), image_grid, video_grid, torch.tensor(masks)
+
+
+def of_transformers(model, sequences, padded_left=True, **options):
+    types, image_grid, video_grid, mask = as_transformers_gets_it(sequences, padded_left)
+    vision_config = SimpleNamespace(spatial_merge_size=MERGE, tokens_per_second=2)
+    of_model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision_config),
+        get_vision_position_ids=lambda *args, **rest: model.get_vision_position_ids(
+            None, *args, **rest
+        ),
+    )
+    ids, _ = model.get_rope_index(
+        of_model, types, types, image_grid, video_grid, attention_mask=mask, **options
+    )
+    return ids, mask
+
+
+@drawn
+@given(prompts())
+def test_a_prompt_has_the_positions_of_qwen2_vl(segments):
+    expected, _ = of_transformers(modeling_qwen2_vl.Qwen2VLModel, [segments])
+    got = positions.mrope(segments, after="space")
+    assert got.dtype == torch.int64
+    assert torch.equal(got, expected[:, 0])
+
+
+@drawn
+@given(st.lists(prompts(), min_size=1, max_size=3), st.booleans())
+def test_a_padded_batch_has_the_positions_of_qwen2_vl(sequences, padded_left):
+    model = modeling_qwen2_vl.Qwen2VLModel
+    expected, mask = of_transformers(model, sequences, padded_left)
+    got = positions.mrope_batch(sequences, mask, after="space")
+    assert torch.equal(got, expected)
+    assert torch.equal(got, positions.mrope_batch(sequences, mask.bool(), after="space"))
+    if not padded_left:
+        assert torch.equal(got, positions.mrope_batch(sequences, after="space"))
+
+
+@drawn
+@given(prompts(), st.floats(0, 4))
+def test_frames_are_as_far_apart_as_in_qwen2_5_vl(segments, seconds):
+    model = modeling_qwen2_5_vl.Qwen2_5_VLModel
+    options = {"second_per_grid_ts": [seconds] * len(segments)}
+    expected, _ = of_transformers(model, [segments], **options)
+    spaced = [
+        s if isinstance(s, int) or s[0] == 1 else (*s, 2 * seconds)  # 2 tokens a second
+        for s in segments
+    ]
+    assert torch.equal(positions.mrope(spaced, after="space"), expected[:, 0])
+
+
+@drawn
+@given(prompts(vision=image), st.integers(2, 4), st.integers(1, 3))
+def test_frames_with_timestamps_are_images_to_qwen3_vl(segments, frames, stamp):
+    """In its prompts every frame of a video stands alone, after the text that tells its time."""
+    side = 3
+    types, image_grid, _, mask = as_transformers_gets_it([segments])
+    video = ([0] * stamp + [2] * side * side) * frames
+    types = torch.cat((types, torch.tensor([video])), 1)
+    mask = torch.ones_like(types)
+    video_grid = torch.tensor([[frames, side * MERGE, side * MERGE]])
+    model = modeling_qwen3_vl.Qwen3VLModel
+    of_model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=MERGE)),
+        get_vision_position_ids=lambda *args, **rest: model.get_vision_position_ids(
+            None, *args, **rest
+        ),
+    )
+    expected, _ = model.get_rope_index(
+        of_model, types, types, image_grid, video_grid, attention_mask=mask
+    )
+    for after in ("space", "max"):  # no frame lasts longer than it is wide
+        got = positions.mrope([*segments, *[stamp, (1, side, side)] * frames], after=after)
+        assert torch.equal(got, expected[:, 0])
+
+
+@drawn
+@given(prompts(), st.sampled_from([None, 1.0, 0.3, 2.5]))
+def test_the_next_segment_begins_past_the_largest_position(segments, step):
+    expected, start = [], 0
+    for segment in segments:
+        if isinstance(segment, int):
+            ids = [(start + i,) * 3 for i in range(segment)]
+        else:
+            frames, height, width = segment
+            ids = [
+                (start + int(f * (1.0 if step is None else step)), start + h, start + w)
+                for f in range(frames)
+                for h in range(height)
+                for w in range(width)
+            ]
+        expected += ids
+        start = 1 + max(max(place) for place in ids)
+    spaced = [s if isinstance(s, int) or step is None else (*s, step) for s in segments]
+    assert positions.mrope(spaced).t().tolist() == [list(place) for place in expected]
+
+
+def test_a_long_video_tells_the_two_ends_apart():
+    segments = [2, (5, 1, 2), 1]
+    assert positions.mrope(segments)[:, -1].tolist() == [7, 7, 7]
+    assert positions.mrope(segments, after="space")[:, -1].tolist() == [4, 4, 4]
+
+
+def test_segments_may_be_empty():
+    assert positions.mrope([]).shape == (3, 0)
+    assert positions.mrope([0, (0, 3, 3), (2, 0, 4, 1.5), 2])[0].tolist() == [0, 1]
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    assert positions.mrope_batch([[], [0]], mask).tolist() == [[[0] * 3] * 2] * 3
+
+
+# ---- the axis of each pair
+
+
+def gathered(freq, axes):
+    """freq [A, ..., P] -> [..., P], each pair of its axis."""
+    return torch.stack([freq[axis, ..., pair] for pair, axis in enumerate(axes.tolist())], -1)
+
+
+@pytest.mark.parametrize(
+    ("module", "sections", "interleaved"),
+    [
+        (modeling_qwen2_vl.Qwen2VLRotaryEmbedding, [16, 24, 24], False),
+        (modeling_qwen2_vl.Qwen2VLRotaryEmbedding, [2, 1, 1], False),
+        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [24, 20, 20], True),
+        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [11, 11, 10], True),
+        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [6, 1, 1], True),
+    ],
+)
+def test_pairs_are_of_the_axes_that_transformers_gives_them(module, sections, interleaved):
+    inv_freq, _ = rope_ext.frequencies.default(2 * sum(sections))
+    position_ids = positions.mrope([3, (1, 4, 5), (2, 3, 2), 2])[:, None]  # [3, 1, T]
+    axes = positions.mrope_axes(sections, interleaved=interleaved)
+    assert axes.dtype == torch.int64
+    assert axes.bincount(minlength=3).tolist() == sections
+    for freq in rope_ext.cos_sin(inv_freq, position_ids):  # [3, 1, T, P]
+        got = gathered(freq, axes)
+        of_module = SimpleNamespace(mrope_section=sections)
+        expected = module.recomposition_frequencies(of_module, freq.clone())
+        assert torch.equal(torch.cat((got, got), -1), expected)
+
+
+def test_channels_are_of_the_axes_that_hunyuan_gives_them():
+    sections = [16, 8, 24, 16]
+    inv_freq, _ = rope_ext.frequencies.default(2 * sum(sections))
+    position_ids = torch.arange(4 * 7).view(4, 1, 7)
+    axes = positions.axial_axes([2 * n for n in sections])
+    module = modeling_hunyuan_vl.HunYuanVLRotaryEmbedding
+    cos, _ = rope_ext.cos_sin(inv_freq, position_ids)  # [4, 1, 7, P]
+    every_channel, _ = rope_ext.cos_sin(inv_freq.repeat(2), position_ids)  # [4, 1, 7, R]
+    of_module = SimpleNamespace(mrope_section=sections)
+    expected = module.recomposition_frequencies(of_module, cos)
+    assert torch.equal(gathered(every_channel, axes), expected)
+
+
+def test_an_axis_of_its_own_for_each_run_of_pairs():
+    assert positions.axial_axes([2, 0, 3]).tolist() == [0, 0, 2, 2, 2]
+    assert positions.mrope_axes([1], interleaved=True).tolist() == [0]
+    inv_freq, _ = rope_ext.frequencies.axial(32, axes=2)
+    axes = positions.axial_axes([len(inv_freq)] * 2)
+    position_ids = positions.grid(3, 4)
+    cos, _ = rope_ext.cos_sin(inv_freq.repeat(2), position_ids)
+    side_by_side = [rope_ext.cos_sin(inv_freq, ids)[0] for ids in position_ids]
+    assert torch.equal(gathered(cos, axes), torch.cat(side_by_side, -1))
+
+
+REFUSALS = {
+    "grid": [
+        ((3,), {}, r"\(height, width\) or \(frames, height, width\), got \(3,\)"),
+        ((2, -1), {}, "width to be an integer of at least 0, got -1"),
+        ((2, 3, 4), {"merge": 2}, "height to be a multiple of merge, 2, got 3"),
+        ((2, 4), {"merge": 0}, "merge to be an integer of at least 1, got 0"),
+    ],
+    "patch_centers": [
+        ((2, 2.0), {}, "width to be an integer of at least 0, got 2.0"),
+        ((2, 2), {"dtype": torch.float16}, "dtype to be float32 or float64, got torch.float16"),
+    ],
+    "mrope": [
+        (([-1],), {}, r"segments\[0\] to be an integer of at least 0, got -1"),
+        (([1, (2, 3)],), {}, r"segments\[1\] to be \(frames, height, width\) or .*\(2, 3\)"),
+        (([(1, 2, -3)],), {}, r"segments\[0\] to be an integer of at least 0, got -3"),
+        (([(1, 2, 3, -1.0)],), {}, r"segments\[0\]\[3\], the step .* at least 0, got -1.0"),
+        (([(1, 2, 3, float("nan"))],), {}, r"segments\[0\]\[3\], the step .*, got nan"),
+        (([1],), {"after": "time"}, "after to be 'max' or 'space', got 'time'"),
+    ],
+    "mrope_batch": [
+        (([],), {}, "at least one sequence, got none"),
+        (([[1]], torch.ones(2, 1).bool()), {}, r"\[B, S\] with B = 1, got \[2, 1\]"),
+        (([[1]], torch.ones(1, 2).int()), {}, r"numbers of tokens, \[1\], got \[2\]"),
+        (([[1]], torch.ones(1, 1)), {}, "dtype bool, int32 or int64, got torch.float32"),
+    ],
+    "mrope_axes": [
+        (([],), {}, "sections to have an entry for each axis, got none"),
+        (([1, -1],), {}, r"sections\[1\] to be an integer of at least 0, got -1"),
+        (([1, 2.0],), {}, r"sections\[1\] to be an integer of at least 0, got 2.0"),
+        (([1, 4, 1],), {"interleaved": True}, r"sections\[1\] to be at most 2, .*, got 4"),
+    ],
+    "axial_axes": [(([],), {}, "pairs_per_axis to have an entry for each axis, got none")],
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "message"),
+    [(function, *row) for function, rows in REFUSALS.items() for row in rows],
+)
+def test_what_makes_no_sense_is_refused_by_name(function, arguments, options, message):
+    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: expected .*{message}"):
+        getattr(positions, function)(*arguments, **options)

@@ -1,0 +1,135 @@
+"""Positions of the tokens that a rank has, under context parallelism."""
+
+import pytest
+import torch
+
+from rope_ext import positions
+
+WORLDS = (1, 2, 3, 4, 8)
+# Lengths of packed sequences in multiples of the chunks of 24 = lcm(2 * world) tokens.
+LENGTHS = {
+    "one sequence": [2],
+    "several": [1, 3, 2],
+    "an empty one in the middle": [1, 0, 2],
+    "empty ones at both ends": [0, 4, 0],
+    "no tokens at all": [0],
+}
+UNIT = 48  # a multiple of 2 * world for every world above
+
+
+def packed(lengths, dtype=torch.int64):
+    return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype) * UNIT
+
+
+def chunk_numbers(world, rank, load_balanced):
+    """The chunks of a rank, as Megatron-LM's get_batch_on_this_cp_rank picks them."""
+    return [rank, 2 * world - 1 - rank] if load_balanced else [rank]
+
+
+def transformer_engine_indices(cu_seqlens, total_tokens, world, rank):
+    """What the kernel behind thd_get_partitioned_indices computes, token by token."""
+    shares = [int(bound) // world for bound in cu_seqlens]
+    indices = []
+    for token in range(total_tokens // world):
+        sequence = max(i for i in range(len(shares) - 1) if shares[i] <= token)
+        length = shares[sequence + 1] - shares[sequence]
+        index = token - shares[sequence]
+        offset = rank if index < length // 2 else (world - 1) * 2 - rank
+        indices.append(index + shares[sequence] * world + length // 2 * offset)
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("load_balanced", [True, False])
+def test_a_rank_has_its_chunks_in_order(world, load_balanced):
+    whole = torch.arange(UNIT)
+    chunks = whole.chunk(2 * world if load_balanced else world)
+    for rank in range(world):
+        got = positions.context_parallel(UNIT, world, rank, load_balanced)
+        expected = torch.cat([chunks[i] for i in chunk_numbers(world, rank, load_balanced)])
+        assert got.dtype == torch.int64
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("load_balanced", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed_sequences_are_cut_one_by_one(world, load_balanced, dtype, lengths):
+    cu_seqlens = packed(lengths, dtype)
+    total = int(cu_seqlens[-1])
+    within = torch.cat([torch.arange(n * UNIT) for n in lengths])
+    everyone = []
+    for rank in range(world):
+        options = {"cu_seqlens": cu_seqlens, "load_balanced": load_balanced}
+        indices = positions.context_parallel_indices(total, world, rank, **options)
+        got = positions.context_parallel(total, world, rank, **options)
+        alone = [positions.context_parallel(n * UNIT, world, rank, load_balanced) for n in lengths]
+        assert torch.equal(got, torch.cat(alone))
+        assert torch.equal(got, within[indices])
+        everyone.append(indices)
+    order = torch.cat(everyone).argsort()
+    assert torch.equal(torch.cat(everyone)[order], torch.arange(total))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("lengths", [[2], [1, 3, 2], [4, 1]])  # it has no empty sequences
+def test_packed_indices_are_those_of_transformer_engine(world, lengths):
+    cu_seqlens = packed(lengths)
+    total = int(cu_seqlens[-1])
+    for rank in range(world):
+        got = positions.context_parallel_indices(total, world, rank, cu_seqlens=cu_seqlens)
+        assert torch.equal(got, transformer_engine_indices(cu_seqlens, total, world, rank))
+
+
+def test_load_balance_gives_every_rank_the_same_causal_work():
+    work = {int((positions.context_parallel(96, 4, rank) + 1).sum()) for rank in range(4)}
+    assert len(work) == 1
+
+
+def test_result_is_on_the_device_that_is_asked_for():
+    assert positions.context_parallel(8, 2, 0, device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert positions.context_parallel(8, 2, 0).device.type == "meta"
+
+
+def test_values_of_cu_seqlens_on_a_device_are_not_waited_for():
+    """The meta device has no values at all: what asked for one would raise."""
+    on_device = packed([1, 2]).to("meta")
+    got = positions.context_parallel(3 * UNIT, 2, 1, cu_seqlens=on_device)
+    assert got.shape == (3 * UNIT // 2,)
+    assert got.device.type == "meta"
+
+
+def test_compiles_to_one_graph_for_all_lengths():
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def compiled(cu_seqlens, total, rank):
+        return positions.context_parallel(total, 2, rank, cu_seqlens=cu_seqlens)
+
+    for lengths in ([1, 2], [3, 1], [2, 2]):
+        cu_seqlens, total = packed(lengths), sum(lengths) * UNIT
+        expected = positions.context_parallel(total, 2, 1, cu_seqlens=cu_seqlens)
+        assert torch.equal(compiled(cu_seqlens, total, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((8, 0, 0), {}, "expected world to be at least 1, got 0"),
+        ((8, 2, 2), {}, r"expected rank in \[0, 2\), of world ranks, got 2"),
+        ((8, 2, -1), {}, r"expected rank in \[0, 2\), of world ranks, got -1"),
+        ((6, 2, 0), {}, "expected seq_len to be a multiple of 4, the chunks of 2 ranks, got 6"),
+        ((5, 2, 0, False), {}, "expected seq_len to be a multiple of 2, .*, got 5"),
+        ((-8, 2, 0), {}, "expected seq_len to be a multiple of 4, .*, got -8"),
+        ((8, 2, 0), {"cu_seqlens": [0.0, 8.0]}, "expected cu_seqlens of dtype int32 or int64"),
+        ((8, 2, 0), {"cu_seqlens": [8]}, r"expected cu_seqlens to have shape .*, got \[1\]"),
+        ((8, 2, 0), {"cu_seqlens": [0, 4]}, "expected cu_seqlens from 0 to seq_len, 8, got 0 to 4"),
+        ((8, 2, 0), {"cu_seqlens": [0, 2, 8]}, "sequence 0 of cu_seqlens .* of 4, .*, got 2"),
+        ((8, 2, 0), {"cu_seqlens": [0, 12, 8]}, "sequence 1 of cu_seqlens .* of 4, .*, got -4"),
+    ],
+)
+@pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
+def test_what_makes_no_sense_is_refused_by_name(function, arguments, options, message):
+    options = {name: torch.tensor(value) for name, value in options.items()}
+    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: .*{message}"):
+        getattr(positions, function)(*arguments, **options)
