@@ -1,0 +1,150 @@
+"""benchmarks/context_extension.py: perplexities are right, methods are those of transformers, and
+an interrupted run goes on.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
+pytest.importorskip("tqdm", reason="pip install 'rope_ext[test]'")
+pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import context_extension
+import extension_methods
+import extension_reading
+import extension_training
+import transformers
+from support import small_llama
+
+from rope_ext.demo import models
+
+TRAINED, LENGTH = 64, 200
+# float32: the same sums in other orders
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture
+def model():
+    return small_llama(2)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 96, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def plain_nll(model, tokens):
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits[0, :-1]
+    return cross_entropy(logits, tokens[0, 1:], reduction="none").double()
+
+
+@pytest.mark.parametrize(("chunk", "logits"), [(1024, 256), (64, 16), (33, 50), (199, 7)])
+def test_reading_in_chunks_is_reading_at_once(model, tokens, chunk, logits, monkeypatch):
+    monkeypatch.setattr(extension_reading, "CHUNK", chunk)
+    monkeypatch.setattr(extension_reading, "LOGITS", logits)
+    read = []
+    reading = extension_reading.read(model, tokens, read.append)
+    torch.testing.assert_close(reading.nll, plain_nll(model, tokens), **CLOSE)
+    assert sum(read) == LENGTH
+    assert reading.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "scaling"),
+    [
+        ("none", {"rope_type": "default"}),
+        ("linear", {"rope_type": "linear", "factor": LENGTH / TRAINED}),
+        (
+            "YaRN",
+            {
+                "rope_type": "yarn",
+                "factor": LENGTH / TRAINED,
+                "original_max_position_embeddings": TRAINED,
+            },
+        ),
+        ("dynamic NTK", {"rope_type": "dynamic", "factor": LENGTH / TRAINED}),
+    ],
+)
+def test_a_method_is_that_of_transformers(model, tokens, method, scaling):
+    with extension_methods.extended(model, method, TRAINED, LENGTH):
+        got = extension_reading.read(model, tokens, lambda count: None).nll
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
+    own = transformers.LlamaForCausalLM(config).eval()
+    own.load_state_dict(model.state_dict())
+    torch.testing.assert_close(got, plain_nll(own, tokens), **CLOSE)
+    # and no other: the model is what it was, and the methods differ from it
+    before = plain_nll(model, tokens)
+    assert (method == "none") == torch.allclose(got, before, **CLOSE)
+
+
+def test_methods_change_nothing_within_the_context_of_the_training():
+    for name, method in extension_methods.METHODS.items():
+        inv_freq, attention_scaling = method(64, 1e4, TRAINED, TRAINED)
+        expected = extension_methods.none(64, 1e4, TRAINED, TRAINED)[0]
+        torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0, msg=name)
+        assert attention_scaling == 1, name
+
+
+def test_buckets_end_where_the_text_does():
+    bounds = context_extension.BUCKETS
+    assert list(context_extension.buckets(8192, bounds)) == [(0, 2048), (2048, 4096), (4096, 8192)]
+    assert list(context_extension.buckets(100, bounds)) == [(0, 100)]
+
+
+def test_training_makes_the_text_less_surprising_and_is_seeded():
+    text = torch.frombuffer(bytearray(b"the same words again, " * 200), dtype=torch.uint8)
+    models = [extension_training.new_model(seed=3) for _ in range(2)]
+    before = extension_training.read_windows(models[0], text).mean()
+    for model in models:
+        extension_training.train(model, text, 64, 12, 2e-3, 3, lambda count: None)
+    first, second = (extension_training.read_windows(model, text) for model in models)
+    assert torch.equal(first, second)
+    assert first.mean() < 0.9 * before
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extension_training, "READ_WINDOWS", 1)
+    monkeypatch.setitem(models.SMOLLM2_SHAPE, "max_position_embeddings", TRAINED)
+    text = tmp_path / "text"
+    text.write_text("Words that are read. " * 600)
+    run = ["context_extension", f"--out={tmp_path}", f"--text={text}", "--random-layers=1"]
+    run += ["--quick", "--lengths", str(TRAINED), str(LENGTH), "--steps=2", "--extending-steps=1"]
+    monkeypatch.setattr(sys, "argv", run)
+    read = extension_reading.read
+
+    def fails_the_second_time(model, tokens, tick, calls=[]):  # noqa: B006
+        calls.append(tokens)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read(model, tokens, tick)
+
+    monkeypatch.setattr(context_extension, "read", fails_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        context_extension.main()
+    rows = context_extension.Results(tmp_path, context_extension.READING).rows
+    assert [(row["length"], row["method"]) for row in rows] == [(str(TRAINED), "none")]
+
+    lengths = []
+    monkeypatch.setattr(
+        context_extension,
+        "read",
+        lambda m, t, tick: (lengths.append(t.shape[1]), read(m, t, tick))[1],
+    )
+    context_extension.main()
+    methods = context_extension.QUICK_METHODS
+    assert lengths == [LENGTH] * len(methods)  # what was there is not read again
+    report = (tmp_path / "context_extension.md").read_text()
+    assert report.strip() in capsys.readouterr().out
+    assert all(report.count(f"| {method} |") >= 2 for method in methods)
+    assert (tmp_path / "context_extension.png").stat().st_size > 1000
+    context_extension.main()
+    assert len(lengths) == len(methods)
