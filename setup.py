@@ -11,7 +11,7 @@ Knobs (environment variables):
 | MAX_JOBS             | 1, 2, ...      | cores   | files compiled at the same time                |
 | DEBUG                | 0, 1           | 0       | 1: -O0 -g; print each kernel's registers       |
 
-(1) 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX, as far as nvcc knows them.
+(1) 7.5 8.0 9.0 10.0 12.0+PTX, as far as nvcc knows them: the code for 8.0 is that of 8.6 and 8.9.
 
 nvcc is looked for in CUDA_HOME (or CUDA_PATH), in PATH, and in /usr/local/cuda. Which torch is
 installed plays no part: the kernels include none of its headers, and everything else uses its
@@ -47,7 +47,7 @@ except ImportError as error:
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_STANDARD = "-std=c++17"
 
-DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those that nvcc knows, + PTX
+DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # those that nvcc knows, + PTX
 OLDEST_CUDA = (12, 0)
 
 CSRC = Path("csrc")
