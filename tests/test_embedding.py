@@ -462,8 +462,8 @@ def test_tensors_that_do_not_fit_are_refused_and_unchanged():
             module(q[..., :8], k[..., :8], inplace=inplace)
         with pytest.raises((RuntimeError, ValueError), match="expected"):
             module(q[0], k[0], inplace=inplace)
-        with pytest.raises(RuntimeError, match="int32 or int64, got float32"):
-            module(q, k, torch.arange(S).float(), inplace=inplace)
+        with pytest.raises(RuntimeError, match="float16 or bfloat16, got bool"):
+            module(q, k, torch.ones(S, dtype=torch.bool), inplace=inplace)
     assert_same_bits(q, kept[0])
     assert_same_bits(k, kept[1])
 
