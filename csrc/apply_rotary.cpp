@@ -3,8 +3,8 @@
 
 #include "checks.h"
 #include "device.h"
-#include "new_output.h"
 #include "operators.h"
+#include "outputs.h"
 
 namespace rope {
 

@@ -2,8 +2,8 @@
 #include "angle_tensors.h"
 #include "checks.h"
 #include "device.h"
-#include "new_output.h"
 #include "operators.h"
+#include "outputs.h"
 
 namespace rope {
 

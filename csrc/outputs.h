@@ -2,9 +2,8 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstdint>
+#include "checks.h"
 
 namespace rope {
 
@@ -13,6 +12,15 @@ inline torch::stable::Tensor dense_like(const torch::stable::Tensor& x) {
   torch::stable::Tensor out = torch::stable::empty_like(x);
   const int64_t last = x.dim() - 1;
   if (x.size(last) > 1 && out.stride(last) != 1) return torch::stable::new_empty(x, x.sizes());
+  return out;
+}
+
+// A new tensor like x as the result for `heads`.
+inline torch::stable::Tensor new_output(RotaryArgs& args, RotatedHeads& heads,
+                                        const torch::stable::Tensor& x) {
+  torch::stable::Tensor out = dense_like(x);
+  set_output(args, heads, out);
+  args.new_outputs = true;
   return out;
 }
 

@@ -99,12 +99,12 @@ def apply_rotary_qk_at(
     def rotate_back(grad: Tensor, inv_freq: Tensor, *rest: Any, **back: Any) -> Tensor:
         """Of q or of k, beside a tensor without heads."""
         position_ids, axes = rest
-        none = as_bshd(grad, layout, function)[..., :0, :]
-        none = from_bshd(none, layout)
-        scaling = {"attention_scaling": attention_scaling}
-        return apply_rotary_qk_at(grad, none, inv_freq, position_ids, axes=axes, **scaling, **back)[
-            0
-        ]
+        no_heads = from_bshd(as_bshd(grad, layout, function)[..., :0, :], layout)
+        rotated, _ = apply_rotary_qk_at(
+            grad, no_heads, inv_freq, position_ids, axes=axes,
+            attention_scaling=attention_scaling, **back,
+        )  # fmt: skip
+        return rotated
 
     rows = inv_freq, position_ids, axes
     return (

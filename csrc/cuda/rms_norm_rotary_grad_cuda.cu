@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kMostLanes)
   };
   const auto unit_at = [&](uint32_t first_head, uint32_t index) {
     const uint32_t head = index / plan.units, unit = index - head * plan.units;
+    const Spot of_x = spot_of<UnitOfX, N>(rotary, plan.rotary, plan.rotary.out, unit);
+    if constexpr (!kMixed && N > 1) return Unit{first_head + head, unit, of_x, of_x};
     return Unit{first_head + head, unit,
-                spot_of<UnitOfGrad, N>(rotary, plan.rotary, plan.rotary.in, unit),
-                spot_of<UnitOfX, N>(rotary, plan.rotary, plan.rotary.out, unit)};
+                spot_of<UnitOfGrad, N>(rotary, plan.rotary, plan.rotary.in, unit), of_x};
   };
   // x, its weights and the gradient turned back, in x's order.
   const auto load_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t b, uint32_t s,
