@@ -9,9 +9,9 @@ namespace rope::cuda {
 namespace {
 
 // A block has the rows of q or of k of one chunk of tokens. N == 1: pairs in any order, in grad and
-// in x.
+// in x. One block is enough: with a wish of its own for two, the compiler would spill.
 template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
-__global__ void __launch_bounds__(kMostLanes)
+__global__ void __launch_bounds__(kMostLanes, 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const RowPlan plan) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
