@@ -21,9 +21,9 @@ SOURCES = (
     "rotary_table_grad_cuda",
     "cos_sin_cuda",
 )
-# Those that take long to compile: on two architectures.
+# Those that take long to compile: on three architectures.
 LONG_SOURCES = ("apply_rotary_append_cuda", "rms_norm_rotary_cuda", "rms_norm_rotary_grad_cuda")
-LONG_ARCHS = ("90", "120")
+LONG_ARCHS = ("80", "90", "120")
 
 # 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters
 # of the threads resident (sm_120 has 1,536 threads, and keeps all). A table with one angle a

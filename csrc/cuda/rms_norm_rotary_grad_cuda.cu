@@ -8,10 +8,20 @@ namespace rope::cuda {
 
 namespace {
 
+// Blocks that a multiprocessor should hold at a time: one is enough, 0 leaves it to the compiler.
+// That would spill where it wants two on older architectures, and where it is told one on sm_120.
+constexpr int resident_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // A block has the rows of q or of k of one chunk of tokens. N == 1: pairs in any order, in grad and
-// in x. One block is enough: with a wish of its own for two, the compiler would spill.
+// in x.
 template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
-__global__ void __launch_bounds__(kMostLanes, 1)
+__global__ void __launch_bounds__(kMostLanes, resident_blocks())
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const RowPlan plan) {
   constexpr bool kMixed = kInterleaved != kInterleavedOut;
   using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
