@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from appending import Appending
 from ranks import RANKS, as_rank, on_every_rank, place
 from support import (
     DTYPES,
@@ -36,6 +37,7 @@ BLOCKS, BLOCK_SIZE = 3, 8
 SLOTS = BLOCKS * BLOCK_SIZE  # for 10 tokens
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WRITTEN = ("q", "k", "k_cache", "v_cache")
+APPENDING = Appending(rope.apply_rotary_qk_append_kv_, reference.apply_rotary_qk_append_kv, WRITTEN)
 
 # ---- arguments
 
@@ -63,28 +65,6 @@ def arguments(
     return made
 
 
-def expected_of(arguments):
-    """What the written tensors become."""
-    on_host = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-    return dict(zip(WRITTEN, reference.apply_rotary_qk_append_kv(**on_host), strict=True))
-
-
-def append(arguments, operator=rope.apply_rotary_qk_append_kv_):
-    options = dict(arguments)
-    schema = rope.apply_rotary_qk_append_kv_.default._schema
-    positional = [options.pop(a.name) for a in schema.arguments[:9] if a.name in options]
-    assert operator(*positional, **options) is None
-
-
-def assert_appends(arguments, **options):
-    """The bits of the steps in plain PyTorch, and what is read is left alone."""
-    kept = {name: t.clone() for name, t in arguments.items() if name not in WRITTEN}
-    expected = expected_of({**arguments, **options})
-    append({**arguments, **options})
-    for name, t in {**kept, **expected}.items():
-        assert_same_bits(arguments[name], t)
-
-
 # ---- the numbers
 
 
@@ -92,7 +72,7 @@ def assert_appends(arguments, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_caches_get_what_rotation_and_quantisation_give(dtype, cache, backend):
     float8 = cache in FLOAT8
-    assert_appends(arguments(backend, dtype, cache if float8 else dtype, scales=float8))
+    APPENDING.assert_appends(arguments(backend, dtype, cache if float8 else dtype, scales=float8))
 
 
 OPTIONS = {
@@ -111,7 +91,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_rotation(options, cache_dtype, backend):
     width, options = OPTIONS[options]
-    assert_appends(arguments(backend, torch.bfloat16, cache_dtype, width=width), **options)
+    APPENDING.assert_appends(
+        arguments(backend, torch.bfloat16, cache_dtype, width=width), **options
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -120,7 +102,7 @@ def test_q_and_k_have_the_bits_of_the_rotation_in_place(dtype, backend):
     rows = [given[name] for name in ("cos", "sin", "position_ids")]
     q, k = given["q"].clone(), given["k"].clone()
     rope.apply_rotary_qk_(q, k, *rows)
-    append(given)
+    APPENDING.append(given)
     assert_same_bits(given["q"], q)
     assert_same_bits(given["k"], k)
 
@@ -141,7 +123,7 @@ def test_every_kind_of_rows(rows, backend):
     given.update(zip(("cos", "sin", "position_ids"), ROWS[rows](backend), strict=True))
     if given["position_ids"] is None:
         del given["position_ids"]
-    assert_appends(given)
+    APPENDING.assert_appends(given)
 
 
 def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
@@ -165,7 +147,7 @@ def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e5m2], ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 31, 700])
 def test_packed_tokens(tokens, cache_dtype, backend):
-    assert_appends(many_tokens(backend, tokens, cache_dtype))
+    APPENDING.assert_appends(many_tokens(backend, tokens, cache_dtype))
 
 
 def test_the_same_bits_with_any_number_of_threads(threads):
@@ -173,7 +155,7 @@ def test_the_same_bits_with_any_number_of_threads(threads):
     for count in (1, 2, 5):
         threads(count)
         given = many_tokens("cpu", 300)
-        append(given)
+        APPENDING.append(given)
         written.append([given[name] for name in WRITTEN])
     for got in written[1:]:
         for a, b in zip(got, written[0], strict=True):
@@ -208,8 +190,8 @@ def test_only_the_slots_of_a_view_of_a_cache_are_written(view, cache_dtype, back
 
         given[name] = CACHES[view](base, BLOCKS, BLOCK_SIZE, K, D)
     expected_wholes = {name: whole.cpu().clone() for name, whole in wholes.items()}
-    expected = expected_of(given)
-    append(given)
+    expected = APPENDING.expected_of(given)
+    APPENDING.append(given)
     for name, whole in wholes.items():
         t = given[name]
         part = expected_wholes[name].as_strided(t.shape, t.stride(), t.storage_offset())
@@ -230,8 +212,8 @@ def test_q_k_and_v_in_every_layout(view, backend):
 
         given[name] = VIEWS[view](base, B, S, heads, D)
     expected_wholes = {name: whole.cpu().clone() for name, whole in wholes.items()}
-    expected = expected_of(given)
-    append(given)
+    expected = APPENDING.expected_of(given)
+    APPENDING.append(given)
     for name in ("q", "k"):
         t = given[name]
         part = expected_wholes[name].as_strided(t.shape, t.stride(), t.storage_offset())
@@ -247,7 +229,7 @@ def test_q_k_and_v_of_one_packed_tensor(backend):
     qkv = random(B, S, H + 2 * K, D, dtype=torch.bfloat16, device=backend)
     given.update(zip("qkv", qkv.split((H, K, K), dim=2), strict=True))
     v = given["v"].clone()
-    assert_appends(given)
+    APPENDING.assert_appends(given)
     assert_same_bits(qkv[:, :, -K:], v)
 
 
@@ -258,14 +240,14 @@ def test_function_takes_every_layout(layout, cache_layout, device):
     if layout == "thd":
         for name in ("q", "k", "v", "slot_mapping", "position_ids"):
             given[name] = given[name].flatten(0, 1)
-    expected = expected_of(given)
+    expected = APPENDING.expected_of(given)
     call = dict(given)
     call.update({name: in_layout(given[name], layout).to(device) for name in "qkv"})
     if cache_layout == "HND":
         for name in ("k_cache", "v_cache"):
             call[name] = given[name].cpu().transpose(1, 2).contiguous().to(device)
     options = {"layout": layout, "cache_layout": cache_layout}
-    append({**call, **options}, rope_ext.apply_rotary_qk_append_kv_)
+    APPENDING.append({**call, **options}, rope_ext.apply_rotary_qk_append_kv_)
     for name in ("k_cache", "v_cache"):
         got = call[name].transpose(1, 2) if cache_layout == "HND" else call[name]
         assert_same_bits(got, expected[name])
@@ -287,7 +269,7 @@ KINDS_OF_SLOTS = {
 def test_every_kind_of_slots(change, backend):
     given = arguments(backend)
     given["slot_mapping"] = change(given["slot_mapping"].cpu()).to(backend)
-    assert_appends(given)
+    APPENDING.assert_appends(given)
 
 
 def test_nothing_at_all(backend):
@@ -303,7 +285,7 @@ def test_nothing_at_all(backend):
         else:
             given["k_cache"], given["v_cache"] = given["k_cache"][:0], given["v_cache"][:0]
             given["slot_mapping"] = torch.full_like(given["slot_mapping"], -1)
-        assert_appends(given)
+        APPENDING.assert_appends(given)
 
 
 # ---- float8
@@ -500,7 +482,7 @@ def expect_refusal(given, expected, got, operator=rope.apply_rotary_qk_append_kv
     versions = {name: t._version for name, t in given.items()}
     message = f"rope::apply_rotary_qk_append_kv_: expected {expected}, got {got}"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
-        append(given, operator)
+        APPENDING.append(given, operator)
     for name, t in given.items():
         assert torch.equal(as_bytes(t), as_bytes(kept[name]))
     assert {name: t._version for name, t in given.items()} == versions
@@ -552,11 +534,11 @@ def test_packed_slots_of_another_shape_are_refused(device):
 def test_layout_of_the_cache_that_is_unknown_is_refused():
     given = arguments("cpu")
     with pytest.raises(ValueError, match="expected cache_layout to be one of NHD, HND, got 'nhd'"):
-        append({**given, "cache_layout": "nhd"}, rope_ext.apply_rotary_qk_append_kv_)
+        APPENDING.append({**given, "cache_layout": "nhd"}, rope_ext.apply_rotary_qk_append_kv_)
     given["k_cache"] = given["k_cache"][0]
     match = r"expected k_cache to have shape \[blocks, Hk, block_size, D\] .*, got \[8, 2, 16\]"
     with pytest.raises(ValueError, match=match):
-        append({**given, "cache_layout": "HND"}, rope_ext.apply_rotary_qk_append_kv_)
+        APPENDING.append({**given, "cache_layout": "HND"}, rope_ext.apply_rotary_qk_append_kv_)
 
 
 @pytest.mark.parametrize("name", ["v", "k_cache", "v_cache", "slot_mapping", "v_scale"])
@@ -565,7 +547,7 @@ def test_argument_on_another_device_is_refused(name):
     given = arguments("cpu", cache_dtype=F8, scales=True)
     given[name] = given[name].to("meta")
     with pytest.raises(RuntimeError, match=f"expected {name} on the device of q, cpu, got meta"):
-        append(given)
+        APPENDING.append(given)
 
 
 # ---- CUDA, where values can't be looked at without waiting
@@ -582,9 +564,11 @@ def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value,
     given = arguments("cuda", cache_dtype=cache_dtype)
     slots = given["slot_mapping"].cpu()
     slots[1, 1] = value
-    expected = expected_of({**given, "slot_mapping": slots.clamp(max=23).where(slots < 24, -1)})
+    expected = APPENDING.expected_of(
+        {**given, "slot_mapping": slots.clamp(max=23).where(slots < 24, -1)}
+    )
     given["slot_mapping"] = slots.cuda()
-    append(given)
+    APPENDING.append(given)
     for name in WRITTEN:
         assert_same_bits(given[name], expected[name])
 
@@ -606,8 +590,8 @@ def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
 def test_scale_of_0_gives_what_the_division_gives_on_cuda():
     given = arguments("cuda", cache_dtype=F8)
     given["v_scale"] = torch.zeros(1).cuda()
-    expected = expected_of(given)  # +-inf, so +-448
-    append(given)
+    expected = APPENDING.expected_of(given)  # +-inf, so +-448
+    APPENDING.append(given)
     assert_same_bits(given["v_cache"], expected["v_cache"])
 
 
@@ -619,7 +603,7 @@ def test_position_outside_of_the_table_is_stored_as_nan_on_cuda():
     ids = given["position_ids"].cpu()
     ids[0, 2] = L
     given["position_ids"] = ids.cuda()
-    append(given)
+    APPENDING.append(given)
     assert given["k"].cpu()[0, 2].isnan().all()
     stored = given["k_cache"].cpu().flatten(0, 1)
     assert stored[2].isnan().all()
@@ -648,7 +632,7 @@ def test_versions_of_what_is_written_are_bumped(mode, call, device):
     given = arguments(device)
     before = {name: t._version for name, t in given.items()}
     with mode():
-        append(given, call)
+        APPENDING.append(given, call)
     for name, t in given.items():
         assert t._version == before[name] + (name in WRITTEN), name
 
@@ -658,9 +642,9 @@ def test_tokens_of_inference_mode_go_to_a_cache_made_outside_of_it(call, device)
     given = arguments(device)
     with torch.inference_mode():
         given.update({name: given[name].clone() for name in ("q", "k", "v", "position_ids")})
-        expected = expected_of(given)
+        expected = APPENDING.expected_of(given)
         version = given["k_cache"]._version
-        append(given, call)
+        APPENDING.append(given, call)
         for name in WRITTEN:
             assert_same_bits(given[name], expected[name])
     assert given["k_cache"]._version == version + 1
@@ -676,7 +660,7 @@ def test_tensor_that_requires_grad_is_refused(name, device):
     for call in (rope.apply_rotary_qk_append_kv_, rope_ext.apply_rotary_qk_append_kv_):
         kept = given["k_cache"].detach().cpu().clone()
         with pytest.raises(RuntimeError, match=message):
-            append(given, call)
+            APPENDING.append(given, call)
         assert_same_bits(given["k_cache"], kept)
 
 
@@ -715,7 +699,7 @@ def test_one_graph_for_all_lengths(device):
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (7, 12, 40):
         given = many_tokens(device, tokens, torch.bfloat16)
-        expected = expected_of(given)
+        expected = APPENDING.expected_of(given)
         assert_same_bits(compiled(given), expected["q"])
         for name in WRITTEN:
             assert_same_bits(given[name], expected[name])
@@ -759,7 +743,7 @@ PLACED = {"q": 2, "k": 2, "v": 2, "k_cache": 2, "v_cache": 2, "k_scale": 0}  # d
 @pytest.mark.parametrize("sharded", ["q and k", "q", "k"])
 def test_heads_are_sharded_as_those_of_the_caches(sharded):
     given = arguments("cpu", torch.bfloat16, F8, heads=(2 * RANKS, RANKS), scales=True)
-    expected = expected_of(given)
+    expected = APPENDING.expected_of(given)
     dims = {n: dim for n, dim in PLACED.items() if ("q" if n == "q" else "k") in sharded}
 
     def on_rank(mesh):
@@ -767,7 +751,7 @@ def test_heads_are_sharded_as_those_of_the_caches(sharded):
             n: place(t.clone(), mesh, Shard(dims[n]) if n in dims else Replicate())
             for n, t in given.items()
         }
-        append(placed)
+        APPENDING.append(placed)
         return [placed[name] for name in WRITTEN]
 
     for got, whole in zip(on_every_rank(on_rank), expected.values(), strict=True):
@@ -794,12 +778,12 @@ def test_shards_that_do_not_fit_are_refused(dims, expected):
         placed = {n: place(t, mesh, *([Shard(dims[n])] if n in dims else []))
                   for n, t in given.items()}  # fmt: skip
         with pytest.raises(RuntimeError, match=f"apply_rotary_qk_append_kv_: {expected}"):
-            append(placed)
+            APPENDING.append(placed)
 
 
 def test_flops_are_those_of_the_rotation():
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        append(arguments("cpu"))
+        APPENDING.append(arguments("cpu"))
     assert counter.get_total_flops() == 3 * B * S * (H + K) * D

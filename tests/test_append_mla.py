@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from appending import Appending
 from ranks import RANKS, as_rank, on_every_rank, place
 from support import (
     DTYPES,
@@ -35,6 +36,7 @@ BLOCKS, BLOCK_SIZE = 3, 8
 SLOTS = BLOCKS * BLOCK_SIZE  # for 10 tokens
 F8 = torch.float8_e4m3fn
 WRITTEN = ("q", "k_pe", "kv_cache")
+APPENDING = Appending(rope.apply_rotary_mla_append_, reference.apply_rotary_mla_append, WRITTEN)
 
 
 def arguments(
@@ -58,28 +60,6 @@ def arguments(
     return made
 
 
-def expected_of(arguments):
-    """What the written tensors become."""
-    on_host = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-    return dict(zip(WRITTEN, reference.apply_rotary_mla_append(**on_host), strict=True))
-
-
-def append(arguments, operator=rope.apply_rotary_mla_append_):
-    options = dict(arguments)
-    schema = rope.apply_rotary_mla_append_.default._schema
-    positional = [options.pop(a.name) for a in schema.arguments[:8] if a.name in options]
-    assert operator(*positional, **options) is None
-
-
-def assert_appends(arguments, **options):
-    """The bits of the steps in plain PyTorch, and what is read is left alone."""
-    kept = {name: t.clone() for name, t in arguments.items() if name not in WRITTEN}
-    expected = expected_of({**arguments, **options})
-    append({**arguments, **options})
-    for name, t in {**kept, **expected}.items():
-        assert_same_bits(arguments[name], t)
-
-
 # ---- the numbers
 
 
@@ -87,7 +67,7 @@ def assert_appends(arguments, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_the_cache_gets_what_rotation_and_quantisation_give(dtype, cache, backend):
     float8 = cache in FLOAT8
-    assert_appends(arguments(backend, dtype, cache if float8 else dtype, scale=float8))
+    APPENDING.assert_appends(arguments(backend, dtype, cache if float8 else dtype, scale=float8))
 
 
 # heads of q, D, R, rank
@@ -112,13 +92,13 @@ def test_every_order_of_the_pairs(sizes, order, cache_dtype, backend):
         backend, torch.bfloat16, cache_dtype, tokens=(6,), heads=heads, dim=dim,
         rotary_dim=rotary_dim, rank=rank,
     )  # fmt: skip
-    assert_appends(given, **ORDERS[order])
+    APPENDING.assert_appends(given, **ORDERS[order])
 
 
 @pytest.mark.parametrize("order", ["half-split", "neighbours to halves"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_pairs_that_change_their_order_in_every_dtype(dtype, order, backend):
-    assert_appends(arguments(backend, dtype), **ORDERS[order])
+    APPENDING.assert_appends(arguments(backend, dtype), **ORDERS[order])
 
 
 def test_q_has_the_bits_of_the_rotation_out_of_place(device):
@@ -126,7 +106,7 @@ def test_q_has_the_bits_of_the_rotation_out_of_place(device):
     rows = [given[name] for name in ("cos", "sin", "position_ids")]
     options = ORDERS["neighbours to halves"]
     expected = rope.apply_rotary(given["q"], *rows, rotary_offset=D - R, **options)
-    append({**given, **options})
+    APPENDING.append({**given, **options})
     assert_same_bits(given["q"], expected)
 
 
@@ -138,7 +118,7 @@ def test_the_same_bits_with_any_number_of_threads(order, threads):
         given = arguments(
             "cpu", torch.bfloat16, F8, tokens=(300,), heads=6, dim=96, rotary_dim=64, blocks=40
         )
-        append({**given, **ORDERS[order]})
+        APPENDING.append({**given, **ORDERS[order]})
         written.append([given[name] for name in WRITTEN])
     for got in written[1:]:
         for a, b in zip(got, written[0], strict=True):
@@ -154,7 +134,7 @@ def test_tokens_and_the_one_head_of_k(with_head, tokens, backend):
     given = arguments(backend, torch.float16, tokens=tokens)
     if with_head:
         given["k_pe"] = given["k_pe"].unsqueeze(-2)
-    assert_appends(given, interleaved=True, interleaved_out=False)
+    APPENDING.assert_appends(given, interleaved=True, interleaved_out=False)
 
 
 @pytest.mark.parametrize("order", ["half-split", "neighbours to halves"])
@@ -170,10 +150,10 @@ def test_only_the_channels_of_a_view_of_q_that_rotate_are_written(view, order, b
 
     given["q"] = q = VIEWS[view](base, B, S, H, D)
     expected_whole = wholes[0].cpu().clone()
-    expected = expected_of({**given, **ORDERS[order]})
+    expected = APPENDING.expected_of({**given, **ORDERS[order]})
     part = expected_whole.as_strided(q.shape, q.stride(), q.storage_offset())
     part.copy_(expected["q"])
-    append({**given, **ORDERS[order]})
+    APPENDING.append({**given, **ORDERS[order]})
     assert_same_bits(wholes[0], expected_whole)
     assert_same_bits(given["kv_cache"], expected["kv_cache"])
 
@@ -186,7 +166,7 @@ def test_q_and_the_compressed_row_of_larger_projections(backend):
     whole = random(7, H, 16 + D, dtype=torch.bfloat16, device=backend)
     given["q"] = whole[..., 16:]
     kept, latent = whole[..., :16].clone(), given["kv_c"].clone()
-    assert_appends(given, interleaved=True, interleaved_out=False)
+    APPENDING.assert_appends(given, interleaved=True, interleaved_out=False)
     assert_same_bits(whole[..., :16], kept)
     assert_same_bits(row[:, :RANK], latent)
 
@@ -211,8 +191,8 @@ def test_only_the_slots_of_a_view_of_the_cache_are_written(view, cache_dtype, ba
     given["kv_cache"] = cache = CACHES[view](base, BLOCKS, BLOCK_SIZE, RANK + R)
     expected_whole = whole.cpu().clone()
     part = expected_whole.as_strided(cache.shape, cache.stride(), cache.storage_offset())
-    part.copy_(expected_of(given)["kv_cache"])
-    append(given)
+    part.copy_(APPENDING.expected_of(given)["kv_cache"])
+    APPENDING.append(given)
     assert_same_bits(whole, expected_whole)
 
 
@@ -226,8 +206,8 @@ def test_nothing_at_all(backend):
         else:
             given["kv_cache"] = given["kv_cache"][:0]
             given["slot_mapping"] = torch.full_like(given["slot_mapping"], -1)
-        assert_appends(given)
-        assert_appends(given, interleaved=True, interleaved_out=False)
+        APPENDING.assert_appends(given)
+        APPENDING.assert_appends(given, interleaved=True, interleaved_out=False)
 
 
 # ---- refusals
@@ -321,7 +301,7 @@ def expect_refusal(given, expected, got):
     kept = {name: as_bytes(t).clone() for name, t in given.items() if isinstance(t, torch.Tensor)}
     message = f"rope::apply_rotary_mla_append_: expected {expected}, got {got}"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
-        append(given)
+        APPENDING.append(given)
     for name, before in kept.items():
         assert torch.equal(as_bytes(given[name]), before)
 
@@ -347,7 +327,9 @@ def test_more_channels_than_can_change_their_order_are_refused(device):
     given.update(ORDERS["neighbours to halves"])
     expect_refusal(given, expected, "the other order for 514")
     del given["interleaved_out"]
-    assert_appends({n: t for n, t in given.items() if n != "interleaved"}, interleaved=True)
+    APPENDING.assert_appends(
+        {n: t for n, t in given.items() if n != "interleaved"}, interleaved=True
+    )
 
 
 @pytest.mark.parametrize("name", ["k_pe", "kv_c", "kv_cache", "slot_mapping", "scale"])
@@ -356,7 +338,7 @@ def test_argument_on_another_device_is_refused(name):
     given = arguments("cpu", cache_dtype=F8, scale=True)
     given[name] = given[name].to("meta")
     with pytest.raises(RuntimeError, match=f"expected {name} on the device of q, cpu, got meta"):
-        append(given)
+        APPENDING.append(given)
 
 
 @pytest.mark.cuda
@@ -367,9 +349,9 @@ def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value,
     given = arguments("cuda", cache_dtype=cache_dtype)
     slots = given["slot_mapping"].cpu()
     slots[1, 1] = value
-    expected = expected_of({**given, "slot_mapping": slots.where(slots < SLOTS, -1)})
+    expected = APPENDING.expected_of({**given, "slot_mapping": slots.where(slots < SLOTS, -1)})
     given["slot_mapping"] = slots.cuda()
-    append(given)
+    APPENDING.append(given)
     for name in WRITTEN:
         assert_same_bits(given[name], expected[name])
 
@@ -398,7 +380,7 @@ def test_versions_of_what_is_written_are_bumped(mode, call, device):
     given = arguments(device)
     before = {name: t._version for name, t in given.items()}
     with mode():
-        append(given, call)
+        APPENDING.append(given, call)
     for name, t in given.items():
         assert t._version == before[name] + (name in WRITTEN), name
 
@@ -411,7 +393,7 @@ def test_tensor_that_requires_grad_is_refused(name, device):
     message = rf"append_: expected {name} to need no gradient \(what a cache keeps has none\)"
     for call in CALLS.values():
         with pytest.raises(RuntimeError, match=message):
-            append(given, call)
+            APPENDING.append(given, call)
         assert_same_bits(given["kv_cache"], kept)
 
 
@@ -445,7 +427,7 @@ def test_one_graph_for_all_lengths(device):
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (7, 12, 20):
         given = arguments(device, tokens=(tokens,))
-        expected = expected_of({**given, "interleaved": True, "interleaved_out": False})
+        expected = APPENDING.expected_of({**given, "interleaved": True, "interleaved_out": False})
         assert_same_bits(compiled(given), expected["q"])
         assert_same_bits(given["kv_cache"], expected["kv_cache"])
     assert len(graphs) == 1
@@ -453,11 +435,11 @@ def test_one_graph_for_all_lengths(device):
 
 def test_heads_of_q_are_sharded_and_the_cache_is_written_by_every_rank():
     given = arguments("cpu", heads=RANKS, cache_dtype=F8, scale=True)
-    expected = expected_of(given)
+    expected = APPENDING.expected_of(given)
 
     def on_rank(mesh):
         placed = {n: place(t.clone(), mesh, *([Shard(2)] * (n == "q"))) for n, t in given.items()}
-        append(placed)
+        APPENDING.append(placed)
         assert placed["q"].placements == (Shard(2),)
         return [placed[name] for name in WRITTEN]
 
@@ -480,12 +462,12 @@ def test_other_shards_are_refused(name, dim, expected):
         mesh = init_device_mesh("cpu", (RANKS,))
         placed = {n: place(t, mesh, *([Shard(dim)] * (n == name))) for n, t in given.items()}
         with pytest.raises(RuntimeError, match=f"apply_rotary_mla_append_: {expected}"):
-            append(placed)
+            APPENDING.append(placed)
 
 
 def test_flops_are_those_of_the_rotation():
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        append(arguments("cpu"))
+        APPENDING.append(arguments("cpu"))
     assert counter.get_total_flops() == 3 * B * S * (H + 1) * R
