@@ -28,7 +28,7 @@ class lowering:
     changed; eager calls are the operators always.
 
     The numbers are the same but that a compiler may contract a product and a sum to one rounding,
-    as Triton does: each way is then within 2^-23 (|x1 cos| + |x2 sin|) and one rounding of the
+    as Triton does: each way is then within ``2^-23 (|x1 cos| + |x2 sin|)`` and one rounding of the
     exact value. Inductor's C++ contracts nothing: on the CPU the bits are equal. Decomposed, a
     position outside of the table gives NaN, on every device.
 

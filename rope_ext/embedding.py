@@ -261,7 +261,7 @@ class RotaryEmbedding(nn.Module):
     def cos_sin(
         self, position_ids: Tensor, *, regime_length: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [*position_ids.shape, P]: once a step, for all layers of a model.
+        """cos and sin, float32 ``[*position_ids.shape, P]``: once a step, for all layers.
 
         Args:
             position_ids: int32, int64 or floating [B, S] or [T], in tokens.

@@ -40,8 +40,8 @@ def rms_norm_rotary_qk(
         k_weight: [D], or [Hk, D] where q_weight is [H, D]; of q_weight's dtype.
         eps: added to the mean of the squares, at least 0.
         unit_offset: the factor is 1 + weight (Gemma).
-        cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
-            layout: as for :func:`rope_ext.apply_rotary`.
+        cos, sin, position_ids, layout: as for :func:`rope_ext.apply_rotary`.
+        rotary_dim, rotary_offset, interleaved, interleaved_out, inverse: as there.
 
     Returns:
         q and k normalised and rotated, of their shapes and dtype.

@@ -137,8 +137,8 @@ def apply_rotary_qk(
         q: as x of :func:`apply_rotary`.
         k: of q's shape and dtype, but for its number of heads (grouped-query attention). In place,
             q and k may be views of one packed tensor, but may share no element.
-        cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
-            layout, inplace: as for :func:`apply_rotary`.
+        cos, sin, position_ids, layout, inplace: as for :func:`apply_rotary`.
+        rotary_dim, rotary_offset, interleaved, interleaved_out, inverse: as there.
         out: as for :func:`apply_rotary`, one for q and one for k.
         cos_k, sin_k: the tables of k, of cos's shape and dtype, both or none.
 
@@ -287,7 +287,7 @@ def cos_sin(
             pairs turn by the one position that a token has.
 
     Returns:
-        cos, sin: [*position_ids.shape, P], with axes [*position_ids.shape[1:], P]; ready for
+        cos, sin: ``[*position_ids.shape, P]``, with axes ``[*position_ids.shape[1:], P]``, for
         :func:`apply_rotary` when a token's positions are [B, S] or [T]. Differentiable, twice, for
         inv_freq and floating position_ids.
 

@@ -5,13 +5,15 @@
 and k carry its square. Every function is evaluated in float32 in the order of transformers, so that
 the bits are those of its ``ROPE_INIT_FUNCTIONS`` on the same device.
 
-basic.py     default, partial, proportional: which channels rotate
-context.py   linear, yarn, longrope, llama3: for contexts longer than those of the training
-ntk_aware.py ntk, ntk_alpha, dynamic_ntk: the same by another base
-spatial.py   axial, pixel, constant: images, volumes and learned frequencies
-decay.py     xpos: rotation with a decay, for which q and k need tables of their own
-scaling.py   from_scaling: all of these from a dict in the terms of Hugging Face
-config.py    from_config: what a Hugging Face config asks for
+The files::
+
+    basic.py     default, partial, proportional: which channels rotate
+    context.py   linear, yarn, longrope, llama3: for contexts longer than those of the training
+    ntk_aware.py ntk, ntk_alpha, dynamic_ntk: the same by another base
+    spatial.py   axial, pixel, constant: images, volumes and learned frequencies
+    decay.py     xpos: rotation with a decay, for which q and k need tables of their own
+    scaling.py   from_scaling: all of these from a dict in the terms of Hugging Face
+    config.py    from_config: what a Hugging Face config asks for
 """
 
 from rope_ext.frequencies.basic import default, partial, proportional

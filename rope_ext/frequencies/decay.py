@@ -20,7 +20,7 @@ def xpos(
     z[i] = (2 i / R + gamma) / (1 + gamma), so that the score of two tokens carries
     ``z[i] ** (distance / scale_base)``. The rotation is that of :func:`default`. q and k need
     tables of their own, and n is best counted from the middle of the context, since the factors
-    leave the range of float32 at ``|n|`` of about 35,000 for the default arguments:
+    leave the range of float32 at ``|n|`` of about 35,000 for the default arguments::
 
         inv_freq, log_scale = frequencies.xpos(64)
         cos, sin = rope_ext.cos_sin(inv_freq, position_ids)                     # [B, S, P]

@@ -110,7 +110,7 @@ def dynamic_ntk(
         rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
 
     Returns:
-        inv_freq, float32 [R / 2], for a tensor [*length.shape, R / 2]; and attention_scaling, 1.0.
+        inv_freq, float32 [R / 2], for a tensor ``[*length.shape, R / 2]``; attention_scaling, 1.0.
 
     Raises:
         ValueError: for an argument outside of these bounds.

@@ -4,11 +4,13 @@ Small functions of tensor operations: on every device, in compiled graphs, never
 device. Positions are int64, in tokens. What makes no sense raises a ValueError that names function,
 argument, what was expected and what came; values of tensors are looked at on the CPU alone.
 
-sequences.py  packed batches, tokens after those of a cache, padded batches
-pages.py      slots of a paged KV cache
-grids.py      images and volumes: a position an axis
-multimodal.py M-RoPE: text with images and videos; which axis turns which pair
-ranks.py      context parallelism: the tokens of a rank
+The files::
+
+    sequences.py  packed batches, tokens after those of a cache, padded batches
+    pages.py      slots of a paged KV cache
+    grids.py      images and volumes: a position an axis
+    multimodal.py M-RoPE: text with images and videos; which axis turns which pair
+    ranks.py      context parallelism: the tokens of a rank
 """
 
 from rope_ext.positions.grids import grid, patch_centers

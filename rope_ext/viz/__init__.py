@@ -1,9 +1,11 @@
 """Pictures of a rotation: `python -m rope_ext plot` and `python -m rope_ext explore`.
 
-rope.py     the rotation that is shown: that of a config, or of a model like Llama 3
-command.py  the two commands
-figures/    one function a figure, with matplotlib (pip install 'rope_ext[viz]')
-page/       an HTML page to explore it in
+The files::
+
+    rope.py     the rotation that is shown: that of a config, or of a model like Llama 3
+    command.py  the two commands
+    figures/    one function a figure, with matplotlib (pip install 'rope_ext[viz]')
+    page/       an HTML page to explore it in
 """
 
 from rope_ext.viz.rope import Rope

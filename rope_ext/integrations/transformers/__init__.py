@@ -1,17 +1,21 @@
 """transformers models, rotated by rope_ext.
 
+One model that is loaded::
+
     from rope_ext.integrations.transformers import patch
 
     model = AutoModelForCausalLM.from_pretrained(...)
     print(patch(model))
 
-patching.py      patch, unpatch: one loaded model
-rebuilding.py    the methods that rotate, with other rotations
-recognition.py   which rotation a model's own function is
-probes.py        what it is tried with
-rotations.py     each of these rotations as calls of the operators
-kernels_hook.py  register_kernels: every model of a process, through the package `kernels`
-families.py      the model families that this has been tested on: families.json, the tests' record
+The files::
+
+    patching.py      patch, unpatch: one loaded model
+    rebuilding.py    the methods that rotate, with other rotations
+    recognition.py   which rotation a model's own function is
+    probes.py        what it is tried with
+    rotations.py     each of these rotations as calls of the operators
+    kernels_hook.py  register_kernels: every model of a process, through the package `kernels`
+    families.py      the model families that this was tested on: families.json
 """
 
 from rope_ext.integrations.transformers.kernels_hook import (

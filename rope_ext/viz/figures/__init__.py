@@ -1,14 +1,18 @@
 """One function a figure: of a Rope, to a matplotlib Figure that is the same each time.
 
+Of a config::
+
     from rope_ext.viz import Rope, figures
 
     figures.wavelengths(Rope.of(config)).savefig("wavelengths.png")
 
-style.py      colours, sizes, files that do not differ from run to run
-rotations.py  rotation, tables: what happens to a vector, and the numbers that do it
-methods.py    wavelengths: how long each pair takes for a turn, by each method
-scores.py     decay, relative: what it does to the scores of attention
-errors.py     accuracy: what float32 does to angles
+The files::
+
+    style.py      colours, sizes, files that do not differ from run to run
+    rotations.py  rotation, tables: what happens to a vector, and the numbers that do it
+    methods.py    wavelengths: how long each pair takes for a turn, by each method
+    scores.py     decay, relative: what it does to the scores of attention
+    errors.py     accuracy: what float32 does to angles
 """
 
 from rope_ext.viz.figures.errors import accuracy
