@@ -6,7 +6,7 @@ project = "rope_ext"
 author = "the rope_ext authors"
 release = version = rope_ext.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"rope_ext {release}"
 
