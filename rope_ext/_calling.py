@@ -12,19 +12,19 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     """operator(*args, **options), which writes the tensors `written`.
 
     What autograd has of an operator is written in Python (_derivatives.py, _register.py), and takes
-    longer than all else of a small call. Without gradients it has only the writes to take note of,
-    and that is done here. Inference mode goes past it by itself, but for writes where some tensor
-    was made outside of it.
+    longer than all else of a small call. Where nothing requires a gradient it has only the writes
+    to take note of, and that is done here. Inference mode goes past it by itself, but for writes
+    where some tensor was made outside of it.
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return operator(*args, **options)
     inference = torch.is_inference_mode_enabled()
     if inference and not written:
+        return operator(*args, **options)
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and _any_requires_grad(*args, *written))
+    ):
         return operator(*args, **options)
     if not inference and written:
         check_may_be_written(operator, written)
@@ -33,6 +33,13 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     if written:
         increment_version([x for x in written if not x.is_inference()])
     return result
+
+
+def _any_requires_grad(*args: Any) -> bool:
+    for x in args:  # a loop, as any() would make a generator
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:

@@ -250,7 +250,6 @@ class RotaryEmbedding(nn.Module):
             k,
             cos,
             sin,
-            rotary_dim=self.rotary_dim,
             interleaved=self.interleaved,
             layout=layout,
             inplace=inplace,
@@ -275,7 +274,8 @@ class RotaryEmbedding(nn.Module):
         self, position_ids: Tensor, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
-        length = checked_regime_length(regime_length, self.inv_freq.device)
+        inv_freq = self.inv_freq  # once: a module looks for its tensors slowly
+        length = checked_regime_length(regime_length, inv_freq.device)
         if isinstance(length, Tensor) and length.dim() == 1:
             rows = position_ids.shape[0]
             if length.shape[0] != rows and (position_ids.dim() == 1 or rows != 1):
@@ -285,7 +285,7 @@ class RotaryEmbedding(nn.Module):
                 )
         if self.rope_type in BY_LENGTH:
             return self._by_length(position_ids, length)
-        return *tables(self.inv_freq, position_ids, self.attention_scaling), None
+        return *tables(inv_freq, position_ids, self.attention_scaling), None
 
     def table(
         self, length: int, *, regime_length: int | Tensor | None = None
@@ -302,23 +302,25 @@ class RotaryEmbedding(nn.Module):
         self, length: int, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
-        regime = checked_regime_length(regime_length, self.inv_freq.device)
+        inv_freq = self.inv_freq
+        regime = checked_regime_length(regime_length, inv_freq.device)
         # A graph would be bound to a table's length, no gradient passes through a kept one, and
         # what is learned may be written through .data, which no version counts.
-        afresh = torch.compiler.is_compiling() or self.learned or self.inv_freq.requires_grad
+        afresh = torch.compiler.is_compiling() or self.learned or inv_freq.requires_grad
         if self.rope_type == "dynamic" or (
             self.rope_type == "longrope" and (afresh or isinstance(regime, Tensor))
         ):
             return self._by_length(length, regime)
         if afresh:
-            return *tables(self.inv_freq, length, self.attention_scaling), None
+            return *tables(inv_freq, length, self.attention_scaling), None
         name, scaling = "inv_freq", self.attention_scaling
         if self.rope_type == "longrope":
             regime = length if regime is None else regime
             if regime > self.original_max_position_embeddings:
                 name, scaling = "long_inv_freq", self.long_attention_scaling
+                inv_freq = self.long_inv_freq
         rows = min(2048, self.max_position_embeddings or 2048)
-        return *self._tables.get(name, getattr(self, name), scaling, length, rows), None
+        return *self._tables.get(name, inv_freq, scaling, length, rows), None
 
     def _by_length(
         self, positions: Tensor | int, regime_length: int | Tensor | None

@@ -167,8 +167,10 @@ def apply_rotary_qk(
     if not inplace:
         rotate = decompositions if decompositions.in_graph() else rope
         rotate = rotate.apply_rotary_qk
-        out_q, out_k = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
-        return from_bshd(out_q, layout), from_bshd(out_k, layout)
+        rotated = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
+        if layout == "bshd":
+            return rotated
+        return from_bshd(rotated[0], layout), from_bshd(rotated[1], layout)
     check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
     if not is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
         rotate = rope.apply_rotary_qk_

@@ -17,9 +17,9 @@ def tables(
     return cos_sin_cache(inv_freq, positions, attention_scaling=attention_scaling)
 
 
-def _is_captured() -> bool:
+def _is_captured(x: Tensor) -> bool:
     """Whether a CUDA graph is captured: what is computed has no values until it is replayed."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Table(NamedTuple):
@@ -43,7 +43,7 @@ class TableCache:
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
     ) -> tuple[Tensor, Tensor]:
         """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
-        if inv_freq.is_inference() or _is_captured():  # writes to the first are not counted
+        if inv_freq.is_inference() or _is_captured(inv_freq):  # writes to the first are not counted
             return tables(inv_freq, length, attention_scaling)
         version = inv_freq._version
         made = self.made.get(name)
