@@ -36,7 +36,7 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
 
 
 def _any_requires_grad(*args: Any) -> bool:
-    for x in args:  # a loop, as any() would make a generator
+    for x in args:  # noqa: SIM110 (the generator of any() takes longer than all of this)
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
