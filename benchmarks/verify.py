@@ -74,12 +74,17 @@ def exact_rows(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return reference.cos_sin(inv_freq, positions)
 
 
+def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place that dtype has at exact float64 values."""
+    exponent = torch.frexp(exact.abs()).exponent
+    info = torch.finfo(dtype)
+    return torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
+
+
 def table_error(got: Tensor, exact: Tensor) -> float:
     """Largest error of a float32 table in units in the last place of its exact float64 values."""
-    exponent = torch.frexp(exact.abs()).exponent
-    info = torch.finfo(torch.float32)
-    ulp = torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
-    return ((got.double() - exact).abs() / ulp.clamp_min(info.smallest_normal)).max().item()
+    allowed = ulp(exact, torch.float32).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    return ((got.double() - exact).abs() / allowed).max().item()
 
 
 def check_table(name: str, got: Tensor, exact: Tensor, *, ulps: float) -> None:

@@ -52,12 +52,23 @@ def positions_shown() -> list[int]:
 
 def exact(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of positions [N] times inv_freq [P], each float64 [N, P], rounded once."""
+    (cos, _), (sin, _) = exact_parts(positions, inv_freq)
+    return cos, sin
+
+
+def exact_parts(positions: Tensor, inv_freq: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The same with what rounding leaves: of cos and of sin the two, each float64 [N, P]."""
+
+    def split(value: mpmath.mpf) -> tuple[float, float]:
+        nearest = float(value)
+        return nearest, float(value - nearest)
+
     with mpmath.workdps(DIGITS):
         frequencies = [mpmath.mpf(f) for f in inv_freq.tolist()]
         rows = [[mpmath.cos_sin(p * f) for f in frequencies] for p in positions.tolist()]
-        both = [[[float(part) for part in pair] for pair in row] for row in rows]
-    both = torch.tensor(both, dtype=torch.float64)  # [N, P, 2]
-    return both[..., 0], both[..., 1]
+        parts = [[[split(part) for part in pair] for pair in row] for row in rows]
+    parts = torch.tensor(parts, dtype=torch.float64)  # [N, P, 2, 2]
+    return [part.unbind(-1) for part in parts.unbind(-2)]
 
 
 def angle_between(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
