@@ -52,7 +52,8 @@ def markdown(rows: list[Row], setting: str) -> str:
     for quantity, what in QUANTITIES.items():
         cells: dict[tuple, list[str]] = {}
         for row in sorted((r for r in rows if r.quantity == quantity), key=lambda r: r.context):
-            cell = f"{row.largest:.2g} ({row.high:.2g})"
+            digits = 4 if quantity == "ulp" else 2  # half a unit is the least there is
+            cell = f"{row.largest:.{digits}g} ({row.high:.{digits}g})"
             cells.setdefault((row.base, row.way), []).append(cell)
         lines += ["", f"## {what}", ""]
         lines.append(f"| base | way | {' | '.join(f'{context:,}' for context in contexts)} |")
