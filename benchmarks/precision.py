@@ -127,7 +127,8 @@ def table_ulps(got: Table, truth: list[Table], dtype: torch.dtype) -> Tensor:
 def frequency_errors(inv_freq: Tensor, base: float, positions: Tensor) -> dict[str, Tensor]:
     """In radians [N, P]: of angles against those of base^(-2i / D), which float32 has to round.
 
-    The formula in float64 is wrong by 2^-52 of an angle: by a radian / 2^21 at the position 2^31.
+    In float64: exponents are exact, the power and its product are rounded, and so an angle is off
+    by at most 2^-51 of itself, which is 2^-20 radians at the position 2^31.
     """
     formula = base ** (-torch.arange(0, HEAD_DIM, 2, dtype=F64) / HEAD_DIM)
     steps = positions[:, None].double()

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import mpmath
 import precision
 from verify import WrongResult
 
@@ -146,12 +147,15 @@ def test_the_usual_way_is_held_against_transformers(monkeypatch):
 def test_frequencies_are_held_against_the_formula():
     """One rounding leaves 2^-24 of an angle at most; inv_freq is a quotient of a rounded power."""
     inv_freq, _ = rope_ext.frequencies.default(precision.HEAD_DIM)
-    rounded, both = precision.frequency_errors(inv_freq, 1e4, torch.tensor([1_000_003])).values()
-    formula = [1_000_003 * 1e4 ** (-pair / 64) for pair in range(64)]
-    theirs = [1_000_003 * f for f in inv_freq.tolist()]
-    expected = torch.tensor(theirs, dtype=F64) - torch.tensor(formula, dtype=F64)
-    torch.testing.assert_close(rounded[0], expected.abs(), rtol=0, atol=1e-9)
-    assert 2.0**-7 < rounded.max() < 2 * 2.0**-24 * 1_000_003
+    position = 1_000_003
+    of = precision.frequency_errors(inv_freq, 1e4, torch.tensor([position]))
+    rounded, both = of.values()
+    with mpmath.workdps(40):
+        formula = [mpmath.mpf(10_000) ** (-mpmath.mpf(pair) / 64) for pair in range(64)]
+        off = [position * (f - g) for f, g in zip(inv_freq.tolist(), formula, strict=True)]
+    expected = torch.tensor([[abs(float(angle)) for angle in off]], dtype=F64)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=2.0**-51 * position)
+    assert 2.0**-7 < rounded.max() < 2 * 2.0**-24 * position
     assert both.max() <= rounded.max() + 2.0**-5
 
 
