@@ -15,6 +15,7 @@ from support import small_llama  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+import rope_ext  # noqa: E402
 from rope_ext.integrations.transformers import (  # noqa: E402
     UnrecognizedRotation,
     patch,
@@ -104,6 +105,27 @@ def test_a_model_of_which_a_part_was_patched_is_patched_as_a_whole(model, tokens
     with patched(model) as report:
         assert len(report.sites) == rotations_of_rope_ext(model, tokens) == LAYERS
     assert rotations_of_rope_ext(model, tokens) == 1
+
+
+class ExactTables(nn.Module):
+    """In the place of a model's rotary_emb."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.rotary = rope_ext.RotaryEmbedding.from_config(config)
+
+    def forward(self, x, position_ids):
+        cos, sin = self.rotary.cos_sin(position_ids)
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+def test_a_model_that_holds_modules_of_rope_ext_is_patched(model, tokens):
+    before = model(tokens).logits
+    model.model.rotary_emb = ExactTables(model.config)
+    assert len(patch(model).sites) == LAYERS
+    # Its own tables round angles, of less than 40 radians, by up to 2^-19.
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=2**-12)
+    assert rotations_of_rope_ext(model, tokens) == LAYERS + 1  # and the rows of its table
 
 
 def test_modules_keep_the_names_and_bases_of_their_classes(model):

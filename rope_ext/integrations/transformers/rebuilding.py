@@ -77,14 +77,14 @@ def rebuilt_methods(owner: type, substitute: Substitute) -> dict[str, RebuiltMet
 
 
 def _methods(owner: type) -> Iterator[tuple[str, Any, type]]:
-    """Name, attribute and class of all that is written outside of torch.nn and not overridden.
+    """Name, attribute and class of all written outside of torch and rope_ext and not overridden.
 
     Refuses what can't be rebuilt and rotates: methods of a class, properties, those that an
     overriding one calls, and those hidden in a decorator.
     """
     found: dict[str, Any] = {}
     for defining in owner.__mro__:
-        if defining.__module__.partition(".")[0] in ("torch", "builtins"):
+        if defining.__module__.partition(".")[0] in ("torch", "builtins", "rope_ext"):
             continue
         for name, attribute in vars(defining).items():
             function = _function_of(attribute)
