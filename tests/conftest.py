@@ -126,6 +126,13 @@ def pytest_addoption(parser):
         help="run every model family, and write the results to the package and README.md",
     )
     parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the selected tests only each Nth: a sample, where each of them is slow",
+    )
+    parser.addoption(
         "--works",
         choices=("print", "record"),
         help="the README's table of what works with what: print it as the collected tests say, or "
@@ -161,7 +168,11 @@ def recording(request):
     )
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # after -m and -k have selected
+def pytest_collection_modifyitems(config, items):
+    if (step := config.getoption("--every")) > 1:
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
+        items[:] = items[::step]
     for item in items:
         item.user_properties.append(("shows", works_with.claims(item.iter_markers("shows"))))
         if EMULATED and item.get_closest_marker("cuda"):
