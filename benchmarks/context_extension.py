@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from rope_ext.demo import models, weights
 
-LENGTHS, QUICK_LENGTHS = (8192, 16384, 32768), (8192, 10240)
+LENGTHS, QUICK_LENGTHS = (8192, 16384, 32768), (9216,)
 BUCKETS = (0, 2048, 4096, 8192, 12288, 16384, 24576, 32768)  # positions where a bucket begins
 STEPS, QUICK_STEPS = 1500, 150  # of the small model, in its first context
 EXTENDING_STEPS, QUICK_EXTENDING_STEPS = 200, 20
