@@ -454,6 +454,18 @@ def test_names_of_the_contexts_do_not_hide_each_other(figure, factor):
     assert drawing.bbox.containsx(extended.x1)
 
 
+@pytest.mark.parametrize("name", ["like Llama 3", "yarn", "longrope, partial"])
+def test_legend_of_the_accuracy_is_beside_lines_and_names(name):
+    drawing = drawn("accuracy", name)
+    drawing.draw_without_rendering()
+    (axes,) = drawing.axes
+    legend = axes.get_legend().get_window_extent()
+    assert not any(legend.overlaps(text.get_window_extent()) for text in axes.texts)
+    for x, y in lines(axes).values():
+        at = axes.transData.transform(torch.stack((x, y.double()), -1).numpy())
+        assert not any(legend.contains(*point) for point in at)
+
+
 @pytest.mark.parametrize("name", ["longrope, partial"])
 def test_lines_differ_in_grey(name):
     (axes,) = drawn("wavelengths", name).axes

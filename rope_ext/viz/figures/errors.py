@@ -40,7 +40,8 @@ def accuracy(rope: Rope) -> Figure:
     mark_contexts(axes, rope, across=False)
     axes.set(xscale="log", yscale="log", xlabel="position (tokens)")
     axes.set_ylabel("largest error of a pair's angle (radians)")
-    axes.legend(loc="center right", handlelength=4)
+    # between the two lines, below the names of the contexts
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.35), handlelength=4)
     return figure
 
 
