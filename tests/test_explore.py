@@ -326,6 +326,24 @@ def test_score_stays_put_when_both_tokens_move(opened):
     assert seen() == before
 
 
+def test_number_is_typed_digit_by_digit_while_both_move(opened):
+    """m starts as 1, which would have n below 0: what is typed stays as it is until it is done."""
+    browser = opened()
+    start = settings_of(browser)
+    assert start["m"] - start["n"] > 1
+    press(browser, "together", " ")
+    type_number(browser, "m-exact", 1000)
+    of = settings_of(browser)
+    assert (of["m"], of["n"]) == (1000, 1000 - start["m"] + start["n"])
+    type_number(browser, "m-exact", 1)
+    browser.press("Tab")
+    of = settings_of(browser)
+    assert (of["m"], of["n"]) == (start["m"] - start["n"], 0)
+    press(browser, "m-exact", "ArrowUp", 3)
+    press(browser, "m-exact", "ArrowDown", 9)
+    assert (settings_of(browser)["m"], settings_of(browser)["n"]) == (of["m"], 0)
+
+
 def test_positions_stay_within_their_bounds(opened):
     browser = opened()
     type_number(browser, "m-exact", 99999999999)
@@ -422,6 +440,54 @@ def test_wavelength_chart_has_every_pair_of_every_method(opened):
         "[...document.querySelectorAll('#wavelength-chart .context')].map((l) => +l.dataset.tokens)"
     )
     assert browser.evaluate(marked) == [of["trained"], of["trained"] * of["factor"]]
+
+
+def test_page_has_the_extended_context_of_the_config(opened):
+    """That of Llama 3.1, whose factor is smaller than what its lengths say."""
+    llama31 = {**LLAMA3, "factor": 8.0}
+    browser = opened({"head_dim": 128, "max_position_embeddings": 131072, "rope_scaling": llama31})
+    marked = (
+        "[...document.querySelectorAll('#wavelength-chart .context')].map((l) => +l.dataset.tokens)"
+    )
+    assert browser.evaluate(marked) == [8192, 131072]
+    assert "131,072" in text_of(browser, "wavelength-chart")
+    press(browser, "factor", "ArrowRight")
+    assert browser.evaluate(marked) == [8192, 8192 * 12]
+
+
+@pytest.mark.parametrize(("m", "n"), [(20, 12), (7, 1006), (1_000_303, 1_000_000)])
+def test_score_chart_has_the_scores_of_the_distances(m, n, opened):
+    """The height of each is linear in its score; the dot is at a corner of the line."""
+    browser = opened()
+    type_number(browser, "m-exact", m)
+    type_number(browser, "n-exact", n)
+    d = browser.evaluate("document.querySelector('#score-chart .curve').getAttribute('d')")
+    points = [tuple(map(float, xy)) for xy in re.findall(r"([\d.]+) ([\d.]+)", d)]
+    circle = "document.querySelector('#score-chart .dot')"
+    dot = browser.evaluate(f"['cx', 'cy'].map((a) => +{circle}.getAttribute(a))")
+    assert tuple(dot) in points
+
+    span = max(64, 2 ** math.ceil(math.log2(abs(m - n))))
+    of = settings_of(browser)
+    distances = sorted([*(span * i // 64 for i in range(-64, 65)), m - n])
+    assert len(points) == len(distances)
+    of_sign = [{**of, "m": max(d, 0), "n": max(-d, 0)} for d in distances]
+    expected = torch.tensor([score(browser, at) for at in of_sign])
+    x, y = torch.tensor(points).unbind(-1)
+    across = torch.tensor(distances) / span * (x[-1] - x[0]) / 2 + (x[0] + x[-1]) / 2
+    torch.testing.assert_close(x, across, rtol=0, atol=0.02)  # pixels; drawn to 0.01
+    up = y.max() - (expected - expected.min()) / (expected.max() - expected.min()) * (
+        y.max() - y.min()
+    )
+    torch.testing.assert_close(y, up.float(), rtol=0, atol=0.02)
+
+
+def test_page_says_what_the_shades_of_a_scaled_table_are(opened):
+    browser = opened()
+    press(browser, "method", "ArrowDown", METHODS.index("yarn"))
+    scaling = number_of(browser, "attention-scaling")
+    assert scaling > 1
+    assert f"Dark is −{scaling:.4g}, light is {scaling:.4g}." in text_of(browser, "table-text")
 
 
 def test_table_is_pointed_at(opened):
@@ -563,9 +629,9 @@ def test_page_is_one_file_that_fetches_nothing():
 
 
 def test_page_refuses_a_head_that_it_can_not_show():
-    for head_dim in (2, 258):
+    for head_dim in (2, 514):
         rope = Rope.of({"head_dim": head_dim, "max_position_embeddings": 64})
-        with pytest.raises(ValueError, match=f"rotary_dim to be 4 to 256, got {head_dim}"):
+        with pytest.raises(ValueError, match=f"rotary_dim to be 4 to 512, got {head_dim}"):
             page(rope)
 
 

@@ -16,8 +16,10 @@ LLAMA_LIKE: dict[str, Any] = {
     "rope_theta": 500000.0,
     "max_position_embeddings": 8192,
 }
-# What Llama 3.1 has: for configs that do not stretch their context by a factor.
-NOT_STRETCHED = ("default", "longrope", "proportional")
+LAST = 2**31 - 1  # the last position of cos_sin
+# What Llama 3.1 has: for configs that do not stretch their context by a factor. The alpha of
+# ntk_alpha is no such factor: Hunyuan's models are trained with it.
+NOT_STRETCHED = ("default", "longrope", "ntk_alpha", "proportional")
 FACTOR = 8.0
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -59,16 +61,20 @@ class Rope:
 
         Raises:
             ValueError: for a config that ``from_config`` refuses, whose layers of this type do not
-                rotate, whose positions have several axes, whose context is shorter than that of the
-            training, or that has no max_position_embeddings of at least 2.
+                rotate, whose positions have several axes, whose base is not above 1, whose context
+                is shorter than that of the training or longer than 2^31 - 1, or that has no
+                max_position_embeddings of at least 2.
         """
         if from_config(config, layer_type) is None:
             raise ValueError(
                 f"viz: expected a layer_type whose layers rotate, got {layer_type or 'none'}"
             )
         rope = resolve(config, layer_type)
-        if rope_type_of(rope.scaling) == "axial":
+        rope_type = rope_type_of(rope.scaling)
+        if rope_type == "axial":
             raise ValueError("viz: expected a config with one position a token, got an axial one")
+        if rope.base <= 1:  # no pair would be slower than the first
+            raise ValueError(f"viz: expected rope_theta to be above 1, got {rope.base}")
         longest = rope.max_position_embeddings
         trained = rope.scaling.get("original_max_position_embeddings") or longest
         if trained is None or trained < 2:
@@ -77,13 +83,19 @@ class Rope:
                 f"{'none' if trained is None else trained}"
             )
         longest = longest or trained
-        factor = rope.scaling.get("factor") or rope.scaling.get("alpha") or longest / trained
-        if factor == 1 and rope_type_of(rope.scaling) in NOT_STRETCHED:
+        stretched_by = rope.scaling.get("alpha" if rope_type == "ntk" else "factor")
+        factor = stretched_by or longest / trained
+        if factor == 1 and rope_type in NOT_STRETCHED:
             factor = FACTOR
         if factor < 1:  # yarn's, where it follows from the lengths
             raise ValueError(
                 "viz: expected max_position_embeddings to be at least those of the training, "
                 f"{trained}, got {longest}"
+            )
+        if max(trained, longest) > LAST or trained * factor > LAST:
+            raise ValueError(
+                f"viz: expected a context of at most 2^31 - 1 tokens, got {longest}, or {trained} "
+                f"times a factor of {factor:g}"
             )
         extended = max(longest, round(trained * factor))
         inv_freq, attention_scaling = from_config(config, layer_type, length=extended)
@@ -119,6 +131,8 @@ class Rope:
             "yarn": {"factor": self.factor, **original},
             "llama3": {"factor": self.factor, **LLAMA3, **original},
         }
+        if self.pairs == 1:
+            del parameters["ntk"]  # it leaves the first pair as it is, and there is no other
         others = {
             name: self.frequencies({"rope_type": name, **of_method})
             for name, of_method in parameters.items()
@@ -136,6 +150,8 @@ def wavelengths(inv_freq: Tensor) -> Tensor:
     return 2 * math.pi / inv_freq.double()
 
 
-def in_tokens(count: float) -> str:
-    """A number of tokens in words."""
-    return f"{count:,.0f} tokens" if count >= 100 else f"{count:.3g} tokens"
+def in_words(wavelength: float) -> str:
+    """How long a turn takes."""
+    if math.isinf(wavelength):
+        return "never turns"
+    return f"a turn in {wavelength:{',.0f' if wavelength >= 100 else '.3g'}} tokens"

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from rope_ext.ops import cos_sin
 from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
-from rope_ext.viz.rope import Rope
+from rope_ext.viz.rope import LAST, Rope
 
 DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and more than float64's 16 for the rest
-LAST = 2**31 - 1
 
 
 @styled
@@ -20,11 +19,12 @@ def accuracy(rope: Rope) -> Figure:
     Ours is ``rope_ext.cos_sin``; the usual one is ``angle = position.float() * inv_freq``, then
     ``torch.cos(angle)`` and ``torch.sin(angle)``. The truth is cos and sin of position * inv_freq
     in 40 digits, for the float32 inv_freq that both are given. The error is the angle, in radians,
-    between (cos, sin) and the truth. The usual one grows, as the product is rounded to 24 bits: at
-    most to position * inv_freq * 2^-24.
+    between (cos, sin) and the truth: at most pi. The usual one grows, as the product is rounded to
+    24 bits: up to 2^24 at most to position * inv_freq * 2^-24, and beyond, where the position is
+    rounded as well, to twice that.
 
-    Source: the bound is half a unit in the last place of the product; positions are four in each
-    doubling up to 2^31 - 1.
+    Source: the bound is half a unit in the last place, of the product and of the position;
+    positions are four in each doubling up to 2^31 - 1.
     """
     positions = torch.tensor(positions_shown())
     truth = exact(positions, rope.inv_freq)
@@ -40,7 +40,8 @@ def accuracy(rope: Rope) -> Figure:
     mark_contexts(axes, rope, across=False)
     axes.set(xscale="log", yscale="log", xlabel="position (tokens)")
     axes.set_ylabel("largest error of a pair's angle (radians)")
-    axes.legend(loc="center right", handlelength=4)
+    # between the two lines, below the names of the contexts
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.35), handlelength=4)
     return figure
 
 

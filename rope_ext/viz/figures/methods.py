@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from rope_ext.viz import rope as of_rope
-from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
+from rope_ext.viz.figures.style import mark_contexts, new_figure, number_pairs, styled
 from rope_ext.viz.rope import Rope
 
 
@@ -29,8 +29,11 @@ def wavelengths(rope: Rope) -> Figure:
             of_rope.wavelengths(inv_freq).numpy(),
             label=f"{name} (this model)" if own else name,
             linewidth=2.6 if own else None,
+            marker="o" if rope.pairs == 1 else None,  # which makes no line
         )
     mark_contexts(axes, rope, across=True)
-    axes.set(yscale="log", xlabel="pair", ylabel="tokens for a turn")
+    number_pairs(axes.xaxis)
+    axes.set(yscale="log", xlabel="pair: fast at the left, slow at the right")
+    axes.set_ylabel("tokens for a turn")
     axes.legend(loc="lower right", title=f"method, by a factor of {rope.factor:g}", handlelength=4)
     return figure

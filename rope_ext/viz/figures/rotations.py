@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from rope_ext.ops import apply_rotary, cos_sin, cos_sin_cache
-from rope_ext.viz.figures.style import QUIET, new_figure, styled
-from rope_ext.viz.rope import Rope, in_tokens, wavelengths
+from rope_ext.viz.figures.style import QUIET, new_figure, number_pairs, styled
+from rope_ext.viz.rope import Rope, in_words, wavelengths
 
 
 @styled
@@ -53,7 +53,7 @@ def rotation(
             xlim=(-reach, reach),
             ylim=(-reach, reach),
             xlabel="first channel of the pair",
-            title=f"pair {pair}: a turn in {in_tokens(wavelengths(rope.inv_freq)[pair].item())}",
+            title=f"pair {pair}: {in_words(wavelengths(rope.inv_freq)[pair].item())}",
         )
     figure.axes[0].set_ylabel("second channel of the pair")
     figure.legend(handles=axes.get_lines(), title="position\n(tokens)", loc="outside right center")
@@ -81,6 +81,7 @@ def tables(rope: Rope, *, positions: int = 256) -> Figure:
         image = axes.imshow(table.t().numpy(), aspect="auto", vmin=-scaling, vmax=scaling)
         axes.set(title=name, xlabel="position (tokens)")
         axes.grid(visible=False)
+    number_pairs(figure.axes[0].yaxis)
     figure.axes[0].set_ylabel("pair: fast at the top, slow at the bottom")
     figure.colorbar(image, ax=figure.axes, label="cos, sin")
     return figure

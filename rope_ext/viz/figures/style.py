@@ -5,7 +5,9 @@ from pathlib import Path
 import matplotlib.style
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from rope_ext.viz.rope import Rope
 
@@ -46,21 +48,33 @@ def new_figure(title: str, width: float, height: float) -> Figure:
 
 
 def mark_contexts(axes: Axes, rope: Rope, *, across: bool, named: bool = True) -> None:
-    """A thin line at the trained and the extended context: across, or up and down."""
-    for name, tokens in (("trained", rope.trained), ("extended", rope.extended)):
+    """A thin line at the trained and the extended context: across, or up and down.
+
+    The names are on the outer sides, so that neither hides the other where the lines are close.
+    """
+    halo = [withStroke(linewidth=3, foreground="white")]  # from what is drawn behind the names
+    for name, tokens, outside in (
+        ("trained", rope.trained, {"va": "top"} if across else {"ha": "right"}),
+        ("extended", rope.extended, {"va": "bottom"} if across else {"ha": "left"}),
+    ):
         label = f"{name} context: {tokens:,} tokens"
         how = {"color": QUIET, "linewidth": 0.9, "linestyle": "-", "label": f"_{label}"}
-        beside = {"color": QUIET, "fontsize": "small"}
+        beside = {"color": QUIET, "fontsize": "small", "path_effects": halo, **outside}
         if across:
             axes.axhline(tokens, **how)
             where = {"x": 0.01, "y": tokens, "transform": axes.get_yaxis_transform()}
-            beside |= {"ha": "left", "va": "bottom"}
+            beside |= {"ha": "left"}
         else:
             axes.axvline(tokens, **how)
             where = {"x": tokens, "y": 0.99, "transform": axes.get_xaxis_transform()}
-            beside |= {"ha": "right", "va": "top", "rotation": 90}
+            beside |= {"va": "top", "rotation": 90}
         if named:
             axes.text(s=label, **where, **beside)
+
+
+def number_pairs(axis: Axis) -> None:
+    """Ticks at whole numbers, however few."""
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 @styled

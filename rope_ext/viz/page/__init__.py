@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("frequencies.js", "drawing.js", "page.js")
 METHODS = ("default", "linear", "ntk", "yarn", "llama3")  # that frequencies.js knows
 YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-CHANNELS = range(4, 257)  # that can rotate on the page
+CHANNELS = range(4, 513)  # that can rotate on the page
 
 
 def page(rope: Rope | None = None) -> str:
@@ -29,11 +29,11 @@ def page(rope: Rope | None = None) -> str:
         rope: what it shows at first. None: the rotation of a model like Llama 3.
 
     Raises:
-        ValueError: for a rope that turns fewer than 4 channels or more than 256.
+        ValueError: for a rope that turns fewer than 4 channels or more than 512.
     """
     rope = rope or Rope.of()
     if 2 * rope.pairs not in CHANNELS:
-        raise ValueError(f"viz: expected rotary_dim to be 4 to 256, got {2 * rope.pairs}")
+        raise ValueError(f"viz: expected rotary_dim to be 4 to 512, got {2 * rope.pairs}")
     data = json.dumps(data_of(rope), sort_keys=True).replace("<", "\\u003c")  # no end of the script
     parts = {
         "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
@@ -58,6 +58,7 @@ def data_of(rope: Rope) -> dict[str, Any]:
         "rotary_dim": 2 * rope.pairs,
         "base": rope.base,
         "trained": rope.trained,
+        "extended": rope.extended,
         "factor": rope.factor,
         "rope_type": rope.rope_type,
         "attention_scaling": rope.attention_scaling,

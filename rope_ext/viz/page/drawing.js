@@ -88,12 +88,12 @@ function drawTable(canvas, which, first, { m, pair }, inverse) {
 }
 
 // A line a method, name to inv_freq, on a logarithmic scale; the chosen one is thick and has a dot.
-function drawWavelengths(svg, methods, { pair, method, trained, factor }) {
+function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
   const [width, height] = sized(svg);
   const [left, right, top, bottom] = [50, width - 14, 14, height - 40];
   const pairs = methods[method].length;
   const finite = Object.values(methods).flat().filter((frequency) => frequency > 0);
-  const decades = Math.ceil(Math.log10(Math.max(TURN / Math.min(...finite), trained * factor)));
+  const decades = Math.ceil(Math.log10(Math.max(TURN / Math.min(...finite), extended)));
   const across = (i) => left + ((right - left) * i) / Math.max(pairs - 1, 1);
   const up = (tokens) => bottom - ((bottom - top) * Math.log10(tokens)) / decades;
 
@@ -109,10 +109,10 @@ function drawWavelengths(svg, methods, { pair, method, trained, factor }) {
   }
   drawn += text((left + right) / 2, height - 6, "pair", `text-anchor="middle" class="quiet"`);
   let above = text(left + 6, top + 13, "tokens a turn", `class="quiet"`); // the lines
-  const contexts = { "trained context": trained, "extended context": trained * factor };
+  const contexts = { "trained context": trained, "extended context": extended };
   for (const [name, tokens] of Object.entries(contexts)) {
     if (tokens === trained && name !== "trained context") continue;
-    const [y, shown] = [up(tokens), number(tokens, 7)];
+    const [y, shown] = [up(tokens), number(tokens, 10)];
     drawn += line(left, y, right, y, `class="context" data-tokens="${tokens}"`);
     above += text(left + 6, y - 4, `${name}: ${shown}`, `class="quiet"`);
   }
@@ -136,7 +136,8 @@ function drawScores(svg, { m, n }, score, q, k, frequencies) {
   const [width, height] = sized(svg);
   const [left, right, top, bottom] = [50, width - 14, 16, height - 40];
   const span = Math.max(64, 2 ** Math.ceil(Math.log2(Math.abs(m - n) || 1)));
-  const distances = Array.from({ length: 129 }, (_, i) => (span * (i - 64)) / 64);
+  const even = Array.from({ length: 129 }, (_, i) => (span * (i - 64)) / 64);
+  const distances = [...even, m - n].sort((a, b) => a - b); // the dot is on the curve
   const scores = distances.map((distance) => scoreOf(q, k, distance, 0, frequencies));
   const [least, most] = [Math.min(...scores, score), Math.max(...scores, score)];
   const across = (distance) => left + ((right - left) * (distance + span)) / (2 * span);

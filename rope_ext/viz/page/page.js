@@ -23,6 +23,12 @@ const show = (id, shown) => { byId(id).textContent = shown; };
 const number = (value, digits) =>
   value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
+// Tokens: the config's own until its context or its factor is changed.
+function extendedContext() {
+  const { trained, factor } = state;
+  return trained === own.trained && factor === own.factor ? data.extended : trained * factor;
+}
+
 function frequenciesOf(method) {
   const { base, dim: channels, factor, trained } = state;
   const { yarn, llama3 } = data;
@@ -62,17 +68,19 @@ function drawAll(frequencies, score) {
   const first = firstColumn();
   drawTable(byId("cos-table"), 0, first, state, frequencies.inverse);
   drawTable(byId("sin-table"), 1, first, state, frequencies.inverse);
+  const most = number(frequencies.scaling, 4); // shades are of cos and sin times that
   show(
     "table-text",
     `Columns: positions ${first} to ${first + COLUMNS - 1}. Rows: pair 0 at the top, which is fast, to ` +
-      `pair ${frequencies.inverse.length - 1}, which is slow. Dark is -1, light is 1. The frame: ${where}.`,
+      `pair ${frequencies.inverse.length - 1}, which is slow. Dark is −${most}, light is ${most}. The frame: ` +
+      `${where}.`,
   );
 
   const methods = {};
   for (const name of Object.keys(METHODS)) {
     if (name !== "config" || state.dim === own.dim) methods[name] = frequenciesOf(name).inverse;
   }
-  drawWavelengths(byId("wavelength-chart"), methods, state);
+  drawWavelengths(byId("wavelength-chart"), methods, { ...state, extended: extendedContext() });
   drawScores(byId("score-chart"), state, score, data.q, data.k, frequencies);
 }
 
@@ -84,7 +92,7 @@ function showControls(fixed, pairs) {
   for (const id of ["m", "n"]) {
     byId(id).value = state[id];
     const exact = byId(`${id}-exact`);
-    if (exact.valueAsNumber !== state[id]) exact.value = state[id];
+    if (exact !== document.activeElement) exact.value = state[id]; // else more digits may come
   }
   byId("together").checked = state.together;
   byId("pair").max = pairs - 1;
@@ -132,7 +140,7 @@ function connect() {
       byId("m").max = byId("n").max = 2 ** Math.ceil(Math.log2(longest + 1)) - 1;
       update();
     });
-    exact.addEventListener("change", update);
+    exact.addEventListener("change", () => { exact.value = state[id]; });
   }
   for (const name of Object.keys(METHODS)) {
     const label = name === "config" ? `${data.rope_type}, as in the config` : name;
