@@ -219,7 +219,7 @@ class RotaryEmbedding(nn.Module):
             inplace: write into q and k.
         """
         view = as_bshd(q, layout, "RotaryEmbedding", "q")
-        seq, head_dim = view.shape[-3::2]
+        seq, head_dim = view.size(-3), view.size(-1)
         if head_dim != self.head_dim:
             raise ValueError(
                 f"RotaryEmbedding: expected q to have head_dim {self.head_dim}, got {head_dim}"
@@ -275,7 +275,7 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
         inv_freq = self.inv_freq  # once: a module looks for its tensors slowly
-        length = checked_regime_length(regime_length, inv_freq.device)
+        length = checked_regime_length(regime_length, inv_freq)
         if isinstance(length, Tensor) and length.dim() == 1:
             rows = position_ids.shape[0]
             if length.shape[0] != rows and (position_ids.dim() == 1 or rows != 1):
@@ -303,7 +303,7 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
         inv_freq = self.inv_freq
-        regime = checked_regime_length(regime_length, inv_freq.device)
+        regime = checked_regime_length(regime_length, inv_freq)
         # A graph would be bound to a table's length, no gradient passes through a kept one, and
         # what is learned may be written through .data, which no version counts.
         afresh = torch.compiler.is_compiling() or self.learned or inv_freq.requires_grad

@@ -154,8 +154,11 @@ def apply_rotary_qk(
     if cos_k is not None or sin_k is not None:
         tables = (cos, sin, cos_k, sin_k)
         return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
-    view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
-    view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
+    if layout == "bshd" and q.dim() == k.dim() == 4:  # the most frequent, and the quickest
+        view_q, view_k = q, k
+    else:
+        view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
+        view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
     if out is not None:
         _check_not_both("apply_rotary_qk", inplace)
         written_q = as_bshd(out[0], layout, "apply_rotary_qk", "out[0]")
@@ -331,7 +334,7 @@ def rotation_options(
 
 def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     """A view of x [B, S, H, D] or [T, H, D]; `function` and `name` are for refusals."""
-    if layout == "bshd" and x.dim() == 4:  # the most frequent one, and the quickest
+    if layout == "bshd" and x.dim() == 4:
         return x
     if layout not in _SWAP:
         raise ValueError(

@@ -89,7 +89,7 @@ def _beside(x: Tensor, positions: Tensor | int) -> Tensor:
 
 
 def checked_regime_length(
-    regime_length: int | Tensor | None, device: torch.device
+    regime_length: int | Tensor | None, inv_freq: Tensor
 ) -> int | Tensor | None:
     """As it is; refuses what is no length, by name."""
     if isinstance(regime_length, Tensor):
@@ -98,10 +98,10 @@ def checked_regime_length(
                 "RotaryEmbedding: expected regime_length to be int32 or int64 of shape [], [B] or "
                 f"[T], got {regime_length.dtype} {list(regime_length.shape)}"
             )
-        if regime_length.device != device:
+        if regime_length.device != inv_freq.device:
             raise ValueError(
-                f"RotaryEmbedding: expected regime_length on the device of inv_freq, {device}, "
-                f"got {regime_length.device}"
+                f"RotaryEmbedding: expected regime_length on the device of inv_freq, "
+                f"{inv_freq.device}, got {regime_length.device}"
             )
     elif regime_length is not None and (
         isinstance(regime_length, (bool, float, str)) or regime_length < 1

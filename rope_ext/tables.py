@@ -49,7 +49,7 @@ class TableCache:
         made = self.made.get(name)
         if made is not None and (made.inv_freq is not inv_freq or made.version != version):
             made = None
-        there = 0 if made is None else made.cos.shape[0]
+        there = 0 if made is None else made.cos.size(0)
         if made is None or there < length:
             rows = max(length, 2 * there or first_rows)
             # Not an inference tensor, even if made in inference mode: training may come later.
