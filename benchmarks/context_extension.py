@@ -282,6 +282,7 @@ def chart(path: Path, reading: list[Row], training: list[Row]) -> None:
         axis.set(
             title=title, xlabel="position (end of a bucket)", ylabel="perplexity", yscale="log"
         )
+        axis.locator_params(axis="x", nbins=5)
     axes[0][-1].legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -150,3 +150,20 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "context_extension.png").stat().st_size > 1000
     context_extension.main()
     assert len(lengths) == len(methods)
+
+
+def test_the_pages_have_the_figures_of_the_results():
+    root = Path(__file__).parents[1]
+    results = (root / "benchmarks" / "results" / "context_extension.md").read_text().splitlines()
+    guide = (root / "docs" / "guide.md").read_text().splitlines()
+    names = tuple(extension_methods.METHODS)
+    rows = [line for line in guide if line.startswith("| 32,768 |")]
+    rows += [line for line in guide if line.startswith(tuple(f"| {name} | " for name in names))]
+    assert len(rows) == 2 * len(names)
+    assert set(rows) <= set(results)
+    cells = {cell.strip() for line in results for cell in line.split("|")}
+    readme = (root / "README.md").read_text().partition("**Longer contexts.**")[2]
+    rows = [line.split("|")[1:-1] for line in readme.splitlines() if line.startswith("| ")]
+    of_methods = [row for row in rows[: len(names) + 1] if row[0].strip() in names]
+    assert len(of_methods) == len(names)
+    assert {cell.strip() for row in of_methods for cell in row} <= cells
