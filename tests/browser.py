@@ -191,7 +191,7 @@ def main(path):
         file = Path(folder, "page.html")
         file.write_text(page(), encoding="utf-8")
         browser = Browser(program())
-        browser.emulate(1000, 2080)
+        browser.emulate(1000, 2140)
         browser.open(file)
         picture = Image.open(io.BytesIO(browser.picture()))
         browser.close()
