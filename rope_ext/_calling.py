@@ -16,12 +16,13 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     to take note of, and that is done here. Inference mode goes past it by itself, but for writes
     where some tensor was made outside of it.
     """
+    if torch.compiler.is_compiling():  # first: a graph is not told the mode
+        return operator(*args, **options)
     inference = torch.is_inference_mode_enabled()
     if inference and not written:
         return operator(*args, **options)
     if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
+        forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and _any_requires_grad(*args, *written))
     ):
