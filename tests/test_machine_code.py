@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from rope_ext import _C
-
 CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "100", "120")
@@ -99,9 +97,9 @@ def tool(name: str) -> str:
     return found
 
 
-def run(*command: str, cwd: Path | None = None) -> str:
+def run(*command: str) -> str:
     path = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin:{Path(NVCC).parent}"}
-    done = subprocess.run(command, env=path, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -153,19 +151,15 @@ def kernels_of(cubin: Path, arch: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Of the architectures that the extension was built for its own, of the others as compiled."""
     folder = tmp_path_factory.mktemp("cubin")
-    if _C.build_info()["cuda"]:
-        run(tool("cuobjdump"), "-xelf", "all", _C.__file__, cwd=folder)
 
     def compiled(source_and_arch):
         source, arch = source_and_arch
-        cubin = folder / f"{source}.sm_{arch}.cubin"
-        if not cubin.exists():
-            run(
-                NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
-                "-o", str(cubin), str(CSRC / f"{source}.cu"),
-            )  # fmt: skip
+        cubin = folder / f"{source}.{arch}.cubin"
+        run(
+            NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
+            "-o", str(cubin), str(CSRC / f"{source}.cu"),
+        )  # fmt: skip
         return kernels_of(cubin, arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
