@@ -111,6 +111,9 @@ class Float8 {
       values_.push_back(std::ldexp(leading + mantissa, unit));
     }
   }
+  // Halfway between two neighbours, of which there are so many.
+  int64_t ties() const { return static_cast<int64_t>(values_.size()) - 1; }
+  double tie(int64_t at) const { return (values_[at] + values_[at + 1]) / 2; }
   // The nearest, a tie to even bits; the largest for all that is larger.
   uint8_t bits_of(double value) const {
     const double magnitude = std::fabs(value);

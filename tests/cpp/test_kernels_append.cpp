@@ -139,6 +139,15 @@ void test(const Case& c, bool latent, Random& random) {
   const Scales k_scales(latent ? 1 : k.heads, random);
   const Scales v_scales = latent ? k_scales : Scales(v.heads, random);
   const Rotation rotation(c, random);
+  // Some of the quotients lie halfway between two float8, or where float64 alone is beside that.
+  for (int64_t i = 0; i < tokens * v.heads * v.channels; ++i) {
+    if (random.below(4) > 0) continue;
+    const int64_t token = i / (v.heads * v.channels), h = i / v.channels % v.heads;
+    const double quotient =
+        format.tie(random.below(format.ties())) * (1 + (random.below(3) - 1) * 0x1p-40);
+    x.memory.set_value(v.index(token / c.seq, token % c.seq, h, i % v.channels),
+                       quotient * v_scales.of(h));
+  }
 
   Case of_k = c;  // latent: without channels that stay
   if (latent) of_k.before = of_k.after = 0;
