@@ -23,24 +23,26 @@ constexpr Sizes kSizes[] = {
 
 // ------------------------------------------------------------------------------------- tolerances
 
-// What a row goes through, in roundings of the arithmetic.
+// How many roundings of the arithmetic there are, at the most, in what a row of some heads gives.
 struct Roundings {
-  double chain;  // additions of one lane, of which there are 4 chains: by pieces, of 2 runs each
+  double
+      chain;  // additions to one lane; each run of channels, of which a head has 4, may end in one
 
   Roundings(const Case& c, int64_t heads) {
     const int64_t lanes = c.dtype == DType::Float64 ? 4 : 8;
     chain = static_cast<double>(heads * (c.dim() / lanes + 4));
   }
-  double sum() const { return chain + 5; }  // chains, then lanes
-  // Of the squares and the mean, and eps; the root halves them; root and reciprocal.
-  double inverse_rms() const { return (sum() + 1 + 1 + 1) / 2 + 2; }
+  // Over a row: of 4 chains to one, and of 8 lanes.
+  double sum() const { return chain + 5; }
+  // Square, mean and eps, of which the root leaves half; root and reciprocal.
+  double inverse_rms() const { return (sum() + 3) / 2 + 2; }
   double normed() const { return inverse_rms() + 1; }
-  // The weight and 1, a product, the rotation.
-  double result() const { return normed() + 1 + 1 + kRotation; }
-  // g and w and 1, two products; times inverse_rms, by a number.
-  double mean() const { return kRotation + 1 + 2 + sum() + inverse_rms() + 2; }
-  // (g w - n m) / rms, by the term with more of them.
-  double grad() const { return normed() + mean() + 1 + 1 + inverse_rms() + 1; }
+  // The weight and 1, its product, rotation.
+  double result() const { return normed() + 2 + kRotation; }
+  // The mean m of n g w: g, the weight and 1, two products; times inverse_rms, by the channels.
+  double mean() const { return kRotation + 3 + sum() + inverse_rms() + 2; }
+  // (g w - n m) / rms by its second term, which has more: product, difference, product.
+  double grad() const { return normed() + mean() + 3 + inverse_rms(); }
   double grad_weight(int64_t additions) const {
     return kRotation + normed() + 1 + static_cast<double>(additions);
   }
