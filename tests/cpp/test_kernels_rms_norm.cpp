@@ -192,8 +192,8 @@ void test_forward(const Case& c, Random& random) {
         }
       }
     });
-    (which == 0 ? args.rotary.q : args.rotary.k) = {x.in<const void*>(in.x.memory, c.before),
-                                                    out[which].heads<void*>(c), x.heads};
+    RotatedHeads& rotated_heads = which == 0 ? args.rotary.q : args.rotary.k;
+    rotated_heads = {x.in<const void*>(in.x.memory, c.before), out[which].heads<void*>(c), x.heads};
   }
   cpu::rms_norm_rotary(args);
   for (int which = 0; which < 2; ++which) {
@@ -233,9 +233,9 @@ void test_backward(const Case& c, Random& random) {
     out_weight.emplace_back(in.norm.dtype, columns + 2 * kGuard, false, random);
     bounds.emplace_back(out[which].memory);
     weight_bounds.emplace_back(out_weight[which]);
-    (which == 0 ? args.rotary.q : args.rotary.k) = {
-        grad.views[which].in<const void*>(grad.memory, c.before), out[which].heads<void*>(c),
-        given ? heads : 0};
+    RotatedHeads& rotated_heads = which == 0 ? args.rotary.q : args.rotary.k;
+    rotated_heads = {grad.views[which].in<const void*>(grad.memory, c.before),
+                     out[which].heads<void*>(c), given ? heads : 0};
     (which == 0 ? args.grad_q_weight : args.grad_k_weight) = out_weight[which].data(kGuard);
     if (!given) continue;
     args.columns += columns;
