@@ -37,6 +37,8 @@ constexpr Sizes kLatents[] = {
     {"no sequence", 0, 3, 3, 1, 5, 16, 0, 8},
 };
 
+constexpr int64_t kNegative = 3;  // slots from -3 on
+
 // One a slot of a cache and none twice, [B, S], some negative: those tokens are not stored.
 struct Slots {
   int64_t stride;  // what lies between would store nothing
@@ -49,7 +51,7 @@ struct Slots {
     wide.reserve(tokens * stride), narrow.reserve(tokens * stride);
     for (int64_t i = 0; i < tokens * stride; ++i) {
       const bool stored = i % stride == 0 && random.below(5) > 0;
-      wide.push_back(-1 - random.below(3));
+      wide.push_back(-1 - random.below(kNegative));
       if (stored) {
         std::swap(free[random.below(static_cast<int64_t>(free.size()))], free.back());
         wide.back() = free.back();
@@ -79,9 +81,10 @@ struct Cache {
     stride_h = by_head ? block_size * row : row;
     const int64_t part = with_gap(block_size * rows * row);
     stride_block = with_gap(latent ? part : 2 * part);
-    first_k = kGuard + (latent ? v.channels : 0);
-    first_v = kGuard + (latent ? 0 : part);
-    bytes.resize((2 * kGuard + blocks * stride_block) * element);
+    const int64_t guard = kGuard + kNegative * stride_offset;  // finds those that are stored
+    first_k = guard + (latent ? v.channels : 0);
+    first_v = guard + (latent ? 0 : part);
+    bytes.resize((2 * guard + blocks * stride_block) * element);
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.any_bits());
   }
   int64_t index(int64_t first, int64_t slot, int64_t h, int64_t channel) const {
