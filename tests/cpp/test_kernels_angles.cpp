@@ -10,6 +10,7 @@ namespace {
 
 constexpr double kUlps = 0.5001;  // csrc/angle.h, of results below float64
 constexpr double kUlpsFloat64 = 1;
+constexpr int64_t kAxes = 3;
 
 // The kinds of positions: 0, 1, 2, ... from some start, or a tensor of integers, or of fractions.
 enum class Kind { Counted, Int32, Int64, Floating };
@@ -26,15 +27,21 @@ const char* name_of(Kind kind, DType dtype) {
 
 // inv_freq in float32, positions of at most 31 bits: their product is exact in long double.
 struct AngleCase {
+  int64_t axes_count;
   Memory inv_freq, floating;
   std::vector<int32_t> narrow;
   std::vector<int64_t> wide;
   std::vector<double> position;
+  std::vector<int32_t> narrow_axes;
+  std::vector<int64_t> axes;
   Angles angles{};
 
-  // dtype: of floating positions.
+  // dtype: of floating positions. Positions that are given may be those of three axes.
   AngleCase(int64_t pairs, int64_t tokens, Kind kind, DType dtype, double scaling, Random& random)
-      : inv_freq(DType::Float32, pairs, false, random), floating(dtype, tokens, false, random) {
+      : axes_count(kind != Kind::Counted && random.coin() ? kAxes : 1),
+        inv_freq(DType::Float32, pairs, false, random),
+        floating(dtype, axes_count * tokens, false, random),
+        axes(pairs) {
     for (int64_t i = 0; i < pairs; ++i)
       inv_freq.set_value(i, std::pow(10000.0, -double(i) / pairs));
     angles.op = "cos_sin";
@@ -46,8 +53,9 @@ struct AngleCase {
     angles.positions.start = random.below(int64_t{1} << 30);
     angles.attention_scaling = scaling;
     constexpr int64_t kLast = (int64_t{1} << 31) - 1;
-    narrow.reserve(tokens), wide.reserve(tokens), position.reserve(tokens);
-    for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t count = axes_count * tokens;
+    narrow.reserve(count), wide.reserve(count), position.reserve(count);
+    for (int64_t token = 0; token < count; ++token) {
       const int64_t drawn = random.below(int64_t{2} << random.below(31));
       wide.push_back(kind == Kind::Counted ? angles.positions.start + token
                      : token == 0          ? kLast
@@ -57,6 +65,13 @@ struct AngleCase {
       position.push_back(kind == Kind::Floating ? floating.value(token) : wide.back());
     }
     if (kind == Kind::Counted) return;
+    if (axes_count > 1) {
+      for (int64_t& axis : axes) axis = random.below(kAxes);
+      narrow_axes.assign(axes.begin(), axes.end());
+      angles.positions.axes = kAxes, angles.positions.stride_axis = tokens;
+      angles.axes = {axes.data(), true};
+      if (random.coin()) angles.axes = {narrow_axes.data(), false};
+    }
     angles.positions.data = wide.data();
     if (kind == Kind::Int32) {
       angles.positions.data = narrow.data(), angles.positions.type = PositionType::Int32;
@@ -66,8 +81,11 @@ struct AngleCase {
       angles.positions.type = static_cast<PositionType>(kFirst + static_cast<int>(dtype));
     }
   }
+  double position_of(int64_t token, int64_t pair) const {
+    return position[axes[pair] * angles.positions.stride_axis + token];
+  }
   long double angle(int64_t token, int64_t pair) const {
-    return static_cast<long double>(position[token]) *
+    return static_cast<long double>(position_of(token, pair)) *
            static_cast<long double>(inv_freq.value(pair));
   }
 };
@@ -99,7 +117,7 @@ void test_cos_sin(Random& random) {
               text("cos_sin %s, positions %s: %s of %.10Lg, position %.17g: expected %.17Lg, got "
                    "%.17g, %.3f ulps away",
                    name(dtype), name_of(kind, dtype), is_cos ? "cos" : "sin", angle,
-                   c.position[at / pairs], want, got, ulps));
+                   c.position_of(at / pairs, at % pairs), want, got, ulps));
         }
       }
       for (int64_t at = tokens * pairs; at < before.count(); ++at) {
@@ -130,7 +148,7 @@ void test_cos_sin_grad(Random& random) {
         long double want = 0, terms = 0;
         for (int64_t token = 0; token < tokens; ++token) {
           const long double angle = c.angle(token, pair);
-          const long double slope = c.position[token] * 1.1875L;
+          const long double slope = c.position_of(token, pair) * 1.1875L;
           const int64_t at = token * pairs + pair;
           const long double of_sin = slope * std::cos(angle) * grad_sin.value(at);
           const long double of_cos = slope * std::sin(angle) * grad_cos.value(at);
@@ -152,8 +170,7 @@ void test_cos_sin_grad(Random& random) {
 
 // ------------------------------------------------------------------------------- apply_rotary_at
 
-// The bits of apply_rotary by rows that cos_sin has made: 0, 1, 2, ..., or of positions, by three
-// axes or one.
+// The bits of apply_rotary by rows that cos_sin has made.
 void test_apply_rotary_at(const Case& c, Random& random) {
   if (c.full_width) return;
   ++cases;
@@ -161,16 +178,7 @@ void test_apply_rotary_at(const Case& c, Random& random) {
   const bool given = kind != Kind::Counted;
   const int64_t tokens = (given ? c.batch : 1) * c.seq;
   const DType positions = kDTypes[random.below(4)];
-  AngleCase made(c.pairs, 3 * tokens, kind, positions, 1.1875, random);
-  std::vector<int64_t> axes;
-  for (int64_t i = 0; i < c.pairs; ++i) axes.push_back(random.below(3));
-  axes.shrink_to_fit();
-  const std::vector<int32_t> narrow_axes(axes.begin(), axes.end());
-  if (given && random.coin()) {
-    made.angles.positions.axes = 3, made.angles.positions.stride_axis = tokens;
-    made.angles.axes = {axes.data(), true};
-    if (random.coin()) made.angles.axes = {narrow_axes.data(), false};
-  }
+  AngleCase made(c.pairs, tokens, kind, positions, 1.1875, random);
   const DType table_dtype = c.dtype == DType::Float64 ? DType::Float64 : DType::Float32;
   Memory cos(table_dtype, tokens * c.pairs, false, random), sin = cos;
   cpu::cos_sin({made.angles, tokens, cos.data(), sin.data(), table_dtype});

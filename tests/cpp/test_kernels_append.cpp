@@ -81,7 +81,7 @@ struct Cache {
     stride_h = by_head ? block_size * row : row;
     const int64_t part = with_gap(block_size * rows * row);
     stride_block = with_gap(latent ? part : 2 * part);
-    const int64_t guard = kGuard + kNegative * stride_offset;  // finds those that are stored
+    const int64_t guard = kGuard + kNegative * stride_block;  // finds those that are stored
     first_k = guard + (latent ? v.channels : 0);
     first_v = guard + (latent ? 0 : part);
     bytes.resize((2 * guard + blocks * stride_block) * element);

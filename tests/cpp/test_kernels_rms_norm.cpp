@@ -11,6 +11,7 @@ namespace {
 constexpr Sizes kSizes[] = {
     // B, S, heads of q, of k; channels before, pairs, channels after
     {"Qwen3", 2, 3, 4, 2, 0, 64, 0},
+    {"decoding", 3, 1, 4, 2, 0, 64, 0},
     {"less than a vector", 2, 3, 3, 1, 1, 1, 0},
     {"parts of vectors", 1, 7, 2, 3, 5, 17, 9},
     {"vectors by four, one and a part", 2, 2, 2, 1, 43, 43, 47},
