@@ -1,50 +1,16 @@
-// Cases for the kernels that rotate: every combination of dtypes, layouts and orders, their tensors
-// in memory, and how one that is wrong is reported.
+// Cases for the kernels that rotate: combinations of dtypes, layouts and orders, the tensors of a
+// case, and its rotation by scalars.
 #pragma once
 
-#include <atomic>
-#include <cinttypes>
-#include <cstdio>
-#include <new>
-#include <string>
-#include <vector>
-
-#include "scalar.h"
+#include "kernel_memory.h"
 
 namespace kernel_cases {
-
-using namespace rope;
-using scalar::Random;
 
 // Below, between and above whole vectors of 4, 8 and 16 pairs; 72 and 100 end in part of one.
 constexpr int64_t kPairs[] = {1, 3, 7, 8, 12, 15, 16, 17, 40, 64, 72, 100};
 constexpr DType kDTypes[] = {DType::Float64, DType::Float32, DType::Float16, DType::BFloat16};
 constexpr int64_t kManyPairs = 1100;      // rows of the table in more than one piece
 constexpr int64_t kManyChannels = 40000;  // so many are spread over threads
-constexpr int64_t kGuard = 64;            // elements before and after what is written
-
-inline std::atomic<int> failures = 0;
-inline std::atomic<int64_t> cases = 0;
-
-inline void expect(bool condition, const std::string& what) {
-  if (!condition && ++failures <= 20) std::printf("FAIL %s\n", what.c_str());
-}
-
-template <class... Args>
-std::string text(const char* format, Args... args) {
-  char line[512];
-  std::snprintf(line, sizeof(line), format, args...);
-  return line;
-}
-
-inline const char* name(DType dtype) {
-  switch (dtype) {
-    case DType::Float64: return "float64";
-    case DType::Float32: return "float32";
-    case DType::Float16: return "float16";
-    default: return "bfloat16";
-  }
-}
 
 // Which row of the table a token uses.
 enum class Rows { Index, PerToken, Int32, Int64 };
@@ -56,7 +22,9 @@ struct Case {
   Rows rows;
   bool interleaved, interleaved_out, full_width, table_interleaved, inverse;
   bool in_place, head_major;
-  bool any_bits;  // NaN, infinities, subnormals and all else
+  bool any_bits;    // NaN, infinities, subnormals and all else
+  const char* why;  // these sizes, where they are those of a table
+  int64_t rank;     // channels of a latent
 
   int64_t dim() const { return before + 2 * pairs + after; }
   int64_t width() const { return full_width ? 2 * pairs : pairs; }
@@ -64,68 +32,24 @@ struct Case {
 
 inline std::string text(const Case& c) {  // [B, S, q + k, before + R + after]
   const char* const rows[] = {"by index", "per token", "by int32", "by int64"};
-  return text("%s %s, table %s%s%s %s, [%d, %d, %d+%d, %d+%d+%d]%s, %s to %s%s%s%s", c.op,
-              name(c.dtype), name(c.table_dtype), c.full_width ? " full width" : "",
-              c.table_interleaved ? " interleaved" : "", rows[static_cast<int>(c.rows)],
-              int(c.batch), int(c.seq), int(c.heads_q), int(c.heads_k), int(c.before),
-              int(2 * c.pairs), int(c.after), c.head_major ? " head-major" : "",
-              c.interleaved ? "interleaved" : "half-split",
+  return text("%s%s%s %s, table %s%s%s %s, [%d, %d, %d+%d, %d+%d+%d]%s, %s to %s%s%s%s", c.op,
+              c.why ? ", " : "", c.why ? c.why : "", name(c.dtype), name(c.table_dtype),
+              c.full_width ? " full width" : "", c.table_interleaved ? " interleaved" : "",
+              rows[static_cast<int>(c.rows)], int(c.batch), int(c.seq), int(c.heads_q),
+              int(c.heads_k), int(c.before), int(2 * c.pairs), int(c.after),
+              c.head_major ? " head-major" : "", c.interleaved ? "interleaved" : "half-split",
               c.interleaved_out ? "interleaved" : "half-split", c.inverse ? ", inverse" : "",
               c.in_place ? ", in place" : "", c.any_bits ? ", any bits" : "");
 }
 
-// ------------------------------------------------------------------------------------------ memory
+// ----------------------------------------------------------------------------------------- tensors
 
-// Memory aligned to whole vectors, and not a byte more than is asked for: sanitizers see what is
-// read or written beside it.
-template <class T>
-struct Aligned {
-  using value_type = T;
-  static constexpr std::align_val_t kAlignment{64};
-
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
-  void deallocate(T* data, size_t) { ::operator delete(data, kAlignment); }
-  bool operator==(const Aligned&) const { return true; }
-  bool operator!=(const Aligned&) const { return false; }
+// Sizes of a case that take code of their own, or that a model has.
+struct Sizes {
+  const char* why;
+  int64_t batch, seq, heads_q, heads_k, before, pairs, after;
+  int64_t rank = 0;
 };
-
-// Elements of a dtype, at first all random.
-class Memory {
- public:
-  Memory(DType dtype, int64_t count, bool any_bits, Random& random)
-      : dtype_(dtype), count_(count), bytes_(count * size_of(dtype)) {
-    for (int64_t i = 0; i < count; ++i) {
-      set(i, any_bits ? random.any_bits() : random.ordinary(dtype));
-    }
-  }
-
-  void* data(int64_t at = 0) { return bytes_.data() + at * size_of(dtype_); }
-  const void* data() const { return bytes_.data(); }
-  DType dtype() const { return dtype_; }
-  int64_t count() const { return count_; }
-  uint64_t bits(int64_t at) const { return scalar::read_bits(dtype_, data(), at); }
-  double value(int64_t at) const { return scalar::value_of(dtype_, bits(at)); }
-  void set(int64_t at, uint64_t bits) { scalar::write_bits(dtype_, data(), at, bits); }
-  void set_value(int64_t at, double value) { set(at, scalar::bits_of(dtype_, value)); }
-
- private:
-  DType dtype_;
-  int64_t count_;
-  std::vector<char, Aligned<char>> bytes_;
-};
-
-// The same bits everywhere, also in guards; a NaN may be any.
-inline void expect_same(const Memory& expected, const Memory& got, const std::string& what) {
-  const DType dtype = got.dtype();
-  for (int64_t i = 0; i < got.count(); ++i) {
-    const uint64_t want = expected.bits(i), have = got.bits(i);
-    if (want == have || (scalar::is_nan(dtype, want) && scalar::is_nan(dtype, have))) continue;
-    expect(false,
-           what + text(": element %" PRId64 ": expected %#" PRIx64 " (%g), got %#" PRIx64 " (%g)",
-                       i, want, expected.value(i), have, got.value(i)));
-    return;
-  }
-}
 
 // [B, S, H, D] with gaps between its tokens and its heads, and guards around it.
 struct Tensor {
@@ -149,9 +73,53 @@ inline Tensor random_tensor(const Case& c, int64_t heads, int64_t guard, Random&
   const int64_t b = (c.head_major ? heads : c.seq) * inner + random.below(9);
   const int64_t s = c.head_major ? head : inner, h = c.head_major ? inner : head;
   const int64_t extent = (c.batch - 1) * b + (c.seq - 1) * s + (heads - 1) * h + c.dim();
-  const int64_t count = heads > 0 ? extent + 2 * guard : 0;
+  const bool any = c.batch > 0 && c.seq > 0;
+  const int64_t count = heads > 0 ? (any ? extent : 0) + 2 * guard : 0;
   return {Memory(c.dtype, count, c.any_bits, random), guard, b, s, h};
 }
+
+// The heads of one tensor in memory that it shares with others.
+struct View {
+  int64_t heads, channels;
+  int64_t first = 0, stride_b = 0, stride_s = 0, stride_h = 0;
+
+  int64_t index(int64_t b, int64_t s, int64_t h, int64_t channel) const {
+    return first + b * stride_b + s * stride_s + h * stride_h + channel;
+  }
+  template <class Pointer>
+  Heads<Pointer> in(Memory& memory, int64_t channel) const {
+    return {memory.data(first + channel), stride_b, stride_s, stride_h};
+  }
+};
+
+// Views as a projection leaves them, one after the other in each token or, head-major, in each
+// batch row: with gaps, and in turn the last before the guard or the end.
+struct Packed {
+  std::vector<View> views;
+  Memory memory;
+};
+inline Packed random_packed(const Case& c, std::vector<View> views, int64_t guard, Random& random) {
+  const int64_t count = static_cast<int64_t>(views.size()), turn = random.below(count);
+  int64_t width = 0, past = 0;  // of a token, or of a batch row
+  for (int64_t i = 0; i < count; ++i) {
+    View& view = views[(turn + i) % count];
+    const int64_t head = view.channels + random.below(3);
+    view.first = guard + width;
+    view.stride_h = c.head_major ? c.seq * head : head;
+    view.stride_s = head;
+    width += view.heads * (c.head_major ? c.seq : 1) * head;
+  }
+  width += random.below(9);
+  for (View& view : views) {
+    if (!c.head_major) view.stride_s = width;
+    view.stride_b = c.head_major ? width : c.seq * width;
+    if (c.batch * c.seq * view.heads == 0) continue;
+    past = std::max(past, view.index(c.batch - 1, c.seq - 1, view.heads - 1, view.channels));
+  }
+  return {views, Memory(c.dtype, std::max(past, guard) + guard, c.any_bits, random)};
+}
+
+// ---------------------------------------------------------------------------------------- rotation
 
 // cos or sin: rows for all, or for each batch row.
 struct TableSide {
@@ -163,7 +131,8 @@ inline TableSide random_table(const Case& c, int64_t rows, Random& random) {
   const int64_t row = c.width() + random.below(3);
   const bool per_token = c.rows == Rows::PerToken;
   const int64_t count = (per_token ? c.batch : 1) * rows * row - (row - c.width());
-  return {Memory(c.table_dtype, count, c.any_bits, random), per_token ? rows * row : 0, row};
+  return {Memory(c.table_dtype, std::max<int64_t>(count, 0), c.any_bits, random),
+          per_token ? rows * row : 0, row};
 }
 
 // Positions of the tokens, [B, S].
@@ -197,24 +166,95 @@ inline Places columns(const Case& c, int64_t i) {
   return c.full_width ? places(c.table_interleaved, c.pairs, i) : Places{i, i};
 }
 
-// Everything that can be combined is drawn at random, but for what picks another piece of code.
+// cos and sin of the two channels of a pair.
+struct Turn {
+  double c1, s1, c2, s2;
+};
+
+// What the tokens of a case are rotated by.
+struct Rotation {
+  int64_t rows;
+  TableSide cos, sin;
+  Positions positions;
+
+  Rotation(const Case& c, Random& random)
+      : rows(c.rows == Rows::Index || c.rows == Rows::PerToken ? c.seq : 50),
+        cos(random_table(c, rows, random)),
+        sin(random_table(c, rows, random)),
+        positions(c, rows, random) {}
+
+  RotaryArgs args(const Case& c) const {  // but for q and k
+    RotaryArgs args{};
+    args.op = c.op;
+    args.dtype = c.dtype;
+    args.batch = c.batch, args.seq = c.seq;
+    args.head_dim = c.dim(), args.rotary_dim = 2 * c.pairs, args.rotary_offset = c.before;
+    args.table = {cos.memory.data(), sin.memory.data(),  c.table_dtype, rows,
+                  cos.stride_b,      cos.stride_row,     sin.stride_b,  sin.stride_row,
+                  c.full_width,      c.table_interleaved};
+    args.position_ids = positions.ids(c);
+    args.interleaved = c.interleaved, args.interleaved_out = c.interleaved_out;
+    args.inverse = c.inverse;
+    return args;
+  }
+  // As the kernels compute with it.
+  Turn turn(const Case& c, int64_t b, int64_t s, int64_t pair) const {
+    const int64_t row = positions.wide[b * c.seq + s];
+    const Places column = columns(c, pair);
+    const auto entry = [&](const TableSide& side, int64_t at) {
+      return scalar::computed(c.dtype,
+                              side.memory.value(b * side.stride_b + row * side.stride_row + at));
+    };
+    const Turn turn{entry(cos, column.first), entry(sin, column.first), entry(cos, column.second),
+                    entry(sin, column.second)};
+    return c.inverse ? Turn{turn.c1, -turn.s2, turn.c2, -turn.s1} : turn;
+  }
+};
+
+// The bits that one head of token (b, s), at in[from], has rotated, to out[to].
+inline void rotate_head(const Case& c, const Rotation& rotation, int64_t b, int64_t s,
+                        const Memory& in, int64_t from, Memory& out, int64_t to) {
+  const auto rounded = [&](double value) { return scalar::computed(c.dtype, value); };
+  for (int64_t i = 0; i < c.dim(); ++i) {
+    const bool rotates = i >= c.before && i < c.before + 2 * c.pairs;
+    if (!rotates) out.set(to + i, in.bits(from + i));
+  }
+  for (int64_t i = 0; i < c.pairs; ++i) {
+    const Places x = places(c.interleaved, c.pairs, i), y = places(c.interleaved_out, c.pairs, i);
+    const double x1 = in.value(from + c.before + x.first);
+    const double x2 = in.value(from + c.before + x.second);
+    const Turn turn = rotation.turn(c, b, s, i);
+    out.set_value(to + c.before + y.first, rounded(rounded(x1 * turn.c1) - rounded(x2 * turn.s1)));
+    out.set_value(to + c.before + y.second, rounded(rounded(x2 * turn.c2) + rounded(x1 * turn.s2)));
+  }
+}
+
+// ------------------------------------------------------------------------------------------- cases
+
+// Everything that can be combined is drawn at random, but for what picks another piece of code: the
+// dtype, and with the bits of `which` the orders of the pairs and the width of the table.
+inline Case random_case(const char* op, DType dtype, int which, Random& random) {
+  Case c{};
+  c.op = op;
+  c.dtype = dtype;
+  c.interleaved = which & 1, c.interleaved_out = which & 2, c.full_width = which & 4;
+  c.in_place = c.interleaved == c.interleaved_out && random.coin();
+  c.table_dtype = kDTypes[random.below(4)];
+  c.table_interleaved = c.full_width && random.coin();
+  c.inverse = random.coin();
+  c.head_major = random.coin();
+  c.any_bits = random.below(3) == 0;
+  c.rows = static_cast<Rows>(random.below(4));
+  return c;
+}
+
 template <class Test>
 void for_each_case(const char* op, Random& random, const Test& test) {
   for (const DType dtype : kDTypes) {
     for (const int64_t pairs : kPairs) {
       for (int which = 0; which < 8; ++which) {
-        Case c{};
-        c.op = op;
-        c.dtype = dtype;
+        Case c = random_case(op, dtype, which, random);
         c.pairs = random.below(100) == 0 ? kManyPairs : pairs;
-        c.interleaved = which & 1, c.interleaved_out = which & 2, c.full_width = which & 4;
-        c.in_place = c.interleaved == c.interleaved_out && random.coin();
-        c.table_dtype = kDTypes[random.below(4)];
-        c.table_interleaved = c.full_width && random.coin();
-        c.inverse = random.coin();
-        c.head_major = random.coin();
-        c.any_bits = random.below(3) == 0;
-        c.rows = static_cast<Rows>(random.below(4));
         c.before = random.coin() ? 0 : random.below(20);
         c.after = random.coin() ? 0 : random.below(20);
         c.batch = 1 + random.below(2);
@@ -229,5 +269,28 @@ void for_each_case(const char* op, Random& random, const Test& test) {
     }
   }
 }
+
+// The same of given sizes.
+template <size_t kCount, class Test>
+void for_each_size(const char* op, const Sizes (&table)[kCount], Random& random, const Test& test) {
+  for (const Sizes& sizes : table) {
+    for (const DType dtype : kDTypes) {
+      for (int orders = 0; orders < 4; ++orders) {
+        Case c = random_case(op, dtype, orders + 4 * random.coin(), random);
+        c.why = sizes.why;
+        c.batch = sizes.batch, c.seq = sizes.seq;
+        c.heads_q = sizes.heads_q, c.heads_k = sizes.heads_k;
+        c.before = sizes.before, c.pairs = sizes.pairs, c.after = sizes.after;
+        c.rank = sizes.rank;
+        test(c, random);
+      }
+    }
+  }
+}
+
+// All cases of a file, test_kernels_*.cpp.
+void test_angles(Random& random);
+void test_append(Random& random);
+void test_rms_norm(Random& random);
 
 }  // namespace kernel_cases

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <vector>
 
 #include "../../csrc/args.h"
 
@@ -96,6 +97,39 @@ inline void write_bits(DType dtype, void* data, int64_t at, uint64_t bits) {
 inline double computed(DType dtype, double value) {
   return dtype == DType::Float64 ? value : static_cast<double>(static_cast<float>(value));
 }
+
+// One of the eight-bit floats of caches, csrc/float8.h: `largest` are the bits of its largest
+// value.
+class Float8 {
+ public:
+  Float8(int mantissa_bits, int largest) {
+    const Format format{7 - mantissa_bits, mantissa_bits};
+    for (int bits = 0; bits <= largest; ++bits) {
+      const int exponent = bits >> mantissa_bits, mantissa = bits % (1 << mantissa_bits);
+      const int leading = exponent > 0 ? 1 << mantissa_bits : 0;
+      const int unit = std::max(exponent, 1) - format.bias() - mantissa_bits;
+      values_.push_back(std::ldexp(leading + mantissa, unit));
+    }
+  }
+  // Halfway between two neighbours, of which there are so many.
+  int64_t ties() const { return static_cast<int64_t>(values_.size()) - 1; }
+  double tie(int64_t at) const { return (values_[at] + values_[at + 1]) / 2; }
+  // The nearest, a tie to even bits; the largest for all that is larger.
+  uint8_t bits_of(double value) const {
+    const double magnitude = std::fabs(value);
+    const auto above = std::lower_bound(values_.begin(), values_.end() - 1, magnitude);
+    auto bits = static_cast<size_t>(above - values_.begin());
+    if (std::isnan(value)) return 0x7f;
+    if (bits > 0 && magnitude < values_[bits]) {
+      const double to_lower = magnitude - values_[bits - 1], to_upper = values_[bits] - magnitude;
+      if (to_lower < to_upper || (to_lower == to_upper && bits % 2 == 1)) --bits;
+    }
+    return static_cast<uint8_t>(bits | (std::signbit(value) ? 0x80 : 0));
+  }
+
+ private:
+  std::vector<double> values_;  // of the bits 0, 1, 2, ...
+};
 
 // The same numbers on every machine.
 class Random {

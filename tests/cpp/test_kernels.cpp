@@ -4,8 +4,8 @@
 //   test_kernels [CALLERS]    so many threads at once, each through all cases, with other random
 //   numbers
 //
-// Rotations and their gradients must have the exact bits; tables of cos and sin are compared with
-// long double.
+// Rotations and their gradients must have the exact bits. The kernels of angles, of caches and of
+// RMSNorm have files of their own.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdlib>
@@ -43,57 +43,13 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, Par
 namespace {
 
 constexpr int64_t kLargeBytes = 33 << 20;  // written past the caches
-constexpr double kAngleUlps = 0.5001;      // csrc/angle.h, of results below float64
-constexpr double kAngleUlpsFloat64 = 1;
 
 // ---------------------------------------------------------------------------------- apply_rotary
 
-// What apply_rotary must write for one head of `in` to `out`.
-void rotate_head(const Case& c, const Tensor& in, int64_t from, const TableSide& cos,
-                 const TableSide& sin, int64_t row_cos, int64_t row_sin, Memory& out, int64_t to) {
-  const auto rounded = [&](double value) { return scalar::computed(c.dtype, value); };
-  for (int64_t i = 0; i < c.dim(); ++i) {
-    const bool rotates = i >= c.before && i < c.before + 2 * c.pairs;
-    if (!rotates) out.set(to + i, in.memory.bits(from + i));
-  }
-  for (int64_t i = 0; i < c.pairs; ++i) {
-    const Places x = places(c.interleaved, c.pairs, i), column = columns(c, i);
-    const Places y = places(c.interleaved_out, c.pairs, i);
-    const double x1 = in.memory.value(from + c.before + x.first);
-    const double x2 = in.memory.value(from + c.before + x.second);
-    const double c1 = rounded(cos.memory.value(row_cos + column.first));
-    const double c2 = rounded(cos.memory.value(row_cos + column.second));
-    double s1 = rounded(sin.memory.value(row_sin + column.first));
-    double s2 = rounded(sin.memory.value(row_sin + column.second));
-    if (c.inverse) {
-      std::swap(s1, s2);
-      s1 = -s1, s2 = -s2;
-    }
-    const double y1 = rounded(rounded(x1 * c1) - rounded(x2 * s1));
-    const double y2 = rounded(rounded(x2 * c2) + rounded(x1 * s2));
-    out.set_value(to + c.before + y.first, y1);
-    out.set_value(to + c.before + y.second, y2);
-  }
-}
-
 void test_apply_rotary(const Case& c, Random& random) {
   ++cases;
-  const bool by_index = c.rows == Rows::Index || c.rows == Rows::PerToken;
-  const int64_t rows = by_index ? c.seq : 50;
-  TableSide cos = random_table(c, rows, random), sin = random_table(c, rows, random);
-  const Positions positions(c, rows, random);
-  RotaryArgs args{};
-  args.op = c.op;
-  args.dtype = c.dtype;
-  args.batch = c.batch, args.seq = c.seq;
-  args.head_dim = c.dim(), args.rotary_dim = 2 * c.pairs, args.rotary_offset = c.before;
-  args.table = {cos.memory.data(), sin.memory.data(),  c.table_dtype, rows,
-                cos.stride_b,      cos.stride_row,     sin.stride_b,  sin.stride_row,
-                c.full_width,      c.table_interleaved};
-  args.position_ids = positions.ids(c);
-  args.interleaved = c.interleaved, args.interleaved_out = c.interleaved_out;
-  args.inverse = c.inverse;
-
+  const Rotation rotation(c, random);
+  RotaryArgs args = rotation.args(c);
   const int64_t heads[] = {c.heads_q, c.heads_k};
   std::vector<Tensor> in, out;
   std::vector<Memory> expected;
@@ -103,11 +59,9 @@ void test_apply_rotary(const Case& c, Random& random) {
     expected.push_back(out[x].memory);
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t s = 0; s < c.seq; ++s) {
-        const int64_t row = positions.wide[b * c.seq + s];
         for (int64_t h = 0; h < heads[x]; ++h) {
-          rotate_head(
-              c, in[x], in[x].index(b, s, h, 0), cos, sin, b * cos.stride_b + row * cos.stride_row,
-              b * sin.stride_b + row * sin.stride_row, expected[x], out[x].index(b, s, h, 0));
+          rotate_head(c, rotation, b, s, in[x].memory, in[x].index(b, s, h, 0), expected[x],
+                      out[x].index(b, s, h, 0));
         }
       }
     }
@@ -236,172 +190,6 @@ void test_table_grad(const Case& c, Random& random) {
   expect_same(expected_sin, grad_sin, text(c) + ", sin");
 }
 
-// ----------------------------------------------------------------------------------- cos and sin
-
-// inv_freq in float32: its product with a position is exact in long double.
-struct AngleCase {
-  Memory inv_freq;
-  std::vector<int32_t> narrow;
-  std::vector<int64_t> wide;
-  Angles angles{};
-
-  AngleCase(int64_t pairs, int64_t tokens, int ids, double scaling, Random& random)
-      : inv_freq(DType::Float32, pairs, false, random) {
-    for (int64_t i = 0; i < pairs; ++i)
-      inv_freq.set_value(i, std::pow(10000.0, -double(i) / pairs));
-    angles.op = "cos_sin";
-    angles.inv_freq = inv_freq.data();
-    angles.inv_freq_dtype = DType::Float32;
-    angles.pairs = pairs;
-    angles.positions = {nullptr,
-                        ids == 1 ? PositionType::Int32 : PositionType::Int64,
-                        1,
-                        0,
-                        0,
-                        1,
-                        random.below(int64_t{1} << 30)};
-    angles.attention_scaling = scaling;
-    constexpr int64_t kLast = (int64_t{1} << 31) - 1;
-    narrow.reserve(tokens), wide.reserve(tokens);
-    for (int64_t token = 0; token < tokens; ++token) {
-      const int64_t drawn = random.below(int64_t{2} << random.below(31));
-      wide.push_back(ids == 0 ? angles.positions.start + token : token == 0 ? kLast : drawn);
-      narrow.push_back(static_cast<int32_t>(wide.back()));
-    }
-    if (ids == 1) angles.positions.data = narrow.data();
-    if (ids == 2) angles.positions.data = wide.data();
-  }
-  long double angle(int64_t token, int64_t pair) const {
-    return static_cast<long double>(wide[token]) * static_cast<long double>(inv_freq.value(pair));
-  }
-};
-
-void test_cos_sin(Random& random) {
-  for (const DType dtype : kDTypes) {
-    for (int ids = 0; ids < 3; ++ids) {
-      ++cases;
-      // Scaled by a power of two a float64 result is not rounded again.
-      const double scaling = dtype == DType::Float64 ? 0.5 : 1.1875;
-      const int64_t pairs = ids == 0 ? 130 : 7, tokens = ids == 0 ? 20 : 301;
-      AngleCase c(pairs, tokens, ids, scaling, random);
-      Memory cos(dtype, tokens * pairs + kGuard, false, random), sin = cos;
-      const Memory before = cos;
-      CosSinArgs args{c.angles, tokens, cos.data(), sin.data(), dtype};
-      cpu::cos_sin(args);
-      const double most = dtype == DType::Float64 ? kAngleUlpsFloat64 : kAngleUlps;
-      for (int64_t at = 0; at < tokens * pairs; ++at) {
-        const long double angle = c.angle(at / pairs, at % pairs);
-        for (const bool is_cos : {true, false}) {
-          const long double want = (is_cos ? std::cos(angle) : std::sin(angle)) * scaling;
-          const double got = (is_cos ? cos : sin).value(at);
-          const int unit = scalar::format_of(dtype).unit(static_cast<double>(want));
-          const double ulps = static_cast<double>(std::ldexp(std::fabs(got - want), -unit));
-          if (ulps <= most) continue;
-          expect(false, text("cos_sin %s: %s of %.10Lg, position %" PRId64
-                             ": expected %.17Lg, got %.17g, %.3f ulps away",
-                             name(dtype), is_cos ? "cos" : "sin", angle, c.wide[at / pairs], want,
-                             got, ulps));
-        }
-      }
-      for (int64_t at = tokens * pairs; at < before.count(); ++at) {
-        expect(cos.bits(at) == before.bits(at) && sin.bits(at) == before.bits(at),
-               "cos_sin: written past the end");
-      }
-    }
-  }
-}
-
-void test_cos_sin_grad(Random& random) {
-  for (const DType dtype : kDTypes) {
-    for (int ids = 0; ids < 3; ++ids) {
-      ++cases;
-      const int64_t pairs = ids == 0 ? 130 : 7, tokens = 100, chunk_tokens = 32, chunks = 4;
-      AngleCase c(pairs, tokens, ids, 1.1875, random);
-      const Memory grad_cos(dtype, tokens * pairs, false, random);
-      const Memory grad_sin(dtype, tokens * pairs, false, random);
-      Memory partial(DType::Float64, chunks * pairs + kGuard, false, random);
-      Memory grad(DType::Float32, pairs + kGuard, false, random);
-      const Memory before = grad;
-      CosSinGradArgs args{c.angles, tokens, grad_cos.data(), grad_sin.data(), dtype,
-                          nullptr,  chunks, chunk_tokens,    grad.data()};
-      args.partial = static_cast<double*>(partial.data());
-      cpu::cos_sin_grad(args);
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        long double want = 0, terms = 0;
-        for (int64_t token = 0; token < tokens; ++token) {
-          const long double angle = c.angle(token, pair);
-          const long double slope = c.wide[token] * 1.1875L;
-          const int64_t at = token * pairs + pair;
-          const long double of_sin = slope * std::cos(angle) * grad_sin.value(at);
-          const long double of_cos = slope * std::sin(angle) * grad_cos.value(at);
-          want += of_sin - of_cos;
-          terms += std::fabs(of_sin) + std::fabs(of_cos);
-        }
-        // The terms and their sum in float64, some roundings each; the result in float32.
-        const long double most = terms * 0x1p-46L + std::fabs(want) * 0x1p-24L;
-        if (std::fabs(grad.value(pair) - want) <= most) continue;
-        expect(false, text("cos_sin_grad %s, pair %d: expected %.9Lg, got %.9g", name(dtype),
-                           int(pair), want, grad.value(pair)));
-      }
-      for (int64_t at = pairs; at < grad.count(); ++at) {
-        expect(grad.bits(at) == before.bits(at), "cos_sin_grad: written past the end");
-      }
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------- apply_rotary_at
-
-// The bits of apply_rotary by rows that cos_sin has made: of three axes, or 0, 1, 2, ...
-void test_apply_rotary_at(const Case& c, Random& random) {
-  if (c.full_width) return;
-  ++cases;
-  const bool given = c.rows == Rows::Int32 || c.rows == Rows::Int64;
-  const int64_t tokens = (given ? c.batch : 1) * c.seq;
-  AngleCase made(c.pairs, 3 * tokens, given ? (c.rows == Rows::Int32 ? 1 : 2) : 0, 1.1875, random);
-  std::vector<int64_t> axes;
-  for (int64_t i = 0; i < c.pairs; ++i) axes.push_back(random.below(3));
-  axes.shrink_to_fit();
-  if (given) {
-    made.angles.positions.axes = 3, made.angles.positions.stride_axis = tokens;
-    made.angles.axes = {axes.data(), true};
-  }
-  const DType table_dtype = c.dtype == DType::Float64 ? DType::Float64 : DType::Float32;
-  Memory cos(table_dtype, tokens * c.pairs, false, random), sin = cos;
-  cpu::cos_sin({made.angles, tokens, cos.data(), sin.data(), table_dtype});
-  made.angles.positions.stride_b = given ? c.seq : 0;
-
-  RotaryAtArgs args{};
-  args.op = c.op;
-  args.dtype = c.dtype;
-  args.batch = c.batch, args.seq = c.seq;
-  args.head_dim = c.dim(), args.rotary_dim = 2 * c.pairs, args.rotary_offset = c.before;
-  const int64_t stride_b = given ? c.seq * c.pairs : 0;
-  args.table = {cos.data(), sin.data(), table_dtype, c.seq, stride_b,
-                c.pairs,    stride_b,   c.pairs,     false, false};
-  args.interleaved = c.interleaved, args.interleaved_out = c.interleaved_out;
-  args.inverse = c.inverse;
-  args.angles = made.angles;
-
-  const Tensor in[] = {random_tensor(c, c.heads_q, kGuard, random),
-                       random_tensor(c, c.heads_k, kGuard, random)};
-  Tensor by_rows[] = {in[0], in[1]}, at[] = {in[0], in[1]};
-  const auto rotate = [&](Tensor(&out)[2], const auto& run) {
-    args.q = {out[0].heads<const void*>(c), out[0].heads<void*>(c), c.heads_q};
-    args.k = {out[1].heads<const void*>(c), out[1].heads<void*>(c), c.heads_k};
-    Tensor from[] = {in[0], in[1]};
-    if (!c.in_place) {
-      args.q.in = from[0].heads<const void*>(c);
-      args.k.in = from[1].heads<const void*>(c);
-    }
-    run();
-  };
-  rotate(by_rows, [&] { cpu::apply_rotary(args); });
-  rotate(at, [&] { cpu::apply_rotary_at(args); });
-  expect_same(by_rows[0].memory, at[0].memory, text(c) + ", q");
-  expect_same(by_rows[1].memory, at[1].memory, text(c) + ", k");
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -410,9 +198,9 @@ int main(int argc, char** argv) {
     Random random(20210420 + caller);
     for_each_case("apply_rotary", random, test_apply_rotary);
     for_each_case("rotary_table_grad", random, test_table_grad);
-    test_cos_sin(random);
-    test_cos_sin_grad(random);
-    for_each_case("apply_rotary_at", random, test_apply_rotary_at);
+    test_angles(random);
+    test_append(random);
+    test_rms_norm(random);
   });
   Random random(20210420);
   test_streaming(random);
