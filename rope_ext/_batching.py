@@ -13,7 +13,7 @@ from torch.library import register_vmap
 
 from rope_ext._angle_derivatives import table_dtype
 from rope_ext._derivatives import last_stride_one
-from rope_ext.ops import check_order_stays
+from rope_ext._in_place import check_order_stays
 
 rope = torch.ops.rope
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from rope_ext import frequencies
+from rope_ext._layouts import Layout, as_bshd
 from rope_ext.frequencies import config as configs
 from rope_ext.frequencies.bounds import exponents
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
-from rope_ext.ops import Layout, apply_rotary_qk, as_bshd
+from rope_ext.ops import apply_rotary_qk
 from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest
 from rope_ext.tables import TableCache, tables
 

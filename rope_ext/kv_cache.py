@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rope_ext._calling import call
-from rope_ext.ops import Layout, as_bshd, rotation_options
+from rope_ext._calling import call, rotation_options
+from rope_ext._layouts import Layout, as_bshd
 
 rope = torch.ops.rope
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from rope_ext._calling import call
-from rope_ext.ops import Layout, as_bshd, from_bshd, rotation_options
+from rope_ext._calling import call, rotation_options
+from rope_ext._layouts import Layout, as_bshd, from_bshd
 
 
 def rms_norm_rotary_qk(

@@ -5,18 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_ext._calling import call
-from rope_ext.ops import (
-    Layout,
-    as_bshd,
+from rope_ext._calling import call, rotation_options
+from rope_ext._in_place import (
     check_differentiable_in_place,
     check_order_stays,
-    from_bshd,
     in_place_rotation,
     is_differentiated,
     is_transformed,
-    rotation_options,
 )
+from rope_ext._layouts import Layout, as_bshd, from_bshd
 
 rope = torch.ops.rope
 

@@ -1,28 +1,24 @@
 """The operators as typed functions: with layouts, and in place with autograd."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rope_ext import decompositions
 from rope_ext._apart import check_apart
-from rope_ext._calling import call, check_may_be_written
-from rope_ext._derivatives import inverted, last_stride_one
+from rope_ext._calling import call, check_may_be_written, rotation_options
+from rope_ext._in_place import (
+    check_differentiable_in_place,
+    check_order_stays,
+    check_tables_need_no_grad,
+    in_place_rotation,
+    is_differentiated,
+    is_transformed,
+)
+from rope_ext._layouts import Layout, as_bshd, from_bshd
 
 rope = torch.ops.rope
-
-Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
-
-# The dimensions to swap to get [B, S, H, D]; packed [T, H, D] stays as it is.
-_SWAP: dict[str, tuple[int, int] | None] = {
-    "bshd": None,
-    "bhsd": (1, 2),
-    "sbhd": (0, 1),
-    "thd": None,
-}
 
 
 def apply_rotary(
@@ -100,7 +96,7 @@ def apply_rotary(
     if not is_differentiated(x, cos, sin) and not decompositions.in_graph():
         call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
         return x
-    _check_tables_need_no_grad("apply_rotary", cos, sin)
+    check_tables_need_no_grad("apply_rotary", cos, sin)
     if is_transformed():
         rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
         return x.copy_(rotated)
@@ -179,7 +175,7 @@ def apply_rotary_qk(
         rotate = rope.apply_rotary_qk_
         call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
         return q, k
-    _check_tables_need_no_grad("apply_rotary_qk", cos, sin)
+    check_tables_need_no_grad("apply_rotary_qk", cos, sin)
     if is_transformed():
         out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
         return q.copy_(out_q), k.copy_(out_k)
@@ -224,8 +220,8 @@ def _rotate_apart(
         order = options.get("interleaved_out")
         check_order_stays(function, options.get("interleaved", False), order)
         if is_differentiated(q, k, cos, sin, cos_k, sin_k):
-            _check_tables_need_no_grad(function, cos, sin)
-            _check_tables_need_no_grad(function, cos_k, sin_k)
+            check_tables_need_no_grad(function, cos, sin)
+            check_tables_need_no_grad(function, cos_k, sin_k)
             if not is_transformed():
                 check_differentiable_in_place(function, written)
     out_q, out_k = (None, None) if out is None else out
@@ -308,80 +304,6 @@ def cos_sin(
     return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
 
 
-def rotation_options(
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    interleaved_out: bool | None,
-    inverse: bool,
-) -> dict[str, Any]:
-    """What an operator has to be told: each option that it is called with takes it half a
-    microsecond, so those that have their defaults are left out.
-    """
-    options: dict[str, Any] = {}
-    if rotary_dim is not None:
-        options["rotary_dim"] = rotary_dim
-    if rotary_offset != 0:
-        options["rotary_offset"] = rotary_offset
-    if interleaved:
-        options["interleaved"] = interleaved
-    if interleaved_out is not None:
-        options["interleaved_out"] = interleaved_out
-    if inverse:
-        options["inverse"] = inverse
-    return options
-
-
-def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
-    """A view of x [B, S, H, D] or [T, H, D]; `function` and `name` are for refusals."""
-    if layout == "bshd" and x.dim() == 4:
-        return x
-    if layout not in _SWAP:
-        raise ValueError(
-            f"rope_ext.{function}: expected layout to be one of {', '.join(_SWAP)}, got {layout!r}"
-        )
-    rank = 3 if layout == "thd" else 4
-    if x.dim() != rank:
-        dims = ", ".join(layout.upper())
-        raise ValueError(
-            f"rope_ext.{function}: expected {name} to have shape [{dims}] (layout {layout!r}), "
-            f"got {list(x.shape)}"
-        )
-    swap = _SWAP[layout]
-    return x if swap is None else x.transpose(*swap)
-
-
-def from_bshd(x: Tensor, layout: str) -> Tensor:
-    swap = _SWAP[layout]
-    return x if swap is None else x.transpose(*swap)
-
-
-def is_differentiated(*tensors: Tensor) -> bool:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return needs_grad or forward_ad._current_level >= 0
-
-
-def is_transformed() -> bool:
-    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
-    by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def check_order_stays(function: str, interleaved: bool, interleaved_out: bool | None) -> None:
-    """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
-    if interleaved_out is not None and interleaved_out != interleaved:
-        raise RuntimeError(
-            f"rope_ext.{function}: expected interleaved_out to be None or interleaved, "
-            f"{interleaved}, when inplace=True, as a rotation in place leaves the pairs where they "
-            f"are, got {interleaved_out}"
-        )
-
-
 def _check_not_both(function: str, inplace: bool) -> None:
     if inplace:
         raise ValueError(f"rope_ext.{function}: expected inplace=False with out, got inplace=True")
@@ -394,61 +316,3 @@ def _check_need_no_grad(function: str, tensors: dict[str, Tensor]) -> None:
                 f"rope_ext.{function}: expected {name} to need no gradient with out, got a tensor "
                 "that requires grad"
             )
-
-
-def _check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
-    if cos.requires_grad or sin.requires_grad:
-        raise RuntimeError(
-            f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
-            "takes x as it was before), got tables that require grad"
-        )
-
-
-def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
-    """Refuses what autograd would refuse later, when the data had been written already."""
-    default = torch._C._autograd.CreationMeta.DEFAULT
-    for name, x in written.items():
-        base = x._base if x._is_view() else x
-        # A view may be a leaf itself, of a base that needs no gradient.
-        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
-            raise RuntimeError(
-                f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
-                "view of one, when inplace=True, got one"
-            )
-        if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
-            raise RuntimeError(
-                f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
-                "got one of several views of one function (as split, chunk and unbind make) or one "
-                "made without gradients"
-            )
-
-
-class _InPlaceRotation(torch.autograd.Function):
-    """Tells autograd that x has been rotated; the data already are. Saves no x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rotate: Callable[..., Tensor],
-        layout: str,
-        options: dict[str, Any],
-        *rows: Tensor | None,
-    ) -> Tensor:
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(*rows)
-        ctx.rotate = rotate
-        ctx.layout = layout
-        ctx.options = options
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows = ctx.saved_tensors
-        options = inverted(ctx.options)
-        rotated = ctx.rotate(last_stride_one(grad), *rows, layout=ctx.layout, **options)
-        return rotated, *(None,) * (3 + len(rows))
-
-
-# x, the function that rotates it out of place, layout, options, and what it takes after x
-in_place_rotation = _InPlaceRotation.apply

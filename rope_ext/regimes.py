@@ -100,7 +100,7 @@ def checked_regime_length(
             )
         if regime_length.device != inv_freq.device:
             raise ValueError(
-                f"RotaryEmbedding: expected regime_length on the device of inv_freq, "
+                "RotaryEmbedding: expected regime_length on the device of inv_freq, "
                 f"{inv_freq.device}, got {regime_length.device}"
             )
     elif regime_length is not None and (

@@ -196,7 +196,10 @@ def test_the_error_of_a_score_is_what_it_depends_on_beside_the_distance():
     # a constant turns both, and takes nothing away
     assert errors(turned_by(0.5)).max() < 1e-12
     # a frequency that is another: cos(d f') against cos(d f), over sqrt(2)
-    faster = lambda x, f, p: turned_by(0)(x, 1.1 * f.double(), p)  # noqa: E731
+
+    def faster(x, inv_freq, positions):
+        return turned_by(0)(x, 1.1 * inv_freq.double(), positions)
+
     expected = [abs(math.cos(0.275 * d) - math.cos(0.25 * d)) / 2**0.5 for d in (1, 20, 64)]
     assert errors(faster).flatten().tolist() == pytest.approx(expected)
 
