@@ -25,6 +25,15 @@ from rope_ext.integrations.transformers import families as families_of_record  #
 NOISE = 16 * torch.finfo(torch.float32).eps  # of the largest value among the tensors compared
 NEW_TOKENS = 6
 RECORD = families_of_record.load()
+recorded_release = pytest.mark.skipif(
+    transformers.__version__ != RECORD["transformers"],
+    reason=f"recorded with transformers {RECORD['transformers']}",
+)
+
+
+# Of other releases than the recorded one, transformers 5.0 to 5.23:
+ROTATED_OTHERWISE = ("deepseek_v3", "esm", "gpt_oss", "modernbert", "qwen2_5_omni", "qwen2_vl")
+REFUSED = ("modernbert",)  # its attention was picked from a table of functions
 
 
 def parameters():
@@ -32,6 +41,8 @@ def parameters():
     seen = set()
     for case in CASES:
         conventions = tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
+        if transformers.__version__ != RECORD["transformers"] and case.name in ROTATED_OTHERWISE:
+            conventions = (case.name,)
         yield pytest.param(
             case, id=case.name, marks=[pytest.mark.families] if conventions in seen else []
         )
@@ -43,21 +54,28 @@ def test_patched_model_computes_the_same(case, recording):
     if recording is not None:
         recording[case.name] = {"result": "failed", "reason": "see the tests"}
         recording[case.name] = result_of(case)
-    elif transformers.__version__ != RECORD["transformers"]:
-        pytest.skip(f"recorded with transformers {RECORD['transformers']}")
-    else:
+    elif transformers.__version__ == RECORD["transformers"]:
         assert result_of(case) == RECORD["families"][case.name]
+    else:
+        result = result_of(case)
+        assert result["result"] == "passed" or case.name in REFUSED, result
 
 
 def result_of(case):
     """What the record says of a case. Raises where the patched model computes something else."""
-    model = build(case)
-    arguments = inputs(case, model)
-    exact_model = copy.deepcopy(model).double() if case.float64 else None
     originals = innermost(rotations(case.family))
-    own, calls = counted(originals, lambda: run(model, arguments))
+    try:
+        model = build(case)
+        arguments = inputs(case, model)
+        exact_model = copy.deepcopy(model).double() if case.float64 else None
+        own, calls = counted(originals, lambda: run(model, arguments))
+        own_tokens = generated(model, arguments, case)
+        assert all(x.isfinite().all() for x in own["outputs"].values())
+    except Exception as error:
+        if transformers.__version__ == RECORD["transformers"]:
+            raise
+        pytest.skip(f"does not run as for transformers {RECORD['transformers']}: {error!r}")
     assert calls, f"expected the model to call one of {[*originals.values()]}"
-    own_tokens = generated(model, arguments, case)
     try:
         report = patch(model)
     except UnrecognizedRotation as error:
@@ -156,6 +174,7 @@ def generated(model, arguments, case):
         if family not in NOT_RUN
     ],
 )
+@recorded_release
 def test_every_rotation_of_a_family_runs_in_one_of_its_models(family):
     everything = rotations(family)
     called = set()
@@ -167,6 +186,7 @@ def test_every_rotation_of_a_family_runs_in_one_of_its_models(family):
     assert {*everything.values()} - called == NOT_REACHED.get(family, set())
 
 
+@recorded_release
 def test_every_family_is_run_or_has_a_reason(recording):
     assert {case.family for case in CASES} | NOT_RUN.keys() == families().keys()
     if recording is not None:
@@ -181,6 +201,7 @@ def test_record_and_readme_say_the_same(recording):
     assert families_of_record.inserted(readme, RECORD) == readme
 
 
+@recorded_release
 def test_command_tells_the_record(capsys):
     assert main(["integrations"]) == 0
     printed = capsys.readouterr().out

@@ -111,14 +111,13 @@ def innermost(codes: dict[CodeType, str]) -> dict[CodeType, str]:
 
 
 def tiny_config(config_class, overrides=None, special=None) -> PreTrainedConfig:
-    overrides, small = dict(overrides or {}), {}
+    overrides, small = dict(overrides or {}), dict(ENDS)
     special = special or iter(range(SPECIAL, VOCAB))
     default = config_class()
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            small[name] = tiny_config(type(value), overrides.pop(name, None), special)
-        elif name in ENDS:
-            small[name] = ENDS[name]
+            # a dictionary, as a file has it: some releases take nothing else
+            small[name] = tiny_config(type(value), overrides.pop(name, None), special).to_dict()
         elif TOKEN.fullmatch(name) and value is not None:
             small[name] = next(special)
         elif "vocab_size" in name and value:

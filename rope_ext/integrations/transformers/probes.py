@@ -70,6 +70,14 @@ def q_and_k_position_ids(numbers: Numbers) -> Iterator[Probe]:
     yield from q_and_k(numbers, torch.arange(SEQ))
 
 
+def q_and_k_by_sections(numbers: Numbers) -> Iterator[Probe]:
+    for sections in ([3, 4, 1], [4, 2, 2]):
+        q, k = numbers(BATCH, HEADS, SEQ, HEAD_DIM), numbers(BATCH, KV_HEADS, SEQ, HEAD_DIM)
+        tables = numbers.pair(3, BATCH, SEQ, HEAD_DIM)
+        yield [q, k, *tables, sections], {}
+        yield [q.transpose(1, 2), k.transpose(1, 2), *tables, sections], {"unsqueeze_dim": 2}
+
+
 def q_k_and_v(numbers: Numbers) -> Iterator[Probe]:
     for width in WIDTHS:
         qkv = [numbers(BATCH, HEADS, SEQ, HEAD_DIM) for _ in range(3)]
@@ -95,6 +103,17 @@ def one_tensor_sin_first(numbers: Numbers) -> Iterator[Probe]:
     for width in WIDTHS:
         for batch in (1, BATCH):
             yield [numbers(BATCH, SEQ, HEADS, HEAD_DIM), *numbers.pair(batch, SEQ, width)], {}
+
+
+def one_tensor_longer_tables(numbers: Numbers) -> Iterator[Probe]:
+    for batch, rows in ((1, SEQ), (BATCH, SEQ), (1, SEQ + 3)):
+        x = numbers(BATCH, HEADS, SEQ, HEAD_DIM)
+        yield [x, *numbers.pair(batch, 1, rows, HEAD_DIM)], {}
+
+
+def angles_of_one_tensor(numbers: Numbers) -> Iterator[Probe]:
+    for batch in (1, BATCH):
+        yield [numbers(batch, SEQ, HEADS, HEAD_DIM), numbers(SEQ, HEAD_DIM // 2)], {}
 
 
 def one_tensor_without_heads(numbers: Numbers) -> Iterator[Probe]:

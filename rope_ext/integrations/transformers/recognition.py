@@ -191,9 +191,12 @@ _FORMS = (
     Form("q shorter than k", rotations.q_shorter_than_k, probes.q_and_k_in_every_way),
     Form("", rotations.q_and_k_unused_position_ids, probes.q_and_k_position_ids),
     Form("", rotations.q_and_optional_k, probes.q_and_k_in_every_way),
+    Form("a section for an axis", rotations.q_and_k_by_sections, probes.q_and_k_by_sections),
     Form("q, k and v", rotations.q_k_and_v, probes.q_k_and_v),
     Form("one tensor", rotations.one_tensor, probes.one_tensor),
     Form("one tensor", rotations.one_tensor_sin_first, probes.one_tensor_sin_first),
+    Form("longer tables", rotations.one_tensor_longer_tables, probes.one_tensor_longer_tables),
+    Form("from angles", rotations.angles_of_one_tensor, probes.angles_of_one_tensor),
     Form("no heads", rotations.one_tensor_without_heads, probes.one_tensor_without_heads),
     Form(
         "a part of each head for an axis", rotations.axes_of_one_tensor, probes.axes_of_one_tensor

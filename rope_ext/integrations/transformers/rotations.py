@@ -32,6 +32,7 @@ class Pairs(NamedTuple):
         if self.columns == "first half":
             half = cos.shape[-1] // 2
             cos, sin = cos[..., :half], sin[..., :half]
+        cos, sin = adjacent(cos), adjacent(sin)
         # Not inverse=True, the transpose: another rotation where the columns of a pair differ.
         return cos, -sin if self.negated else sin
 
@@ -58,6 +59,12 @@ ALL_PAIRS = (
     Pairs(
         "interleaved in, halves out",
         "first half",
+        interleaved=True,
+        interleaved_out=False,
+    ),
+    Pairs(
+        "interleaved in, halves out, one angle a channel",
+        "a channel",
         interleaved=True,
         interleaved_out=False,
     ),
@@ -120,7 +127,11 @@ def rotate_both(
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """x with the channels of a head side by side, as the operators read them (not so in zaya)."""
+    """x with its last dimension contiguous, as the operators read it.
+
+    Not so: channels of heads in zaya; tables that a rotary module returns transposed, as that of
+    gpt_oss did before transformers 5.6.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -199,6 +210,23 @@ def q_and_optional_k(pairs: Pairs) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
+def q_and_k_by_sections(pairs: Pairs) -> Callable[..., Any]:
+    """Tables [3, B, S, W], one for time, height and width: section i of the channels turns by table
+    i % 3, and each half of a head has all sections (qwen2_vl and its kin before 5.13).
+    """
+
+    def apply_multimodal_rotary_pos_emb(q, k, cos, sin, mrope_section, unsqueeze_dim):
+        cos, sin = (
+            torch.cat(
+                [axes[i % 3] for i, axes in enumerate(table.split(mrope_section * 2, -1))], -1
+            )
+            for table in (cos, sin)
+        )
+        return rotate_both(pairs, q, k, cos, sin, heads_axis_of(cos, unsqueeze_dim))
+
+    return apply_multimodal_rotary_pos_emb
+
+
 def q_k_and_v(pairs: Pairs) -> Callable[..., Any]:
     """Values are rotated too, by rows of a table [L, W] (clvp)."""
 
@@ -226,6 +254,25 @@ def one_tensor_sin_first(pairs: Pairs) -> Callable[..., Any]:
         return rotate(pairs, tensor, cos, sin, -2)
 
     return apply_rotary_pos_emb
+
+
+def one_tensor_longer_tables(pairs: Pairs) -> Callable[..., Any]:
+    """x [B, H, S, D], tables [1|B, 1, L, W] with L >= S (esm before 5.12)."""
+
+    def apply_rotary_pos_emb(x, cos, sin):
+        cos, sin = (table[:, 0, : x.shape[-2]] for table in (cos, sin))
+        return rotate(pairs, x, cos, sin, -3)
+
+    return apply_rotary_pos_emb
+
+
+def angles_of_one_tensor(pairs: Pairs) -> Callable[..., Any]:
+    """tensor [B, S, H, D], freqs [S, P], in radians (qwen2_5_omni's vision encoder before 5.13)."""
+
+    def apply_rotary_pos_emb_vision(tensor, freqs):
+        return rotate(pairs, tensor, freqs.cos(), freqs.sin(), -2)
+
+    return apply_rotary_pos_emb_vision
 
 
 def one_tensor_without_heads(pairs: Pairs) -> Callable[..., Any]:

@@ -1,0 +1,87 @@
+"""The rotations that transformers models are written with: recognized, and for every layout."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from rope_ext.integrations.transformers import recognition
+from rope_ext.integrations.transformers.rotations import ALL_PAIRS
+
+FORMS = (*recognition._FORMS, *recognition._METHOD_FORMS)
+
+
+def spread(x):
+    """x with other numbers between its own: no stride is 1."""
+    return torch.stack((x, x + 1), -1)[..., 0]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.fill.__name__)
+def test_strides_of_arguments_do_not_matter(form):
+    compared = 0
+    for pairs in ALL_PAIRS:
+        rotate = form.fill(pairs)
+        for arguments, keywords in form.probes(recognition.Numbers(torch.float32)):
+            expected = recognition._call(rotate, (arguments, keywords))
+            if expected is None:  # these pairs need other tables
+                continue
+            apart = [spread(a) if isinstance(a, Tensor) and a.dim() else a for a in arguments]
+            results = rotate(*apart, **keywords)
+            results = results if isinstance(results, tuple) else (results,)
+            assert all(
+                a is b is None or torch.equal(a, b) for a, b in zip(results, expected, strict=True)
+            )
+            compared += 1
+    assert compared
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rotate(x, cos, sin):
+    return x * cos + rotate_half(x) * sin
+
+
+# As releases of transformers from 5.0 on wrote them, in other words.
+
+
+def interleaved_in_halves_out(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    q, k = (torch.cat((x[..., ::2], x[..., 1::2]), -1) for x in (q, k))
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def by_sections(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
+    ends = torch.tensor(2 * mrope_section).cumsum(0)
+    axis = torch.bucketize(torch.arange(q.shape[-1]), ends, right=True) % 3
+    channels = torch.arange(q.shape[-1])
+    cos, sin = (x[axis, :, :, channels].movedim(0, -1).unsqueeze(unsqueeze_dim) for x in (cos, sin))
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def longer_tables(x, cos, sin):
+    length = x.shape[-2]
+    return rotate(x, cos[:, :, :length], sin[:, :, :length])
+
+
+def from_angles(tensor, freqs):
+    cos, sin = freqs.cos().repeat(1, 2).unsqueeze(1), freqs.sin().repeat(1, 2).unsqueeze(1)
+    return rotate(tensor.float(), cos.float(), sin.float()).to(tensor.dtype)
+
+
+@pytest.mark.parametrize(
+    ("function", "convention"),
+    [
+        (interleaved_in_halves_out, "interleaved in, halves out, one angle a channel"),
+        (by_sections, "half-split; a section for an axis"),
+        (longer_tables, "half-split; longer tables"),
+        (from_angles, "half-split, one angle a pair; from angles"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_rotations_of_earlier_releases_are_recognized(function, convention):
+    rotation = recognition.recognize(function)
+    assert rotation is not None
+    assert rotation.convention == convention
