@@ -24,9 +24,7 @@ def values_known(*tensors: Tensor | None) -> bool:
     )
 
 
-def check_size(
-    function: str, name: str, value: Any, least: int | None = 0, hint: str = ""
-) -> None:
+def check_size(function: str, name: str, value: Any, least: int | None = 0, hint: str = "") -> None:
     """least: None if any integer will do. hint: what to do about one that is less."""
     integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     if not integer or (least is not None and value < least):

@@ -95,7 +95,8 @@ def _tokens(
     """
     chunks = 2 * world if load_balanced else world
     _check(function, seq_len, world, rank, chunks, cu_seqlens)
-    token = torch.arange(seq_len // world, device=device if cu_seqlens is None else cu_seqlens.device)
+    made_on = device if cu_seqlens is None else cu_seqlens.device
+    token = torch.arange(seq_len // world, device=made_on)
     if cu_seqlens is None:
         begin, chunk = 0, seq_len // chunks
         starts = None
