@@ -1,4 +1,4 @@
-"""The functions of our signatures beside flash-attention's own, where flash-attention and triton are
+"""Our functions beside flash-attention's own, where flash-attention and triton are
 unpacked: the stage "kernels" of .ci/run does it. Its Triton kernel is run by Triton's interpreter,
 on the CPU. Its files are imported by themselves: the package asks for a GPU.
 """

@@ -75,7 +75,7 @@ def of_the_package(monkeypatch):
     return module.apply_rotary_pos_emb
 
 
-@pytest.fixture(params=["restated", "of the package"] if PACKAGE else ["restated"])
+@pytest.fixture(params=["restated", "package"] if PACKAGE else ["restated"])
 def documented(request, monkeypatch):
     return restated if request.param == "restated" else of_the_package(monkeypatch)
 
