@@ -222,6 +222,24 @@ def test_in_place_is_twice_differentiable_on_views_too():
     torch.autograd.gradgradcheck(rotated, leaf)
 
 
+@pytest.mark.parametrize(
+    ("leaf", "learned", "offset", "message"),
+    [
+        (True, False, 0, "qkv_: expected qkv to be no leaf that requires grad"),
+        (False, True, 0, "qkv_: expected cos and sin to need no gradient"),
+        (False, False, L - S + 1, r"position_ids in \[0, 40\).*got 40"),
+    ],
+    ids=["a leaf", "learned tables", "a position past the table"],
+)
+def test_in_place_refuses_before_it_writes(leaf, learned, offset, message):
+    qkv, table = random(1, S, 3, H, D).requires_grad_(leaf), random_table(L, D // 2)
+    before = qkv.detach().clone()
+    table = [t.requires_grad_(learned) for t in table]
+    with pytest.raises(RuntimeError, match=message):
+        apply_rotary_emb_qkv_(qkv, *table, *table, seqlen_offsets=torch.tensor([offset]))
+    assert_same_bits(qkv.detach(), before)
+
+
 def test_without_a_sequence():
     x, table = random(0, H, D), random_table(L, D // 2)
     cu_seqlens = torch.zeros(1, dtype=torch.int32)
