@@ -64,21 +64,21 @@ def slot_mapping(
         slots = torch.full_like(positions, -1, dtype=torch.int64)
         found = torch.zeros_like(wanted)
     else:
-        if sequence is None:
-            row = torch.arange(rows, device=positions.device).unsqueeze(1)
-            known = True
-        else:
-            known = (sequence >= 0) & (sequence < rows)
-            row = sequence.long().clamp(0, rows - 1)
         index = torch.div(positions.long(), block_size, rounding_mode="floor")
         last = block_table.shape[-1] - 1
+        row, known = None, True  # each row of positions is that of its sequence
+        if sequence is not None:
+            row, known = sequence.long().clamp(0, rows - 1), (sequence >= 0) & (sequence < rows)
         if kv_indptr is None:
-            block = block_table[row, index.clamp(0, last)]
+            at = index.clamp(0, last)
+            block = block_table.gather(1, at) if row is None else block_table[row, at]
             within = index <= last
         else:
-            index = index + kv_indptr[row]
+            bounds = (kv_indptr[:-1], kv_indptr[1:])
+            begin, end = (t.unsqueeze(1) if row is None else t[row] for t in bounds)
+            index = index + begin
             block = block_table[index.clamp(0, last)]
-            within = index < kv_indptr[row + 1].clamp(max=last + 1)
+            within = index < end.clamp(max=last + 1)
         slots = block.long() * block_size + positions.long() % block_size
         found = (block >= 0) & within & known
     if values_known(block_table, positions, sequence, kv_indptr, mask):
