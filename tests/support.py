@@ -6,6 +6,8 @@ on the CPU.
 """
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rope_ext import reference
 
@@ -204,3 +206,23 @@ def assert_derivatives(function, inputs):
         function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
     )
     assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+
+
+class LargeTensors(TorchDispatchMode):
+    """The operations that make a tensor of at least `size` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.made_by = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        storages = {
+            x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, torch.Tensor)
+        }
+        for y in tree_leaves(results):
+            large = isinstance(y, torch.Tensor) and y.numel() >= self.size
+            if large and y.untyped_storage()._cdata not in storages:
+                self.made_by.append(str(function))
+        return results

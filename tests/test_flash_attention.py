@@ -1,9 +1,10 @@
-"""The function of our signature beside flash-attention's own, where flash-attention and triton are
+"""Our functions beside flash-attention's own, where flash-attention and triton are
 unpacked: the stage "kernels" of .ci/run does it. Its Triton kernel is run by Triton's interpreter,
 on the CPU. Its files are imported by themselves: the package asks for a GPU.
 """
 
 import contextlib
+import inspect
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from support import random, random_table
 
+from rope_ext.integrations.reference_apis import flash_attention
 from rope_ext.integrations.reference_apis.flash_attention import apply_rotary_emb
 
 if any(find_spec(name) is None for name in ("flash_attn", "triton", "einops")):
@@ -77,7 +79,50 @@ def test_forward_and_backward_are_those_of_flash_attention(
         y = function(leaf.clone(), *table, interleaved=interleaved, inplace=inplace, **options)
         (gradient,) = torch.autograd.grad(y, leaf, weight.clone())
         results.append((y.detach(), gradient))
-    # Both compute in float32 and round once, which Triton's interpreter does towards zero.
-    eps = torch.finfo(dtype).eps
-    for got, expected in zip(*results, strict=True):
+    assert_near(*results)
+
+
+@pytest.mark.parametrize("name", ["", "_qkv_", "_kv_"])
+def test_signatures_are_those_of_flash_attention(name, theirs):
+    ours, expected = (
+        inspect.signature(getattr(module, f"apply_rotary_emb{name}")).parameters.values()
+        for module in (flash_attention, theirs)
+    )
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in expected]
+
+
+OFFSETS = torch.tensor([0, 29, 7])
+IN_PLACE = {
+    "qkv": ("_qkv_", (B, S, 3, H, D), 2, {"seqlen_offsets": 9}),
+    "grouped qkv": ("_qkv_", (B, S, H + 4, D), 2, {"seqlen_offsets": OFFSETS, "num_heads_q": H}),
+    "qkv, tables of k": ("_qkv_", (B, S, 3, H, D), 4, {"seqlen_offsets": OFFSETS}),
+    "kv": ("_kv_", (B, S, 2, H, D), 2, {"seqlen_offsets": OFFSETS}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_packed_in_place_forward_and_backward_are_those_of_flash_attention(
+    case, interleaved, dtype, theirs
+):
+    name, shape, tables, options = IN_PLACE[case]
+    tables = [*random_table(L, 6, dtype=dtype), *random_table(L, 6, dtype=dtype, seed=3)][:tables]
+    x, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    results = []
+    for module in (flash_attention, theirs):
+        leaf = x.clone().requires_grad_()
+        packed = leaf.clone()
+        rotate_ = getattr(module, f"apply_rotary_emb{name}")
+        y = rotate_(packed, *tables, interleaved=interleaved, **options)
+        assert y.data_ptr() == packed.data_ptr()
+        (gradient,) = torch.autograd.grad(y, leaf, weight.clone())
+        results.append((y.detach(), gradient))
+    assert_near(*results)
+
+
+def assert_near(ours, theirs):
+    """Both compute in float32 and round once, which Triton's interpreter does towards zero."""
+    for got, expected in zip(ours, theirs, strict=True):
+        eps = torch.finfo(got.dtype).eps
         torch.testing.assert_close(got, expected, rtol=eps, atol=eps)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import rope_ext
 from rope_ext import positions
@@ -11,6 +12,7 @@ from rope_ext import positions
 INT_DTYPES = (torch.int32, torch.int64)
 drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 lengths = st.lists(st.integers(0, 5), max_size=6)
+dtypes = st.sampled_from(INT_DTYPES)
 
 
 def boundaries(lengths, dtype=torch.int64):
@@ -21,7 +23,7 @@ def boundaries(lengths, dtype=torch.int64):
 
 
 @drawn
-@given(lengths, st.data(), st.sampled_from(INT_DTYPES), st.integers(0, 3))
+@given(lengths, st.data(), dtypes, st.integers(0, 3))
 def test_packed_tokens_count_from_the_offset_of_their_sequence(lengths, data, dtype, padding):
     offsets = [data.draw(st.integers(0, 1000)) for _ in lengths]
     expected = [offsets[i] + n for i, length in enumerate(lengths) for n in range(length)]
@@ -84,6 +86,47 @@ def test_padding_on_either_side_has_position_0(rows):
         assert got.tolist() == expected
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["packed", "padded on the left"])
+def test_padding_has_the_position_that_is_asked_for(left, device):
+    """Marked for slots, or with a row for a table: which has none for position -1."""
+    if left:  # two tokens of padding, none, all three
+        offsets = torch.tensor([-2, 4, -3], device=device)
+        expected = [[-1, -1, 0], [4, 5, 6], [-1, -1, -1]]
+
+        def made(padding):
+            return positions.from_offsets(offsets, 3, padding=padding)
+
+        assert positions.from_offsets(-1, 3, padding=0).tolist() == [[0, 0, 1]]
+        assert positions.from_offsets(-1, 3, padding=-1, device=device).tolist() == [[-1, 0, 1]]
+    else:
+        cu_seqlens = torch.tensor([0, 2, 5], device=device)
+        expected = [0, 1, 0, 1, 2, -1, -1]
+
+        def made(padding):
+            return positions.from_cu_seqlens(cu_seqlens, 7, padding=padding)
+
+        assert torch.equal(made(-1), positions.from_cu_seqlens(cu_seqlens, 7))
+    marked, for_a_table = made(-1), made(0)
+    assert marked.tolist() == expected
+    assert torch.equal(for_a_table, marked.clamp(min=0))
+    x = torch.randn(*marked.shape, 2, 8).to(device)
+    inv_freq, _ = rope_ext.frequencies.default(8)
+    table = rope_ext.cos_sin_cache(inv_freq.to(device), 7)
+    layout = "bshd" if left else "thd"
+    rotated = rope_ext.apply_rotary(x, *table, for_a_table, layout=layout)
+    assert rotated.isfinite().all()
+    assert torch.equal(rotated[marked == -1], x[marked == -1])  # row 0 turns by nothing
+    rows = rope_ext.cos_sin(inv_freq.to(device), marked)
+    by_rows = rope_ext.apply_rotary(x, *rows, layout=layout)
+    assert torch.equal(by_rows[marked >= 0], rotated[marked >= 0])
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match=r"position_ids in \[0, 7\).*got -1"):
+            rope_ext.apply_rotary(x, *table, marked, layout=layout)
+    else:
+        rotated = rope_ext.apply_rotary(x, *table, marked, layout=layout)
+        assert rotated[marked == -1].isnan().all()
+
+
 # ---- slots
 
 
@@ -105,7 +148,7 @@ def paged(draw):
 
 
 @drawn
-@given(paged(), st.sampled_from(INT_DTYPES))
+@given(paged(), dtypes)
 def test_slots_of_packed_tokens_are_those_of_their_blocks(case, dtype):
     table, most, block_size, tokens = case
     expected = [
@@ -134,6 +177,52 @@ def test_slots_of_a_batch(device):
     assert torch.equal(positions.slot_mapping(no_blocks, nowhere, 4), nowhere)
 
 
+@drawn
+@given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.data(), dtypes)
+def test_slots_and_lengths_from_pages_of_flashinfer(cached, page_size, data, dtype):
+    """A step's new tokens, whose pages are there; padded, as for CUDA graphs."""
+    new = [data.draw(st.integers(0, 3)) for _ in cached]
+    lengths = [a + b for a, b in zip(cached, new, strict=True)]
+    pages = [-(-length // page_size) for length in lengths]
+    indices = data.draw(st.permutations(range(sum(pages) + 2)))
+    last_page_len = [n - page_size * max(p - 1, 0) for n, p in zip(lengths, pages, strict=True)]
+    expected, begin = [], 0
+    for length, count, more in zip(lengths, pages, new, strict=True):
+        table = indices[begin : begin + count]
+        begin += count
+        places = range(length - more, length)
+        expected += [table[p // page_size] * page_size + p % page_size for p in places]
+    kv_indptr, qo_indptr = boundaries(pages, dtype), boundaries(new, dtype)
+    kv_indices = torch.tensor(indices, dtype=dtype)
+    seq_lens = positions.seq_lens(kv_indptr, torch.tensor(last_page_len, dtype=dtype), page_size)
+    assert seq_lens.dtype == torch.int64
+    assert seq_lens.tolist() == lengths
+    total = sum(new) + 2
+    offsets = seq_lens - qo_indptr.diff()
+    options = {"kv_indptr": kv_indptr}
+    sequence = positions.sequence_of_tokens(qo_indptr, total)
+    at = positions.from_cu_seqlens(qo_indptr, total, offsets=offsets)
+    got = positions.slot_mapping(kv_indices, at, page_size, sequence, **options)
+    assert got.tolist() == [*expected, -1, -1]
+    with_rows = positions.from_cu_seqlens(qo_indptr, total, offsets=offsets, padding=0)
+    options["mask"] = sequence >= 0
+    assert torch.equal(
+        got, positions.slot_mapping(kv_indices, with_rows, page_size, sequence, **options)
+    )
+
+
+def test_slots_of_a_batch_from_pages(device):
+    kv_indptr = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=device)
+    kv_indices = torch.tensor([7, 2, 5, 9], device=device)  # the last is no sequence's
+    at = torch.tensor([[3, 4], [-1, -1], [-1, 2]], device=device)
+    got = positions.slot_mapping(kv_indices, at, 4, kv_indptr=kv_indptr)
+    assert got.tolist() == [[31, 8], [-1, -1], [-1, 22]]
+    one_row = torch.tensor([[0]], device=device)
+    options = {"kv_indptr": kv_indptr, "mask": one_row == 1}
+    got = positions.slot_mapping(kv_indices, one_row, 4, **options)
+    assert got.tolist() == [[-1]] * 3
+
+
 def test_no_two_tokens_of_different_sequences_share_a_slot():
     """Prompts, parts of them and tokens to decode in one batch, from boundaries to slots."""
     cu_seqlens, cached = boundaries([5, 1, 3, 0]), torch.tensor([0, 9, 4, 2])
@@ -154,6 +243,12 @@ ON_A_DEVICE = {
     "from_attention_mask": lambda t: positions.from_attention_mask(t([[0, 1], [1, 1]])),
     "slot_mapping": lambda t: positions.slot_mapping(t([[3], [1]]), t([[0], [2]]), 4),
     "slot_mapping, packed": lambda t: positions.slot_mapping(t([[3]]), t([1]), 4, t([0])),
+    "slot_mapping, pages": lambda t: positions.slot_mapping(
+        t([7, 5, 3]), t([1, 4]), 4, t([0, 1]), kv_indptr=t([0, 1, 3])
+    ),
+    "seq_lens": lambda t: positions.seq_lens(t([0, 2, 2]), t([3, 0]), 4),
+    "from_offsets, padding": lambda t: positions.from_offsets(t([1, -2]), 3, padding=0),
+    "mrope_rows": lambda t: positions.mrope_rows(*t([[[[0.5], [2]]] * 2] * 2), t([1]))[1],
     "mrope_batch": lambda t: positions.mrope_batch([[1], [(1, 1, 2)]], t([[0, 1], [1, 1]])),
 }
 
@@ -183,6 +278,15 @@ def packed_step(cu_seqlens, total, cached, block_table):
     return positions.slot_mapping(block_table, at, 4, sequence)
 
 
+def step_on_pages(qo_indptr, total, kv_indptr, kv_indices, last_page_len):
+    seq_lens = positions.seq_lens(kv_indptr, last_page_len, 4)
+    offsets = seq_lens - qo_indptr.diff()
+    at = positions.from_cu_seqlens(qo_indptr, total, offsets=offsets, padding=0)
+    sequence = positions.sequence_of_tokens(qo_indptr, total)
+    options = {"kv_indptr": kv_indptr, "mask": sequence >= 0}
+    return positions.slot_mapping(kv_indices, at, 4, sequence, **options)
+
+
 # Functions in a graph, and sizes and values of their arguments: no two alike, which the graph would
 # take for one.
 IN_A_GRAPH = {
@@ -194,6 +298,24 @@ IN_A_GRAPH = {
             torch.arange(2, 4 + i + 1),
             torch.arange(9 * (3 + i)).view(-1, 9),
         ),
+    ),
+    "pages": (
+        step_on_pages,
+        lambda i: (
+            boundaries([1] * (3 + i)),
+            9 + 2 * i,
+            boundaries([2] * (3 + i)),
+            torch.arange(40 + 3 * i).flip(0),
+            torch.full((3 + i,), 3),
+        ),
+    ),
+    "padded on the left": (
+        lambda offsets, n: positions.from_offsets(offsets, n, padding=-1),
+        lambda i: (torch.arange(-2, 3 + i), 9 + i),
+    ),
+    "rows of axes": (
+        lambda cos, axes: positions.mrope_rows(cos, 2 * cos, axes),
+        lambda i: (torch.arange(24.0 * (5 + i)).view(3, -1, 8), torch.arange(8) % 3),
     ),
     "cached": (positions.from_offsets, lambda i: (torch.arange(3 + i), 5 + i)),
     "cached, as many": (positions.from_offsets, lambda i: (7 + i, 4 + i)),
@@ -223,7 +345,8 @@ def test_one_graph_serves_all_lengths(name):
     for i in range(3):
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             got = compiled(*arguments(i))
-        assert torch.equal(got, function(*arguments(i)))
+        expected = tree_leaves(function(*arguments(i)))
+        assert all(map(torch.equal, tree_leaves(got), expected))
 
 
 def test_in_a_graph_a_slot_that_is_not_there_is_minus_1():
@@ -232,6 +355,10 @@ def test_in_a_graph_a_slot_that_is_not_there_is_minus_1():
     assert compiled(table, at, 4).tolist() == [[12, -1, -1]]
     outside = compiled(table, torch.tensor([0, 0, 0]), 4, torch.tensor([0, 1, -1]))
     assert outside.tolist() == [12, -1, -1]
+    sequence, kv_indptr = torch.tensor([1, 1, 2, -1]), torch.tensor([0, 1, 9])
+    at = torch.tensor([3, 4, 0, 0])  # kv_indices ends before kv_indptr does
+    pages = compiled(torch.tensor([3, 5]), at, 4, sequence, kv_indptr=kv_indptr)
+    assert pages.tolist() == [23, -1, -1, -1]
 
 
 # ---- refusals
@@ -240,6 +367,8 @@ def test_in_a_graph_a_slot_that_is_not_there_is_minus_1():
 def T(*values, dtype=None, device=None):
     return torch.tensor(values, dtype=dtype, device=device)
 
+
+PAGES = T(7, 2, 5), T(9), 4, T(0)
 
 REFUSALS = {
     "from_cu_seqlens": [
@@ -256,16 +385,20 @@ REFUSALS = {
         ((T(0, 3),), {"offsets": T(-1)}, r"offsets of at least 0, got -1 at index \[0\]"),
         ((T(0, 3),), {"offsets": T(1.0)}, "offsets of dtype int32 or int64, got torch.float32"),
         ((T(0, 3),), {"offsets": T(1, device="meta")}, "offsets on the device of .*, got meta"),
+        ((T(0, 3),), {"padding": -2}, "padding to be an integer of at least -1, got -2"),
+        ((T(0, 3),), {"padding": None}, "padding to be an integer of at least -1, got None"),
     ],
     "sequence_of_tokens": [
         ((T(0, 3), 2), {}, "total to be at least 3, the last of cu_seqlens, got 2"),
         ((T(0.0, 1.0),), {}, "cu_seqlens of dtype int32 or int64, got torch.float32"),
     ],
     "from_offsets": [
-        ((T(3, -2), 1), {}, r"offsets of at least 0, got -2 at index \[1\]"),
+        ((T(3, -2), 1), {}, r"offsets of at least 0, got -2 at index \[1\] \(give padding="),
+        ((-2, 1), {}, r"offsets to be an integer of at least 0, got -2 \(give padding="),
+        ((2.0, 1), {"padding": 0}, r"offsets to be an integer, got 2.0$"),
+        ((2, 1), {"padding": -2}, "padding to be an integer of at least -1, got -2"),
         ((T([2]), 1), {}, r"offsets to have shape \[B\], got \[1, 1\]"),
         ((T(2.0), 1), {}, "offsets of dtype int32 or int64, got torch.float32"),
-        ((-2, 1), {}, "offsets to be an integer of at least 0, got -2"),
         ((2, -1), {}, "seq_len to be an integer of at least 0, got -1"),
         ((2, True), {}, "seq_len to be an integer of at least 0, got True"),
     ],
@@ -293,6 +426,29 @@ REFUSALS = {
         ((T([1, 2], [3, -1]), T([7]), 4), {}, r"block 1 of sequence 1, for position 7, .*, -1\]"),
         ((T([1, 2]), T(0, 8), 4, T(0, 0)), {}, r"block 2 .* position 8, got \[1, 2\]"),
         ((T([1])[:, :0], T([0]), 4), {}, r"block 0 of sequence 0, for position 0, got \[\]"),
+        (PAGES, {"kv_indptr": T(0, 2, 3)}, r"block 2 of sequence 0, for position 9, got \[7, 2\]"),
+        (PAGES[:3], {"kv_indptr": T(0, 3)}, r"positions to have shape \[1\|B, S\], got \[1\]"),
+        (PAGES, {"kv_indptr": T(0, 4)}, "block_table to have the 4 pages of kv_indptr, got 3"),
+        (PAGES, {"kv_indptr": T(1, 3)}, "kv_indptr to begin with 0, got 1"),
+        (PAGES, {"kv_indptr": T(0, 3, 2)}, "sequence 1 of kv_indptr to have a length .*, got -1"),
+        (PAGES, {"kv_indptr": T(0.0, 3.0)}, "kv_indptr of dtype int32 or int64, got torch.float32"),
+        (PAGES, {"kv_indptr": T([0, 3])}, r"kv_indptr to have shape .*, got \[1, 2\]"),
+        (PAGES, {"kv_indptr": T(0, 3, device="meta")}, "kv_indptr on the device of block_table"),
+        ((T([7]), *PAGES[1:]), {"kv_indptr": T(0, 1)}, r"\[pages\] with kv_indptr, got \[1, 1\]"),
+        (
+            (*PAGES[:3], T(1)),
+            {"kv_indptr": T(0, 3)},
+            r"in \[0, 1\), the sequences of kv_indptr, got 1 .*\(tokens of no sequence take a mask",
+        ),
+    ],
+    "seq_lens": [
+        ((T(0, 2), T(3), 0), {}, "page_size to be an integer of at least 1, got 0"),
+        ((T(0, 2), T(3, 1), 4), {}, r"kv_last_page_len to have shape .*, \[1\], got \[2\]"),
+        ((T(0, 2), T(3.0), 4), {}, "kv_last_page_len of dtype int32 or int64, got torch.float32"),
+        ((T(0, 2), T(5), 4), {}, r"kv_last_page_len of at most page_size, 4, got \[5\]"),
+        ((T(0, 2), T(-1), 4), {}, r"kv_last_page_len of at least 0, got -1 at index \[0\]"),
+        ((T(0, 2), T(1, device="meta"), 4), {}, "kv_last_page_len on the device of kv_indptr, cpu"),
+        ((T(0, 2, 1), T(1, 1), 4), {}, "sequence 1 of kv_indptr to have a length of at least 0"),
     ],
 }
 

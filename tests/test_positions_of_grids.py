@@ -259,6 +259,74 @@ def test_pairs_are_of_the_axes_that_transformers_gives_them(module, sections, in
         assert torch.equal(torch.cat((got, got), -1), expected)
 
 
+@pytest.mark.parametrize("sections", [[24, 20, 20, 0], [11, 11, 10, 0], [2, 1, 1, 4], [1, 7, 0, 2]])
+def test_pairs_are_of_the_axes_that_ggml_gives_them(sections):
+    """ggml_mrope_cache_init of llama.cpp, IMROPE, with positions that are 0 on the last axis."""
+    t, h, w, _ = sections
+    expected = []
+    for sector in range(sum(sections)):
+        if sector % 3 == 1 and sector < 3 * h:
+            expected.append(1)
+        elif sector % 3 == 2 and sector < 3 * w:
+            expected.append(2)
+        elif sector % 3 == 0 and sector < 3 * t:
+            expected.append(0)
+        else:
+            expected.append(3)
+    axes = positions.mrope_axes(sections, interleaved=True, leftover="last")
+    assert axes.dtype == torch.int64
+    assert axes.tolist() == expected
+
+
+def test_leftover_pairs_do_not_turn_in_llama_cpp():
+    axes = positions.mrope_axes([24, 20, 20, 0], interleaved=True, leftover="last")
+    of_transformers = positions.mrope_axes([24, 20, 20], interleaved=True)
+    assert (axes != of_transformers).nonzero().flatten().tolist() == [61, 62]
+    ids = torch.nn.functional.pad(positions.mrope([3, (1, 2, 2)]), (0, 0, 0, 1))
+    cos, sin = rope_ext.cos_sin(rope_ext.frequencies.default(128)[0], ids, axes=axes)
+    assert torch.equal(cos[:, 61:63], torch.ones(7, 2))
+    assert torch.equal(sin[:, 61:63], torch.zeros(7, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["sections", "taking turns"])
+def test_rows_are_picked_from_the_tables_of_each_axis(interleaved, dtype, device):
+    """As cos_sin makes them at once; and as Qwen2-VL picks them from both halves."""
+    sections, inv_freq = [4, 2, 2], rope_ext.frequencies.default(16)[0].to(device)
+    ids = positions.mrope([3, (1, 4, 5), 2], device=device)[:, None].expand(3, 2, -1)
+    axes = positions.mrope_axes(sections, interleaved=interleaved, device=device)
+    tables = rope_ext.cos_sin(inv_freq, ids, dtype=dtype)
+    expected = rope_ext.cos_sin(inv_freq, ids, axes=axes, dtype=dtype)
+    for got in (
+        positions.mrope_rows(*tables, axes.int()),
+        positions.mrope_rows(*(t[:, 0] for t in tables), axes),  # packed, as vLLM has them
+    ):
+        for rows, same in zip(got, expected, strict=True):
+            assert rows.dtype == dtype
+            assert torch.equal(rows.expand_as(same), same)
+    halves = [torch.cat((t, t), -1) for t in tables]
+    for rows, t in zip(positions.mrope_rows(*halves, axes.repeat(2)), halves, strict=True):
+        if not interleaved:
+            parts = [part[i % 3] for i, part in enumerate(t.split(sections * 2, -1))]
+            assert torch.equal(rows, torch.cat(parts, -1))
+    leaves = [t.double().requires_grad_() for t in tables]
+    picked = [
+        torch.nn.functional.one_hot(axes, 3).T.double()[:, None, None].expand_as(t) for t in tables
+    ]
+    sums = [rows.sum() for rows in positions.mrope_rows(*leaves, axes)]
+    gradients = torch.autograd.grad(sums, leaves)
+    for got, same in zip(gradients, picked, strict=True):
+        assert torch.equal(got, same)
+
+
+def test_an_axis_that_is_not_there_makes_nan_in_a_graph():
+    cos = torch.randn(3, 4, 2)
+    compiled = torch.compile(positions.mrope_rows, backend="eager", fullgraph=True)
+    rows, _ = compiled(cos, cos, torch.tensor([1, 3]))
+    assert torch.equal(rows[:, 0], cos[1, :, 0])
+    assert rows[:, 1].isnan().all()
+
+
 def test_channels_are_of_the_axes_that_hunyuan_gives_them():
     sections = [16, 8, 24, 16]
     inv_freq, _ = rope_ext.frequencies.default(2 * sum(sections))
@@ -282,6 +350,8 @@ def test_an_axis_of_its_own_for_each_run_of_pairs():
     side_by_side = [rope_ext.cos_sin(inv_freq, ids)[0] for ids in position_ids]
     assert torch.equal(gathered(cos, axes), torch.cat(side_by_side, -1))
 
+
+TABLE, AXES = torch.ones(3, 4, 2), torch.arange(2)
 
 REFUSALS = {
     "grid": [
@@ -313,6 +383,15 @@ REFUSALS = {
         (([1, -1],), {}, r"sections\[1\] to be an integer of at least 0, got -1"),
         (([1, 2.0],), {}, r"sections\[1\] to be an integer of at least 0, got 2.0"),
         (([1, 4, 1],), {"interleaved": True}, r"sections\[1\] to be at most 2, .*, got 4"),
+        (([1],), {"interleaved": True, "leftover": 3}, "leftover to be 'first' or 'last', got 3"),
+    ],
+    "mrope_rows": [
+        ((TABLE, TABLE, AXES.float()), {}, "axes of dtype int32 or int64, got torch.float32"),
+        ((TABLE, TABLE, AXES[:1]), {}, r"cos to have shape \[A, ..., 1\], .*, got \[3, 4, 2\]"),
+        ((TABLE, TABLE[:2], AXES), {}, r"sin to have shape of cos, \[3, 4, 2\], got \[2, 4, 2\]"),
+        ((TABLE, TABLE.double(), AXES), {}, "cos and sin of one floating dtype, got .*float64"),
+        ((TABLE, TABLE, AXES.to("meta")), {}, "cos on the device of axes, meta, got cpu"),
+        ((TABLE, TABLE, AXES + 2), {}, r"axes in \[0, 3\), of cos, got 3 at index \[1\]"),
     ],
     "axial_axes": [(([],), {}, "pairs_per_axis to have an entry for each axis, got none")],
 }

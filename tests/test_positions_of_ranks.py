@@ -1,7 +1,10 @@
 """Positions of the tokens that a rank has, under context parallelism."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rope_ext import positions
 
@@ -91,6 +94,29 @@ def test_result_is_on_the_device_that_is_asked_for():
     assert positions.context_parallel(8, 2, 0, device="meta").device.type == "meta"
     with torch.device("meta"):
         assert positions.context_parallel(8, 2, 0).device.type == "meta"
+
+
+@pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
+def test_result_is_made_on_its_device(function):
+    """A copy from the CPU would wait for the device, and can't go into a CUDA graph."""
+
+    class Devices(TorchDispatchMode):
+        seen: ClassVar = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.seen.add(result.device.type)
+            return result
+
+    with Devices() as devices:
+        getattr(positions, function)(8, 2, 1, device="meta")
+    assert devices.seen == {"meta"}
+
+
+def test_tokens_past_the_last_sequence_read_no_bound_where_values_are_not_looked_at():
+    compiled = torch.compile(positions.context_parallel, fullgraph=True, backend="eager")
+    got = compiled(8, 2, 1, cu_seqlens=torch.tensor([0, 4]))
+    assert torch.equal(got[:2], positions.context_parallel(4, 2, 1))
 
 
 def test_values_of_cu_seqlens_on_a_device_are_not_waited_for():

@@ -1,8 +1,7 @@
 """Other libraries' signatures on the operators: each beside the library itself where that runs on a
-CPU, else beside its documented formula.
+CPU, else beside its documented formula. flash-attention's and Transformer Engine's are in files
+of their own, and here with all of them.
 """
-
-from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -10,9 +9,16 @@ import onnxruntime
 import pytest
 import rotary_embedding_torch
 import torch
-from support import DTYPES, assert_same_bits, name_of, random, random_positions, random_table
+from support import (
+    DTYPES,
+    LargeTensors,
+    assert_same_bits,
+    name_of,
+    random,
+    random_positions,
+    random_table,
+)
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rope_ext import reference
@@ -21,6 +27,7 @@ from rope_ext.integrations.reference_apis import (
     llama,
     torch_functional,
     torchtune,
+    transformer_engine,
 )
 from rope_ext.integrations.reference_apis import onnx as ours_of_onnx
 from rope_ext.integrations.reference_apis import (
@@ -60,109 +67,6 @@ def assert_same_gradients(ours, theirs, *inputs):
         else:  # theirs is a sum of two gradients that were rounded before, of up to 4 each
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, expected, rtol=2 * eps, atol=8 * eps)
-
-
-# ---- flash-attention: its own function is in test_flash_attention.py
-
-
-def flash_formula(
-    x,
-    cos,
-    sin,
-    interleaved=False,
-    inplace=False,
-    seqlen_offsets=0,
-    cu_seqlens=None,
-    max_seqlen=None,
-):
-    """As flash-attention documents it, sequence by sequence, in the operators' arithmetic."""
-    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if cu_seqlens is None:
-        ranges = [(b, slice(0, x.shape[1])) for b in range(x.shape[0])]
-    else:
-        bounds = cu_seqlens.tolist()
-        ranges = [(None, slice(*pair)) for pair in pairwise(bounds)]
-    out = x.clone()
-    for b, tokens in ranges:
-        which = tokens if b is None else (b, tokens)
-        at = seqlen_offsets
-        if isinstance(at, torch.Tensor):
-            at = at[ranges.index((b, tokens))].item()
-        rows = slice(at, at + tokens.stop - tokens.start)
-        rotated = reference.apply_rotary(
-            x[which].to(arithmetic),
-            cos[rows].to(arithmetic),
-            sin[rows].to(arithmetic),
-            interleaved=interleaved,
-        )
-        out[which] = rotated.to(x.dtype)
-    return out
-
-
-DENSE, PACKED = (B, S, H, D), (3 * S, H, D)
-CU_SEQLENS = torch.tensor([0, 5, 5, 26, 33], dtype=torch.int32)  # one empty, all of the 33 tokens
-
-FLASH = {
-    "from 0": (DENSE, {}),
-    "from 9": (DENSE, {"seqlen_offsets": 9}),
-    "up to the last row": (DENSE, {"seqlen_offsets": L - S}),
-    "each from its own": (DENSE, {"seqlen_offsets": torch.tensor([0, 29, 7])}),
-    "each, int32": (DENSE, {"seqlen_offsets": torch.tensor([3, 0, 12], dtype=torch.int32)}),
-    "packed": (PACKED, {"cu_seqlens": CU_SEQLENS, "max_seqlen": 21}),
-    "packed, int64": (PACKED, {"cu_seqlens": CU_SEQLENS.long(), "max_seqlen": 21}),
-    "packed, no max_seqlen": (PACKED, {"cu_seqlens": CU_SEQLENS}),
-    "packed from 19": (PACKED, {"cu_seqlens": CU_SEQLENS, "max_seqlen": 21, "seqlen_offsets": 19}),
-    "packed, each from its own": (
-        PACKED,
-        {
-            "cu_seqlens": CU_SEQLENS,
-            "max_seqlen": 21,
-            "seqlen_offsets": torch.tensor([35, 50, 0, 2]),  # 50 is past the table, of no token
-        },
-    ),
-}
-
-
-@BY_DTYPE
-@PAIRS
-@pytest.mark.parametrize("rotary_dim", [D, 6])
-@pytest.mark.parametrize("case", FLASH)
-def test_flash_attention(case, rotary_dim, interleaved, dtype):
-    shape, options = FLASH[case]
-    x = random(*shape, dtype=dtype)
-    table = random_table(L, rotary_dim // 2, dtype=dtype)
-    options = {"interleaved": interleaved, **options}
-    expected = flash_formula(x, *table, **options)
-    assert_same_bits(flash_attention.apply_rotary_emb(x, *table, **options), expected)
-    before = x.clone()
-    written = flash_attention.apply_rotary_emb(x, *table, inplace=True, **options)
-    assert written is x
-    assert_same_bits(x, expected)
-    if dtype == torch.float64:
-        assert_same_gradients(
-            lambda *args: flash_attention.apply_rotary_emb(*args, **options),
-            lambda *args: flash_formula(*args, **options),
-            before,
-            *table,
-        )
-
-
-@pytest.mark.parametrize("offsets", [4, torch.tensor([4, 9])], ids=["int", "tensor"])
-def test_flash_attention_padding_after_the_last_sequence_takes_one_row(offsets):
-    x, table = random(70, H, D), random_table(L, D // 2)
-    cu_seqlens = torch.tensor([0, 3, 20])
-    got = flash_attention.apply_rotary_emb(
-        x, *table, cu_seqlens=cu_seqlens, max_seqlen=17, seqlen_offsets=offsets
-    )
-    row = 4 if isinstance(offsets, int) else 0
-    rows = (t[row].expand(50, -1) for t in table)
-    assert_same_bits(got[20:], reference.apply_rotary(x[20:], *rows))
-
-
-def test_flash_attention_without_a_sequence():
-    x, table = random(0, H, D), random_table(L, D // 2)
-    cu_seqlens = torch.zeros(1, dtype=torch.int32)
-    assert flash_attention.apply_rotary_emb(x, *table, cu_seqlens=cu_seqlens).shape == x.shape
 
 
 # ---- Llama
@@ -503,6 +407,19 @@ def calls():
     offsets = torch.tensor([4, 0, 9])
     options = {"cu_seqlens": CU_SEQLENS, "seqlen_offsets": torch.tensor([1, 2, 3, 4])}
     flash = flash_attention.apply_rotary_emb
+    qkv, grouped = random(B, S, 3, H, D), random(B, S, H + 2 * KH, D)
+    flash_qkv = flash_attention.apply_rotary_emb_qkv_
+    flash_kv = flash_attention.apply_rotary_emb_kv_
+    engine, angles = transformer_engine.apply_rotary_pos_emb, random(L, 1, 1, D // 2)
+    bshd = {"tensor_format": "bshd"}
+    from_offsets = {**bshd, "start_positions": offsets}
+    of_ranks = {
+        "tensor_format": "thd",
+        "cu_seqlens": torch.tensor([0, 24, 64]),
+        "start_positions": torch.tensor([3, 0]),
+        "cp_size": 2,
+        "cp_rank": 1,
+    }
     onnx_ = ours_of_onnx.rotary_embedding
     return {
         "flash_attention": (flash, (x, *table), {}),
@@ -510,6 +427,18 @@ def calls():
         "flash_attention, offsets": (flash, (x, *table), {"seqlen_offsets": offsets}),
         "flash_attention, packed": (flash, (packed, *table), options),
         "flash_attention, in place": (flash, (x, *table), {"inplace": True}),
+        "flash_attention, qkv": (flash_qkv, (qkv, *table), {}),
+        "flash_attention, qkv, offsets": (flash_qkv, (qkv, *table), {"seqlen_offsets": offsets}),
+        "flash_attention, grouped, two tables": (
+            flash_qkv,
+            (grouped, *table, *table),
+            {"num_heads_q": H},
+        ),
+        "flash_attention, kv": (flash_kv, (qkv[:, :, :2], *table), {"seqlen_offsets": 3}),
+        "transformer_engine": (engine, (x.transpose(0, 1), angles), {}),
+        "transformer_engine, positions": (engine, (x, angles), from_offsets),
+        "transformer_engine, ranks": (engine, (x[:, 1:], angles), {**bshd, "cp_size": 2}),
+        "transformer_engine, packed, ranks": (engine, (packed[1:], angles), of_ranks),
         "llama": (llama.apply_rotary_emb, (x, k, torch.complex(*rows)), {}),
         "torchtune": (tune, (x,), {}),
         "torchtune, positions": (tune, (x,), {"input_pos": at}),
@@ -527,27 +456,8 @@ def calls():
     }
 
 
+CU_SEQLENS = torch.tensor([0, 5, 5, 26, 33], dtype=torch.int32)  # of the 33 tokens of calls()
 CALLS = pytest.mark.parametrize("call", calls())
-
-
-class LargeTensors(TorchDispatchMode):
-    """The operations that make a tensor of at least `size` elements."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-        self.made_by = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        storages = {
-            x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, torch.Tensor)
-        }
-        for y in tree_leaves(results):
-            large = isinstance(y, torch.Tensor) and y.numel() >= self.size
-            if large and y.untyped_storage()._cdata not in storages:
-                self.made_by.append(str(function))
-        return results
 
 
 @CALLS
@@ -614,6 +524,29 @@ REFUSED = {
     ),
     r"expected seqlen_offsets to be an int or of shape \[3\], got shape \[2\]": (
         lambda: flash_attention.apply_rotary_emb(X, *TABLE, seqlen_offsets=OFFSETS[:2])
+    ),
+    r"apply_rotary_emb_qkv_: expected qkv to have shape \[B, S, 3, H, D\], got shape \[3, 11, 2,": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X[:, :, None].expand(B, S, 2, H, D), *TABLE)
+    ),
+    r"expected qkv to have shape \[B, S, 3, H, D\], or .*, got shape \[11, 4, 16\]": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X[0], *TABLE)
+    ),
+    r"expected num_heads_q to be given with qkv \[B, S, Hq \+ 2 Hk, D\], got None": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X, *TABLE)
+    ),
+    r"expected num_heads_q to leave as many heads for k as for v, of the 4 of qkv, got 1": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X, *TABLE, num_heads_q=1)
+    ),
+    r"expected sin_k to have shape \[seqlen_ro, R / 2\], got shape \[1, 40, 8\]": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(
+            X, *TABLE, sin_k=TABLE[1][None], num_heads_q=2
+        )
+    ),
+    r"apply_rotary_emb_qkv_: expected seqlen_offsets to be from 0 to 29, .*, got 30": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X, *TABLE, num_heads_q=2, seqlen_offsets=30)
+    ),
+    r"apply_rotary_emb_kv_: expected kv to have shape \[B, S, 2, H, D\]": (
+        lambda: flash_attention.apply_rotary_emb_kv_(X, *TABLE)
     ),
     r"llama.apply_rotary_emb: expected freqs_cis to be complex64 or complex128, got torch.float": (
         lambda: llama.apply_rotary_emb(X, X, TABLE[0])

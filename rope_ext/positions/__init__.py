@@ -7,15 +7,15 @@ argument, what was expected and what came; values of tensors are looked at on th
 The files::
 
     sequences.py  packed batches, tokens after those of a cache, padded batches
-    pages.py      slots of a paged KV cache
+    pages.py      slots of a paged KV cache, tokens of its sequences
     grids.py      images and volumes: a position an axis
     multimodal.py M-RoPE: text with images and videos; which axis turns which pair
     ranks.py      context parallelism: the tokens of a rank
 """
 
 from rope_ext.positions.grids import grid, patch_centers
-from rope_ext.positions.multimodal import axial_axes, mrope, mrope_axes, mrope_batch
-from rope_ext.positions.pages import slot_mapping
+from rope_ext.positions.multimodal import axial_axes, mrope, mrope_axes, mrope_batch, mrope_rows
+from rope_ext.positions.pages import seq_lens, slot_mapping
 from rope_ext.positions.ranks import context_parallel, context_parallel_indices
 from rope_ext.positions.sequences import (
     from_attention_mask,
@@ -35,7 +35,9 @@ __all__ = [
     "mrope",
     "mrope_axes",
     "mrope_batch",
+    "mrope_rows",
     "patch_centers",
+    "seq_lens",
     "sequence_of_tokens",
     "slot_mapping",
 ]

@@ -24,9 +24,12 @@ def values_known(*tensors: Tensor | None) -> bool:
     )
 
 
-def check_size(function: str, name: str, value: Any, least: int = 0) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
-        refuse(function, f"{name} to be an integer of at least {least}", repr(value))
+def check_size(function: str, name: str, value: Any, least: int | None = 0, hint: str = "") -> None:
+    """least: None if any integer will do. hint: what to do about one that is less."""
+    integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if not integer or (least is not None and value < least):
+        expected = "an integer" if least is None else f"an integer of at least {least}"
+        refuse(function, f"{name} to be {expected}", repr(value) + (hint if integer else ""))
 
 
 def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> None:
@@ -62,25 +65,27 @@ def check_mask(function: str, attention_mask: Tensor) -> Tensor:
     return counts
 
 
-def check_not_negative(function: str, name: str, tensor: Tensor) -> None:
+def check_not_negative(function: str, name: str, tensor: Tensor, hint: str = "") -> None:
     """Looks at the values where that is possible."""
     if values_known(tensor) and (tensor < 0).any():
         index = (tensor < 0).nonzero()[0].tolist()
         got = f"{tensor[tuple(index)].item()} at index {index}"
-        refuse(function, f"{name} of at least 0", got)
+        refuse(function, f"{name} of at least 0", got + hint)
 
 
-def check_cu_seqlens(function: str, cu_seqlens: Tensor, least: int = 1) -> None:
+def check_bounds(function: str, name: str, bounds: Tensor, least: int = 1) -> None:
     """Boundaries of sequences: but for their values, and how many sequences there are at least."""
-    check_integers(function, "cu_seqlens", cu_seqlens, "[sequences + 1]")
-    if cu_seqlens.shape[0] < least + 1:
-        refuse(function, "cu_seqlens to have shape [sequences + 1]", list(cu_seqlens.shape))
+    check_integers(function, name, bounds, "[sequences + 1]")
+    if bounds.shape[0] < least + 1:
+        refuse(function, f"{name} to have shape [sequences + 1]", list(bounds.shape))
 
 
-def check_lengths(function: str, bounds: list[int], multiple_of: int = 1, of: str = "") -> None:
-    """Of the sequences between the values of cu_seqlens."""
+def check_lengths(
+    function: str, name: str, bounds: list[int], multiple_of: int = 1, of: str = ""
+) -> None:
+    """Of the sequences between the values of the tensor `name`."""
     for i, (begin, end) in enumerate(pairwise(bounds)):
         length = end - begin
         if length < 0 or length % multiple_of != 0:
             expected = f"that is a multiple of {multiple_of}, {of}" if of else "of at least 0"
-            refuse(function, f"sequence {i} of cu_seqlens to have a length {expected}", length)
+            refuse(function, f"sequence {i} of {name} to have a length {expected}", length)

@@ -2,9 +2,11 @@
 
     position_ids = positions.mrope([5, (1, 4, 6), 12])   # text, an image of 4 x 6 tokens, text
     axes = positions.mrope_axes([16, 24, 24])            # time, height, width of the 64 pairs
+    cos, sin = cos_sin(inv_freq, position_ids, axes=axes)
 
 Pair i of a token turns by position ``position_ids[axes[i]]``. Text has the same position on all
-axes, and so the angles of plain RoPE.
+axes, and so the angles of plain RoPE. Where cos and sin of each axis are there already,
+:func:`mrope_rows` takes each pair from its axis.
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rope_ext.positions.checks import Device, check_mask, check_size, refuse, values_known
+from rope_ext.positions.checks import (
+    Device,
+    check_device,
+    check_integers,
+    check_mask,
+    check_shape,
+    check_size,
+    refuse,
+    values_known,
+)
 from rope_ext.positions.grids import grid
 
 # Tokens of text; or frames, height and width, in tokens; and positions from one frame to the next.
 Segment = int | tuple[int, int, int] | tuple[int, int, int, float]
 After = Literal["max", "space"]
+Leftover = Literal["first", "last"]
 
 
 def mrope(segments: Sequence[Segment], *, after: After = "max", device: Device = None) -> Tensor:
@@ -105,37 +117,99 @@ def mrope_batch(
 
 
 def mrope_axes(
-    sections: Sequence[int], *, interleaved: bool = False, device: Device = None
+    sections: Sequence[int],
+    *,
+    interleaved: bool = False,
+    leftover: Leftover = "first",
+    device: Device = None,
 ) -> Tensor:
     """The axis of each pair: 0, 1, 2 for time, height, width.
 
     Args:
-        sections: pairs of each axis, in their order (mrope_section of Hugging Face).
+        sections: pairs of each axis, in their order (mrope_section of Hugging Face, the four
+            ``rope.dimension_sections`` of a GGUF file).
         interleaved: False: the pairs of an axis are neighbours (Qwen2-VL, GLM-4V). True: the axes
-            take turns, pair j being of axis j % A as long as that has pairs left, and of the first
-            axis otherwise (Qwen3-VL).
+            take turns, pair j being of axis j % A as long as that has pairs left (Qwen3-VL).
+        leftover: interleaved, the axis of pairs whose turn is that of an axis without pairs left.
+            "first", as in transformers. "last", as in ggml (llama.cpp's IMROPE): the last of the
+            sections takes no turns. Its position is 0 in llama.cpp, so that these pairs do not
+            turn: position_ids are [4, ...], ``torch.nn.functional.pad(mrope(...), (0, 0, 0, 1))``.
+            For [24, 20, 20, 0] they are pairs 61 and 62, of time in transformers.
         device: of the result.
 
     Returns:
         int64 [P], P the sum of sections.
 
     Raises:
-        ValueError: for sections that are not numbers of pairs or, interleaved, do not fit.
+        ValueError: for sections that are not numbers of pairs; interleaved, for a leftover that is
+            neither, and with "first" for sections that do not fit.
 
-    Source: recomposition_frequencies of transformers' Qwen2-VL and Qwen3-VL.
+    Source: recomposition_frequencies of transformers' Qwen2-VL and Qwen3-VL; for "last",
+    ``ggml_mrope_cache_init`` in llama.cpp's ggml/src/ggml-cpu/ops.cpp, where sections that do not
+    fit lose pairs to the last axis.
     """
+    function = "mrope_axes"
     if not interleaved:
-        return _axes("mrope_axes", "sections", sections, device)
-    _check_pairs("mrope_axes", "sections", sections)
-    axes, pairs = [0] * sum(sections), len(sections)
-    for axis in range(1, pairs):
-        places = range(axis, len(axes), pairs)[: sections[axis]]
-        if len(places) < sections[axis]:
-            expected = f"sections[{axis}] to be at most {len(places)}, every {pairs}th of the pairs"
-            refuse("mrope_axes", expected, sections[axis])
+        return _axes(function, "sections", sections, device)
+    _check_pairs(function, "sections", sections)
+    if leftover not in ("first", "last"):
+        refuse(function, "leftover to be 'first' or 'last'", repr(leftover))
+    last = leftover == "last"
+    turns = len(sections) - last
+    axes = [turns if last else 0] * sum(sections)
+    for axis in range(turns):
+        places = range(axis, len(axes), turns)[: sections[axis]]
+        if axis > 0 and not last and len(places) < sections[axis]:
+            expected = f"sections[{axis}] to be at most {len(places)}, every {turns}th of the pairs"
+            refuse(function, expected, sections[axis])
         for place in places:
             axes[place] = axis
     return torch.tensor(axes, dtype=torch.int64, device=device)
+
+
+def mrope_rows(cos: Tensor, sin: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of cos and sin from those of each axis: pair i of a token from its axis, ``axes[i]``.
+
+    For tables that another library made for all axes (Qwen2-VL of transformers 4, Liger, the rows
+    that vLLM reads from its cache); ``cos_sin(inv_freq, position_ids, axes=axes)`` makes the rows
+    at once.
+
+    Args:
+        cos: [A, ..., W], such as [A, B, S, W] or [A, T, W], any dtype: a row of each axis for each
+            token.
+        sin: as cos.
+        axes: int32 or int64 [W], each in [0, A): the axis of each column, ``mrope_axes(sections)``
+            for W = P. Where halves are the same, W = 2P, cut them, ``cos[..., :P]``, or repeat the
+            axes, ``axes.repeat(2)``.
+
+    Returns:
+        cos, sin: [..., W], of cos's dtype: the very numbers. Differentiable, twice.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes and devices. An axis outside of [0, A) raises on the
+            CPU; where values can't be looked at, on other devices and in graphs, its columns become
+            NaN.
+
+    Source: apply_multimodal_rotary_pos_emb of Qwen2-VL; MRotaryEmbedding of vLLM.
+    """
+    function = "mrope_rows"
+    check_integers(function, "axes", axes, "[W]")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() < 2 or table.shape[0] == 0 or table.shape[-1] != axes.shape[0]:
+            got = list(table.shape)
+            refuse(function, f"{name} to have shape [A, ..., {axes.shape[0]}], as axes has", got)
+        check_device(function, name, table, "axes", axes)
+    check_shape(function, "sin", sin, "of cos", *cos.shape)
+    if cos.dtype != sin.dtype or not cos.is_floating_point():
+        refuse(function, "cos and sin of one floating dtype", f"{cos.dtype} and {sin.dtype}")
+    count = cos.shape[0]
+    outside = (axes < 0) | (axes >= count)
+    if values_known(axes) and outside.any():
+        at = int(outside.nonzero()[0])
+        refuse(function, f"axes in [0, {count}), of cos", f"{axes[at].item()} at index [{at}]")
+    index = axes.long().clamp(0, count - 1).expand(1, *cos.shape[1:])
+    cos, sin = (t.gather(0, index)[0].masked_fill(outside, torch.nan) for t in (cos, sin))
+    return cos, sin
 
 
 def axial_axes(pairs_per_axis: Sequence[int], *, device: Device = None) -> Tensor:

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from rope_ext.positions.checks import (
+    check_bounds,
     check_device,
     check_integers,
+    check_lengths,
+    check_not_negative,
     check_shape,
     check_size,
     refuse,
@@ -19,20 +22,25 @@ def slot_mapping(
     block_size: int,
     sequence: Tensor | None = None,
     *,
+    kv_indptr: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The slot of each token: ``block * block_size + position % block_size``.
 
     Block ``position // block_size`` of a sequence is the entry of that number in its row of
-    block_table.
+    block_table, or, with kv_indptr, in its part of kv_indices.
 
     Args:
         block_table: int32 or int64 [B, blocks of a sequence]: the blocks of each sequence, in
-            order; below 0 where it has none.
+            order; below 0 where it has none. With kv_indptr, the kv_indices of FlashInfer: int32 or
+            int64 [pages], at least as many as kv_indptr ends with, those of one sequence after
+            those of another.
         positions: int32 or int64 [1|B, S], or [T] with sequence: in tokens. Below 0: no slot.
-        block_size: tokens of a block, at least 1.
+        block_size: tokens of a block, at least 1 (the page_size of FlashInfer).
         sequence: int32 or int64 [T], in [0, B): the sequence of each token of a packed batch
             (:func:`sequence_of_tokens`).
+        kv_indptr: int32 or int64 [B + 1]: where the pages of each sequence begin in kv_indices,
+            from 0 on, and where those of the last one end.
         mask: bool, of positions' shape: False for tokens that get no slot, such as padding.
 
     Returns:
@@ -41,32 +49,85 @@ def slot_mapping(
     Raises:
         ValueError: for a position whose sequence has no block for it, and for a sequence that
             block_table does not have; where values can't be looked at, on other devices and in
-            graphs, such slots are -1. For wrong shapes, dtypes and devices.
+            graphs, such slots are -1. For a kv_indptr that falls or ends past kv_indices; and for
+            wrong shapes, dtypes and devices.
 
-    Source: PagedAttention, arXiv 2309.06180, section 4.2; slot_mapping is vLLM's term.
+    Source: PagedAttention, arXiv 2309.06180, section 4.2; slot_mapping is vLLM's term, kv_indptr
+    and kv_indices those of FlashInfer (``append_paged_kv_cache``).
     """
-    _check(block_table, positions, block_size, sequence, mask)
-    rows, most = block_table.shape
+    rows = _check(block_table, positions, block_size, sequence, kv_indptr, mask)
     if sequence is None:
         positions = positions.expand(rows, -1)
         mask = None if mask is None else mask.expand(rows, -1)
     wanted = positions >= 0 if mask is None else (positions >= 0) & mask
-    if rows == 0 or most == 0:  # there is no entry to read
+    if rows == 0 or block_table.shape[-1] == 0:  # there is no entry to read
         slots = torch.full_like(positions, -1, dtype=torch.int64)
         found = torch.zeros_like(wanted)
     else:
         index = torch.div(positions.long(), block_size, rounding_mode="floor")
-        at = index.clamp(0, most - 1)
-        if sequence is None:
-            block, known = block_table.gather(1, at), True
+        last = block_table.shape[-1] - 1
+        row, known = None, True  # each row of positions is that of its sequence
+        if sequence is not None:
+            row, known = sequence.long().clamp(0, rows - 1), (sequence >= 0) & (sequence < rows)
+        if kv_indptr is None:
+            at = index.clamp(0, last)
+            block = block_table.gather(1, at) if row is None else block_table[row, at]
+            within = index <= last
         else:
-            known = (sequence >= 0) & (sequence < rows)
-            block = block_table[sequence.long().clamp(0, rows - 1), at]
+            bounds = (kv_indptr[:-1], kv_indptr[1:])
+            begin, end = (t.unsqueeze(1) if row is None else t[row] for t in bounds)
+            index = index + begin
+            block = block_table[index.clamp(0, last)]
+            within = index < end.clamp(max=last + 1)
         slots = block.long() * block_size + positions.long() % block_size
-        found = (block >= 0) & (index < most) & known
-    if values_known(block_table, positions, sequence, mask):
-        _check_found(found | ~wanted, block_table, positions, block_size, sequence)
+        found = (block >= 0) & within & known
+    if values_known(block_table, positions, sequence, kv_indptr, mask):
+        _check_found(found | ~wanted, block_table, positions, block_size, sequence, kv_indptr)
     return torch.where(wanted & found, slots, -1)
+
+
+def seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """How many tokens each sequence of a paged cache has, from the pages it has.
+
+    Where pages are those of a step's new tokens too, as FlashInfer has them, the new tokens are the
+    last of these: ``from_cu_seqlens(qo_indptr, T, offsets=seq_lens(...) - qo_indptr.diff())`` are
+    their positions.
+
+    Args:
+        kv_indptr: int32 or int64 [B + 1]: where the pages of each sequence begin.
+        kv_last_page_len: int32 or int64 [B]: tokens in the last page of each, from 1 to page_size;
+            of a sequence without pages, its tokens: 0.
+        page_size: tokens of a page, at least 1.
+
+    Returns:
+        int64 [B], in tokens.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes and devices; on the CPU, for a kv_indptr that falls and
+            a kv_last_page_len that is no number of tokens of a page.
+
+    Source: FlashInfer, ``get_seq_lens``.
+    """
+    function = "seq_lens"
+    check_size(function, "page_size", page_size, least=1)
+    _check_indptr(function, kv_indptr)
+    check_integers(function, "kv_last_page_len", kv_last_page_len, "[B]")
+    check_shape(function, "kv_last_page_len", kv_last_page_len, "[B]", kv_indptr.shape[0] - 1)
+    check_device(function, "kv_last_page_len", kv_last_page_len, "kv_indptr", kv_indptr)
+    check_not_negative(function, "kv_last_page_len", kv_last_page_len)
+    if values_known(kv_last_page_len) and (kv_last_page_len > page_size).any():
+        expected = f"kv_last_page_len of at most page_size, {page_size}"
+        refuse(function, expected, kv_last_page_len.tolist())
+    return (kv_indptr.long().diff() - 1).clamp(min=0) * page_size + kv_last_page_len
+
+
+def _check_indptr(function: str, kv_indptr: Tensor) -> None:
+    check_bounds(function, "kv_indptr", kv_indptr, least=0)
+    if values_known(kv_indptr):
+        bounds = kv_indptr.tolist()
+        if bounds[0] != 0:
+            refuse(function, "kv_indptr to begin with 0", bounds[0])
+        check_lengths(function, "kv_indptr", bounds)
 
 
 def _check(
@@ -74,17 +135,28 @@ def _check(
     positions: Tensor,
     block_size: int,
     sequence: Tensor | None,
+    kv_indptr: Tensor | None,
     mask: Tensor | None,
-) -> None:
+) -> int:
+    """How many sequences there are."""
     function = "slot_mapping"
     check_size(function, "block_size", block_size, least=1)
-    check_integers(function, "block_table", block_table, "[B, blocks of a sequence]")
+    if kv_indptr is None:
+        check_integers(function, "block_table", block_table, "[B, blocks of a sequence]")
+        rows = block_table.shape[0]
+    else:
+        check_integers(function, "block_table", block_table, "[pages] with kv_indptr")
+        check_device(function, "kv_indptr", kv_indptr, "block_table", block_table)
+        _check_indptr(function, kv_indptr)
+        rows = kv_indptr.shape[0] - 1
+        if values_known(kv_indptr) and block_table.shape[0] < kv_indptr[-1]:
+            expected = f"block_table to have the {kv_indptr[-1]} pages of kv_indptr"
+            refuse(function, expected, block_table.shape[0])
     check_device(function, "positions", positions, "block_table", block_table)
     if sequence is None:
         check_integers(function, "positions", positions, "[1|B, S]")
-        rows, seq = block_table.shape[0], positions.shape[1]
         if positions.shape[0] not in (1, rows):
-            check_shape(function, "positions", positions, "[1|B, S]", rows, seq)
+            check_shape(function, "positions", positions, "[1|B, S]", rows, positions.shape[1])
     else:
         check_integers(function, "positions", positions, "[T]")
         check_integers(function, "sequence", sequence, "[T]")
@@ -95,6 +167,7 @@ def _check(
             refuse(function, "mask of dtype bool", mask.dtype)
         check_shape(function, "mask", mask, "of positions", *positions.shape)
         check_device(function, "mask", mask, "block_table", block_table)
+    return rows
 
 
 def _check_found(
@@ -103,18 +176,23 @@ def _check_found(
     positions: Tensor,
     block_size: int,
     sequence: Tensor | None,
+    kv_indptr: Tensor | None,
 ) -> None:
     if found.all():
         return
     at = tuple((~found).nonzero()[0].tolist())
     row = at[0] if sequence is None else int(sequence[at])
-    if not 0 <= row < block_table.shape[0]:
-        expected = f"sequence in [0, {block_table.shape[0]}), the rows of block_table"
-        refuse("slot_mapping", expected, f"{row} at index {list(at)}")
+    rows, of = len(block_table), "the rows of block_table"
+    if kv_indptr is not None:
+        rows, of = len(kv_indptr) - 1, "the sequences of kv_indptr"
+    if not 0 <= row < rows:
+        got = f"{row} at index {list(at)} (tokens of no sequence take a mask)"
+        refuse("slot_mapping", f"sequence in [0, {rows}), {of}", got)
     position = int(positions[at])
     number = position // block_size
+    of_row = row if kv_indptr is None else slice(*kv_indptr[row : row + 2].tolist())
     refuse(
         "slot_mapping",
         f"block_table to have block {number} of sequence {row}, for position {position}",
-        block_table[row].tolist()[: number + 1],
+        block_table[of_row].tolist()[: number + 1],
     )

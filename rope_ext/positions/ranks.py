@@ -1,13 +1,19 @@
 """Positions of the tokens that a rank has, when sequences are cut across ranks (context parallel).
 
-They go where any position_ids go: ``cos_sin(inv_freq, positions.context_parallel(...))`` are the
-rows of a rank's tokens, once a step, for all layers.
+They go where any position_ids go: ``cos_sin(inv_freq, positions.context_parallel(..., device=
+x.device))`` are the rows of a rank's tokens, once a step, for all layers.
 """
 
 import torch
 from torch import Tensor
 
-from rope_ext.positions.checks import check_cu_seqlens, check_lengths, refuse, values_known
+from rope_ext.positions.checks import (
+    Device,
+    check_bounds,
+    check_lengths,
+    refuse,
+    values_known,
+)
 
 
 def context_parallel(
@@ -17,7 +23,7 @@ def context_parallel(
     load_balanced: bool = True,
     *,
     cu_seqlens: Tensor | None = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> Tensor:
     """Positions in their sequence of the tokens that a rank has.
 
@@ -34,7 +40,8 @@ def context_parallel(
         cu_seqlens: int32 or int64 [sequences + 1]: where each packed sequence begins in the whole
             batch, and at the end T. Every length is a multiple of the number of chunks. Values are
             looked at on the CPU alone: elsewhere that would wait for the device.
-        device: of the result. None: that of cu_seqlens, or the default device.
+        device: of the result: that of the rank's tokens, ``x.device``, as sizes are integers, which
+            are on none. None: that of cu_seqlens, or PyTorch's default device, the CPU.
 
     Returns:
         int64 [S / world] or [T / world], in tokens. ``x[:, context_parallel(...)]`` are the rank's
@@ -47,8 +54,9 @@ def context_parallel(
     Source: ring attention with load balance as in Megatron-LM (get_batch_on_this_cp_rank),
     TransformerEngine (thd_get_partitioned_indices) and torch.distributed.tensor.experimental.
     """
-    indices, starts = _tokens("context_parallel", seq_len, world, rank, load_balanced, cu_seqlens)
-    return (indices if starts is None else indices - starts).to(device or indices.device)
+    function = "context_parallel"
+    indices, starts = _tokens(function, seq_len, world, rank, load_balanced, cu_seqlens, device)
+    return indices if starts is None else (indices - starts).to(device)
 
 
 def context_parallel_indices(
@@ -58,7 +66,7 @@ def context_parallel_indices(
     load_balanced: bool = True,
     *,
     cu_seqlens: Tensor | None = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> Tensor:
     """Which tokens a rank has: indices into the whole sequence, or into the packed batch.
 
@@ -70,8 +78,7 @@ def context_parallel_indices(
         ``argsort()`` brings gathered tokens back into order.
     """
     function = "context_parallel_indices"
-    indices, _ = _tokens(function, seq_len, world, rank, load_balanced, cu_seqlens)
-    return indices.to(device or indices.device)
+    return _tokens(function, seq_len, world, rank, load_balanced, cu_seqlens, device)[0].to(device)
 
 
 def _tokens(
@@ -81,12 +88,15 @@ def _tokens(
     rank: int,
     load_balanced: bool,
     cu_seqlens: Tensor | None,
+    device: Device,
 ) -> tuple[Tensor, Tensor | None]:
-    """Indices of the rank's tokens, and for packed ones where the sequence of each begins."""
+    """Indices of the rank's tokens, and for packed ones where the sequence of each begins. They are
+    made on the device of cu_seqlens, or else on `device` itself: a copy would wait for it.
+    """
     chunks = 2 * world if load_balanced else world
     _check(function, seq_len, world, rank, chunks, cu_seqlens)
-    device = None if cu_seqlens is None else cu_seqlens.device
-    token = torch.arange(seq_len // world, device=device)
+    made_on = device if cu_seqlens is None else cu_seqlens.device
+    token = torch.arange(seq_len // world, device=made_on)
     if cu_seqlens is None:
         begin, chunk = 0, seq_len // chunks
         starts = None
@@ -95,7 +105,9 @@ def _tokens(
         # A rank has the same share of each sequence, in order, so that its token says the sequence.
         sequence = torch.searchsorted(bounds[1:] // world, token, right=True)
         starts = bounds[sequence]
-        begin, chunk = starts, (bounds[sequence + 1] - starts) // chunks
+        # Past the last sequence, where values could not be looked at, there is no next one.
+        ends = bounds[(sequence + 1).clamp(max=len(bounds) - 1)]
+        begin, chunk = starts, (ends - starts) // chunks
     within = token - begin // world
     if load_balanced:
         # The second chunk is number 2 world - 1 - rank; `within` counts one chunk already.
@@ -117,11 +129,11 @@ def _check(
         refuse(function, f"seq_len to be a multiple of {chunks}, {of}", seq_len)
     if cu_seqlens is None:
         return
-    check_cu_seqlens(function, cu_seqlens)
+    check_bounds(function, "cu_seqlens", cu_seqlens)
     if not values_known(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != seq_len:
         got = f"{bounds[0]} to {bounds[-1]}"
         refuse(function, f"cu_seqlens from 0 to seq_len, {seq_len}", got)
-    check_lengths(function, bounds, chunks, of)
+    check_lengths(function, "cu_seqlens", bounds, chunks, of)

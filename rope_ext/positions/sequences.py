@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from rope_ext.positions.checks import (
     Device,
-    check_cu_seqlens,
+    check_bounds,
     check_device,
     check_integers,
     check_lengths,
@@ -20,7 +20,11 @@ from rope_ext.positions.checks import (
 
 
 def from_cu_seqlens(
-    cu_seqlens: Tensor, total: int | None = None, *, offsets: Tensor | int | None = None
+    cu_seqlens: Tensor,
+    total: int | None = None,
+    *,
+    offsets: Tensor | int | None = None,
+    padding: int = -1,
 ) -> Tensor:
     """Positions of the tokens of packed sequences: 0, 1, 2, ... in each.
 
@@ -34,10 +38,14 @@ def from_cu_seqlens(
         total: tokens of the batch, T. None: the last of cu_seqlens, which has to be read, so it is
             for the CPU and outside of graphs. Larger for a batch that is padded to a fixed size.
         offsets: tokens that come before: of each sequence, int32 or int64 [sequences], or of all.
+        padding: the position of tokens past the last sequence, at least -1. -1 marks them:
+            :func:`slot_mapping` gives them no slot, and cos_sin takes it as any position. A table
+            has no row -1: the rotation raises on the CPU, and on CUDA q and k of these tokens
+            become NaN. With 0 they take the first row; slot_mapping then needs a mask,
+            ``sequence_of_tokens(...) >= 0``.
 
     Returns:
-        int64 [T], in tokens; -1 for tokens past the last sequence (:func:`slot_mapping` skips
-        them).
+        int64 [T], in tokens.
 
     Raises:
         ValueError: for a total that is not known or too small, for boundaries that fall, for
@@ -45,6 +53,7 @@ def from_cu_seqlens(
             at on the CPU alone.
     """
     function = "from_cu_seqlens"
+    check_size(function, "padding", padding, least=-1)
     token, sequence, bounds = _tokens(function, cu_seqlens, total)
     positions = token - bounds[sequence]
     if isinstance(offsets, Tensor):
@@ -56,7 +65,7 @@ def from_cu_seqlens(
     elif offsets is not None:
         check_size(function, "offsets", offsets)
         positions = positions + offsets
-    return torch.where(sequence < cu_seqlens.shape[0] - 1, positions, -1)
+    return torch.where(sequence < cu_seqlens.shape[0] - 1, positions, padding)
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
@@ -75,29 +84,41 @@ def sequence_of_tokens(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
     return torch.where(sequence < cu_seqlens.shape[0] - 1, sequence, -1)
 
 
-def from_offsets(offsets: Tensor | int, seq_len: int, *, device: Device = None) -> Tensor:
+def from_offsets(
+    offsets: Tensor | int, seq_len: int, *, padding: int | None = None, device: Device = None
+) -> Tensor:
     """Positions of the next tokens of sequences, as many of each: decoding with a KV cache.
 
     Args:
-        offsets: tokens that come before: int32 or int64 [B], or an int for all sequences.
+        offsets: tokens that come before: int32 or int64 [B], or an int for all sequences. -n, with
+            padding: the first n tokens of the S are padding, on the left.
         seq_len: next tokens of each sequence, S.
+        padding: the position of tokens before the first of their sequence, at least -1, with the
+            meaning that it has for :func:`from_cu_seqlens`: -1 for tokens without a slot, 0 for a
+            row of a table. None: there are none, and negative offsets are refused.
         device: of the result, where offsets is an int.
 
     Returns:
         int64 [B, S], or [1, S] for an int, which the operators take for any B.
 
     Raises:
-        ValueError: for negative offsets or seq_len, a wrong shape or dtype. Values of tensors are
-            looked at on the CPU alone.
+        ValueError: for a negative seq_len, for negative offsets without padding, for a wrong shape
+            or dtype. Values of tensors are looked at on the CPU alone.
     """
     function = "from_offsets"
     check_size(function, "seq_len", seq_len)
-    if not isinstance(offsets, Tensor):
-        check_size(function, "offsets", offsets)
-        return torch.arange(seq_len, device=device).unsqueeze(0) + offsets
-    check_integers(function, "offsets", offsets, "[B]")
-    check_not_negative(function, "offsets", offsets)
-    return offsets.long().unsqueeze(1) + torch.arange(seq_len, device=offsets.device)
+    hint = " (give padding= where sequences are padded on the left)"
+    if padding is not None:
+        check_size(function, "padding", padding, least=-1)
+    if isinstance(offsets, Tensor):
+        check_integers(function, "offsets", offsets, "[B]")
+        if padding is None:
+            check_not_negative(function, "offsets", offsets, hint)
+        positions = offsets.long().unsqueeze(1) + torch.arange(seq_len, device=offsets.device)
+    else:
+        check_size(function, "offsets", offsets, 0 if padding is None else None, hint)
+        positions = torch.arange(seq_len, device=device).unsqueeze(0) + offsets
+    return positions if padding is None else torch.where(positions < 0, padding, positions)
 
 
 def from_attention_mask(attention_mask: Tensor) -> Tensor:
@@ -123,7 +144,7 @@ def _tokens(function: str, cu_seqlens: Tensor, total: int | None) -> tuple[Tenso
     """0, 1, ..., T - 1; the sequence of each token, past the last one their number; and cu_seqlens,
     int64.
     """
-    check_cu_seqlens(function, cu_seqlens, least=0)
+    check_bounds(function, "cu_seqlens", cu_seqlens, least=0)
     token = torch.arange(_total(function, cu_seqlens, total), device=cu_seqlens.device)
     bounds = cu_seqlens.long()
     # As many sequences end before a token as come before its own, empty ones included.
@@ -140,7 +161,7 @@ def _total(function: str, cu_seqlens: Tensor, total: int | None) -> int:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         refuse(function, "cu_seqlens to begin with 0", bounds[0])
-    check_lengths(function, bounds)
+    check_lengths(function, "cu_seqlens", bounds)
     if total is None:
         return bounds[-1]
     check_size(function, "total", total)

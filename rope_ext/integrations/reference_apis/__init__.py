@@ -3,7 +3,8 @@
 ========================  =====================================================================
 module                    what is matched
 ========================  =====================================================================
-flash_attention           ``flash_attn.layers.rotary.apply_rotary_emb``
+flash_attention           ``apply_rotary_emb``, with ``_qkv_`` and ``_kv_``, of flash-attention
+transformer_engine        ``transformer_engine.pytorch.attention.apply_rotary_pos_emb``
 llama                     ``apply_rotary_emb`` of Meta's Llama, with complex tables
 torchtune                 ``torchtune.modules.RotaryPositionalEmbeddings``
 rotary_embedding_torch    ``rotary_embedding_torch.RotaryEmbedding``
@@ -24,6 +25,7 @@ from rope_ext.integrations.reference_apis import (
     rotary_embedding_torch,
     torch_functional,
     torchtune,
+    transformer_engine,
 )
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "rotary_embedding_torch",
     "torch_functional",
     "torchtune",
+    "transformer_engine",
 ]

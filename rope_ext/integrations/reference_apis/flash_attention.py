@@ -1,15 +1,26 @@
-"""flash-attention's rotary function.
+"""flash-attention's rotary functions.
 
 Source of what is matched: github.com/Dao-AILab/flash-attention, ``flash_attn/layers/rotary.py``
 and ``flash_attn/ops/triton/rotary.py``, release 2.8.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rope_ext._in_place import (
+    check_differentiable_in_place,
+    check_tables_need_no_grad,
+    in_place_rotation,
+    is_differentiated,
+    is_transformed,
+)
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary
+from rope_ext.ops import apply_rotary, apply_rotary_qk
 
 
 def apply_rotary_emb(
@@ -46,8 +57,7 @@ def apply_rotary_emb(
     last sequence are written, where it leaves them undefined.
     """
     function = "flash_attention.apply_rotary_emb"
-    if cos.dim() != 2:
-        refuse(function, "cos", "to have shape [seqlen_ro, R / 2]", cos)
+    _check_table(function, "cos", cos)
     if cu_seqlens is None:
         if x.dim() != 4:
             refuse(function, "x", "to have shape [B, S, H, D]", x)
@@ -58,24 +68,7 @@ def apply_rotary_emb(
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             refuse(function, "cu_seqlens", "to have shape [B + 1]", cu_seqlens)
         batch, longest = cu_seqlens.shape[0] - 1, max_seqlen or 0
-    if longest > cos.shape[0]:
-        refuse(function, "cos", f"to have rows for {longest} tokens", cos)
-    if isinstance(seqlen_offsets, Tensor):
-        offsets = seqlen_offsets
-        if offsets.shape != (batch,):
-            refuse(function, "seqlen_offsets", f"to be an int or of shape [{batch}]", offsets)
-    else:
-        offsets = None
-        most = cos.shape[0] - longest
-        if not 0 <= seqlen_offsets <= most:
-            refuse(
-                function,
-                "seqlen_offsets",
-                f"to be from 0 to {most}, for {longest} tokens and {cos.shape[0]} rows of cos",
-                seqlen_offsets,
-            )
-        # The rows that are left are those of the positions from here on.
-        cos, sin = cos[seqlen_offsets:], sin[seqlen_offsets:]
+    (cos, sin), offsets = _rows(function, (cos, sin), batch, longest, seqlen_offsets)
     return apply_rotary(
         x,
         cos,
@@ -85,6 +78,176 @@ def apply_rotary_emb(
         layout="bshd" if cu_seqlens is None else "thd",
         inplace=inplace,
     )
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """Rotates q and k of a packed qkv in place, as ``flash_attn.layers.rotary``'s.
+
+    Args:
+        qkv: [B, S, 3, H, D]; or, with num_heads_q, [B, S, Hq + 2 Hk, D]: heads of q, of k, of v.
+            Any strides with the last one 1.
+        cos: [seqlen_ro, R / 2], a row for each position, R <= D. Of qkv's dtype or another one.
+        sin: as cos.
+        cos_k, sin_k: the same for k (xPos). None: those of q.
+        interleaved: pairs are neighbouring channels instead of halves.
+        seqlen_offsets: the position of each sequence's first token: an int, or int32 or int64 [B].
+        num_heads_q: Hq, for a qkv of four dimensions.
+
+    Returns:
+        qkv itself: the same tensor, v untouched. Differentiable for qkv, also twice; nothing of its
+        size is made but, in the backward, the gradient.
+
+    Raises:
+        ValueError, RuntimeError: before anything is written, for wrong shapes, for a position past
+            the table on the CPU, and for what autograd can't have modified in place: a leaf that
+            requires grad, or a view of one (clone it), and tables that require grad.
+
+    Differs from flash-attention: as :func:`apply_rotary_emb`. q and k are one pass for any strides
+    (two with cos_k), where it has two unless qkv is contiguous. It rotates the incoming gradient in
+    place, where another function may still read it; here autograd is told, so that it copies the
+    gradient of a view of another tensor.
+    """
+    function = "flash_attention.apply_rotary_emb_qkv_"
+    if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            refuse(function, "qkv", "to have shape [B, S, 3, H, D]", qkv)
+    elif qkv.dim() != 4:
+        expected = "to have shape [B, S, 3, H, D], or [B, S, Hq + 2 Hk, D] with num_heads_q"
+        refuse(function, "qkv", expected, qkv)
+    elif num_heads_q is None:
+        refuse(function, "num_heads_q", "to be given with qkv [B, S, Hq + 2 Hk, D]", num_heads_q)
+    elif not 0 <= num_heads_q <= qkv.shape[2] or (qkv.shape[2] - num_heads_q) % 2 != 0:
+        expected = f"to leave as many heads for k as for v, of the {qkv.shape[2]} of qkv"
+        refuse(function, "num_heads_q", expected, num_heads_q)
+    tables = [cos, sin]
+    if cos_k is not None or sin_k is not None:
+        tables += [cos if cos_k is None else cos_k, sin if sin_k is None else sin_k]
+    for name, table in zip(("cos", "sin", "cos_k", "sin_k"), tables, strict=False):
+        _check_table(function, name, table)
+    tables, offsets = _rows(function, tables, *qkv.shape[:2], seqlen_offsets)
+    write = partial(_rotate_qkv_, num_heads_q=num_heads_q if qkv.dim() == 4 else None)
+    options = {"interleaved": interleaved}
+    positions = _positions(qkv, offsets, None)
+    return _written(function, {"qkv": qkv}, write, options, positions, *tables)
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+) -> Tensor:
+    """Rotates k of a packed kv in place, as ``flash_attn.layers.rotary.apply_rotary_emb_kv_``.
+
+    Args:
+        kv: [B, S, 2, H, D]: k and v. Any strides with the last one 1.
+        cos, sin, interleaved, seqlen_offsets: as for :func:`apply_rotary_emb_qkv_`.
+
+    Returns:
+        kv itself. Differentiable, refused and different as :func:`apply_rotary_emb_qkv_`.
+    """
+    function = "flash_attention.apply_rotary_emb_kv_"
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        refuse(function, "kv", "to have shape [B, S, 2, H, D]", kv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check_table(function, name, table)
+    tables, offsets = _rows(function, [cos, sin], *kv.shape[:2], seqlen_offsets)
+    options = {"interleaved": interleaved}
+    return _written(
+        function, {"kv": kv}, _rotate_kv_, options, _positions(kv, offsets, None), *tables
+    )
+
+
+def _rotate_qkv_(
+    qkv: Tensor,
+    position_ids: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *of_k: Tensor,
+    num_heads_q: int | None,
+    **options: Any,
+) -> None:
+    if num_heads_q is None:
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+    else:
+        num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+    if of_k:
+        options.update(cos_k=of_k[0], sin_k=of_k[1])
+    apply_rotary_qk(q, k, cos, sin, position_ids, inplace=True, **options)
+
+
+def _rotate_kv_(
+    kv: Tensor, position_ids: Tensor | None, cos: Tensor, sin: Tensor, **options: Any
+) -> None:
+    apply_rotary(kv[:, :, 0], cos, sin, position_ids, inplace=True, **options)
+
+
+def _written(
+    function: str,
+    named: dict[str, Tensor],
+    write: Callable[..., None],
+    options: dict[str, Any],
+    position_ids: Tensor | None,
+    *tables: Tensor,
+) -> Tensor:
+    """The tensor of `named`, after `write` has rotated parts of it: one node of autograd for all of
+    it, where views of parts would have their gradients copied, a whole tensor for each.
+    """
+    (x,) = named.values()
+    if not is_differentiated(x, *tables) or is_transformed():
+        write(x, position_ids, *tables, **options)
+        return x
+    for cos, sin in zip(tables[::2], tables[1::2], strict=True):
+        check_tables_need_no_grad(function, cos, sin)
+    check_differentiable_in_place(function, named)
+    with torch.no_grad():
+        write(x, position_ids, *tables, **options)
+
+    def rotated(grad: Tensor, *rows: Tensor, layout: str, **options: Any) -> Tensor:
+        return _written(function, {"grad": grad.clone()}, write, options, *rows)
+
+    return in_place_rotation(x, rotated, "bshd", options, position_ids, *tables)
+
+
+def _check_table(function: str, name: str, table: Tensor) -> None:
+    if table.dim() != 2:
+        refuse(function, name, "to have shape [seqlen_ro, R / 2]", table)
+
+
+def _rows(
+    function: str,
+    tables: Sequence[Tensor],
+    batch: int,
+    longest: int,
+    seqlen_offsets: int | Tensor,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The rows of the tables from the position of the first token on, and the offsets where each
+    sequence has one of its own.
+    """
+    rows = tables[0].shape[0]
+    if longest > rows:
+        refuse(function, "cos", f"to have rows for {longest} tokens", tables[0])
+    if isinstance(seqlen_offsets, Tensor):
+        if seqlen_offsets.shape != (batch,):
+            expected = f"to be an int or of shape [{batch}]"
+            refuse(function, "seqlen_offsets", expected, seqlen_offsets)
+        return list(tables), seqlen_offsets
+    most = rows - longest
+    if not 0 <= seqlen_offsets <= most:
+        expected = f"to be from 0 to {most}, for {longest} tokens and {rows} rows of cos"
+        refuse(function, "seqlen_offsets", expected, seqlen_offsets)
+    return [table[seqlen_offsets:] for table in tables], None
 
 
 def _positions(x: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
