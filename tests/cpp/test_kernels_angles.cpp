@@ -66,7 +66,7 @@ struct AngleCase {
     }
     if (kind == Kind::Counted) return;
     if (axes_count > 1) {
-      const bool int64 = random.coin(), outside = random.below(4) == 0;
+      const bool int64 = random.coin(), outside = random.coin();
       for (int64_t& axis : axes) {
         axis = random.below(kAxes);
         if (outside && random.below(5) == 0) axis = index_outside(kAxes, int64, random);
