@@ -1,6 +1,7 @@
 // What a kernel needs to know, as plain data: pointers, sizes and strides.
 //
-// checks.cpp fills these structs from tensors after validating everything; kernels trust them.
+// checks.cpp fills these structs from tensors after validating everything; kernels trust them, but
+// not the values of indices, which may change after the checks (index.h).
 // Strides are in elements, never bytes. Sizes are in the words of the field: B batch, S sequence,
 // H heads, D head_dim, R rotary_dim, P = R / 2 pairs, L rows of a table, W columns of a table.
 // A packed batch [T, H, D] is B = 1, S = T.
@@ -49,7 +50,8 @@ struct Table {
   bool interleaved;  // full_width: the columns of pair i are (2i, 2i + 1) instead of (i, i + P)
 };
 
-// Row of the table for each token, [B, S]; data == nullptr: row = index in the sequence.
+// Row of the table for each token, [B, S]; data == nullptr: row = index in the sequence. A row that
+// is not there turns by NaN.
 struct PositionIds {
   const void* data;
   bool int64;  // else int32
@@ -78,8 +80,8 @@ struct TokenPositions {
   int64_t start;
 };
 
-// The axis of each pair, contiguous [P]; data == nullptr: the only one. On CUDA one that is not
-// there gives NaN.
+// The axis of each pair, contiguous [P]; data == nullptr: the only one. One that is not there gives
+// NaN.
 struct Axes {
   const void* data;
   bool int64;  // else int32
@@ -118,7 +120,8 @@ struct RotaryAtArgs : RotaryArgs {
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over
 // their heads. Token b * S + s uses row `s` of batch row b (or of the one shared batch row), or,
 // when positions were given, the tokens of row l are
-// token_order[row_offsets[l]] .. token_order[row_offsets[l + 1] - 1].
+// token_order[row_offsets[l]] .. token_order[row_offsets[l + 1] - 1]: without tokens that are not
+// there, and none where the offsets are outside of token_order or fall.
 struct RotaryTableGradArgs {
   const char* op;
   GradHeads q, k;
@@ -205,7 +208,7 @@ struct StoredHeads {
 inline constexpr int64_t kMostReordered = 512;
 
 // q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
-// block * block_size + offset; it is stored nowhere if that is negative.
+// block * block_size + offset; it is stored nowhere if the cache has no such slot.
 struct AppendArgs {
   RotaryArgs rotary;
   StoredHeads k, v;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "index.h"
 #include "refusal.h"
 
 namespace rope {
@@ -94,13 +95,6 @@ Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype, in
   if (data != nullptr) data = static_cast<Byte*>(data) + first * size_of(dtype);
   if (strides.size() == 3) return {data, 0, strides[0], strides[1]};
   return {data, strides[0], strides[1], strides[2]};
-}
-
-// The entry of token s of sequence b, in host memory.
-inline int64_t entry_at(const PositionIds& ids, int64_t b, int64_t s) {
-  const int64_t at = b * ids.stride_b + s * ids.stride_s;
-  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                   : static_cast<const int32_t*>(ids.data)[at];
 }
 
 // Values on CUDA are looked at on the host only on demand: it waits for the device.

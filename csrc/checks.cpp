@@ -70,16 +70,13 @@ void check_positions(const char* op, const PositionIds& ids, int64_t batch, int6
                      int64_t rows, bool one_dim) {
   const int64_t distinct_batch = ids.stride_b == 0 ? std::min<int64_t>(batch, 1) : batch;
   for (int64_t b = 0; b < distinct_batch; ++b) {
-    bool all_inside = true;
     for (int64_t s = 0; s < seq; ++s) {
-      all_inside &= static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows);
+      const int64_t id = entry_of(ids, b, s);
+      if (is_inside(id, rows)) continue;
+      const std::string index = one_dim ? text("[", s, "]") : text("[", b, ", ", s, "]");
+      refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
+             text(id, " at index ", index));
     }
-    if (all_inside) continue;
-    int64_t s = 0;
-    while (static_cast<uint64_t>(entry_at(ids, b, s)) < static_cast<uint64_t>(rows)) ++s;
-    const std::string index = one_dim ? text("[", s, "]") : text("[", b, ", ", s, "]");
-    refuse(op, text("position_ids in [0, ", rows, "), the rows of cos and sin"),
-           text(entry_at(ids, b, s), " at index ", index));
   }
 }
 
@@ -212,17 +209,18 @@ RotaryTableGradArgs check_table_grad(const TableGradInputs& in) {
     args.row_offsets = check_index("row_offsets", *in.row_offsets, args.rows + 1);
     if (in.q.is_cpu()) {
       for (int64_t i = 0; i < tokens; ++i) {
-        if (args.token_order[i] < 0 || args.token_order[i] >= tokens) {
-          refuse(in.op, text("token_order in [0, ", tokens, ")"), text(args.token_order[i]));
+        const int64_t token = read_once(args.token_order + i);
+        if (!is_inside(token, tokens)) {
+          refuse(in.op, text("token_order in [0, ", tokens, ")"), text(token));
         }
       }
       int64_t last = 0;
       for (int64_t i = 0; i <= args.rows; ++i) {
-        if (args.row_offsets[i] < last || args.row_offsets[i] > tokens) {
-          refuse(in.op, text("row_offsets to rise from 0 to at most ", tokens),
-                 text(args.row_offsets[i]));
+        const int64_t offset = read_once(args.row_offsets + i);
+        if (offset < last || offset > tokens) {
+          refuse(in.op, text("row_offsets to rise from 0 to at most ", tokens), text(offset));
         }
-        last = args.row_offsets[i];
+        last = offset;
       }
     }
   }

@@ -71,8 +71,9 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
     const float* value = static_cast<const float*>(on_host.const_data_ptr());
     const int64_t step = on_host.dim() == 1 ? on_host.stride(0) : 0;
     for (int64_t i = 0; i < on_host.numel(); ++i) {
-      if (std::isfinite(value[i * step]) && value[i * step] > 0) continue;
-      refuse(op, text(name, " to be finite and above 0"), std::to_string(value[i * step]));
+      const float each = value[i * step];
+      if (std::isfinite(each) && each > 0) continue;
+      refuse(op, text(name, " to be finite and above 0"), std::to_string(each));
     }
   });
 }
@@ -82,33 +83,33 @@ void check_slot_values(const char* op, const PositionIds& slots, const AppendArg
                        bool one_dim) {
   const int64_t capacity = args.blocks * args.block_size, seq = args.rotary.seq;
   const int64_t tokens = args.rotary.batch * seq;
-  const auto slot_of = [&](int64_t token) { return entry_at(slots, token / seq, token % seq); };
   const auto index = [&](int64_t token) {
     return one_dim ? text("[", token, "]") : text("[", token / seq, ", ", token % seq, "]");
   };
-  std::vector<int64_t> stored;
-  stored.reserve(tokens);
+  std::vector<int64_t> of_tokens(tokens);
+  int64_t last = -1;
   bool rising = true;  // then none is there twice
   for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t slot = slot_of(token);
+    const int64_t slot = of_tokens[token] = entry_of(slots, token / seq, token % seq);
     if (slot < 0) continue;
     if (slot >= capacity) {
       refuse(op, text("slot_mapping below ", capacity, ", the slots of the cache, or negative"),
              text(slot, " at index ", index(token)));
     }
-    rising = rising && (stored.empty() || stored.back() < slot);
-    stored.push_back(slot);
+    rising = rising && last < slot;
+    last = slot;
   }
   if (rising) return;
-  std::sort(stored.begin(), stored.end());
-  const auto twice = std::adjacent_find(stored.begin(), stored.end());
-  if (twice == stored.end()) return;
-  int64_t first = 0;
-  while (slot_of(first) != *twice) ++first;
-  int64_t second = first + 1;
-  while (slot_of(second) != *twice) ++second;
+  std::vector<int64_t> sorted = of_tokens;
+  std::sort(sorted.begin(), sorted.end());
+  const auto stored = std::lower_bound(sorted.begin(), sorted.end(), 0);
+  const auto twice = std::adjacent_find(stored, sorted.end());
+  if (twice == sorted.end()) return;
+  const auto first = std::find(of_tokens.begin(), of_tokens.end(), *twice);
+  const auto second = std::find(first + 1, of_tokens.end(), *twice);
   refuse(op, "slot_mapping to have no slot twice",
-         text(*twice, " at index ", index(first), " and at ", index(second)));
+         text(*twice, " at index ", index(first - of_tokens.begin()), " and at ",
+              index(second - of_tokens.begin())));
 }
 
 // args has everything but the slots.

@@ -39,14 +39,11 @@ int64_t check_axes(const AngleInputs& in) {
   const int64_t count = ids.size(0);
   look_at_values(axes, [&](const TensorView& values) {
     for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t at = i * values.stride(0);
-      const int64_t axis = values.scalar_type() == ScalarType::Long
-                               ? static_cast<const int64_t*>(values.const_data_ptr())[at]
-                               : static_cast<const int32_t*>(values.const_data_ptr())[at];
-      if (axis < 0 || axis >= count) {
-        refuse(op, text("axes in [0, ", count, "), the first dimension of position_ids"),
-               text(axis, " at index [", i, "]"));
-      }
+      const int64_t axis = index_at(values.const_data_ptr(),
+                                    values.scalar_type() == ScalarType::Long, i * values.stride(0));
+      if (is_inside(axis, count)) continue;
+      refuse(op, text("axes in [0, ", count, "), the first dimension of position_ids"),
+             text(axis, " at index [", i, "]"));
     }
   });
   return count;

@@ -34,6 +34,17 @@
 #define ROPE_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
+// Loads a value that another thread may write exactly once, as a compiler may repeat an ordinary
+// load. On CUDA for memory that no thread of the kernel writes: __ldg is a volatile instruction.
+template <class T>
+ROPE_HOST_DEVICE T read_once(const T* from) {
+#if defined(__CUDA_ARCH__)
+  return __ldg(from);
+#else
+  return __atomic_load_n(from, __ATOMIC_RELAXED);
+#endif
+}
+
 // The compiler's name and version, for build_info().
 #if defined(__clang__)
 #define ROPE_COMPILER __VERSION__  // "Clang 14.0.6"

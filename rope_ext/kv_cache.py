@@ -59,7 +59,9 @@ def apply_rotary_qk_append_kv_(
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
             written. A slot outside of the cache, one that two tokens have and a scale that is not
             above 0 raise on the CPU; on CUDA, unless ROPE_EXT_CHECK=1 is set, the first is not
-            stored, of the second one token is, and the third gives what the division gives.
+            stored, of the second one token is, and the third gives what the division gives. Where
+            another thread writes to slot_mapping during the call, a slot outside of the cache is
+            not stored on the CPU either.
 
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.

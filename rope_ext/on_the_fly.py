@@ -58,8 +58,7 @@ def apply_rotary_qk_at(
 
     Raises:
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
-            written. On CUDA an axis outside of [0, A) gives NaN instead of raising, unless the
-            environment variable ROPE_EXT_CHECK=1 is set.
+            written. An axis outside of [0, A): as for :func:`cos_sin`.
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """

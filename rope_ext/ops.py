@@ -75,7 +75,8 @@ def apply_rotary(
     Raises:
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
             written. A position outside of the table raises on the CPU; on CUDA the rotated channels
-            of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set.
+            of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set. Where
+            another thread writes to position_ids during the call, they become NaN on the CPU too.
 
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
@@ -295,7 +296,8 @@ def cos_sin(
     Raises:
         RuntimeError: for position_ids or axes of another dtype, shape or device. An axis outside of
             [0, A) raises on the CPU; on CUDA its pairs become NaN, unless the environment variable
-            ROPE_EXT_CHECK=1 is set.
+            ROPE_EXT_CHECK=1 is set. Where another thread writes to axes during the call, they
+            become NaN on the CPU too.
 
     Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,
     as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).

@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -461,6 +462,40 @@ def test_position_outside_raises_on_cuda_where_asked(value, at, dtype, rotation,
         f"position_ids in [0, {L}), the rows of cos and sin",
         f"{value} at index [{at[0]}, {at[1]}]",
     )
+
+
+# One entry of what the gradient to a table is summed by: tensor, index, value.
+BAD_ENTRIES = [
+    *(("token_order", 2, value) for value in (-1, 6, 2**63 - 1, -(2**63))),
+    *(("row_offsets", 1, value) for value in (-1, 7, 2**63 - 1, -(2**63))),
+    ("row_offsets", 1, 5),  # inside, but past the next
+]
+
+
+@pytest.mark.parametrize(("name", "at", "value"), BAD_ENTRIES)
+def test_bad_tokens_and_rows_are_refused_and_on_cuda_add_nothing(name, at, value, device):
+    """Nor does CUDA read what lies outside: the emulator would find it."""
+    tokens, rows = 6, 3
+    grad, x = (random(tokens, H, D, dtype=torch.float64, seed=seed) for seed in (1, 2))
+    cos = torch.zeros(rows, P, dtype=torch.float64)
+    order, offsets = torch.arange(tokens), torch.tensor([0, 2, 4, 6])
+    {"token_order": order, "row_offsets": offsets}[name][at] = value
+    arguments = [
+        t if t is None else t.to(device) for t in (grad, x, None, None, cos, order, offsets)
+    ]
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match=rf"table_backward: expected {name} .*, got -?\d+$"):
+            rope.apply_rotary_table_backward(*arguments)
+        return
+    used = [range(a, b) if 0 <= a <= b <= tokens else () for a, b in pairwise(offsets.tolist())]
+    each = rope.apply_rotary_table_backward(
+        grad[None], x[None], None, None, cos.new_zeros(1, tokens, P)
+    )
+    got = rope.apply_rotary_table_backward(*arguments)
+    for grad_of_table, of_token in zip(got, each, strict=True):
+        for row, places in enumerate(used):
+            inside = [order[i].item() for i in places if 0 <= order[i] < tokens]
+            torch.testing.assert_close(grad_of_table[row].cpu(), of_token[0, inside].sum(0))
 
 
 # ---- devices

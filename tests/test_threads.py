@@ -1,12 +1,16 @@
-"""Several Python threads in the operators at once: each gets the bits that one alone gets.
+"""Several Python threads in the operators at once: each gets the bits that one alone gets. And one
+that changes the indices of a call while the call goes on.
 
 ROPE_EXT_STRESS_SECONDS is how long they go on, 2 seconds unless it is given; .ci/run gives 30.
 """
 
 import os
 import random as python_random
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import torch
@@ -129,3 +133,14 @@ def test_table_that_threads_grow_together_has_its_rows():
 
         in_threads(work)
         modules += 1
+
+
+def test_indices_that_change_during_a_call_give_nan_or_an_error():
+    """And never a crash: in a process of its own, as that would be one of pytest."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("changing_indices.py"), str(SECONDS / 2)],
+        env={**os.environ, "PYTHONPATH": str(Path(rope_ext.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"status {result.returncode}\n{result.stdout}{result.stderr}"

@@ -58,15 +58,17 @@ struct AngleChunk {
   alignas(64) double position[kAngleChunk], scale[kAngleChunk];  // used where there are axes
   int64_t axis_at[kAngleChunk];                                  // among the positions
 
+  // A pair whose axis is not there turns by NaN.
   ROPE_HOST_DEVICE AngleChunk(const Angles& of, int64_t first, int64_t count)
       : angles(of), pairs(count) {
     convert(angles.inv_freq_dtype, angles.inv_freq, first, pairs, inv_freq);
     const Axes& axes = angles.axes;
     if (axes.data == nullptr) return;
     for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t axis = axes.int64 ? static_cast<const int64_t*>(axes.data)[first + i]
-                                      : static_cast<const int32_t*>(axes.data)[first + i];
-      axis_at[i] = axis * angles.positions.stride_axis;
+      const int64_t axis = index_at(axes.data, axes.int64, first + i);
+      const bool exists = is_inside(axis, angles.positions.axes);
+      axis_at[i] = exists ? axis * angles.positions.stride_axis : 0;
+      if (!exists) inv_freq[i] = NAN;
     }
   }
 

@@ -80,6 +80,7 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
   const RotaryPlan plan{1, rotary.seq, false};
   const int64_t heads = rotary.q.heads + rotary.k.heads;
   const bool reorders = rotary.interleaved != rotary.interleaved_out;
+  const int64_t capacity = args.blocks * args.block_size;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
     if (reorders) {
@@ -88,7 +89,7 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
       apply_rotary(rotary, plan, token * heads, (token + 1) * heads);
     }
     const int64_t slot = entry_of(args.slots, b, s);
-    if (slot < 0) continue;
+    if (!is_inside(slot, capacity)) continue;
     store_heads<T>(args, args.k, b, s, slot);
     store_heads<T>(args, args.v, b, s, slot);
   }

@@ -7,6 +7,7 @@
 
 #include "../args.h"
 #include "../compiler.h"
+#include "../index.h"
 #include "capability.h"
 
 namespace rope::cpu {

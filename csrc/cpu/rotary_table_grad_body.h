@@ -98,8 +98,10 @@ void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int
       alignas(64) A g1x1[kChunk] = {}, g1x2[kChunk] = {}, g2x1[kChunk] = {}, g2x2[kChunk] = {};
       const TurnGrad<A*> sums{g1x1, g1x2, g2x1, g2x2};
       if (args.token_order) {
-        for (int64_t i = args.row_offsets[index]; i < args.row_offsets[index + 1]; ++i) {
-          const int64_t token = args.token_order[i];
+        const TokenRange range = tokens_of_row(args, index);
+        for (int64_t i = range.begin; i < range.end; ++i) {
+          const int64_t token = read_once(args.token_order + i);
+          if (!is_inside(token, args.batch * args.seq)) continue;
           const int64_t b = token / args.seq;
           accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, token - b * args.seq,
                                                                 first, pairs, sums);

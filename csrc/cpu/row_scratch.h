@@ -13,13 +13,6 @@ struct Row {
   ROPE_HOST_DEVICE Row plus(int64_t n) const { return {c1 + n, s1 + n, c2 + n, s2 + n}; }
 };
 
-// The entry of token s of sequence b.
-ROPE_HOST_DEVICE int64_t entry_of(const PositionIds& ids, int64_t b, int64_t s) {
-  const int64_t at = b * ids.stride_b + s * ids.stride_s;
-  return ids.int64 ? static_cast<const int64_t*>(ids.data)[at]
-                   : static_cast<const int32_t*>(ids.data)[at];
-}
-
 // A row is cut into whole vectors of kLanes pairs. The last one ends where the row ends: where the
 // pairs are not a multiple of kLanes it has some of the pairs of the one before it again. A row of
 // less than a vector is filled up with zeros.
@@ -34,20 +27,24 @@ struct RowScratch {
   int64_t stride() const { return kParts * length; }    // between tokens
   Row<const A> row() const { return row_at(entries); }  // of the first token
 
-  // Pairs [first, first + pairs) of the rows of tokens s, s + 1, ... of batch row b.
+  // Pairs [first, first + pairs) of the rows of tokens s, s + 1, ... of batch row b: NaN where the
+  // position is outside the table.
   __attribute__((noinline)) void fill(const RotaryArgs& args, int64_t b, int64_t s, int64_t tokens,
                                       int64_t first, int64_t pairs) {
     const Table& table = args.table;
     const int64_t size = size_of(table.dtype);
     const int64_t whole = lay_out(pairs);
     for (int64_t t = 0; t < tokens; ++t) {
-      const PositionIds& ids = args.position_ids;
-      const int64_t index = ids.data ? entry_of(ids, b, s + t) : s + t;
+      const int64_t index = entry_of(args.position_ids, b, s + t);
+      A* const to = entries + t * stride();
+      if (!is_inside(index, table.rows)) {
+        for (int64_t i = 0; i < stride(); ++i) to[i] = static_cast<A>(NAN);
+        continue;
+      }
       const char* cos = static_cast<const char*>(table.cos) +
                         (b * table.cos_stride_b + index * table.cos_stride_row) * size;
       const char* sin = static_cast<const char*>(table.sin) +
                         (b * table.sin_stride_b + index * table.sin_stride_row) * size;
-      A* const to = entries + t * stride();
       if (whole == 0) {
         for (int64_t i = 0; i < stride(); ++i) to[i] = 0;
         put(args, cos, sin, first, pairs, row_at(to));

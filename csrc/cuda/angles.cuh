@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../angle.h"
+#include "../index.h"
 #include "vector.cuh"
 
 namespace rope::cuda {
@@ -39,10 +40,8 @@ __device__ __forceinline__ double position_at(const TokenPositions& positions, i
 // can't raise without stopping the stream.
 __device__ __forceinline__ double position_of_pair(const Angles& angles, int64_t token,
                                                    int64_t pair) {
-  const Axes& axes = angles.axes;
-  const int64_t axis = axes.int64 ? __ldg(static_cast<const int64_t*>(axes.data) + pair)
-                                  : __ldg(static_cast<const int32_t*>(axes.data) + pair);
-  if (static_cast<uint64_t>(axis) >= static_cast<uint64_t>(angles.positions.axes)) return NAN;
+  const int64_t axis = index_at(angles.axes.data, angles.axes.int64, pair);
+  if (!is_inside(axis, angles.positions.axes)) return NAN;
   return position_at(angles.positions, axis * angles.positions.stride_axis + token);
 }
 

@@ -33,7 +33,7 @@ struct Slot {
 };
 
 __device__ __forceinline__ Slot slot_of(const AppendArgs& args, const Place& place) {
-  const int64_t slot = row_of(args.slots, place);
+  const int64_t slot = entry_of(args.slots, place.b, place.s);
   const uint64_t index = static_cast<uint64_t>(slot), size = static_cast<uint64_t>(args.block_size);
   if (index >= static_cast<uint64_t>(args.blocks) * size) return {0, 0, false};
   // A division of 64 bits takes several times as long.

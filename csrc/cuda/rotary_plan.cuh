@@ -2,6 +2,7 @@
 // of the table row for all of its heads.
 #pragma once
 
+#include "../index.h"
 #include "launch.cuh"
 #include "turns.cuh"
 #include "unit.cuh"
@@ -45,20 +46,13 @@ __device__ __forceinline__ bool find_place(const RotaryArgs& args, const Plan& p
   return true;
 }
 
-__device__ __forceinline__ int64_t row_of(const PositionIds& ids, const Place& place) {
-  if (ids.data == nullptr) return place.s;
-  const int64_t at = place.b * ids.stride_b + place.s * ids.stride_s;
-  return ids.int64 ? __ldg(static_cast<const int64_t*>(ids.data) + at)
-                   : __ldg(static_cast<const int32_t*>(ids.data) + at);
-}
-
 // A position outside the table turns by NaN: the kernel can't raise without stopping the stream.
 template <class U, bool kMixed, bool kFullWidth>
 __device__ __forceinline__ void load_turns(TurnsOf<U, kFullWidth>& turns, const RotaryArgs& args,
                                            const Plan& plan, const Place& place, uint32_t unit) {
   using C = typename U::C;
-  const int64_t row = row_of(args.position_ids, place);
-  if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(args.table.rows)) {
+  const int64_t row = entry_of(args.position_ids, place.b, place.s);
+  if (!is_inside(row, args.table.rows)) {
     const C nan = static_cast<C>(NAN);
 #pragma unroll
     for (int j = 0; j < U::kPairs; ++j) turns.set(j, {nan, nan, nan, nan});

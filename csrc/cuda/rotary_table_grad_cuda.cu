@@ -1,4 +1,5 @@
 // Gradient of apply_rotary to its cos and sin on CUDA: one block sums one row, in a fixed order.
+#include "../index.h"
 #include "../kernels.h"
 #include "launch.cuh"
 #include "unit.cuh"
@@ -14,20 +15,13 @@ struct Plan {
   uint32_t heads;  // of q and k together
 };
 
-// The tokens that use one row of the gradient.
-struct Tokens {
-  int64_t begin, end;  // of token_order, or else of the batch
-  int64_t s;           // without token_order
-};
-
-__device__ __forceinline__ Tokens tokens_of(const RotaryTableGradArgs& args, int64_t grad_b,
-                                            int64_t row) {
-  if (args.token_order != nullptr) {
-    return {__ldg(args.row_offsets + row), __ldg(args.row_offsets + row + 1), 0};
-  }
-  if (row >= args.seq) return {0, 0, 0};
-  if (args.grad_batch == 1) return {0, args.batch, row};
-  return {grad_b, grad_b + 1, row};
+// The tokens that use one row of the gradient: of token_order, or else of the batch.
+__device__ __forceinline__ TokenRange tokens_of(const RotaryTableGradArgs& args, int64_t grad_b,
+                                                int64_t row) {
+  if (args.token_order != nullptr) return tokens_of_row(args, row);
+  if (row >= args.seq) return {0, 0};
+  if (args.grad_batch == 1) return {0, args.batch};
+  return {grad_b, grad_b + 1};
 }
 
 // Adds what the thread's heads of one token give, of q and k counted together; the channels are the
@@ -111,8 +105,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
   const int head_lane = lane % g.head_lanes;
   const int token_lane = lane / g.head_lanes;
   const int lanes = g.head_lanes * g.token_lanes;
-  const int64_t grad_b = row / args.rows;
-  const Tokens tokens = tokens_of(args, grad_b, row - grad_b * args.rows);
+  const int64_t grad_b = row / args.rows, row_of_table = row - grad_b * args.rows;
+  const TokenRange tokens = tokens_of(args, grad_b, row_of_table);
 
 #pragma unroll 1
   for (uint32_t first = 0; first < plan.units; first += g.unit_lanes) {
@@ -123,9 +117,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
       const uint32_t channel_grad = UnitOfGrad::channel_of(unit, plan.grad);
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
-        int64_t b = i, s = tokens.s;
+        int64_t b = i, s = row_of_table;
         if (args.token_order != nullptr) {
-          const int64_t token = __ldg(args.token_order + i);
+          const int64_t token = read_once(args.token_order + i);
+          if (!is_inside(token, args.batch * args.seq)) continue;
           b = token / args.seq;
           s = token - b * args.seq;
         }

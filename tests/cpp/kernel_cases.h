@@ -23,6 +23,7 @@ struct Case {
   bool interleaved, interleaved_out, full_width, table_interleaved, inverse;
   bool in_place, head_major;
   bool any_bits;    // NaN, infinities, subnormals and all else
+  bool outside;     // some indices, as if they had changed after they were checked
   const char* why;  // these sizes, where they are those of a table
   int64_t rank;     // channels of a latent
 
@@ -32,14 +33,15 @@ struct Case {
 
 inline std::string text(const Case& c) {  // [B, S, q + k, before + R + after]
   const char* const rows[] = {"by index", "per token", "by int32", "by int64"};
-  return text("%s%s%s %s, table %s%s%s %s, [%d, %d, %d+%d, %d+%d+%d]%s, %s to %s%s%s%s", c.op,
+  return text("%s%s%s %s, table %s%s%s %s, [%d, %d, %d+%d, %d+%d+%d]%s, %s to %s%s%s%s%s", c.op,
               c.why ? ", " : "", c.why ? c.why : "", name(c.dtype), name(c.table_dtype),
               c.full_width ? " full width" : "", c.table_interleaved ? " interleaved" : "",
               rows[static_cast<int>(c.rows)], int(c.batch), int(c.seq), int(c.heads_q),
               int(c.heads_k), int(c.before), int(2 * c.pairs), int(c.after),
               c.head_major ? " head-major" : "", c.interleaved ? "interleaved" : "half-split",
               c.interleaved_out ? "interleaved" : "half-split", c.inverse ? ", inverse" : "",
-              c.in_place ? ", in place" : "", c.any_bits ? ", any bits" : "");
+              c.in_place ? ", in place" : "", c.any_bits ? ", any bits" : "",
+              c.outside ? ", indices outside" : "");
 }
 
 // ----------------------------------------------------------------------------------------- tensors
@@ -135,6 +137,13 @@ inline TableSide random_table(const Case& c, int64_t rows, Random& random) {
           per_token ? rows * row : 0, row};
 }
 
+// Not in [0, count): beside it, or as far as the type goes.
+inline int64_t index_outside(int64_t count, bool int64, Random& random) {
+  const int64_t outside[] = {-1, count, int64 ? INT64_MIN : INT32_MIN,
+                             int64 ? INT64_MAX : INT32_MAX};
+  return outside[random.below(4)];
+}
+
 // Positions of the tokens, [B, S].
 struct Positions {
   std::vector<int32_t> narrow;
@@ -145,6 +154,9 @@ struct Positions {
     for (int64_t token = 0; token < c.batch * c.seq; ++token) {
       const bool given = c.rows == Rows::Int32 || c.rows == Rows::Int64;
       wide.push_back(given ? random.below(rows) : token % c.seq);
+      if (given && c.outside && random.below(5) == 0) {
+        wide.back() = index_outside(rows, c.rows == Rows::Int64, random);
+      }
       narrow.push_back(static_cast<int32_t>(wide.back()));
     }
   }
@@ -197,9 +209,10 @@ struct Rotation {
     args.inverse = c.inverse;
     return args;
   }
-  // As the kernels compute with it.
+  // As the kernels compute with it: NaN where there is no such row.
   Turn turn(const Case& c, int64_t b, int64_t s, int64_t pair) const {
     const int64_t row = positions.wide[b * c.seq + s];
+    if (row < 0 || row >= rows) return {NAN, NAN, NAN, NAN};
     const Places column = columns(c, pair);
     const auto entry = [&](const TableSide& side, int64_t at) {
       return scalar::computed(c.dtype,
@@ -244,6 +257,7 @@ inline Case random_case(const char* op, DType dtype, int which, Random& random) 
   c.inverse = random.coin();
   c.head_major = random.coin();
   c.any_bits = random.below(3) == 0;
+  c.outside = random.below(4) == 0;
   c.rows = static_cast<Rows>(random.below(4));
   return c;
 }

@@ -132,6 +132,17 @@ void test_table_grad(const Case& c, Random& random) {
     }
     offsets.push_back(static_cast<int64_t>(order.size()));
   }
+  const int64_t tokens = c.batch * c.seq;
+  order.resize(tokens);
+  if (c.outside && !by_index) {
+    for (int64_t& token : order) {
+      if (random.below(5) == 0) token = index_outside(tokens, true, random);
+    }
+    for (int64_t& offset : offsets) {
+      if (random.below(5) == 0) offset = index_outside(tokens + 1, true, random);
+      if (random.below(5) == 0) offset = random.below(tokens + 1);  // so that some fall
+    }
+  }
   order.shrink_to_fit(), offsets.shrink_to_fit();
 
   Memory grad_cos(c.table_dtype, grad_batch * rows * c.width() + kGuard, false, random);
@@ -162,7 +173,9 @@ void test_table_grad(const Case& c, Random& random) {
       const auto add = [&](double& sum, double g, double value) {
         sum = rounded(sum + rounded(g * value));
       };
-      for (int64_t at = offsets[row]; at < offsets[row + 1]; ++at) {
+      const bool rises = 0 <= offsets[row] && offsets[row + 1] <= tokens;
+      for (int64_t at = offsets[row]; rises && at < offsets[row + 1]; ++at) {
+        if (order[at] < 0 || order[at] >= tokens) continue;
         const int64_t b = order[at] / c.seq, s = order[at] % c.seq;
         for (int tensor = 0; tensor < 2; ++tensor) {
           for (int64_t h = 0; h < (tensor == 0 ? c.heads_q : c.heads_k); ++h) {

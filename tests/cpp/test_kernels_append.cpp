@@ -39,19 +39,24 @@ constexpr Sizes kLatents[] = {
 
 constexpr int64_t kNegative = 3;  // slots from -3 on
 
-// One a slot of a cache and none twice, [B, S], some negative: those tokens are not stored.
+// One a slot of a cache and none twice, [B, S], some negative, or outside of the cache: those
+// tokens are not stored.
 struct Slots {
-  int64_t stride;  // what lies between would store nothing
+  int64_t capacity, stride;  // stride: what lies between would store nothing
+  bool int64;
   std::vector<int32_t> narrow;
   std::vector<int64_t> wide;
 
-  Slots(int64_t tokens, int64_t capacity, Random& random) : stride(1 + random.below(2)) {
+  Slots(const Case& c, int64_t capacity, Random& random)
+      : capacity(capacity), stride(1 + random.below(2)), int64(random.coin()) {
+    const int64_t tokens = c.batch * c.seq;
     std::vector<int64_t> free(capacity);
     std::iota(free.begin(), free.end(), 0);
     wide.reserve(tokens * stride), narrow.reserve(tokens * stride);
     for (int64_t i = 0; i < tokens * stride; ++i) {
       const bool stored = i % stride == 0 && random.below(5) > 0;
       wide.push_back(-1 - random.below(kNegative));
+      if (c.outside && random.coin()) wide.back() = index_outside(capacity, int64, random);
       if (stored) {
         std::swap(free[random.below(static_cast<int64_t>(free.size()))], free.back());
         wide.back() = free.back();
@@ -61,6 +66,11 @@ struct Slots {
     }
   }
   int64_t of(int64_t token) const { return wide[token * stride]; }
+  bool stores(int64_t token) const { return of(token) >= 0 && of(token) < capacity; }
+  PositionIds ids(const Case& c) const {
+    if (int64) return {wide.data(), true, c.seq * stride, stride};
+    return {narrow.data(), false, c.seq * stride, stride};
+  }
 };
 
 // Of k and v in one memory. [blocks, block_size, ...]: in each block the keys, then the values, by
@@ -138,7 +148,7 @@ void test(const Case& c, bool latent, Random& random) {
   const View &q = x.views[0], &k = x.views[1], &v = x.views[2];
   const int64_t tokens = c.batch * c.seq;
   Cache cache(k, v, latent, tokens, float8 ? 1 : size_of(c.dtype), random);
-  const Slots slots(tokens, cache.blocks * cache.block_size, random);
+  const Slots slots(c, cache.blocks * cache.block_size, random);
   const Scales k_scales(latent ? 1 : k.heads, random);
   const Scales v_scales = latent ? k_scales : Scales(v.heads, random);
   const Rotation rotation(c, random);
@@ -177,9 +187,7 @@ void test(const Case& c, bool latent, Random& random) {
   args.latent = latent;
   args.cache_dtype = cache_dtype;
   args.blocks = cache.blocks, args.block_size = cache.block_size;
-  const int64_t stride_b = c.seq * slots.stride;
-  args.slots = {slots.wide.data(), true, stride_b, slots.stride};
-  if (random.coin()) args.slots = {slots.narrow.data(), false, stride_b, slots.stride};
+  args.slots = slots.ids(c);
   cpu::apply_rotary_append(args);
   expect_same(expected, x.memory, text(c));
 
@@ -201,7 +209,7 @@ void test(const Case& c, bool latent, Random& random) {
     }
   };
   for (int64_t token = 0; token < tokens; ++token) {
-    if (slots.of(token) < 0) continue;
+    if (!slots.stores(token)) continue;
     store(k, cache.first_k, k_scales, token);
     store(v, cache.first_v, v_scales, token);
   }

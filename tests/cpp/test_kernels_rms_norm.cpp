@@ -76,6 +76,7 @@ class Bounds {
     for (int64_t i = 0; i < got.count(); ++i) {
       const double least = least_.value(i), most = most_.value(i), value = got.value(i);
       if (least <= value && value <= most) continue;
+      if (std::isnan(least) && std::isnan(value)) continue;
       expect(false, what + text(": element %" PRId64 ": expected %.17g to %.17g, got %.17g", i,
                                 least, most, value));
       return;

@@ -1,0 +1,43 @@
+// Entries of index tensors (positions, slots, axes, tokens): read here alone, by the checks and by
+// the kernels of every device.
+//
+// Another thread or process may write such a tensor during a call, after the checks. So a kernel
+// reads an entry once, tests the value that it has read, and uses that value.
+#pragma once
+
+#include "args.h"
+#include "compiler.h"
+
+namespace rope {
+
+// The entry of a tensor of int64 or, without `int64`, of int32.
+ROPE_HOST_DEVICE int64_t index_at(const void* data, bool int64, int64_t at) {
+  return int64 ? read_once(static_cast<const int64_t*>(data) + at)
+               : read_once(static_cast<const int32_t*>(data) + at);
+}
+
+// The entry of token s of sequence b.
+ROPE_HOST_DEVICE int64_t entry_of(const PositionIds& ids, int64_t b, int64_t s) {
+  if (ids.data == nullptr) return s;
+  return index_at(ids.data, ids.int64, b * ids.stride_b + s * ids.stride_s);
+}
+
+// Whether 0 <= index < count.
+ROPE_HOST_DEVICE bool is_inside(int64_t index, int64_t count) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(count);
+}
+
+// Entries [begin, end) of token_order.
+struct TokenRange {
+  int64_t begin, end;
+};
+
+// Those of a row of the table: none where the offsets are no such range.
+ROPE_HOST_DEVICE TokenRange tokens_of_row(const RotaryTableGradArgs& args, int64_t row) {
+  const int64_t begin = read_once(args.row_offsets + row);
+  const int64_t end = read_once(args.row_offsets + row + 1);
+  if (begin < 0 || begin > end || end > args.batch * args.seq) return {0, 0};
+  return {begin, end};
+}
+
+}  // namespace rope

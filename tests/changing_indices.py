@@ -1,0 +1,162 @@
+"""Calls each operator that takes indices while a thread moves one of these far outside and back.
+
+`python changing_indices.py SECONDS`, a program of its own: a kernel that trusts an index which has
+been checked before would end it. A call either raises the error of the check, or gives the numbers
+that it gives for the index in range, but for what the index outside takes part in: that is NaN, or
+was not stored.
+"""
+
+import re
+import sys
+import time
+from threading import Event, Thread
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+
+import rope_ext
+from rope_ext import _C
+
+rope = torch.ops.rope
+
+B, S, H, K, D, P, L = 2, 300, 4, 2, 64, 32, 700
+RANK, BLOCK = 96, 16  # of a latent, of a cache
+FAR = 2**40
+RUN, ROUNDS = 1000, 100  # writes of one value, of all values
+CHECKED = re.compile(
+    r"rope::\w+: expected (position_ids|slot_mapping|axes|token_order|row_offsets) "
+)
+
+
+def calls():
+    """What is called, by name: a function, and the index tensor that it reads."""
+    q, k = torch.randn(B, S, H, D), torch.randn(B, S, K, D)
+    x = torch.randn(B, S, H, D, dtype=torch.bfloat16)
+    grads = torch.ones_like(q), torch.ones_like(k)
+    cos, sin = torch.randn(L, P), torch.randn(L, P)
+    ids = torch.randperm(L)[: B * S].view(B, S)
+    slots = torch.randperm(L)[: B * S].view(B, S)
+    order = torch.randperm(B * S)
+    offsets = torch.linspace(0, B * S, L + 1).long()
+    weight = torch.randn(D)
+    inv_freq, _ = rope_ext.frequencies.default(D)
+    axes, places = torch.arange(P) % 3, torch.randint(0, 5000, (3, B, S))
+
+    def in_place():
+        own_q, own_k = q.clone(), k.clone()
+        return rope_ext.apply_rotary_qk(own_q, own_k, cos, sin, ids, inplace=True)
+
+    def append():
+        own_q, own_k = q.clone(), k.clone()
+        caches = torch.zeros(2, L // BLOCK + 1, BLOCK, K, D)
+        rope_ext.apply_rotary_qk_append_kv_(own_q, own_k, k, *caches, slots, cos, sin, ids)
+        return own_q, own_k, caches
+
+    def append_latent():
+        own_q, k_pe = q.clone(), k[:, :, 0].clone()
+        cache = torch.zeros(L // BLOCK + 1, BLOCK, RANK + D)
+        options = {"interleaved": True, "interleaved_out": False}
+        latent = torch.ones(B, S, RANK)
+        rope_ext.apply_rotary_mla_append_(
+            own_q, k_pe, latent, cache, slots, cos, sin, ids, **options
+        )
+        return own_q, k_pe, cache
+
+    def normed():
+        return rope_ext.rms_norm_rotary_qk(q, k, weight, weight, cos, sin, ids)
+
+    def normed_backward():
+        arguments = (*grads, q, k, weight, weight, cos, sin, ids)
+        return rope.rms_norm_rotary_qk_backward(*arguments)[:2]
+
+    def table_backward():
+        rope.apply_rotary_table_backward(grads[0], q, grads[1], k, cos, order, offsets)
+        return ()
+
+    def backward():
+        leaves = [t.clone().requires_grad_() for t in (q, cos)]
+        torch.autograd.grad(
+            rope_ext.apply_rotary(leaves[0], *leaves[1:], sin, ids), leaves, grads[0]
+        )
+        return ()
+
+    def angles():
+        return rope_ext.cos_sin(inv_freq, places, axes=axes)
+
+    def angles_backward():
+        rows = torch.ones(2, B, S, P)
+        return (rope.cos_sin_backward(*rows, inv_freq, places, axes),)
+
+    def by_angles():
+        return rope_ext.apply_rotary_qk_at(q, k, inv_freq, places, axes=axes)
+
+    return {
+        "apply_rotary": (lambda: (rope_ext.apply_rotary(x, cos, sin, ids),), ids),
+        "in place": (in_place, ids),
+        "append": (append, ids),
+        "append, slots": (append, slots),
+        "latent": (append_latent, ids),
+        "latent, slots": (append_latent, slots),
+        "normed": (normed, ids),
+        "normed, backward": (normed_backward, ids),
+        "gradient to the table, tokens": (table_backward, order),
+        "gradient to the table, rows": (table_backward, offsets),
+        "backward": (backward, ids),
+        "angles": (angles, axes),
+        "angles, backward": (angles_backward, axes),
+        "by angles": (by_angles, axes),
+    }
+
+
+def stress(name, call, indices, seconds):
+    """How often the call came through, and how often it raised."""
+    expected = call()
+    last = indices.view(-1).numpy()[-1:]  # checked last, and used long after
+    values = np.tile(np.repeat((FAR, last[0], -FAR, last[0]), RUN), ROUNDS)
+    writes = as_strided(last, values.shape, (0,))  # all of one element: without the interpreter
+    stop = Event()
+
+    def change():
+        while not stop.is_set():
+            np.copyto(writes, values)
+
+    thread = Thread(target=change)
+    thread.start()
+    through = raised = 0
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline or through == 0:
+            try:
+                results = call()
+            except RuntimeError as error:
+                if not CHECKED.match(str(error)):
+                    raise
+                raised += 1
+                continue
+            through += 1
+            for got, want in zip(results, expected, strict=True):
+                absent = got.isnan() | (got == 0)
+                assert torch.equal(got.where(~absent, want), want), f"{name}: a wrong number"
+    finally:
+        stop.set()
+        thread.join()
+    return through, raised
+
+
+def main(seconds):
+    sys.setswitchinterval(1e-5)  # or the thread would run for 5 ms before a call can begin
+    torch.set_num_threads(1)
+    every = calls()
+    for capability in ("avx2", "portable"):
+        try:
+            _C.set_cpu_capability(capability)
+        except RuntimeError:  # the processor has no AVX2
+            continue
+        for name, (call, indices) in every.items():
+            counts = stress(name, call, indices, seconds / len(every) / 2)
+            print(capability, name, *counts, flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
