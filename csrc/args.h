@@ -205,7 +205,7 @@ struct StoredHeads {
 inline constexpr int64_t kMostReordered = 512;
 
 // q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
-// block * block_size + offset; it is stored nowhere if that is negative.
+// block * block_size + offset; it is stored nowhere if that is negative, or if it has no slot.
 struct AppendArgs {
   RotaryArgs rotary;
   StoredHeads k, v;
@@ -213,6 +213,8 @@ struct AppendArgs {
   CacheDType cache_dtype;
   int64_t blocks, block_size;
   PositionIds slots;  // of each token, [B, S]
+  // Token b * slots_seq + s has a slot if that is below slot_count; the others are not stored.
+  int64_t slots_seq, slot_count;
 };
 
 }  // namespace rope

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._calling import call, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd
 
 rope = torch.ops.rope
@@ -64,25 +65,29 @@ def apply_rotary_qk_append_kv_(
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
     """
-    name = "apply_rotary_qk_append_kv_"
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
-    _add_scales(options, k_scale=k_scale, v_scale=v_scale)
-    views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
-    caches = (
-        _as_nhd(cache, cache_layout, name, at)
-        for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
-    )
-    call(
-        rope.apply_rotary_qk_append_kv_,
-        *views,
-        *caches,
-        slot_mapping,
-        cos,
-        sin,
-        position_ids,
-        written=(q, k, k_cache, v_cache),
-        **options,
-    )
+    try:
+        name = "apply_rotary_qk_append_kv_"
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
+        _add_scales(options, k_scale=k_scale, v_scale=v_scale)
+        views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
+        caches = (
+            _as_nhd(cache, cache_layout, name, at)
+            for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
+        )
+        call(
+            rope.apply_rotary_qk_append_kv_,
+            *views,
+            *caches,
+            slot_mapping,
+            cos,
+            sin,
+            position_ids,
+            written=(q, k, k_cache, v_cache),
+            **options,
+        )
+    except Exception:
+        explain(apply_rotary_qk_append_kv_)
+        raise
 
 
 def apply_rotary_mla_append_(
@@ -126,21 +131,25 @@ def apply_rotary_mla_append_(
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.
     """
-    options = rotation_options(None, 0, interleaved, interleaved_out, False)
-    _add_scales(options, scale=scale)
-    call(
-        rope.apply_rotary_mla_append_,
-        q,
-        k_pe,
-        kv_c,
-        kv_cache,
-        slot_mapping,
-        cos,
-        sin,
-        position_ids,
-        written=(q, k_pe, kv_cache),
-        **options,
-    )
+    try:
+        options = rotation_options(None, 0, interleaved, interleaved_out, False)
+        _add_scales(options, scale=scale)
+        call(
+            rope.apply_rotary_mla_append_,
+            q,
+            k_pe,
+            kv_c,
+            kv_cache,
+            slot_mapping,
+            cos,
+            sin,
+            position_ids,
+            written=(q, k_pe, kv_cache),
+            **options,
+        )
+    except Exception:
+        explain(apply_rotary_mla_append_)
+        raise
 
 
 def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:

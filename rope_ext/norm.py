@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._calling import call, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd, from_bshd
 
 
@@ -58,21 +59,25 @@ def rms_norm_rotary_qk(
     Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
     transformers; RoFormer, arXiv 2104.09864, equation 34.
     """
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-    if eps != 1e-6:
-        options["eps"] = eps
-    if unit_offset:
-        options["unit_offset"] = unit_offset
-    function = "rms_norm_rotary_qk"
-    out_q, out_k = call(
-        torch.ops.rope.rms_norm_rotary_qk,
-        as_bshd(q, layout, function, "q"),
-        as_bshd(k, layout, function, "k"),
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        position_ids,
-        **options,
-    )
-    return from_bshd(out_q, layout), from_bshd(out_k, layout)
+    try:
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+        if eps != 1e-6:
+            options["eps"] = eps
+        if unit_offset:
+            options["unit_offset"] = unit_offset
+        function = "rms_norm_rotary_qk"
+        out_q, out_k = call(
+            torch.ops.rope.rms_norm_rotary_qk,
+            as_bshd(q, layout, function, "q"),
+            as_bshd(k, layout, function, "k"),
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            position_ids,
+            **options,
+        )
+        return from_bshd(out_q, layout), from_bshd(out_k, layout)
+    except Exception:
+        explain(rms_norm_rotary_qk)
+        raise

@@ -264,7 +264,7 @@ REFUSALS = {
     "a cache with heads": (changed("kv_cache", lambda c: c.unsqueeze(2)),
                            "kv_cache to have shape [blocks, block_size, 40]", "[3, 8, 1, 40]"),
     "a cache of another dtype": (changed("kv_cache", lambda c: c.bfloat16()),
-                                 "kv_cache of q's dtype float32, or Float8_e4m3fn or Float8_e5m2",
+                                 "kv_cache of q's dtype float32, or float8_e4m3fn or float8_e5m2",
                                  "bfloat16"),
     "slots of another shape": (changed("slot_mapping", lambda s: s[:1]),
                                "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
