@@ -11,7 +11,7 @@ A function asks when it has failed, so that a call that is right costs nothing::
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import torch
@@ -27,6 +27,7 @@ _WORDS: dict[Any, str] = {
     torch.dtype: "a torch.dtype",
     types.NoneType: "None",
     tuple[Tensor, Tensor]: "two Tensors",
+    Sequence: "a list",
 }
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,7 +43,7 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
     name = name or f"rope_ext.{function.__name__}"
     for argument, kind in function.__annotations__.items():
         if argument != "return":
-            _check_type(name, argument, given[argument], kind)
+            check_type(name, argument, given[argument], kind)
     dtype = given.get("dtype")
     if dtype is not None and dtype not in _TABLE_DTYPES:  # PyTorch can't even pass some of them on
         expected = "dtype to be float64, float32, float16 or bfloat16"
@@ -68,14 +69,15 @@ def describe(value: object) -> str:
     return f"a {name} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {name}"
 
 
-def _check_type(function: str, name: str, value: object, kind: Any) -> None:
+def check_type(function: str, name: str, value: object, kind: Any) -> None:
+    """Refuses what an annotation does not allow."""
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if any(_is_a(value, kind) for kind in kinds):
         return
     for of_parts in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
         if isinstance(value, (tuple, list)) and len(value) == len(of_parts):
             for i, part in enumerate(value):
-                _check_type(function, f"{name}[{i}]", part, of_parts[i])
+                check_type(function, f"{name}[{i}]", part, of_parts[i])
     *words, last = (_words_of(kind) for kind in kinds)
     expected = f"{', '.join(words)} or {last}" if words else last
     is_list = isinstance(value, (tuple, list)) and not any(isinstance(x, Tensor) for x in value)
@@ -138,7 +140,9 @@ def _check_cache_layout(function: str, given: dict[str, Any]) -> None:
     shape = "[blocks, block_size, Hk, D]" if layout == "NHD" else "[blocks, Hk, block_size, D]"
     for name in ("k_cache", "v_cache"):
         sizes = list(given[name].shape)
-        if len(sizes) == 4 and sizes[3] == channels and sizes[heads] != k_heads == sizes[3 - heads]:
+        if len(sizes) != 4:
+            return
+        if sizes[3] == channels and sizes[heads] != k_heads == sizes[3 - heads]:
             expected = f"{name} to have shape {shape} (cache_layout {layout!r}) with Hk = {k_heads}"
             _refuse(ValueError, function, expected, f'{sizes}: cache_layout="{other}" fits')
 

@@ -403,6 +403,7 @@ def slots_with(value, at):
 
 
 F8 = torch.float8_e4m3fn
+SLOT_SHAPES = "slot_mapping to have shape [B, S], or [B * S] or less, with B = 2, S = 5"
 # name -> (from the good arguments to those to replace, expected, got); looks: at values, on the CPU
 REFUSALS = {
     "v of another shape": (changed("v", lambda v: v[..., :8]), "v of k's shape [2, 5, 2, 16]",
@@ -439,11 +440,9 @@ REFUSALS = {
     "float slots": (changed("slot_mapping", lambda s: s.float()),
                     "slot_mapping to be int32 or int64", "float32"),
     "slots of another shape": (changed("slot_mapping", lambda s: s[:, 1:]),
-                               "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
-                               "[2, 4]"),
-    "slots of one sequence": (changed("slot_mapping", lambda s: s[0]),
-                              "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
-                              "[5]"),
+                               SLOT_SHAPES, "[2, 4]"),
+    "slots of more tokens": (changed("slot_mapping", lambda s: torch.cat((s.flatten(), s[0]))),
+                             SLOT_SHAPES, "[15]"),
     "scale of a cache of the model's": (lambda g: {"k_scale": torch.ones(1).to(g["q"].device)},
                                         "k_scale to be None for a cache that is not of float8",
                                         "one for a cache of float32"),
@@ -528,7 +527,10 @@ def test_scale_of_another_kind_is_refused(scale, expected, got, device):
 def test_packed_slots_of_another_shape_are_refused(device):
     given = many_tokens(device, 10)
     given["slot_mapping"] = given["slot_mapping"].view(2, 5)
-    expect_refusal(given, "slot_mapping to have shape [T] with T = 10", "[2, 5]")
+    expected = "slot_mapping to have shape [T] or less, with T = 10"
+    expect_refusal(given, expected, "[2, 5]")
+    given["slot_mapping"] = torch.arange(11).to(device)
+    expect_refusal(given, expected, "[11]")
 
 
 def test_layout_of_the_cache_that_is_unknown_is_refused():

@@ -267,7 +267,8 @@ REFUSALS = {
                                  "kv_cache of q's dtype float32, or float8_e4m3fn or float8_e5m2",
                                  "bfloat16"),
     "slots of another shape": (changed("slot_mapping", lambda s: s[:1]),
-                               "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
+                               "slot_mapping to have shape [B, S], or [B * S] or less, with B = 2, "
+                               "S = 5",
                                "[1, 5]"),
     "scale of a cache of the model's": (lambda g: {"scale": torch.ones(1).to(g["q"].device)},
                                         "scale to be None for a cache that is not of float8",

@@ -352,7 +352,9 @@ PACKED = [
      f"position_ids to have shape [T] with T = {S}", f"[1, {S}]"),
     ("too few positions", {"position_ids": (S - 1,)},
      f"position_ids to have shape [T] with T = {S}", f"[{S - 1}]"),
-    ("rows of rank 3", {"table": (1, S, P), "position_ids": None}, f"cos to have shape [L, {P}]",
+    ("rows of two sequences", {"table": (2, S, P), "position_ids": None},
+     f"cos to have shape [L, {P}] or [1, T, {P}] with T = {S}", f"[2, {S}, {P}]"),
+    ("rows and positions", {"table": (1, S, P), "position_ids": (S,)}, f"cos to have shape [L, {P}]",
      f"[1, {S}, {P}]"),
     ("T > L", {"table": (S - 1, P), "position_ids": None},
      f"cos to have a row for each of the {S} positions", f"[{S - 1}, {P}]"),
@@ -721,13 +723,14 @@ def test_bad_inv_freq_is_refused(change, expected, got, called, device):
 def test_bad_length_start_dtype_and_positions_are_refused(called, device):
     cache, rows = TABLE_FUNCTIONS[called]
     f, ids = inv_freq(device), torch.arange(3).to(device)
+    prefix = "rope::" if called == "operator" else "rope_ext."
     for call, message in [
         (lambda: cache(f, -1), "rope::cos_sin_cache: expected length to be at least 0, got -1"),
         (lambda: cache(f, 3, start=2**53), "rope::cos_sin_cache: expected start"),
         (lambda: cache(f, 3, start=-(2**63)), "rope::cos_sin_cache: expected start"),
-        (lambda: cache(f, 3, dtype=torch.int32), "rope::cos_sin_cache: expected dtype to be "
+        (lambda: cache(f, 3, dtype=torch.int32), f"{prefix}cos_sin_cache: expected dtype to be "
          "float64, float32, float16 or bfloat16, got int32"),
-        (lambda: rows(f, ids, dtype=torch.int64), "rope::cos_sin: expected dtype to be float64, "
+        (lambda: rows(f, ids, dtype=torch.int64), f"{prefix}cos_sin: expected dtype to be float64, "
          "float32, float16 or bfloat16, got int64"),
         (lambda: rows(f, ids.short()), "rope::cos_sin: expected position_ids to be int32, int64, "
          "float64, float32, float16 or bfloat16, got "),

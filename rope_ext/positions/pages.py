@@ -8,6 +8,7 @@ from rope_ext.positions.checks import (
     check_integers,
     check_shape,
     check_size,
+    check_tensor,
     refuse,
     values_known,
 )
@@ -42,6 +43,7 @@ def slot_mapping(
         ValueError: for a position whose sequence has no block for it, and for a sequence that
             block_table does not have; where values can't be looked at, on other devices and in
             graphs, such slots are -1. For wrong shapes, dtypes and devices.
+        TypeError: for what is no tensor.
 
     Source: PagedAttention, arXiv 2309.06180, section 4.2; slot_mapping is vLLM's term.
     """
@@ -91,6 +93,7 @@ def _check(
         check_shape(function, "sequence", sequence, "[T]", positions.shape[0])
         check_device(function, "sequence", sequence, "block_table", block_table)
     if mask is not None:
+        check_tensor(function, "mask", mask)
         if mask.dtype is not torch.bool:
             refuse(function, "mask of dtype bool", mask.dtype)
         check_shape(function, "mask", mask, "of positions", *positions.shape)
