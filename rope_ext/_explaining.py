@@ -5,7 +5,8 @@ A function asks when it has failed, so that a call that is right costs nothing::
     try:
         ...
     except Exception:
-        explain(function)
+        if not is_compiling():  # a graph has no frame to look at
+            explain(function)
         raise
 """
 
@@ -37,8 +38,6 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
 
     function: the caller itself, for its annotations; name: for refusals, rope_ext's by itself.
     """
-    if torch.compiler.is_compiling():
-        return
     given = sys._getframe(1).f_locals
     name = name or f"rope_ext.{function.__name__}"
     for argument, kind in function.__annotations__.items():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from rope_ext import frequencies
 from rope_ext._explaining import explain
@@ -260,7 +261,8 @@ class RotaryEmbedding(nn.Module):
             self._remember(seen)  # only what was not refused
             return rotated
         except Exception:
-            explain(RotaryEmbedding.forward, "RotaryEmbedding")
+            if not is_compiling():
+                explain(RotaryEmbedding.forward, "RotaryEmbedding")
             raise
 
     def cos_sin(
@@ -277,7 +279,8 @@ class RotaryEmbedding(nn.Module):
             self._remember(seen)
             return cos, sin
         except Exception:
-            explain(RotaryEmbedding.cos_sin, "RotaryEmbedding.cos_sin")
+            if not is_compiling():
+                explain(RotaryEmbedding.cos_sin, "RotaryEmbedding.cos_sin")
             raise
 
     def _cos_sin(
@@ -309,7 +312,8 @@ class RotaryEmbedding(nn.Module):
             self._remember(seen)
             return cos, sin
         except Exception:
-            explain(RotaryEmbedding.table, "RotaryEmbedding.table")
+            if not is_compiling():
+                explain(RotaryEmbedding.table, "RotaryEmbedding.table")
             raise
 
     def _table(

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
 from rope_ext._explaining import explain
@@ -86,7 +87,8 @@ def apply_rotary_qk_append_kv_(
             **options,
         )
     except Exception:
-        explain(apply_rotary_qk_append_kv_)
+        if not is_compiling():
+            explain(apply_rotary_qk_append_kv_)
         raise
 
 
@@ -148,7 +150,8 @@ def apply_rotary_mla_append_(
             **options,
         )
     except Exception:
-        explain(apply_rotary_mla_append_)
+        if not is_compiling():
+            explain(apply_rotary_mla_append_)
         raise
 
 

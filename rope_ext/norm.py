@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
 from rope_ext._explaining import explain
@@ -79,5 +80,6 @@ def rms_norm_rotary_qk(
         )
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     except Exception:
-        explain(rms_norm_rotary_qk)
+        if not is_compiling():
+            explain(rms_norm_rotary_qk)
         raise

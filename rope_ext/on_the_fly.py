@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
 from rope_ext._explaining import explain
@@ -111,5 +112,6 @@ def apply_rotary_qk_at(
             in_place_rotation(k, rotate_back, layout, options, *rows),
         )
     except Exception:
-        explain(apply_rotary_qk_at)
+        if not is_compiling():
+            explain(apply_rotary_qk_at)
         raise

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext import decompositions
 from rope_ext._apart import check_apart
@@ -107,7 +108,8 @@ def apply_rotary(
             call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
         return in_place_rotation(x, apply_rotary, layout, options, cos, sin, position_ids)
     except Exception:
-        explain(apply_rotary)
+        if not is_compiling():
+            explain(apply_rotary)
         raise
 
 
@@ -194,7 +196,8 @@ def apply_rotary_qk(
             in_place_rotation(k, apply_rotary, layout, options, cos, sin, position_ids),
         )
     except Exception:
-        explain(apply_rotary_qk)
+        if not is_compiling():
+            explain(apply_rotary_qk)
         raise
 
 
@@ -277,7 +280,8 @@ def cos_sin_cache(
             dtype=dtype,
         )
     except Exception:
-        explain(cos_sin_cache)
+        if not is_compiling():
+            explain(cos_sin_cache)
         raise
 
 
@@ -317,7 +321,8 @@ def cos_sin(
         options = {"attention_scaling": attention_scaling, "dtype": dtype}
         return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
     except Exception:
-        explain(cos_sin)
+        if not is_compiling():
+            explain(cos_sin)
         raise
 
 

@@ -144,6 +144,28 @@ def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
     }
 
 
+@pytest.mark.parametrize("count", [0, 1, S - 1, S, S + 2, B * S - 1])
+@pytest.mark.parametrize("batch", [B, 1, B * S], ids=lambda batch: f"batch {batch}")
+def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(batch, count, backend):
+    """Packed too, and with the slots in a view; one token a sequence is launched as a sequence."""
+    given = arguments(backend)
+    for name in ("q", "k", "v", "position_ids"):
+        given[name] = given[name].reshape(batch, -1, *given[name].shape[2:])
+    slots = torch.arange(B * S).flip(0)
+    wide = torch.stack((slots, slots + 99), 1).to(backend)
+    given["slot_mapping"] = wide[:count, 0]
+    whole = {**given, "slot_mapping": slots.where(torch.arange(B * S) < count, -1)}
+    expected = APPENDING.expected_of(whole)
+    packed = {name: given[name].clone() for name in given}
+    for name in ("q", "k", "v", "position_ids"):
+        packed[name] = packed[name].flatten(0, 1)
+    APPENDING.append(packed)
+    APPENDING.assert_appends(given)
+    for name in WRITTEN:
+        assert_same_bits(given[name], expected[name])
+        assert_same_bits(packed[name].view_as(given[name]), expected[name])
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e5m2], ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 31, 700])
 def test_packed_tokens(tokens, cache_dtype, backend):
@@ -469,6 +491,9 @@ VALUES = {
                                 "the cache, or negative", f"{2**40} at index [0, 0]"),
     "one slot twice": (slots_with(7, (0, 3)), "slot_mapping to have no slot twice",
                        "7 at index [0, 3] and at [1, 2]"),
+    "slot past the cache, of the first tokens alone":
+        (changed("slot_mapping", lambda s: torch.full_like(s[0], 24)),
+         "slot_mapping below 24, the slots of the cache, or negative", "24 at index [0]"),
 }  # fmt: skip
 
 

@@ -354,8 +354,8 @@ PACKED = [
      f"position_ids to have shape [T] with T = {S}", f"[{S - 1}]"),
     ("rows of two sequences", {"table": (2, S, P), "position_ids": None},
      f"cos to have shape [L, {P}] or [1, T, {P}] with T = {S}", f"[2, {S}, {P}]"),
-    ("rows and positions", {"table": (1, S, P), "position_ids": (S,)}, f"cos to have shape [L, {P}]",
-     f"[1, {S}, {P}]"),
+    ("rows and positions", {"table": (1, S, P), "position_ids": (S,)},
+     f"cos to have shape [L, {P}]", f"[1, {S}, {P}]"),
     ("T > L", {"table": (S - 1, P), "position_ids": None},
      f"cos to have a row for each of the {S} positions", f"[{S - 1}, {P}]"),
 ]  # fmt: skip

@@ -180,6 +180,8 @@ void test(const Case& c, bool latent, Random& random) {
   const int64_t stride_b = c.seq * slots.stride;
   args.slots = {slots.wide.data(), true, stride_b, slots.stride};
   if (random.coin()) args.slots = {slots.narrow.data(), false, stride_b, slots.stride};
+  args.slots_seq = c.seq;
+  args.slot_count = random.coin() ? tokens : random.below(tokens + 1);
   cpu::apply_rotary_append(args);
   expect_same(expected, x.memory, text(c));
 
@@ -201,7 +203,7 @@ void test(const Case& c, bool latent, Random& random) {
     }
   };
   for (int64_t token = 0; token < tokens; ++token) {
-    if (slots.of(token) < 0) continue;
+    if (token >= args.slot_count || slots.of(token) < 0) continue;
     store(k, cache.first_k, k_scales, token);
     store(v, cache.first_v, v_scales, token);
   }
