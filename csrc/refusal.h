@@ -35,8 +35,7 @@ inline std::string shape_text(TensorView::Sizes sizes) {
 }
 
 inline std::string shape_text(const TensorView& t) {
-  return t.scalar_type() == torch::headeronly::ScalarType::Undefined ? "None"
-                                                                     : shape_text(t.sizes());
+  return t.is_none() ? "None" : shape_text(t.sizes());
 }
 
 // As Python names it: mostly C++'s name in small letters.
@@ -65,6 +64,7 @@ inline std::string dtype_text(torch::headeronly::ScalarType type) {
 }
 
 inline std::string device_text(const TensorView& t) {
+  if (t.is_none()) return "None";
   if (t.is_cpu()) return "cpu";
   return text(t.is_cuda() ? "cuda:" : "another device:", t.get_device_index());
 }

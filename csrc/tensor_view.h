@@ -16,7 +16,7 @@ class TensorView {
   // Valid for as long as t is. PyTorch makes an undefined tensor of a None: it has no dimensions
   // and lies on the CPU here, so that a check of its dtype or its shape refuses it.
   TensorView(const torch::stable::Tensor& t) : tensor_(&t), dtype_(dtype_of(t)) {
-    if (dtype_ == torch::headeronly::ScalarType::Undefined) {
+    if (is_none()) {
       device_type_ = aoti_torch_device_type_cpu();
       return;
     }
@@ -37,6 +37,7 @@ class TensorView {
   Sizes sizes() const { return sizes_; }
   Sizes strides() const { return Sizes(strides_, sizes_.size()); }
   torch::headeronly::ScalarType scalar_type() const { return dtype_; }
+  bool is_none() const { return dtype_ == torch::headeronly::ScalarType::Undefined; }
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
   bool on_device_of(const TensorView& other) const {
@@ -70,7 +71,7 @@ class TensorView {
   Sizes sizes_;
   const int64_t* strides_ = nullptr;
   torch::headeronly::ScalarType dtype_;
-  int32_t device_index_ = 0, device_type_;
+  int32_t device_index_ = -1, device_type_;
 };
 
 }  // namespace rope

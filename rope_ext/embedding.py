@@ -220,6 +220,9 @@ class RotaryEmbedding(nn.Module):
                 one a token [T]. Leaves max_seq_len_cached as it is. Without effect on other
                 scalings. None: from the positions.
             inplace: write into q and k.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`.
         """
         try:
             view = as_bshd(q, layout, "RotaryEmbedding", "q")

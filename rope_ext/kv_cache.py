@@ -51,7 +51,8 @@ def apply_rotary_qk_append_kv_(
         v_cache: as k_cache.
         slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
             [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
-            and not stored.
+            and not stored. So are the tokens past its end, where it is one-dimensional and shorter
+            (q and k padded for a CUDA graph).
         k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
             k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large
             becomes the largest finite value of the dtype, NaN stays NaN. None: 1.
@@ -62,6 +63,8 @@ def apply_rotary_qk_append_kv_(
             written. A slot outside of the cache, one that two tokens have and a scale that is not
             above 0 raise on the CPU; on CUDA, unless ROPE_EXT_CHECK=1 is set, the first is not
             stored, of the second one token is, and the third gives what the division gives.
+        TypeError: so too, for an argument of another type: a None or a list for a tensor.
+        ValueError: so too, for a layout or a cache_layout that is none, or not that of the tensors.
 
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
@@ -120,7 +123,8 @@ def apply_rotary_mla_append_(
         kv_cache: [blocks, block_size, rank + R], any strides with the last one 1. Of q's dtype,
             float8_e4m3fn or float8_e5m2.
         slot_mapping: as for :func:`rope_ext.apply_rotary_qk_append_kv_`.
-        cos, sin: a table [L, W], or a row for each token [1|B, S, W]: one angle a pair.
+        cos, sin: a table [L, W], or a row for each token [1|B, S, W], [T, W] or [1, T, W]: one
+            angle a pair.
         position_ids: as for :func:`rope_ext.apply_rotary`.
         scale: float32 of one element, for a float8 cache: as k_scale of
             :func:`rope_ext.apply_rotary_qk_append_kv_`, for the whole row.
@@ -128,7 +132,7 @@ def apply_rotary_mla_append_(
             neighbours that become halves (True, False): in place too, where R is at most 512.
 
     Raises:
-        RuntimeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        RuntimeError, TypeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.

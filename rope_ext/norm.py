@@ -54,8 +54,8 @@ def rms_norm_rotary_qk(
     ``torch.compile`` an operator, whatever :class:`rope_ext.lowering` says.
 
     Raises:
-        RuntimeError: as :func:`rope_ext.apply_rotary`. On CUDA a position outside of the table
-            makes the rotated channels of its token NaN.
+        RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`. On CUDA a position
+            outside of the table makes the rotated channels of its token NaN.
 
     Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
     transformers; RoFormer, arXiv 2104.09864, equation 34.

@@ -62,6 +62,7 @@ def apply_rotary_qk_at(
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
             written. On CUDA an axis outside of [0, A) gives NaN instead of raising, unless the
             environment variable ROPE_EXT_CHECK=1 is set.
+        TypeError, ValueError: as :func:`apply_rotary`.
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """

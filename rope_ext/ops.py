@@ -49,9 +49,9 @@ def apply_rotary(
         x: [B, S, H, D] (layout "bshd"), [B, H, S, D] ("bhsd"), [S, B, H, D] ("sbhd") or packed
             [T, H, D] ("thd"); float64, float32, float16 or bfloat16; any strides with the last one
             1. Never copied to another layout.
-        cos: a table [L, W] with a row for each position, or a row for each token [1|B, S, W].
-            W = P = R / 2, one angle a pair; or, with rotary_dim given, also W = R, one angle a
-            channel. Any of the four dtypes, last stride 1.
+        cos: a table [L, W] with a row for each position, or a row for each token [1|B, S, W], if
+            packed [T, W] or [1, T, W]. W = P = R / 2, one angle a pair; or, with rotary_dim given,
+            also W = R, one angle a channel. Any of the four dtypes, last stride 1.
         sin: as cos.
         position_ids: the rows of the table to use: int32 or int64 [S], [1|B, S], or [T] if packed,
             each in [0, L). None: 0, 1, 2, ... in each sequence (over all T if packed).
@@ -78,6 +78,8 @@ def apply_rotary(
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
             written. A position outside of the table raises on the CPU; on CUDA the rotated channels
             of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set.
+        TypeError: so too, for an argument of another type: a None or a list for a tensor.
+        ValueError: so too, for a layout that is none, or not that of the tensors.
 
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
@@ -149,7 +151,7 @@ def apply_rotary_qk(
         The rotated q and k.
 
     Raises:
-        RuntimeError: as :func:`apply_rotary`.
+        RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
 
     Source: for tables of k, A Length-Extrapolatable Transformer, arXiv 2212.10554, algorithm 1.
     """
@@ -266,7 +268,9 @@ def cos_sin_cache(
         and more. Differentiable, twice, for inv_freq.
 
     Raises:
-        RuntimeError: for a negative length, an inv_freq that is not [P] or not floating.
+        RuntimeError: for a negative length, an inv_freq that is not [P] or not floating, and
+            another dtype.
+        TypeError: for an argument of another type.
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
@@ -313,6 +317,7 @@ def cos_sin(
         RuntimeError: for position_ids or axes of another dtype, shape or device. An axis outside of
             [0, A) raises on the CPU; on CUDA its pairs become NaN, unless the environment variable
             ROPE_EXT_CHECK=1 is set.
+        TypeError: for an argument of another type.
 
     Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,
     as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
