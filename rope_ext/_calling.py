@@ -67,13 +67,16 @@ def _any_requires_grad(*args: Any) -> bool:
     return False
 
 
-def check_may_be_written(operator: Any, written: tuple[Tensor | None, ...]) -> None:
-    for x in written:
-        if x is not None and x.is_inference():  # the operator refuses a None
-            raise RuntimeError(
-                f"{name_of(operator)}: expected no inference tensor to be written outside of "
-                "inference mode, got one"
-            )
+def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
+    try:
+        for x in written:
+            if x.is_inference():
+                raise RuntimeError(
+                    f"{name_of(operator)}: expected no inference tensor to be written outside of "
+                    "inference mode, got one"
+                )
+    except AttributeError:
+        return  # a None, which the operator refuses
 
 
 def name_of(operator: Any) -> str:

@@ -86,7 +86,8 @@ def apply_rotary_qk_at(
         if inv_freq.requires_grad or positions_need_grad:
             raise RuntimeError(
                 f"rope_ext.{function}: expected inv_freq and position_ids to need no gradient when "
-                "inplace=True (it takes q and k as they were before), got one that requires grad"
+                "inplace=True (it takes q and k as they were before), got one that requires grad: "
+                "rotate with inplace=False, or detach() them"
             )
         if is_transformed():
             out_q, out_k = apply_rotary_qk_at(
