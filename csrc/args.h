@@ -208,7 +208,7 @@ struct StoredHeads {
 inline constexpr int64_t kMostReordered = 512;
 
 // q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
-// block * block_size + offset; it is stored nowhere if the cache has no such slot.
+// block * block_size + offset; it is stored nowhere if it has none, or the cache has no such slot.
 struct AppendArgs {
   RotaryArgs rotary;
   StoredHeads k, v;
@@ -216,6 +216,8 @@ struct AppendArgs {
   CacheDType cache_dtype;
   int64_t blocks, block_size;
   PositionIds slots;  // of each token, [B, S]
+  // Token b * slots_seq + s has a slot if that is below slot_count; the others are not stored.
+  int64_t slots_seq, slot_count;
 };
 
 }  // namespace rope

@@ -34,15 +34,21 @@ inline void check_k(const char* op, const TensorView& q, const TensorView& k) {
   check_device(op, "k", k, "q", q);
 }
 
-// rotary_dim R: 2 W, where W is the length of `of`, or as given.
+// rotary_dim R: 2 W, where W is the length of `of`, or as given. is_table: `of` is of a table,
+// which has W == R columns if it holds one angle a channel.
 inline int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t width,
-                                const char* of, int64_t head_dim) {
+                                const char* of, int64_t head_dim, bool is_table) {
   const int64_t rotary_dim = given.value_or(2 * width);
   if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > head_dim) {
+    const bool by_channel = is_table && !given && width >= 2 && width % 2 == 0 && width <= head_dim;
     refuse(op,
            text(given ? std::string("rotary_dim") : text("rotary_dim, twice ", of, ","),
                 " to be even, at least 2 and at most head_dim ", head_dim),
-           text(rotary_dim));
+           text(rotary_dim),
+           by_channel ? text("a table with one angle a channel, such as cat((freqs, freqs), -1), "
+                             "needs rotary_dim=",
+                             width)
+                      : "");
   }
   return rotary_dim;
 }

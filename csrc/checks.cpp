@@ -22,22 +22,25 @@ Table check_table(const char* op, const TensorView& cos, const TensorView& sin, 
 
   const int64_t rank = cos.dim();
   if (rank != 2 && rank != 3) {
-    refuse(op, "cos to have shape [L, W] or [1|B, S, W]", shape_text(cos));
+    refuse(op, text("cos to have shape [L, W] or ", sizes.packed ? "[1, T, W]" : "[1|B, S, W]"),
+           shape_text(cos));
   }
   const int64_t width = cos.size(rank - 1);
-  rotary_dim = check_rotary_dim(op, options.rotary_dim, width, "the width of cos", sizes.head_dim);
+  rotary_dim =
+      check_rotary_dim(op, options.rotary_dim, width, "the width of cos", sizes.head_dim, true);
   rotary_offset = check_rotary_offset(op, options.rotary_offset, rotary_dim, sizes.head_dim);
   const int64_t half = rotary_dim / 2;
   const bool full_width = width == rotary_dim;
   const bool is_table = rank == 2;
-  const bool is_rows = rank == 3 && !sizes.packed && !has_positions &&
+  const bool is_rows = rank == 3 && !has_positions &&
                        (cos.size(0) == 1 || cos.size(0) == sizes.batch) && cos.size(1) == sizes.seq;
   if ((width != half && !full_width) || (!is_table && !is_rows)) {
     const std::string w = options.rotary_dim ? text(half, "|", rotary_dim) : text(half);
     const std::string table = text("cos to have shape [L, ", w, "]");
     const std::string rows =
-        text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
-    refuse(op, sizes.packed || has_positions ? table : table + rows, shape_text(cos));
+        sizes.packed ? text(" or [1, T, ", w, "] with T = ", sizes.seq)
+                     : text(" or [1|B, S, ", w, "] with B = ", sizes.batch, ", S = ", sizes.seq);
+    refuse(op, has_positions ? table : table + rows, shape_text(cos));
   }
   check_last_stride(op, "cos", cos);
   check_last_stride(op, "sin", sin);

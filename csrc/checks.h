@@ -33,7 +33,7 @@ struct RotaryInputs {
   const char* op;
   TensorView q;                            // [B, S, H, D] or [T, H, D]
   std::optional<TensorView> k;             // [B, S, Hk, D] or [T, Hk, D]
-  TensorView cos, sin;                     // [L, W] or [1|B, S, W]
+  TensorView cos, sin;                     // [L, W], [1|B, S, W] or [1, T, W]
   std::optional<TensorView> position_ids;  // [S], [1|B, S] or [T]
   RotaryOptions options;
   const char* name = nullptr;
@@ -131,7 +131,7 @@ struct AppendInputs {
   RotaryInputs rotary;                         // q and k
   TensorView v;                                // of k's shape
   TensorView k_cache, v_cache;                 // [blocks, block_size, Hk, D]
-  TensorView slot_mapping;                     // [B, S], [B * S] or [T]
+  TensorView slot_mapping;                     // [B, S], [B * S] or [T], or shorter
   std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
 };
 

@@ -22,7 +22,7 @@ CacheDType check_cache_dtype(const char* op, const char* name, const TensorView&
   if (cache.scalar_type() != q.scalar_type()) {
     refuse(op,
            text(name, " of q's dtype ", dtype_text(q.scalar_type()),
-                ", or Float8_e4m3fn or Float8_e5m2"),
+                ", or float8_e4m3fn or float8_e5m2"),
            dtype_text(cache.scalar_type()));
   }
   return CacheDType::OfModel;
@@ -82,7 +82,7 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
 void check_slot_values(const char* op, const PositionIds& slots, const AppendArgs& args,
                        bool one_dim) {
   const int64_t capacity = args.blocks * args.block_size, seq = args.rotary.seq;
-  const int64_t tokens = args.rotary.batch * seq;
+  const int64_t tokens = args.slot_count;
   const auto index = [&](int64_t token) {
     return one_dim ? text("[", token, "]") : text("[", token / seq, ", ", token % seq, "]");
   };
@@ -119,15 +119,17 @@ void check_slots(const char* op, const TensorView& slots, const TensorView& q, A
   const int64_t batch = args.rotary.batch, seq = args.rotary.seq;
   const bool packed = q.dim() == 3, one_dim = slots.dim() == 1;
   const bool fits =
-      one_dim ? slots.size(0) == batch * seq
+      one_dim ? slots.size(0) <= batch * seq
               : !packed && slots.dim() == 2 && slots.size(0) == batch && slots.size(1) == seq;
   if (!fits) {
     refuse(op,
-           packed ? text("slot_mapping to have shape [T] with T = ", seq)
-                  : text("slot_mapping to have shape [B, S] or [B * S] with B = ", batch,
+           packed ? text("slot_mapping to have shape [T] or less, with T = ", seq)
+                  : text("slot_mapping to have shape [B, S], or [B * S] or less, with B = ", batch,
                          ", S = ", seq),
            shape_text(slots));
   }
+  args.slots_seq = seq;
+  args.slot_count = one_dim ? slots.size(0) : batch * seq;
   const auto entries_of = [&](const TensorView& t) {
     const int64_t stride_s = t.stride(t.dim() - 1);
     return PositionIds{t.const_data_ptr(), t.scalar_type() == ScalarType::Long,
@@ -137,6 +139,18 @@ void check_slots(const char* op, const TensorView& slots, const TensorView& q, A
     check_slot_values(op, entries_of(on_host), args, one_dim);
   });
   args.slots = entries_of(slots);
+}
+
+// Latent attention has tables with one angle a pair alone: as many columns as k_pe has channels are
+// one angle a channel.
+void check_one_angle_a_pair(const char* op, const TensorView& cos, const TensorView& k_pe) {
+  if (cos.dim() == 0 || k_pe.dim() == 0) return;
+  const int64_t width = cos.size(cos.dim() - 1);
+  if (width < 2 || width != k_pe.size(k_pe.dim() - 1)) return;
+  refuse(
+      op, text("cos to have half as many columns as k_pe has channels, ", width), shape_text(cos),
+      text("of a table with one angle a channel, such as cat((freqs, freqs), -1), give cos[..., :",
+           width / 2, "] and sin[..., :", width / 2, "]"));
 }
 
 // A tensor with one head a token, [.., channels] or, if `with_heads`, also [.., 1, channels],
@@ -205,6 +219,7 @@ AppendArgs check_append(const AppendInputs& in) {
 AppendArgs check_append(const LatentInputs& in) {
   const char* const op = in.rotary.op;
   const TensorView &q = in.rotary.q, &cos = in.rotary.cos;
+  check_one_angle_a_pair(op, cos, in.k_pe);
   RotaryInputs rotary = in.rotary;
   if (q.dim() > 0 && cos.dim() > 0) {  // the last channels rotate
     rotary.options.rotary_offset = q.size(q.dim() - 1) - 2 * cos.size(cos.dim() - 1);

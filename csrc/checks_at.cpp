@@ -43,7 +43,7 @@ RotaryAtArgs check_apply_rotary_at(const RotaryAtInputs& in) {
   args.seq = sizes.seq;
   args.head_dim = sizes.head_dim;
   args.rotary_dim = check_rotary_dim(op, std::nullopt, args.angles.pairs, "the length of inv_freq",
-                                     sizes.head_dim);
+                                     sizes.head_dim, false);
   args.rotary_offset =
       check_rotary_offset(op, in.options.rotary_offset, args.rotary_dim, sizes.head_dim);
   if (in.angles.position_ids) {

@@ -27,7 +27,7 @@ const void* check_weight(const char* op, const char* name, const TensorView& wei
            shape_text(weight));
   }
   if (weight.scalar_type() != x.scalar_type() && weight.scalar_type() != ScalarType::Float) {
-    const char* const of_x = dtype_text(x.scalar_type());
+    const std::string of_x = dtype_text(x.scalar_type());
     refuse(op,
            x.scalar_type() == ScalarType::Float
                ? text(name, " of ", x_name, "'s dtype ", of_x)

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& positio
                                    const OptionalTensor& axes, double attention_scaling,
                                    std::optional<ScalarType> dtype) {
   const AngleInputs in{"cos_sin", inv_freq, position_ids, view(axes), 0, attention_scaling};
-  const auto sizes = position_ids.sizes();
+  const auto sizes = in.position_ids->sizes();
   const bool has_axes = axes && sizes.size() > 0;  // without a dimension for them: refused
   return make(in, inv_freq, position_ids, axes, 0, {sizes.begin() + has_axes, sizes.end()}, dtype);
 }

@@ -2,8 +2,9 @@
 //
 //   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16;
 //                  any strides with the last one 1
-//   cos, sin       a table [L, W], or a row for each token [1|B, S, W]; any of these dtypes.
-//                  W = P = R / 2, one angle a pair; or, with rotary_dim R given, also W = R
+//   cos, sin       a table [L, W], or a row for each token [1|B, S, W], packed [T, W] or
+//                  [1, T, W]; any of these dtypes. W = P = R / 2, one angle a pair; or, with
+//                  rotary_dim R given, also W = R
 //   position_ids   rows of the table: int32 or int64 [S], [1|B, S] or [T]; None: 0, 1, 2, ...
 //   rotary_offset  the channels [rotary_offset, rotary_offset + R) rotate, the others stay
 //   interleaved    the order of the pairs in x; interleaved_out: in the result, None: the same.
@@ -13,7 +14,7 @@
 //   axes           the axis of each pair among those of position_ids [A, ...]: int32 or int64 [P]
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
-//                  [T]; negative: it is not stored
+//                  [T], the last two may be shorter; negative, or past the end: it is not stored
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
@@ -142,3 +143,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rope, CPU, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(rope, CUDA, m) { implement(m); }
+// Refused by name, as any dtype but those above.
+STABLE_TORCH_LIBRARY_IMPL(rope, QuantizedCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(rope, QuantizedCUDA, m) { implement(m); }

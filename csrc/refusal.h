@@ -34,31 +34,47 @@ inline std::string shape_text(TensorView::Sizes sizes) {
   return out + "]";
 }
 
-inline std::string shape_text(const TensorView& t) { return shape_text(t.sizes()); }
+inline std::string shape_text(const TensorView& t) {
+  return t.is_none() ? "None" : shape_text(t.sizes());
+}
 
-inline const char* dtype_text(torch::headeronly::ScalarType type) {
+// As Python names it: mostly C++'s name in small letters.
+inline std::string dtype_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   switch (type) {
     case ScalarType::Double: return "float64";
     case ScalarType::Float: return "float32";
     case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(type);
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Undefined: return "None";
+    default: break;
   }
+  std::string name = torch::headeronly::toString(type);
+  for (char& letter : name) {
+    if ('A' <= letter && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  }
+  return name;
 }
 
 inline std::string device_text(const TensorView& t) {
+  if (t.is_none()) return "None";
   if (t.is_cpu()) return "cpu";
   return text(t.is_cuda() ? "cuda:" : "another device:", t.get_device_index());
 }
 
 // rope::apply_rotary_qk: expected cos to have shape [L, 64], got [128, 32]
-[[noreturn]] inline void refuse(const char* op, const std::string& expected,
-                                const std::string& got) {
-  throw std::runtime_error(text("rope::", op, ": expected ", expected, ", got ", got));
+// advice: what to do, where the numbers are those of a known mistake; else empty.
+[[noreturn]] inline void refuse(const char* op, const std::string& expected, const std::string& got,
+                                const std::string& advice = "") {
+  throw std::runtime_error(text("rope::", op, ": expected ", expected, ", got ", got,
+                                advice.empty() ? "" : ": ", advice));
 }
 
 }  // namespace rope

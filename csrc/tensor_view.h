@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <exception>
 
 namespace rope {
 
@@ -12,13 +13,16 @@ class TensorView {
  public:
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-  // Valid for as long as t is.
-  TensorView(const torch::stable::Tensor& t)
-      : tensor_(&t),
-        data_(t.const_data_ptr()),
-        sizes_(t.sizes()),
-        dtype_(t.scalar_type()),
-        device_index_(t.get_device_index()) {
+  // Valid for as long as t is. PyTorch makes an undefined tensor of a None: it has no dimensions
+  // and lies on the CPU here, so that a check of its dtype or its shape refuses it.
+  TensorView(const torch::stable::Tensor& t) : tensor_(&t), dtype_(dtype_of(t)) {
+    if (is_none()) {
+      device_type_ = aoti_torch_device_type_cpu();
+      return;
+    }
+    data_ = t.const_data_ptr();
+    sizes_ = t.sizes();
+    device_index_ = t.get_device_index();
     int64_t* strides;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
     strides_ = strides;
@@ -33,6 +37,7 @@ class TensorView {
   Sizes sizes() const { return sizes_; }
   Sizes strides() const { return Sizes(strides_, sizes_.size()); }
   torch::headeronly::ScalarType scalar_type() const { return dtype_; }
+  bool is_none() const { return dtype_ == torch::headeronly::ScalarType::Undefined; }
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
   bool on_device_of(const TensorView& other) const {
@@ -49,12 +54,24 @@ class TensorView {
   }
 
  private:
+  // The stable ABI throws for dtypes that it does not name: these are taken by their number, and
+  // every check refuses them.
+  static torch::headeronly::ScalarType dtype_of(const torch::stable::Tensor& t) {
+    try {
+      return t.scalar_type();
+    } catch (const std::exception&) {
+      int32_t number;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+      return static_cast<torch::headeronly::ScalarType>(number);
+    }
+  }
+
   const torch::stable::Tensor* tensor_;
-  const void* data_;
+  const void* data_ = nullptr;
   Sizes sizes_;
-  const int64_t* strides_;
+  const int64_t* strides_ = nullptr;
   torch::headeronly::ScalarType dtype_;
-  int32_t device_index_, device_type_;
+  int32_t device_index_ = -1, device_type_;
 };
 
 }  // namespace rope

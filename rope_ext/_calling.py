@@ -68,12 +68,15 @@ def _any_requires_grad(*args: Any) -> bool:
 
 
 def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
-    for x in written:
-        if x.is_inference():
-            raise RuntimeError(
-                f"{name_of(operator)}: expected no inference tensor to be written outside of "
-                "inference mode, got one"
-            )
+    try:
+        for x in written:
+            if x.is_inference():
+                raise RuntimeError(
+                    f"{name_of(operator)}: expected no inference tensor to be written outside of "
+                    "inference mode, got one"
+                )
+    except AttributeError:
+        return  # a None, which the operator refuses
 
 
 def name_of(operator: Any) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rope_ext._derivatives import inverted, last_stride_one
+from rope_ext._explaining import describe
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
@@ -26,8 +27,14 @@ def is_transformed() -> bool:
     )
 
 
-def check_order_stays(function: str, interleaved: bool, interleaved_out: bool | None) -> None:
+def check_order_stays(
+    function: str, interleaved: bool, interleaved_out: bool | None, inplace: object = True
+) -> None:
     """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
+    if inplace is not True:
+        raise TypeError(
+            f"rope_ext.{function}: expected inplace to be a bool, got {describe(inplace)}"
+        )
     if interleaved_out is not None and interleaved_out != interleaved:
         raise RuntimeError(
             f"rope_ext.{function}: expected interleaved_out to be None or interleaved, "
@@ -40,7 +47,8 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
             f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
-            "takes x as it was before), got tables that require grad"
+            "takes x as it was before), got tables that require grad: rotate with inplace=False, "
+            "or detach() them"
         )
 
 
@@ -53,13 +61,14 @@ def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> 
         if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
-                "view of one, when inplace=True, got one"
+                "view of one, when inplace=True, got one: rotate with inplace=False, or a clone() "
+                "of it"
             )
         if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
                 "got one of several views of one function (as split, chunk and unbind make) or one "
-                "made without gradients"
+                "made without gradients: rotate with inplace=False, or a clone() of it"
             )
 
 

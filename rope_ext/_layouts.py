@@ -26,9 +26,10 @@ def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     rank = 3 if layout == "thd" else 4
     if x.dim() != rank:
         dims = ", ".join(layout.upper())
+        advice = ': packed tokens [T, H, D] take layout="thd"' if x.dim() == 3 else ""
         raise ValueError(
             f"rope_ext.{function}: expected {name} to have shape [{dims}] (layout {layout!r}), "
-            f"got {list(x.shape)}"
+            f"got {list(x.shape)}{advice}"
         )
     swap = _SWAP[layout]
     return x if swap is None else x.transpose(*swap)

@@ -120,11 +120,14 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 def _rows(
     x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A row a token, of a table or as they are: [S, W] or [1|B, S, W]; NaN outside of the table."""
+    """A row a token, of a table or as they are: [S, W] or [1|B, S, W], packed [T, W] or [1, T, W];
+    NaN outside of the table.
+    """
     packed, seq = x.dim() == 3, x.shape[-3]
 
-    def is_by_token(t: Tensor) -> bool:  # [1|B, S, ..]
-        return not packed and t.shape[1] == seq and (t.shape[0] == 1 or t.shape[0] == x.shape[0])
+    def is_by_token(t: Tensor) -> bool:  # [1|B, S, ..] or [1, T, ..]
+        of_batch = t.shape[0] == 1 or (not packed and t.shape[0] == x.shape[0])
+        return t.shape[1] == seq and of_batch
 
     if sin.shape != cos.shape or sin.dtype != cos.dtype:
         _refuse(f"sin like cos, {cos.dtype} {list(cos.shape)}", f"{sin.dtype} {list(sin.shape)}")
@@ -134,7 +137,8 @@ def _rows(
         return cos, sin
     ids = position_ids
     of_sequence = ids.dim() == 1 and ids.shape[0] == seq
-    if cos.dim() != 2 or not (of_sequence or (ids.dim() == 2 and is_by_token(ids))):
+    of_batch = ids.dim() == 2 and not packed and is_by_token(ids)
+    if cos.dim() != 2 or not (of_sequence or of_batch):
         _refuse(
             f"a table cos [L, W] and position_ids for the {seq} positions",
             f"{list(cos.shape)} and {list(ids.shape)}",

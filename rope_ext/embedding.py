@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from rope_ext import frequencies
+from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd
 from rope_ext.frequencies import config as configs
 from rope_ext.frequencies.bounds import exponents
@@ -218,45 +220,53 @@ class RotaryEmbedding(nn.Module):
                 one a token [T]. Leaves max_seq_len_cached as it is. Without effect on other
                 scalings. None: from the positions.
             inplace: write into q and k.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`.
         """
-        view = as_bshd(q, layout, "RotaryEmbedding", "q")
-        seq, head_dim = view.size(-3), view.size(-1)
-        if head_dim != self.head_dim:
-            raise ValueError(
-                f"RotaryEmbedding: expected q to have head_dim {self.head_dim}, got {head_dim}"
-            )
-        packed = layout == "thd"
-        if position_ids is not None and position_ids.dim() > (1 if packed else 2):
-            raise ValueError(
-                "RotaryEmbedding: expected position_ids to have shape "
-                f"{'[T]' if packed else '[S] or [1|B, S]'}, got {list(position_ids.shape)}"
-            )
-        if isinstance(regime_length, Tensor) and regime_length.dim() > 0:
-            if list(regime_length.shape) != [view.shape[0]]:
+        try:
+            view = as_bshd(q, layout, "RotaryEmbedding", "q")
+            seq, head_dim = view.size(-3), view.size(-1)
+            if head_dim != self.head_dim:
                 raise ValueError(
-                    f"RotaryEmbedding: expected regime_length to have shape [] or "
-                    f"[{'T' if packed else 'B'}] = [{view.shape[0]}], "
-                    f"got {list(regime_length.shape)}"
+                    f"RotaryEmbedding: expected q to have head_dim {self.head_dim}, got {head_dim}"
                 )
-            if packed and position_ids is None:
-                position_ids = torch.arange(seq, device=regime_length.device)
-        if position_ids is None:
-            cos, sin, seen = self._table(seq, regime_length)
-        else:
-            if not packed and position_ids.dim() == 1:
-                position_ids = position_ids[None]
-            cos, sin, seen = self._cos_sin(position_ids, regime_length)
-        rotated = apply_rotary_qk(
-            q,
-            k,
-            cos,
-            sin,
-            interleaved=self.interleaved,
-            layout=layout,
-            inplace=inplace,
-        )
-        self._remember(seen)  # only what was not refused
-        return rotated
+            packed = layout == "thd"
+            if position_ids is not None and position_ids.dim() > (1 if packed else 2):
+                raise ValueError(
+                    "RotaryEmbedding: expected position_ids to have shape "
+                    f"{'[T]' if packed else '[S] or [1|B, S]'}, got {list(position_ids.shape)}"
+                )
+            if isinstance(regime_length, Tensor) and regime_length.dim() > 0:
+                if list(regime_length.shape) != [view.shape[0]]:
+                    raise ValueError(
+                        f"RotaryEmbedding: expected regime_length to have shape [] or "
+                        f"[{'T' if packed else 'B'}] = [{view.shape[0]}], "
+                        f"got {list(regime_length.shape)}"
+                    )
+                if packed and position_ids is None:
+                    position_ids = torch.arange(seq, device=regime_length.device)
+            if position_ids is None:
+                cos, sin, seen = self._table(seq, regime_length)
+            else:
+                if not packed and position_ids.dim() == 1:
+                    position_ids = position_ids[None]
+                cos, sin, seen = self._cos_sin(position_ids, regime_length)
+            rotated = apply_rotary_qk(
+                q,
+                k,
+                cos,
+                sin,
+                interleaved=self.interleaved,
+                layout=layout,
+                inplace=inplace,
+            )
+            self._remember(seen)  # only what was not refused
+            return rotated
+        except Exception:
+            if not is_compiling():
+                explain(RotaryEmbedding.forward, "RotaryEmbedding")
+            raise
 
     def cos_sin(
         self, position_ids: Tensor, *, regime_length: int | Tensor | None = None
@@ -267,9 +277,14 @@ class RotaryEmbedding(nn.Module):
             position_ids: int32, int64 or floating [B, S] or [T], in tokens.
             regime_length: as for :meth:`forward`.
         """
-        cos, sin, seen = self._cos_sin(position_ids, regime_length)
-        self._remember(seen)
-        return cos, sin
+        try:
+            cos, sin, seen = self._cos_sin(position_ids, regime_length)
+            self._remember(seen)
+            return cos, sin
+        except Exception:
+            if not is_compiling():
+                explain(RotaryEmbedding.cos_sin, "RotaryEmbedding.cos_sin")
+            raise
 
     def _cos_sin(
         self, position_ids: Tensor, regime_length: int | Tensor | None
@@ -295,9 +310,14 @@ class RotaryEmbedding(nn.Module):
 
         With a regime_length [B] of "dynamic" or "longrope" there is one for each: [B, L, P].
         """
-        cos, sin, seen = self._table(length, regime_length)
-        self._remember(seen)
-        return cos, sin
+        try:
+            cos, sin, seen = self._table(length, regime_length)
+            self._remember(seen)
+            return cos, sin
+        except Exception:
+            if not is_compiling():
+                explain(RotaryEmbedding.table, "RotaryEmbedding.table")
+            raise
 
     def _table(
         self, length: int, regime_length: int | Tensor | None

@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd
 
 rope = torch.ops.rope
@@ -49,7 +51,8 @@ def apply_rotary_qk_append_kv_(
         v_cache: as k_cache.
         slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
             [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
-            and not stored.
+            and not stored. So are the tokens past its end, where it is one-dimensional and shorter
+            (q and k padded for a CUDA graph).
         k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
             k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large
             becomes the largest finite value of the dtype, NaN stays NaN. None: 1.
@@ -62,29 +65,37 @@ def apply_rotary_qk_append_kv_(
             stored, of the second one token is, and the third gives what the division gives. Where
             another thread writes to slot_mapping during the call, a slot outside of the cache is
             not stored on the CPU either.
+            stored, of the second one token is, and the third gives what the division gives.
+        TypeError: so too, for an argument of another type: a None or a list for a tensor.
+        ValueError: so too, for a layout or a cache_layout that is none, or not that of the tensors.
 
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
     """
-    name = "apply_rotary_qk_append_kv_"
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
-    _add_scales(options, k_scale=k_scale, v_scale=v_scale)
-    views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
-    caches = (
-        _as_nhd(cache, cache_layout, name, at)
-        for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
-    )
-    call(
-        rope.apply_rotary_qk_append_kv_,
-        *views,
-        *caches,
-        slot_mapping,
-        cos,
-        sin,
-        position_ids,
-        written=(q, k, k_cache, v_cache),
-        **options,
-    )
+    try:
+        name = "apply_rotary_qk_append_kv_"
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
+        _add_scales(options, k_scale=k_scale, v_scale=v_scale)
+        views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
+        caches = (
+            _as_nhd(cache, cache_layout, name, at)
+            for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
+        )
+        call(
+            rope.apply_rotary_qk_append_kv_,
+            *views,
+            *caches,
+            slot_mapping,
+            cos,
+            sin,
+            position_ids,
+            written=(q, k, k_cache, v_cache),
+            **options,
+        )
+    except Exception:
+        if not is_compiling():
+            explain(apply_rotary_qk_append_kv_)
+        raise
 
 
 def apply_rotary_mla_append_(
@@ -115,7 +126,8 @@ def apply_rotary_mla_append_(
         kv_cache: [blocks, block_size, rank + R], any strides with the last one 1. Of q's dtype,
             float8_e4m3fn or float8_e5m2.
         slot_mapping: as for :func:`rope_ext.apply_rotary_qk_append_kv_`.
-        cos, sin: a table [L, W], or a row for each token [1|B, S, W]: one angle a pair.
+        cos, sin: a table [L, W], or a row for each token [1|B, S, W], [T, W] or [1, T, W]: one
+            angle a pair.
         position_ids: as for :func:`rope_ext.apply_rotary`.
         scale: float32 of one element, for a float8 cache: as k_scale of
             :func:`rope_ext.apply_rotary_qk_append_kv_`, for the whole row.
@@ -123,26 +135,31 @@ def apply_rotary_mla_append_(
             neighbours that become halves (True, False): in place too, where R is at most 512.
 
     Raises:
-        RuntimeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        RuntimeError, TypeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.
     """
-    options = rotation_options(None, 0, interleaved, interleaved_out, False)
-    _add_scales(options, scale=scale)
-    call(
-        rope.apply_rotary_mla_append_,
-        q,
-        k_pe,
-        kv_c,
-        kv_cache,
-        slot_mapping,
-        cos,
-        sin,
-        position_ids,
-        written=(q, k_pe, kv_cache),
-        **options,
-    )
+    try:
+        options = rotation_options(None, 0, interleaved, interleaved_out, False)
+        _add_scales(options, scale=scale)
+        call(
+            rope.apply_rotary_mla_append_,
+            q,
+            k_pe,
+            kv_c,
+            kv_cache,
+            slot_mapping,
+            cos,
+            sin,
+            position_ids,
+            written=(q, k_pe, kv_cache),
+            **options,
+        )
+    except Exception:
+        if not is_compiling():
+            explain(apply_rotary_mla_append_)
+        raise
 
 
 def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd, from_bshd
 
 
@@ -52,27 +54,32 @@ def rms_norm_rotary_qk(
     ``torch.compile`` an operator, whatever :class:`rope_ext.lowering` says.
 
     Raises:
-        RuntimeError: as :func:`rope_ext.apply_rotary`. On CUDA a position outside of the table
-            makes the rotated channels of its token NaN.
+        RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`. On CUDA a position
+            outside of the table makes the rotated channels of its token NaN.
 
     Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
     transformers; RoFormer, arXiv 2104.09864, equation 34.
     """
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-    if eps != 1e-6:
-        options["eps"] = eps
-    if unit_offset:
-        options["unit_offset"] = unit_offset
-    function = "rms_norm_rotary_qk"
-    out_q, out_k = call(
-        torch.ops.rope.rms_norm_rotary_qk,
-        as_bshd(q, layout, function, "q"),
-        as_bshd(k, layout, function, "k"),
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        position_ids,
-        **options,
-    )
-    return from_bshd(out_q, layout), from_bshd(out_k, layout)
+    try:
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+        if eps != 1e-6:
+            options["eps"] = eps
+        if unit_offset:
+            options["unit_offset"] = unit_offset
+        function = "rms_norm_rotary_qk"
+        out_q, out_k = call(
+            torch.ops.rope.rms_norm_rotary_qk,
+            as_bshd(q, layout, function, "q"),
+            as_bshd(k, layout, function, "k"),
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            position_ids,
+            **options,
+        )
+        return from_bshd(out_q, layout), from_bshd(out_k, layout)
+    except Exception:
+        if not is_compiling():
+            explain(rms_norm_rotary_qk)
+        raise

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext._calling import call, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._in_place import (
     check_differentiable_in_place,
     check_order_stays,
@@ -59,51 +61,58 @@ def apply_rotary_qk_at(
     Raises:
         RuntimeError: naming operator, argument, what was expected and what came, before anything is
             written. An axis outside of [0, A): as for :func:`cos_sin`.
+        TypeError, ValueError: as :func:`apply_rotary`.
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """
-    function = "apply_rotary_qk_at"
-    options = rotation_options(None, rotary_offset, interleaved, interleaved_out, inverse)
-    angles: dict[str, Any] = {}
-    if attention_scaling != 1.0:
-        angles["attention_scaling"] = attention_scaling
-    view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
-    arguments = (view_q, view_k, inv_freq, position_ids, axes)
-    if not inplace:
-        out_q, out_k = call(rope.apply_rotary_qk_at, *arguments, **options, **angles)
-        return from_bshd(out_q, layout), from_bshd(out_k, layout)
-    check_order_stays(function, interleaved, interleaved_out)
-    positions_need_grad = position_ids is not None and position_ids.requires_grad
-    of_angles = (inv_freq,) if position_ids is None else (inv_freq, position_ids)
-    if not is_differentiated(q, k, *of_angles):
-        call(rope.apply_rotary_qk_at_, *arguments, written=(q, k), **options, **angles)
-        return q, k
-    if inv_freq.requires_grad or positions_need_grad:
-        raise RuntimeError(
-            f"rope_ext.{function}: expected inv_freq and position_ids to need no gradient when "
-            "inplace=True (it takes q and k as they were before), got one that requires grad"
-        )
-    if is_transformed():
-        out_q, out_k = apply_rotary_qk_at(
-            q, k, inv_freq, position_ids, axes=axes, **options, **angles, layout=layout
-        )
-        return q.copy_(out_q), k.copy_(out_k)
-    check_differentiable_in_place(function, {"q": q, "k": k})
-    with torch.no_grad():
-        call(rope.apply_rotary_qk_at_, *arguments, written=(q, k), **options, **angles)
+    try:
+        function = "apply_rotary_qk_at"
+        options = rotation_options(None, rotary_offset, interleaved, interleaved_out, inverse)
+        angles: dict[str, Any] = {}
+        if attention_scaling != 1.0:
+            angles["attention_scaling"] = attention_scaling
+        view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
+        arguments = (view_q, view_k, inv_freq, position_ids, axes)
+        if inplace is False:
+            out_q, out_k = call(rope.apply_rotary_qk_at, *arguments, **options, **angles)
+            return from_bshd(out_q, layout), from_bshd(out_k, layout)
+        check_order_stays(function, interleaved, interleaved_out, inplace)
+        positions_need_grad = position_ids is not None and position_ids.requires_grad
+        of_angles = (inv_freq,) if position_ids is None else (inv_freq, position_ids)
+        if not is_differentiated(q, k, *of_angles):
+            call(rope.apply_rotary_qk_at_, *arguments, written=(q, k), **options, **angles)
+            return q, k
+        if inv_freq.requires_grad or positions_need_grad:
+            raise RuntimeError(
+                f"rope_ext.{function}: expected inv_freq and position_ids to need no gradient when "
+                "inplace=True (it takes q and k as they were before), got one that requires grad: "
+                "rotate with inplace=False, or detach() them"
+            )
+        if is_transformed():
+            out_q, out_k = apply_rotary_qk_at(
+                q, k, inv_freq, position_ids, axes=axes, **options, **angles, layout=layout
+            )
+            return q.copy_(out_q), k.copy_(out_k)
+        check_differentiable_in_place(function, {"q": q, "k": k})
+        with torch.no_grad():
+            call(rope.apply_rotary_qk_at_, *arguments, written=(q, k), **options, **angles)
 
-    def rotate_back(grad: Tensor, inv_freq: Tensor, *rest: Any, **back: Any) -> Tensor:
-        """Of q or of k, beside a tensor without heads."""
-        position_ids, axes = rest
-        no_heads = from_bshd(as_bshd(grad, layout, function)[..., :0, :], layout)
-        rotated, _ = apply_rotary_qk_at(
-            grad, no_heads, inv_freq, position_ids, axes=axes,
-            attention_scaling=attention_scaling, **back,
-        )  # fmt: skip
-        return rotated
+        def rotate_back(grad: Tensor, inv_freq: Tensor, *rest: Any, **back: Any) -> Tensor:
+            """Of q or of k, beside a tensor without heads."""
+            position_ids, axes = rest
+            no_heads = from_bshd(as_bshd(grad, layout, function)[..., :0, :], layout)
+            rotated, _ = apply_rotary_qk_at(
+                grad, no_heads, inv_freq, position_ids, axes=axes,
+                attention_scaling=attention_scaling, **back,
+            )  # fmt: skip
+            return rotated
 
-    rows = inv_freq, position_ids, axes
-    return (
-        in_place_rotation(q, rotate_back, layout, options, *rows),
-        in_place_rotation(k, rotate_back, layout, options, *rows),
-    )
+        rows = inv_freq, position_ids, axes
+        return (
+            in_place_rotation(q, rotate_back, layout, options, *rows),
+            in_place_rotation(k, rotate_back, layout, options, *rows),
+        )
+    except Exception:
+        if not is_compiling():
+            explain(apply_rotary_qk_at)
+        raise

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rope_ext import decompositions
 from rope_ext._apart import check_apart
 from rope_ext._calling import call, check_may_be_written, rotation_options
+from rope_ext._explaining import explain
 from rope_ext._in_place import (
     check_differentiable_in_place,
     check_order_stays,
@@ -47,9 +49,9 @@ def apply_rotary(
         x: [B, S, H, D] (layout "bshd"), [B, H, S, D] ("bhsd"), [S, B, H, D] ("sbhd") or packed
             [T, H, D] ("thd"); float64, float32, float16 or bfloat16; any strides with the last one
             1. Never copied to another layout.
-        cos: a table [L, W] with a row for each position, or a row for each token [1|B, S, W].
-            W = P = R / 2, one angle a pair; or, with rotary_dim given, also W = R, one angle a
-            channel. Any of the four dtypes, last stride 1.
+        cos: a table [L, W] with a row for each position, or a row for each token [1|B, S, W], if
+            packed [T, W] or [1, T, W]. W = P = R / 2, one angle a pair; or, with rotary_dim given,
+            also W = R, one angle a channel. Any of the four dtypes, last stride 1.
         sin: as cos.
         position_ids: the rows of the table to use: int32 or int64 [S], [1|B, S], or [T] if packed,
             each in [0, L). None: 0, 1, 2, ... in each sequence (over all T if packed).
@@ -77,34 +79,41 @@ def apply_rotary(
             written. A position outside of the table raises on the CPU; on CUDA the rotated channels
             of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set. Where
             another thread writes to position_ids during the call, they become NaN on the CPU too.
+        TypeError: so too, for an argument of another type: a None or a list for a tensor.
+        ValueError: so too, for a layout that is none, or not that of the tensors.
 
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-    view = as_bshd(x, layout, "apply_rotary")
-    if out is not None:
-        _check_not_both("apply_rotary", inplace)
-        written = as_bshd(out, layout, "apply_rotary", "out")
-        options["out"] = written
-        call(rope.apply_rotary.out, view, cos, sin, position_ids, written=(out,), **options)
-        return out
-    if not inplace:
-        rotate = decompositions if decompositions.in_graph() else rope
-        rotated = call(rotate.apply_rotary, view, cos, sin, position_ids, **options)
-        return from_bshd(rotated, layout)
-    check_order_stays("apply_rotary", interleaved, interleaved_out)
-    if not is_differentiated(x, cos, sin) and not decompositions.in_graph():
-        call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
-        return x
-    check_tables_need_no_grad("apply_rotary", cos, sin)
-    if is_transformed():
-        rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
-        return x.copy_(rotated)
-    check_differentiable_in_place("apply_rotary", {"x": x})
-    with torch.no_grad():
-        call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
-    return in_place_rotation(x, apply_rotary, layout, options, cos, sin, position_ids)
+    try:
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+        view = as_bshd(x, layout, "apply_rotary")
+        if out is not None:
+            _check_not_both("apply_rotary", inplace)
+            written = as_bshd(out, layout, "apply_rotary", "out")
+            options["out"] = written
+            call(rope.apply_rotary.out, view, cos, sin, position_ids, written=(out,), **options)
+            return out
+        if inplace is False:
+            rotate = decompositions if decompositions.in_graph() else rope
+            rotated = call(rotate.apply_rotary, view, cos, sin, position_ids, **options)
+            return from_bshd(rotated, layout)
+        check_order_stays("apply_rotary", interleaved, interleaved_out, inplace)
+        if not is_differentiated(x, cos, sin) and not decompositions.in_graph():
+            call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
+            return x
+        check_tables_need_no_grad("apply_rotary", cos, sin)
+        if is_transformed():
+            rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
+            return x.copy_(rotated)
+        check_differentiable_in_place("apply_rotary", {"x": x})
+        with torch.no_grad():
+            call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
+        return in_place_rotation(x, apply_rotary, layout, options, cos, sin, position_ids)
+    except Exception:
+        if not is_compiling():
+            explain(apply_rotary)
+        raise
 
 
 def apply_rotary_qk(
@@ -143,51 +152,56 @@ def apply_rotary_qk(
         The rotated q and k.
 
     Raises:
-        RuntimeError: as :func:`apply_rotary`.
+        RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
 
     Source: for tables of k, A Length-Extrapolatable Transformer, arXiv 2212.10554, algorithm 1.
     """
-    options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-    if cos_k is not None or sin_k is not None:
-        tables = (cos, sin, cos_k, sin_k)
-        return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
-    if layout == "bshd" and q.dim() == k.dim() == 4:  # the most frequent, and the quickest
-        view_q, view_k = q, k
-    else:
-        view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
-        view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
-    if out is not None:
-        _check_not_both("apply_rotary_qk", inplace)
-        written_q = as_bshd(out[0], layout, "apply_rotary_qk", "out[0]")
-        written_k = as_bshd(out[1], layout, "apply_rotary_qk", "out[1]")
-        options.update(out_q=written_q, out_k=written_k)
-        rotate = rope.apply_rotary_qk.out
-        call(rotate, view_q, view_k, cos, sin, position_ids, written=(out[0], out[1]), **options)
-        return out[0], out[1]
-    if not inplace:
-        rotate = decompositions if decompositions.in_graph() else rope
-        rotate = rotate.apply_rotary_qk
-        rotated = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
-        if layout == "bshd":
-            return rotated
-        return from_bshd(rotated[0], layout), from_bshd(rotated[1], layout)
-    check_order_stays("apply_rotary_qk", interleaved, interleaved_out)
-    if not is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
-        rotate = rope.apply_rotary_qk_
-        call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
-        return q, k
-    check_tables_need_no_grad("apply_rotary_qk", cos, sin)
-    if is_transformed():
-        out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
-        return q.copy_(out_q), k.copy_(out_k)
-    check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
-    with torch.no_grad():
-        rotate = rope.apply_rotary_qk_
-        call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
-    return (
-        in_place_rotation(q, apply_rotary, layout, options, cos, sin, position_ids),
-        in_place_rotation(k, apply_rotary, layout, options, cos, sin, position_ids),
-    )
+    try:
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+        if cos_k is not None or sin_k is not None:
+            tables = (cos, sin, cos_k, sin_k)
+            return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
+        if layout == "bshd" and q.dim() == k.dim() == 4:  # the most frequent, and the quickest
+            view_q, view_k = q, k
+        else:
+            view_q = as_bshd(q, layout, "apply_rotary_qk", "q")
+            view_k = as_bshd(k, layout, "apply_rotary_qk", "k")
+        if out is not None:
+            _check_not_both("apply_rotary_qk", inplace)
+            out_q, out_k = out
+            options["out_q"] = as_bshd(out_q, layout, "apply_rotary_qk", "out[0]")
+            options["out_k"] = as_bshd(out_k, layout, "apply_rotary_qk", "out[1]")
+            rotate = rope.apply_rotary_qk.out
+            call(rotate, view_q, view_k, cos, sin, position_ids, written=(out_q, out_k), **options)
+            return out_q, out_k
+        if inplace is False:
+            rotate = decompositions if decompositions.in_graph() else rope
+            rotate = rotate.apply_rotary_qk
+            rotated = call(rotate, view_q, view_k, cos, sin, position_ids, **options)
+            if layout == "bshd":
+                return rotated
+            return from_bshd(rotated[0], layout), from_bshd(rotated[1], layout)
+        check_order_stays("apply_rotary_qk", interleaved, interleaved_out, inplace)
+        if not is_differentiated(q, k, cos, sin) and not decompositions.in_graph():
+            rotate = rope.apply_rotary_qk_
+            call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
+            return q, k
+        check_tables_need_no_grad("apply_rotary_qk", cos, sin)
+        if is_transformed():
+            out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
+            return q.copy_(out_q), k.copy_(out_k)
+        check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
+        with torch.no_grad():
+            rotate = rope.apply_rotary_qk_
+            call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
+        return (
+            in_place_rotation(q, apply_rotary, layout, options, cos, sin, position_ids),
+            in_place_rotation(k, apply_rotary, layout, options, cos, sin, position_ids),
+        )
+    except Exception:
+        if not is_compiling():
+            explain(apply_rotary_qk)
+        raise
 
 
 def _rotate_apart(
@@ -209,7 +223,7 @@ def _rotate_apart(
     written: dict[str, Tensor] = {"q": q, "k": k} if inplace else {}
     if out is not None:
         _check_not_both(function, inplace)
-        written = {"out[0]": out[0], "out[1]": out[1]}
+        written["out[0]"], written["out[1]"] = out
         if torch.is_grad_enabled():
             _check_need_no_grad(function, {"k": k, "cos_k": cos_k, "sin_k": sin_k, **written})
     view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
@@ -219,7 +233,7 @@ def _rotate_apart(
         check_may_be_written(rope.apply_rotary_qk_, tuple(written.values()))
     if inplace:
         order = options.get("interleaved_out")
-        check_order_stays(function, options.get("interleaved", False), order)
+        check_order_stays(function, options.get("interleaved", False), order, inplace)
         if is_differentiated(q, k, cos, sin, cos_k, sin_k):
             check_tables_need_no_grad(function, cos, sin)
             check_tables_need_no_grad(function, cos_k, sin_k)
@@ -255,18 +269,25 @@ def cos_sin_cache(
         and more. Differentiable, twice, for inv_freq.
 
     Raises:
-        RuntimeError: for a negative length, an inv_freq that is not [P] or not floating.
+        RuntimeError: for a negative length, an inv_freq that is not [P] or not floating, and
+            another dtype.
+        TypeError: for an argument of another type.
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
-    return call(
-        rope.cos_sin_cache,
-        inv_freq,
-        length,
-        start=start,
-        attention_scaling=attention_scaling,
-        dtype=dtype,
-    )
+    try:
+        return call(
+            rope.cos_sin_cache,
+            inv_freq,
+            length,
+            start=start,
+            attention_scaling=attention_scaling,
+            dtype=dtype,
+        )
+    except Exception:
+        if not is_compiling():
+            explain(cos_sin_cache)
+        raise
 
 
 def cos_sin(
@@ -298,12 +319,18 @@ def cos_sin(
             [0, A) raises on the CPU; on CUDA its pairs become NaN, unless the environment variable
             ROPE_EXT_CHECK=1 is set. Where another thread writes to axes during the call, they
             become NaN on the CPU too.
+        TypeError: for an argument of another type.
 
     Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,
     as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
-    options = {"attention_scaling": attention_scaling, "dtype": dtype}
-    return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
+    try:
+        options = {"attention_scaling": attention_scaling, "dtype": dtype}
+        return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
+    except Exception:
+        if not is_compiling():
+            explain(cos_sin)
+        raise
 
 
 def _check_not_both(function: str, inplace: bool) -> None:

@@ -29,6 +29,8 @@ def apply_rotary(
         cos, sin = cos[position_ids], sin[position_ids]
     elif cos.dim() == 2:
         cos, sin = cos[:seq], sin[:seq]
+    elif x.dim() == 3:  # rows [1, T, W] of packed tokens
+        cos, sin = cos[0], sin[0]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
     out = interleaved if interleaved_out is None else interleaved_out
@@ -170,7 +172,8 @@ def apply_rotary_mla_append(
 
 def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
     """A copy of the cache with the heads [.., Hk, D] of each token in its slot."""
-    rows, slots = x.flatten(0, -3), slots.flatten()
+    slots = slots.flatten()
+    rows = x.flatten(0, -3)[: len(slots)]  # tokens past the end of slots are not stored
     if scale is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = rows.to(wide) / scale.to(wide).reshape(-1, 1)

@@ -144,6 +144,28 @@ def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
     }
 
 
+@pytest.mark.parametrize("count", [0, 1, S - 1, S, S + 2, B * S - 1])
+@pytest.mark.parametrize("batch", [B, 1, B * S], ids=lambda batch: f"batch {batch}")
+def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(batch, count, backend):
+    """Packed too, and with the slots in a view; one token a sequence is launched as a sequence."""
+    given = arguments(backend)
+    for name in ("q", "k", "v", "position_ids"):
+        given[name] = given[name].reshape(batch, -1, *given[name].shape[2:])
+    slots = torch.arange(B * S).flip(0)
+    wide = torch.stack((slots, slots + 99), 1).to(backend)
+    given["slot_mapping"] = wide[:count, 0]
+    whole = {**given, "slot_mapping": slots.where(torch.arange(B * S) < count, -1)}
+    expected = APPENDING.expected_of(whole)
+    packed = {name: given[name].clone() for name in given}
+    for name in ("q", "k", "v", "position_ids"):
+        packed[name] = packed[name].flatten(0, 1)
+    APPENDING.append(packed)
+    APPENDING.assert_appends(given)
+    for name in WRITTEN:
+        assert_same_bits(given[name], expected[name])
+        assert_same_bits(packed[name].view_as(given[name]), expected[name])
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e5m2], ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 31, 700])
 def test_packed_tokens(tokens, cache_dtype, backend):
@@ -403,6 +425,7 @@ def slots_with(value, at):
 
 
 F8 = torch.float8_e4m3fn
+SLOT_SHAPES = "slot_mapping to have shape [B, S], or [B * S] or less, with B = 2, S = 5"
 # name -> (from the good arguments to those to replace, expected, got); looks: at values, on the CPU
 REFUSALS = {
     "v of another shape": (changed("v", lambda v: v[..., :8]), "v of k's shape [2, 5, 2, 16]",
@@ -422,28 +445,26 @@ REFUSALS = {
                                     "k_cache to have shape [blocks, block_size, 2, 16]",
                                     "[3, 8, 2, 8]"),
     "k_cache of another dtype": (changed("k_cache", lambda c: c.half()),
-                                 "k_cache of q's dtype float32, or Float8_e4m3fn or Float8_e5m2",
+                                 "k_cache of q's dtype float32, or float8_e4m3fn or float8_e5m2",
                                  "float16"),
     "k_cache of bytes": (changed("k_cache", lambda c: c.to(torch.uint8)),
-                         "k_cache of q's dtype float32, or Float8_e4m3fn or Float8_e5m2", "Byte"),
+                         "k_cache of q's dtype float32, or float8_e4m3fn or float8_e5m2", "uint8"),
     "k_cache with stride 2": (changed("k_cache", lambda c: torch.cat((c, c), -1)[..., ::2]),
                               "k_cache to have stride 1 in its last dimension",
                               "strides [512, 64,"),
     "v_cache of another shape": (changed("v_cache", lambda c: c[:2]),
                                  "v_cache of k_cache's shape [3, 8, 2, 16]", "[2, 8, 2, 16]"),
     "v_cache of another dtype": (changed("v_cache", lambda c: c.to(F8)),
-                                 "v_cache of k_cache's dtype float32", "Float8_e4m3fn"),
+                                 "v_cache of k_cache's dtype float32", "float8_e4m3fn"),
     "v_cache with stride 2": (changed("v_cache", lambda c: torch.cat((c, c), -1)[..., ::2]),
                               "v_cache to have stride 1 in its last dimension",
                               "strides [512, 64,"),
     "float slots": (changed("slot_mapping", lambda s: s.float()),
                     "slot_mapping to be int32 or int64", "float32"),
     "slots of another shape": (changed("slot_mapping", lambda s: s[:, 1:]),
-                               "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
-                               "[2, 4]"),
-    "slots of one sequence": (changed("slot_mapping", lambda s: s[0]),
-                              "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
-                              "[5]"),
+                               SLOT_SHAPES, "[2, 4]"),
+    "slots of more tokens": (changed("slot_mapping", lambda s: torch.cat((s.flatten(), s[0]))),
+                             SLOT_SHAPES, "[15]"),
     "scale of a cache of the model's": (lambda g: {"k_scale": torch.ones(1).to(g["q"].device)},
                                         "k_scale to be None for a cache that is not of float8",
                                         "one for a cache of float32"),
@@ -470,6 +491,9 @@ VALUES = {
                                 "the cache, or negative", f"{2**40} at index [0, 0]"),
     "one slot twice": (slots_with(7, (0, 3)), "slot_mapping to have no slot twice",
                        "7 at index [0, 3] and at [1, 2]"),
+    "slot past the cache, of the first tokens alone":
+        (changed("slot_mapping", lambda s: torch.full_like(s[0], 24)),
+         "slot_mapping below 24, the slots of the cache, or negative", "24 at index [0]"),
 }  # fmt: skip
 
 
@@ -528,7 +552,10 @@ def test_scale_of_another_kind_is_refused(scale, expected, got, device):
 def test_packed_slots_of_another_shape_are_refused(device):
     given = many_tokens(device, 10)
     given["slot_mapping"] = given["slot_mapping"].view(2, 5)
-    expect_refusal(given, "slot_mapping to have shape [T] with T = 10", "[2, 5]")
+    expected = "slot_mapping to have shape [T] or less, with T = 10"
+    expect_refusal(given, expected, "[2, 5]")
+    given["slot_mapping"] = torch.arange(11).to(device)
+    expect_refusal(given, expected, "[11]")
 
 
 def test_layout_of_the_cache_that_is_unknown_is_refused():

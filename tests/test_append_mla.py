@@ -138,6 +138,20 @@ def test_tokens_and_the_one_head_of_k(with_head, tokens, backend):
 
 
 @pytest.mark.parametrize("order", ["half-split", "neighbours to halves"])
+@pytest.mark.parametrize("count", [0, 3, S, B * S - 1])
+@pytest.mark.parametrize("tokens", [(B, S), (B * S,)], ids=str)
+def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(tokens, count, order, backend):
+    given = arguments(backend, torch.float16, tokens=tokens)
+    slots = torch.arange(B * S).flip(0)
+    given["slot_mapping"] = slots[:count].to(backend)
+    whole = {**given, "slot_mapping": slots.where(torch.arange(B * S) < count, -1), **ORDERS[order]}
+    expected = APPENDING.expected_of(whole)
+    APPENDING.assert_appends(given, **ORDERS[order])
+    for name in WRITTEN:
+        assert_same_bits(given[name], expected[name])
+
+
+@pytest.mark.parametrize("order", ["half-split", "neighbours to halves"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_only_the_channels_of_a_view_of_q_that_rotate_are_written(view, order, backend):
     given = arguments(backend, torch.bfloat16)
@@ -264,10 +278,11 @@ REFUSALS = {
     "a cache with heads": (changed("kv_cache", lambda c: c.unsqueeze(2)),
                            "kv_cache to have shape [blocks, block_size, 40]", "[3, 8, 1, 40]"),
     "a cache of another dtype": (changed("kv_cache", lambda c: c.bfloat16()),
-                                 "kv_cache of q's dtype float32, or Float8_e4m3fn or Float8_e5m2",
+                                 "kv_cache of q's dtype float32, or float8_e4m3fn or float8_e5m2",
                                  "bfloat16"),
     "slots of another shape": (changed("slot_mapping", lambda s: s[:1]),
-                               "slot_mapping to have shape [B, S] or [B * S] with B = 2, S = 5",
+                               "slot_mapping to have shape [B, S], or [B * S] or less, with B = 2, "
+                               "S = 5",
                                "[1, 5]"),
     "scale of a cache of the model's": (lambda g: {"scale": torch.ones(1).to(g["q"].device)},
                                         "scale to be None for a cache that is not of float8",

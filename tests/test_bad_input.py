@@ -103,9 +103,9 @@ CASES = [
     Case("int64 x", lambda a: {"q": a["q"].long(), "k": a["k"].long()},
          "{x} to be float64, float32, float16 or bfloat16", "int64"),
     Case("fp8 x", lambda a: {"q": a["q"].to(torch.float8_e4m3fn), "k": a["k"]},
-         "{x} to be float64, float32, float16 or bfloat16", "Float8_e4m3fn"),
+         "{x} to be float64, float32, float16 or bfloat16", "float8_e4m3fn"),
     Case("complex x", lambda a: {"q": a["q"].to(torch.complex64)},
-         "{x} to be float64, float32, float16 or bfloat16", "Complex"),
+         "{x} to be float64, float32, float16 or bfloat16", "complex64"),
     Case("x with stride 2", lambda a: {"q": twice_as_wide(a["q"])},
          "{x} to have stride 1 in its last dimension", f"strides [{2 * S * H * D}, "
          f"{2 * H * D}, {2 * D}, 2]"),
@@ -162,22 +162,22 @@ CASES = [
          "cos to have shape [L, W] or [1|B, S, W]", f"[1, 1, {L}, {P}]"),
     Case("rows and positions", lambda a: tables(a, B, S, P),
          f"cos to have shape [L, {P}]", f"[{B}, {S}, {P}]"),
-    Case("rows for another S", lambda a: tables(a, B, S - 1, P),
-         f"cos to have shape [L, {P}] or [1|B, S, {P}]", f"[{B}, {S - 1}, {P}]", ids=False),
+    Case("rows for another S", lambda a: tables(a, B, S - 2, P),
+         f"cos to have shape [L, {P}] or [1|B, S, {P}]", f"[{B}, {S - 2}, {P}]", ids=False),
     Case("rows for another B", lambda a: tables(a, B + 1, S, P),
          f"cos to have shape [L, {P}] or [1|B, S, {P}]", f"[{B + 1}, {S}, {P}]", ids=False),
-    Case("S > L without position_ids", lambda a: tables(a, S - 1, P),
+    Case("S > L without position_ids", lambda a: tables(a, S - 2, P),
          f"cos to have a row for each of the {S} positions (no position_ids were given)",
-         f"[{S - 1}, {P}]", ids=False),
+         f"[{S - 2}, {P}]", ids=False),
     # position_ids
     Case("float positions", lambda a: {"position_ids": a["position_ids"].float()},
          "position_ids to be int32 or int64", "float32"),
     Case("bool positions", lambda a: {"position_ids": a["position_ids"].bool()},
          "position_ids to be int32 or int64", "bool"),
     Case("int16 positions", lambda a: {"position_ids": a["position_ids"].short()},
-         "position_ids to be int32 or int64", "Short"),
-    Case("positions for another S", lambda a: {"position_ids": a["position_ids"][:, :-1]},
-         f"position_ids to have shape [S] or [1|B, S] with B = {B}, S = {S}", f"[{B}, {S - 1}]"),
+         "position_ids to be int32 or int64", "int16"),
+    Case("positions for another S", lambda a: {"position_ids": a["position_ids"][:, :-2]},
+         f"position_ids to have shape [S] or [1|B, S] with B = {B}, S = {S}", f"[{B}, {S - 2}]"),
     Case("positions for another B", lambda a: {"position_ids": zeros(a, B + 1, S)},
          f"position_ids to have shape [S] or [1|B, S] with B = {B}, S = {S}", f"[{B + 1}, {S}]"),
     Case("positions [S, B]", lambda a: {"position_ids": zeros(a, S, B)},
@@ -353,8 +353,10 @@ PACKED = [
      f"position_ids to have shape [T] with T = {S}", f"[1, {S}]"),
     ("too few positions", {"position_ids": (S - 1,)},
      f"position_ids to have shape [T] with T = {S}", f"[{S - 1}]"),
-    ("rows of rank 3", {"table": (1, S, P), "position_ids": None}, f"cos to have shape [L, {P}]",
-     f"[1, {S}, {P}]"),
+    ("rows of two sequences", {"table": (2, S, P), "position_ids": None},
+     f"cos to have shape [L, {P}] or [1, T, {P}] with T = {S}", f"[2, {S}, {P}]"),
+    ("rows and positions", {"table": (1, S, P), "position_ids": (S,)},
+     f"cos to have shape [L, {P}]", f"[1, {S}, {P}]"),
     ("T > L", {"table": (S - 1, P), "position_ids": None},
      f"cos to have a row for each of the {S} positions", f"[{S - 1}, {P}]"),
 ]  # fmt: skip
@@ -756,13 +758,14 @@ def test_bad_inv_freq_is_refused(change, expected, got, called, device):
 def test_bad_length_start_dtype_and_positions_are_refused(called, device):
     cache, rows = TABLE_FUNCTIONS[called]
     f, ids = inv_freq(device), torch.arange(3).to(device)
+    prefix = "rope::" if called == "operator" else "rope_ext."
     for call, message in [
         (lambda: cache(f, -1), "rope::cos_sin_cache: expected length to be at least 0, got -1"),
         (lambda: cache(f, 3, start=2**53), "rope::cos_sin_cache: expected start"),
         (lambda: cache(f, 3, start=-(2**63)), "rope::cos_sin_cache: expected start"),
-        (lambda: cache(f, 3, dtype=torch.int32), "rope::cos_sin_cache: expected dtype to be "
+        (lambda: cache(f, 3, dtype=torch.int32), f"{prefix}cos_sin_cache: expected dtype to be "
          "float64, float32, float16 or bfloat16, got int32"),
-        (lambda: rows(f, ids, dtype=torch.int64), "rope::cos_sin: expected dtype to be float64, "
+        (lambda: rows(f, ids, dtype=torch.int64), f"{prefix}cos_sin: expected dtype to be float64, "
          "float32, float16 or bfloat16, got int64"),
         (lambda: rows(f, ids.short()), "rope::cos_sin: expected position_ids to be int32, int64, "
          "float64, float32, float16 or bfloat16, got "),

@@ -348,7 +348,7 @@ REFUSED = {
     "too few rows": ((B, S, H, D), (S - 1, P), None, {}),
     "rows of another length": ((B, S, H, D), (1, 1, P), None, {}),
     "rows of another batch": ((B, S, H, D), (B + 1, S, P), None, {}),
-    "rows of a packed batch": ((S, H, D), (1, S, P), None, {}),
+    "rows of two packed batches": ((S, H, D), (2, S, P), None, {}),
     "another width": ((B, S, H, D), (L, P), None, {"rotary_dim": 6}),
     "odd": ((B, S, H, D), (L, P), None, {"rotary_dim": 7}),
     "wider than a head": ((B, S, H, D), (L, D), None, {}),

@@ -19,7 +19,7 @@ def fits(x, cos, sin, position_ids, rotary_dim=None, rotary_offset=0, **_):
     rows, width = cos.shape[-2:]
     R = 2 * width if rotary_dim is None else rotary_dim
     table = cos.dim() == 2 and (position_ids is not None or rows >= S)
-    per_token = cos.dim() == 3 and batch and position_ids is None and rows == S
+    per_token = cos.dim() == 3 and position_ids is None and rows == S
     looked_up = position_ids is None or (
         list(position_ids.shape) in ([S], *([[1, S], [*batch, S]] if batch else []))
         and bool(((position_ids >= 0) & (position_ids < rows)).all())

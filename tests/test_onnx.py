@@ -54,6 +54,7 @@ class Case:
             "table, packed": ((L,), None),
             "rows": ((batch, length), None),
             "rows of one sequence": ((1, length), None),
+            "rows, packed": ((1, batch * length), None),
         }[self.rows]
         if "packed" in self.rows:
             x = x.flatten(0, 1)
@@ -64,7 +65,11 @@ class Case:
 
     def dynamic(self):
         x = {0: "tokens"} if "packed" in self.rows else LIKE_X
-        table = {"rows": LIKE_X, "rows of one sequence": {1: "length"}}.get(self.rows)
+        table = {
+            "rows": LIKE_X,
+            "rows of one sequence": {1: "length"},
+            "rows, packed": {1: "tokens"},
+        }.get(self.rows)
         ids = {
             "table, [B, S]": [LIKE_X],
             "table, [1, S]": [{1: "length"}],
@@ -92,6 +97,8 @@ CASES = {
     "rows for all sequences": Case("rows of one sequence"),
     "packed": Case("table, packed"),
     "packed, more tokens than rows": Case("short table, packed"),
+    "packed, a row a token": Case("rows, packed"),
+    "packed, a row a token, W = R": Case("rows, packed", full=True, rotary_dim=R, standard=False),
     **{f"{name}": Case("table, [B, S]", **order) for name, order in ORDERS.items()},
     **{f"{name}, inverse": Case(inverse=True, **order) for name, order in ORDERS.items()},
     "a part": Case("rows", rotary_dim=R),

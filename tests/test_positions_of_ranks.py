@@ -141,12 +141,14 @@ def test_compiles_to_one_graph_for_all_lengths():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((8, 0, 0), {}, "expected world to be at least 1, got 0"),
+        ((8, 0, 0), {}, "expected world to be an integer of at least 1, got 0"),
+        (("8", 2, 0), {}, "expected seq_len to be an integer of at least 0, got '8'"),
+        ((8, None, 0), {}, "expected world to be an integer of at least 1, got None"),
         ((8, 2, 2), {}, r"expected rank in \[0, 2\), of world ranks, got 2"),
-        ((8, 2, -1), {}, r"expected rank in \[0, 2\), of world ranks, got -1"),
+        ((8, 2, -1), {}, "expected rank to be an integer of at least 0, got -1"),
         ((6, 2, 0), {}, "expected seq_len to be a multiple of 4, the chunks of 2 ranks, got 6"),
         ((5, 2, 0, False), {}, "expected seq_len to be a multiple of 2, .*, got 5"),
-        ((-8, 2, 0), {}, "expected seq_len to be a multiple of 4, .*, got -8"),
+        ((-8, 2, 0), {}, "expected seq_len to be an integer of at least 0, got -8"),
         ((8, 2, 0), {"cu_seqlens": [0.0, 8.0]}, "expected cu_seqlens of dtype int32 or int64"),
         ((8, 2, 0), {"cu_seqlens": [8]}, r"expected cu_seqlens to have shape .*, got \[1\]"),
         ((8, 2, 0), {"cu_seqlens": [0, 4]}, "expected cu_seqlens from 0 to seq_len, 8, got 0 to 4"),

@@ -88,6 +88,7 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
     } else if (heads > 0) {
       apply_rotary(rotary, plan, token * heads, (token + 1) * heads);
     }
+    if (token >= args.slot_count) continue;
     const int64_t slot = entry_of(args.slots, b, s);
     if (!is_inside(slot, capacity)) continue;
     store_heads<T>(args, args.k, b, s, slot);

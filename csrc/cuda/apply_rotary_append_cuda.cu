@@ -33,6 +33,8 @@ struct Slot {
 };
 
 __device__ __forceinline__ Slot slot_of(const AppendArgs& args, const Place& place) {
+  const int64_t token = int64_t{place.b} * args.slots_seq + place.s;
+  if (token >= args.slot_count) return {0, 0, false};
   const int64_t slot = entry_of(args.slots, place.b, place.s);
   const uint64_t index = static_cast<uint64_t>(slot), size = static_cast<uint64_t>(args.block_size);
   if (index >= static_cast<uint64_t>(args.blocks) * size) return {0, 0, false};
@@ -310,6 +312,7 @@ AppendArgs tokens_of(AppendArgs args, int64_t first, int64_t seq) {
   for (StoredHeads* x : {&args.k, &args.v})
     skip(x->in.data, first * x->in.stride_s * element_bytes);
   skip_tokens(args.slots, first);
+  args.slot_count -= first;
   args.rotary = slice_of(args.rotary, first, seq);
   return args;
 }

@@ -4,11 +4,13 @@ Reads config objects and the dicts of config.json alike, by the names of their e
 itself is not imported.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rope_ext._explaining import describe
 from rope_ext.frequencies.bounds import Device, check_length, check_number
 from rope_ext.frequencies.families import (
     BASE,
@@ -64,8 +66,9 @@ def from_config(
         for Pixtral that of the rows and then of the columns.
 
     Raises:
-        ValueError: for a config without head_dim, an unknown rope_type or layer_type, entries that
-            ask for what is not computed here, and what the function of the rope_type refuses.
+        ValueError: for the name or path of a config, a config without head_dim, an unknown
+            rope_type or layer_type, entries that ask for what is not computed here, and what the
+            function of the rope_type refuses.
 
     Resolved as transformers does: partial_rotary_factor (rotary_pct, rotary_dim, and for latent
     attention qk_rope_head_dim), head_dim or hidden_size / num_attention_heads, a factor of None
@@ -96,6 +99,7 @@ def from_config(
 
 def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
     """What the config says, without making frequencies of it; None for no rotation."""
+    _check_is_loaded(config)
     config = _text_config(config)
     model_type = _entry(config, "model_type", default="")
     if model_type in OTHER_FORMS:
@@ -312,6 +316,23 @@ def _head_dim_of_layer_type(config: Any, layer_type: str | None) -> int | None:
     if layer_type == "full_attention":
         return _entry(config, "global_head_dim")
     return None
+
+
+def _check_is_loaded(config: Any) -> None:
+    """Refuses what a config is loaded by: a name, a path, a class."""
+    if isinstance(config, type):
+        loaded = f"{config.__name__}() or its from_pretrained"
+    elif isinstance(config, (str, os.PathLike)):
+        name = os.fspath(config)
+        loaded = f"transformers.AutoConfig.from_pretrained({name!r})"
+        if str(name).endswith(".json"):
+            loaded = f"json.load(open({name!r}))"
+    else:
+        return
+    raise ValueError(
+        "frequencies.from_config: expected config to be a config object or a dict, "
+        f"got {describe(config)}: {loaded} makes one"
+    )
 
 
 def _text_config(config: Any) -> Any:

@@ -37,7 +37,7 @@ INT64, FLOAT, DOUBLE = onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT, onnx_ir.D
 
 def apply_rotary(
     x: Value,  # [B, S, H, D] or [T, H, D]
-    cos: Value,  # [L, W] or [1|B, S, W]
+    cos: Value,  # [L, W], [1|B, S, W] or [1, T, W]
     sin: Value,  # as cos
     position_ids: Value | None = None,  # [S], [1|B, S] or [T]
     rotary_dim: int | None = None,

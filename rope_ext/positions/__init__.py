@@ -2,7 +2,8 @@
 
 Small functions of tensor operations: on every device, in compiled graphs, never waiting for a
 device. Positions are int64, in tokens. What makes no sense raises a ValueError that names function,
-argument, what was expected and what came; values of tensors are looked at on the CPU alone.
+argument, what was expected and what came, and what is no tensor, where one belongs, a TypeError;
+values of tensors are looked at on the CPU alone.
 
 The files::
 

@@ -1,10 +1,13 @@
 """What the functions of this package check, and when values may be looked at."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from rope_ext._explaining import check_type
 
 Device = torch.device | str | None
 
@@ -32,8 +35,17 @@ def check_size(function: str, name: str, value: Any, least: int | None = 0, hint
         refuse(function, f"{name} to be {expected}", repr(value) + (hint if integer else ""))
 
 
+def check_tensor(function: str, name: str, value: Any) -> None:
+    check_type(f"rope_ext.positions.{function}", name, value, Tensor)
+
+
+def check_list(function: str, name: str, value: Any) -> None:
+    check_type(f"rope_ext.positions.{function}", name, value, Sequence)
+
+
 def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> None:
     """int32 or int64, of as many dimensions as one of the shapes, "[B, S]", has."""
+    check_tensor(function, name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         refuse(function, f"{name} of dtype int32 or int64", tensor.dtype)
     if tensor.dim() not in [shape.count(",") + 1 for shape in shapes]:
@@ -42,17 +54,20 @@ def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> No
 
 def check_shape(function: str, name: str, tensor: Tensor, meaning: str, *sizes: int) -> None:
     """The very sizes; meaning: how they are called, "[B, S]"."""
+    check_tensor(function, name, tensor)
     if tuple(tensor.shape) != sizes:
         refuse(function, f"{name} to have shape {meaning}, {list(sizes)}", list(tensor.shape))
 
 
 def check_device(function: str, name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    check_tensor(function, name, tensor)
     if tensor.device != other.device:
         refuse(function, f"{name} on the device of {of}, {other.device}", tensor.device)
 
 
 def check_mask(function: str, attention_mask: Tensor) -> Tensor:
     """bool [B, S] of an attention_mask of that shape: which tokens count."""
+    check_tensor(function, "attention_mask", attention_mask)
     counts = attention_mask
     if attention_mask.dtype is not torch.bool:
         if attention_mask.dtype not in (torch.int32, torch.int64):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rope_ext._explaining import check_type
 from rope_ext.positions.checks import Device, check_size, refuse
 
 _NAMES = ("frames", "height", "width")
@@ -60,6 +61,7 @@ def patch_centers(*sizes: int, dtype: torch.dtype = torch.float32, device: Devic
     Source: DINOv3 (transformers, get_patches_center_coordinates), with its bits in float32.
     """
     _check_sizes("patch_centers", sizes)
+    check_type("rope_ext.positions.patch_centers", "dtype", dtype, torch.dtype)
     if dtype not in (torch.float32, torch.float64):
         refuse("patch_centers", "dtype to be float32 or float64", dtype)
     # In this order for the bits: (2 i + 1 - n) / n would be rounded otherwise.

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rope_ext._explaining import check_type
 from rope_ext.positions.checks import (
     Device,
     check_device,
     check_integers,
+    check_list,
     check_mask,
     check_shape,
     check_size,
+    check_tensor,
     refuse,
     values_known,
 )
@@ -86,14 +89,17 @@ def mrope_batch(
     Raises:
         ValueError: as :func:`mrope`; for no sequences, and for an attention_mask of another shape
             or, looked at on the CPU alone, of other numbers of tokens.
+        TypeError: for what is no list, or no tensor.
 
     Source: as of :func:`mrope`; padding has position 0 as in transformers 5.
     """
     function = "mrope_batch"
+    check_list(function, "sequences", sequences)
     if len(sequences) == 0:
         refuse(function, "at least one sequence", "none")
-    if attention_mask is not None and device is None:
-        device = attention_mask.device
+    if attention_mask is not None:
+        check_tensor(function, "attention_mask", attention_mask)
+        device = attention_mask.device if device is None else device
     rows = [_mrope(function, segments, after, device) for segments in sequences]
     longest = max(row.shape[1] for row in rows)
     padded = torch.stack([pad(row, (0, longest - row.shape[1])) for row in rows], 1)
@@ -240,6 +246,7 @@ def _axes(function: str, name: str, pairs: Sequence[int], device: Device) -> Ten
 
 
 def _check_pairs(function: str, name: str, pairs: Sequence[int]) -> None:
+    check_list(function, name, pairs)
     if len(pairs) == 0:
         refuse(function, f"{name} to have an entry for each axis", "none")
     for i, count in enumerate(pairs):
@@ -249,6 +256,7 @@ def _check_pairs(function: str, name: str, pairs: Sequence[int]) -> None:
 def _mrope(function: str, segments: Sequence[Segment], after: After, device: Device) -> Tensor:
     if after not in ("max", "space"):
         refuse(function, "after to be 'max' or 'space'", repr(after))
+    check_list(function, "segments", segments)
     parts = [torch.zeros(3, 0, dtype=torch.int64, device=device)]
     start: int | Tensor = 0  # a tensor after frames whose step is not 1: it stays on the device
     for i, segment in enumerate(segments):
@@ -267,6 +275,7 @@ def _mrope(function: str, segments: Sequence[Segment], after: After, device: Dev
         ids = grid(frames, height, width, device=device)  # [3, tokens]
         largest: int | Tensor = max(height, width)
         if len(segment) == 4:
+            check_type(f"rope_ext.positions.{function}", f"{name}[3]", segment[3], float)
             if not segment[3] >= 0:
                 refuse(function, f"{name}[3], the step of frames, to be at least 0", segment[3])
             # Rounded as transformers rounds it.

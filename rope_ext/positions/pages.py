@@ -11,6 +11,7 @@ from rope_ext.positions.checks import (
     check_not_negative,
     check_shape,
     check_size,
+    check_tensor,
     refuse,
     values_known,
 )
@@ -51,6 +52,7 @@ def slot_mapping(
             block_table does not have; where values can't be looked at, on other devices and in
             graphs, such slots are -1. For a kv_indptr that falls or ends past kv_indices; and for
             wrong shapes, dtypes and devices.
+        TypeError: for what is no tensor.
 
     Source: PagedAttention, arXiv 2309.06180, section 4.2; slot_mapping is vLLM's term, kv_indptr
     and kv_indices those of FlashInfer (``append_paged_kv_cache``).
@@ -163,6 +165,7 @@ def _check(
         check_shape(function, "sequence", sequence, "[T]", positions.shape[0])
         check_device(function, "sequence", sequence, "block_table", block_table)
     if mask is not None:
+        check_tensor(function, "mask", mask)
         if mask.dtype is not torch.bool:
             refuse(function, "mask of dtype bool", mask.dtype)
         check_shape(function, "mask", mask, "of positions", *positions.shape)

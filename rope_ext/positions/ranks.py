@@ -11,6 +11,7 @@ from rope_ext.positions.checks import (
     Device,
     check_bounds,
     check_lengths,
+    check_size,
     refuse,
     values_known,
 )
@@ -93,8 +94,7 @@ def _tokens(
     """Indices of the rank's tokens, and for packed ones where the sequence of each begins. They are
     made on the device of cu_seqlens, or else on `device` itself: a copy would wait for it.
     """
-    chunks = 2 * world if load_balanced else world
-    _check(function, seq_len, world, rank, chunks, cu_seqlens)
+    chunks = _check(function, seq_len, world, rank, load_balanced, cu_seqlens)
     made_on = device if cu_seqlens is None else cu_seqlens.device
     token = torch.arange(seq_len // world, device=made_on)
     if cu_seqlens is None:
@@ -118,22 +118,31 @@ def _tokens(
 
 
 def _check(
-    function: str, seq_len: int, world: int, rank: int, chunks: int, cu_seqlens: Tensor | None
-) -> None:
-    if world < 1:
-        refuse(function, "world to be at least 1", world)
+    function: str,
+    seq_len: int,
+    world: int,
+    rank: int,
+    load_balanced: bool,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """The number of chunks."""
+    check_size(function, "world", world, least=1)
+    check_size(function, "rank", rank)
+    check_size(function, "seq_len", seq_len)
     if not 0 <= rank < world:
         refuse(function, f"rank in [0, {world}), of world ranks", rank)
+    chunks = 2 * world if load_balanced else world
     of = f"the chunks of {world} ranks"
-    if seq_len < 0 or seq_len % chunks != 0:
+    if seq_len % chunks != 0:
         refuse(function, f"seq_len to be a multiple of {chunks}, {of}", seq_len)
     if cu_seqlens is None:
-        return
+        return chunks
     check_bounds(function, "cu_seqlens", cu_seqlens)
     if not values_known(cu_seqlens):
-        return
+        return chunks
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != seq_len:
         got = f"{bounds[0]} to {bounds[-1]}"
         refuse(function, f"cu_seqlens from 0 to seq_len, {seq_len}", got)
     check_lengths(function, "cu_seqlens", bounds, chunks, of)
+    return chunks

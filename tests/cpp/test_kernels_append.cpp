@@ -188,6 +188,8 @@ void test(const Case& c, bool latent, Random& random) {
   args.cache_dtype = cache_dtype;
   args.blocks = cache.blocks, args.block_size = cache.block_size;
   args.slots = slots.ids(c);
+  args.slots_seq = c.seq;
+  args.slot_count = random.coin() ? tokens : random.below(tokens + 1);
   cpu::apply_rotary_append(args);
   expect_same(expected, x.memory, text(c));
 
@@ -209,7 +211,7 @@ void test(const Case& c, bool latent, Random& random) {
     }
   };
   for (int64_t token = 0; token < tokens; ++token) {
-    if (!slots.stores(token)) continue;
+    if (token >= args.slot_count || !slots.stores(token)) continue;
     store(k, cache.first_k, k_scales, token);
     store(v, cache.first_v, v_scales, token);
   }

@@ -8,6 +8,7 @@ neither classes nor their files' globals change, and another model of the family
 
 import contextlib
 import copy
+import os
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from rope_ext._explaining import describe
 from rope_ext.integrations.transformers.rebuilding import (
     RebuiltMethod,
     Substitute,
@@ -83,6 +85,7 @@ def patch(model: nn.Module) -> Report:
     Raises:
         UnrecognizedRotation: when the model has no rotation, or one that is not recognized. Nothing
             has been changed then.
+        TypeError: for what is no module: the name of a model, its class, its config.
     """
     _patch(model, _by_rope_ext)
     return _report(model)
@@ -90,6 +93,7 @@ def patch(model: nn.Module) -> Report:
 
 def unpatch(model: nn.Module) -> None:
     """Undoes :func:`patch`, for a model or any part of one, if it was patched."""
+    _check_is_loaded("unpatch", model)
     for module in model.modules():
         _unpatch(module)
 
@@ -121,6 +125,7 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
 
 def _patch(model: nn.Module, substitute: Substitute) -> list[nn.Module]:
     """Patches what isn't patched; the modules that it changed."""
+    _check_is_loaded("patch", model)
     changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
     for name, module in model.named_modules():
@@ -198,6 +203,23 @@ def _check_not_wrapped(module: nn.Module, methods: dict[str, RebuiltMethod], nam
                 f"patch: expected module {name!r} to have the {method} of its class "
                 f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
             )
+
+
+def _check_is_loaded(function: str, model: Any) -> None:
+    """Refuses what a model is made of: a name, a path, a class, a config, weights."""
+    if isinstance(model, nn.Module):
+        return
+    loaded = "AutoModelForCausalLM.from_pretrained(...)"
+    if isinstance(model, (str, os.PathLike)):
+        loaded = f"AutoModelForCausalLM.from_pretrained({os.fspath(model)!r})"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        loaded = f"{model.__name__}.from_pretrained(...)"
+    elif hasattr(model, "model_type"):
+        loaded = "AutoModelForCausalLM.from_config(config)"
+    raise TypeError(
+        f"{function}: expected model to be a loaded model, got {describe(model)}: {loaded} makes "
+        "one"
+    )
 
 
 class _Patched:

@@ -1,0 +1,150 @@
+"""Why a call failed, where its arguments tell: one is of another type, or in another layout.
+
+A function asks when it has failed, so that a call that is right costs nothing::
+
+    try:
+        ...
+    except Exception:
+        if not is_compiling():  # a graph has no frame to look at
+            explain(function)
+        raise
+"""
+
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+# What a number or a flag has to have; one that PyTorch converts is as good as one of Python.
+_METHODS: dict[Any, str] = {int: "__index__", float: "__float__", bool: "__bool__"}
+_WORDS: dict[Any, str] = {
+    Tensor: "a Tensor",
+    int: "an int",
+    float: "a float",
+    bool: "a bool",
+    torch.dtype: "a torch.dtype",
+    types.NoneType: "None",
+    tuple[Tensor, Tensor]: "two Tensors",
+    Sequence: "a list",
+}
+_TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def explain(function: Callable[..., Any], name: str = "") -> None:
+    """Raises what is wrong with the arguments of the function that calls this, if it can be told.
+
+    function: the caller itself, for its annotations; name: for refusals, rope_ext's by itself.
+    """
+    given = sys._getframe(1).f_locals
+    name = name or f"rope_ext.{function.__name__}"
+    for argument, kind in function.__annotations__.items():
+        if argument != "return":
+            check_type(name, argument, given[argument], kind)
+    dtype = given.get("dtype")
+    if dtype is not None and dtype not in _TABLE_DTYPES:  # PyTorch can't even pass some of them on
+        expected = "dtype to be float64, float32, float16 or bfloat16"
+        _refuse(RuntimeError, name, expected, str(dtype).removeprefix("torch."))
+    if given.get("layout") in ("bshd", "bhsd"):
+        _check_layout(name, given)
+    if "cache_layout" in given:
+        _check_cache_layout(name, given)
+
+
+def describe(value: object) -> str:
+    """What came, in a refusal of its type: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
+    if isinstance(value, (str, int, float, type(None), torch.dtype)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return "a Tensor"
+    kind = value if isinstance(value, type) else type(value)
+    name = kind.__qualname__
+    if kind.__module__ != "builtins":
+        name = f"{kind.__module__}.{name}"
+    if kind is value:
+        return f"the class {name}"
+    return f"a {name} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {name}"
+
+
+def check_type(function: str, name: str, value: object, kind: Any) -> None:
+    """Refuses what an annotation does not allow."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if any(_is_a(value, kind) for kind in kinds):
+        return
+    for of_parts in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
+        if isinstance(value, (tuple, list)) and len(value) == len(of_parts):
+            for i, part in enumerate(value):
+                check_type(function, f"{name}[{i}]", part, of_parts[i])
+    *words, last = (_words_of(kind) for kind in kinds)
+    expected = f"{', '.join(words)} or {last}" if words else last
+    is_list = isinstance(value, (tuple, list)) and not any(isinstance(x, Tensor) for x in value)
+    is_array = is_list or type(value).__module__ == "numpy"
+    advice = ": torch.as_tensor makes one of it" if Tensor in kinds and is_array else ""
+    _refuse(TypeError, function, f"{name} to be {expected}", describe(value) + advice)
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if kind in _METHODS:
+        try:
+            getattr(value, _METHODS[kind])()
+        except Exception:
+            return False
+        return True
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        fits = isinstance(value, (tuple, list)) and len(value) == len(parts)
+        return fits and all(map(_is_a, value, parts))
+    return isinstance(value, kind)
+
+
+def _words_of(kind: Any) -> str:
+    return _WORDS[kind] if kind in _WORDS else f"one of {', '.join(get_args(kind))}"
+
+
+def _check_layout(function: str, given: dict[str, Any]) -> None:
+    """Refuses x or q with its heads where the layout has the sequence, if the other layout fits."""
+    name = "x" if "x" in given else "q"
+    x, k, cos = given[name], given.get("k"), given.get("cos")
+    if x.dim() != 4:
+        return
+    layout, other = given["layout"], "bhsd" if given["layout"] == "bshd" else "bshd"
+    seq, heads = (1, 2) if layout == "bshd" else (2, 1)
+    lengths = {}  # of the sequence, as other arguments have it
+    if given.get("position_ids") is not None:
+        lengths["position_ids"] = given["position_ids"].shape[-1:]
+    elif cos is not None and cos.dim() in (2, 3):
+        rows = cos.shape[-2]
+        lengths["cos"] = () if cos.dim() == 2 and rows >= x.shape[seq] else (rows,)
+    if k is not None and k.dim() == 4 and k.shape[seq] > 0 and x.shape[seq] % k.shape[seq] == 0:
+        lengths["k"] = () if k.shape[seq] == x.shape[seq] else (k.shape[heads],)
+    for of, length in lengths.items():
+        if length == (x.shape[heads],) != (x.shape[seq],):
+            shape = ", ".join(layout.upper())
+            expected = f"{name} to have shape [{shape}] (layout {layout!r}) that fits {of}"
+            got = f"{list(x.shape)} and {list(given[of].shape)}"
+            _refuse(ValueError, function, expected, f'{got}: layout="{other}" fits')
+
+
+def _check_cache_layout(function: str, given: dict[str, Any]) -> None:
+    """Refuses a cache with its heads where cache_layout has the tokens of a block."""
+    k, layout = given["k"], given["cache_layout"]
+    if k.dim() < 3 or layout not in ("NHD", "HND"):
+        return
+    k_heads, channels = k.shape[1 if given["layout"] == "bhsd" else -2], k.shape[-1]
+    heads, other = (2, "HND") if layout == "NHD" else (1, "NHD")
+    shape = "[blocks, block_size, Hk, D]" if layout == "NHD" else "[blocks, Hk, block_size, D]"
+    for name in ("k_cache", "v_cache"):
+        sizes = list(given[name].shape)
+        if len(sizes) != 4:
+            return
+        if sizes[3] == channels and sizes[heads] != k_heads == sizes[3 - heads]:
+            expected = f"{name} to have shape {shape} (cache_layout {layout!r}) with Hk = {k_heads}"
+            _refuse(ValueError, function, expected, f'{sizes}: cache_layout="{other}" fits')
+
+
+def _refuse(error: type[Exception], function: str, expected: str, got: str) -> NoReturn:
+    raise error(f"{function}: expected {expected}, got {got}") from None

@@ -1,0 +1,480 @@
+"""Arguments of another type, dtype or layout: the refusal names them, and what to do."""
+
+import re
+import traceback
+import types
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+import torch
+from support import assert_same_bits, random, random_positions, random_table
+from torch import Tensor
+
+import rope_ext
+from rope_ext import RotaryEmbedding, frequencies, positions
+from rope_ext._token_order import tokens_by_row
+
+rope = torch.ops.rope
+
+B, S, H, K, D, P, L, RANK = 2, 5, 4, 2, 16, 8, 9, 6
+F8 = torch.float8_e4m3fn
+cos, sin = random_table(L, P)
+MODULE = RotaryEmbedding(D, max_position_embeddings=64)
+
+
+def tensors():
+    """One for each name that an argument has in some function or operator."""
+    ids = random_positions(B, S, rows=L)
+    order, offsets = tokens_by_row(ids, L)
+    return {
+        "x": random(B, S, H, D),
+        "q": random(B, S, H, D),
+        "k": random(B, S, K, D),
+        "v": random(B, S, K, D, seed=1),
+        "cos": cos.clone(),
+        "sin": sin.clone(),
+        "cos_k": cos.clone(),
+        "sin_k": sin.clone(),
+        "position_ids": ids,
+        "inv_freq": torch.ones(P),
+        "q_weight": torch.ones(D),
+        "k_weight": torch.ones(D),
+        "k_cache": torch.zeros(3, 8, K, D).to(F8),
+        "v_cache": torch.zeros(3, 8, K, D).to(F8),
+        "slot_mapping": torch.arange(B * S),
+        "k_scale": torch.ones(1),
+        "v_scale": torch.ones(1),
+        "k_pe": random(B, S, 2 * P),
+        "kv_c": random(B, S, RANK),
+        "kv_cache": torch.zeros(3, 8, RANK + 2 * P).to(F8),
+        "scale": torch.ones(1),
+        "out": random(B, S, H, D, seed=2),
+        "out_q": random(B, S, H, D, seed=2),
+        "out_k": random(B, S, K, D, seed=2),
+        "grad_q": random(B, S, H, D, seed=3),
+        "grad_k": random(B, S, K, D, seed=3),
+        "token_order": order,
+        "row_offsets": offsets,
+        "grad_cos": random(B, S, P, seed=4),
+        "grad_sin": random(B, S, P, seed=5),
+        "length": 7,
+    }
+
+
+# The function, what its refusals call it, and those of its arguments that a good call leaves out.
+NOT_BOTH = {"out", "cos_k", "sin_k"}
+FUNCTIONS = {
+    "apply_rotary": (rope_ext.apply_rotary, "rope_ext.apply_rotary", {"out"}),
+    "apply_rotary_qk": (rope_ext.apply_rotary_qk, "rope_ext.apply_rotary_qk", NOT_BOTH),
+    "apply_rotary_qk_at": (rope_ext.apply_rotary_qk_at, "rope_ext.apply_rotary_qk_at", {"axes"}),
+    "cos_sin": (rope_ext.cos_sin, "rope_ext.cos_sin", {"axes"}),
+    "cos_sin_cache": (rope_ext.cos_sin_cache, "rope_ext.cos_sin_cache", set()),
+    "append_kv": (
+        rope_ext.apply_rotary_qk_append_kv_,
+        "rope_ext.apply_rotary_qk_append_kv_",
+        set(),
+    ),
+    "mla_append": (rope_ext.apply_rotary_mla_append_, "rope_ext.apply_rotary_mla_append_", set()),
+    "rms_norm": (rope_ext.rms_norm_rotary_qk, "rope_ext.rms_norm_rotary_qk", set()),
+    "module": (MODULE.forward, "RotaryEmbedding", set()),
+    "module's rows": (MODULE.cos_sin, "RotaryEmbedding.cos_sin", set()),
+    "module's table": (MODULE.table, "RotaryEmbedding.table", set()),
+}
+WRONG = {  # what is none of a type; None is one where the annotation says so
+    Tensor: (None, [1.0, 2.0], np.ones(3), 1.5, "x", Tensor),
+    int: (None, "64", 64.5, [1], torch.ones(2)),
+    float: (None, "1", [1.0]),
+    bool: ("yes", (1, 2)),
+    torch.dtype: ("float32",),
+    tuple[Tensor, Tensor]: (torch.ones(2, 3), (torch.ones(3),), (torch.ones(3), None)),
+}
+
+
+def wrong_values(name, annotation):
+    """What the annotation of an argument does not allow."""
+    kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    values = [value for kind in kinds for value in WRONG.get(kind, ())]
+    if any(get_origin(kind) is Literal for kind in kinds):
+        values = [None, [], 7]
+    if Tensor in kinds:  # an int that is also a Tensor, or None
+        values = [value for value in values if not isinstance(value, Tensor)]
+    if name == "inplace":
+        values += [None, 0, torch.tensor(True)]
+    if types.NoneType in kinds:
+        values = [value for value in values if value is not None]
+    return values
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_argument_of_another_type_is_named_and_nothing_written(name, inplace):
+    function, called, left_out = FUNCTIONS[name]
+    annotations = {n: kind for n, kind in function.__annotations__.items() if n != "return"}
+    if inplace and "inplace" not in annotations:
+        return
+    given = {n: t for n, t in tensors().items() if n in annotations and n not in left_out}
+    if inplace:
+        given["inplace"] = True
+    bits = {n: t.clone() for n, t in given.items() if isinstance(t, Tensor)}
+    for argument, annotation in annotations.items():
+        values = wrong_values(argument, annotation)
+        assert values, f"no wrong value of {argument}"
+        for value in values:
+            with pytest.raises(TypeError) as refusal:
+                function(**{**given, argument: value})
+            message = str(refusal.value)
+            by = f"({called}|rope_ext.apply_rotary_qk)" if name == "module" else called
+            expected = rf"{by}: expected {argument}\S* to be [^\n]+, got [^\n]+"
+            assert re.fullmatch(expected, message), message
+            assert "During handling" not in "".join(traceback.format_exception(refusal.value))
+            for n, before in bits.items():
+                assert_same_bits(given[n], before)
+                assert given[n]._version == 0
+    function(**given)  # or all of the above would mean nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cos": None}, "expected cos to be a Tensor, got None"),
+        ({"cos": [1.0]}, "expected cos to be a Tensor, got a list of 1: torch.as_tensor makes one "
+         "of it"),
+        ({"cos": np.ones(3)}, "expected cos to be a Tensor, got a numpy.ndarray: torch.as_tensor "
+         "makes one of it"),
+        ({"position_ids": "x"}, "expected position_ids to be a Tensor or None, got 'x'"),
+        ({"rotary_dim": 64.0}, "expected rotary_dim to be an int or None, got 64.0"),
+        ({"interleaved": "yes"}, "expected interleaved to be a bool, got 'yes'"),
+        ({"inplace": None}, "expected inplace to be a bool, got None"),
+        ({"layout": None}, "expected layout to be one of bshd, bhsd, sbhd, thd, got None"),
+        ({"out": torch.ones(3)}, "expected out to be two Tensors or None, got a Tensor"),
+        ({"out": (torch.ones(3), Tensor)}, "expected out[1] to be a Tensor, got the class "
+         "torch.Tensor"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_words_of_a_refusal(change, message):
+    given = {n: tensors()[n] for n in ("q", "k", "cos", "sin", "position_ids")}
+    with pytest.raises(TypeError, match=f"^rope_ext.apply_rotary_qk: {re.escape(message)}$"):
+        rope_ext.apply_rotary_qk(**{**given, **change})
+
+
+def test_what_pytorch_converts_is_not_blamed_for_another_mistake():
+    given = {n: tensors()[n] for n in ("x", "cos", "sin", "position_ids")}
+    as_good = {"rotary_dim": np.int64(D), "rotary_offset": torch.tensor(0), "inverse": 1}
+    rope_ext.apply_rotary(**given, **as_good)
+    given["position_ids"][0, 3] = L
+    with pytest.raises(RuntimeError, match=r"^rope::apply_rotary: expected position_ids in"):
+        rope_ext.apply_rotary(**given, **as_good)
+
+
+def test_argument_of_another_type_beside_a_compiler():
+    """A whole graph keeps the operator's words; parts of a graph are called as functions are."""
+
+    def rotate(x, cos, **options):
+        return rope_ext.apply_rotary(x, cos, sin, **options)
+
+    x = random(B, S, H, D)
+    for fullgraph in (True, False):
+        compiled = torch.compile(rotate, backend="eager", fullgraph=fullgraph)
+        assert_same_bits(compiled(x, cos), rope_ext.apply_rotary(x, cos, sin))
+        with pytest.raises(RuntimeError, match=r"rope::apply_rotary: expected cos .*, got None"):
+            compiled(x, None)
+        with pytest.raises(Exception, match="expected inplace to be a bool, got 'no'"):
+            compiled(x, cos, inplace="no")
+    with pytest.raises(TypeError, match=r"^rope_ext.apply_rotary: expected x .*, got None$"):
+        compiled(None, cos)
+
+
+# ---- operators: None and every dtype
+
+
+OPERATORS = [
+    name
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("rope::") and not name.startswith("rope::null")
+]
+
+
+def overload_of(name):
+    packet, _, overload = name.removeprefix("rope::").partition(".")
+    return getattr(getattr(rope, packet), overload or "default")
+
+
+def call_by_name(overload, given):
+    arguments = overload._schema.arguments
+    return overload(
+        *(given.get(a.name) for a in arguments if not a.kwarg_only),
+        **{a.name: given[a.name] for a in arguments if a.kwarg_only and a.name in given},
+    )
+
+
+def good_tensors(overload):
+    given = tensors()
+    names = {a.name for a in overload._schema.arguments}
+    return {n: t for n, t in given.items() if n in names}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_names_the_argument_that_is_none(name):
+    overload = overload_of(name)
+    given = good_tensors(overload)
+    call_by_name(overload, given)
+    for argument in overload._schema.arguments:
+        if str(argument.type) != "Tensor" or (argument.name, name) == (
+            "inv_freq", "rope::cos_sin_cache",  # without a tensor no kernel is chosen
+        ):  # fmt: skip
+            continue
+        given = good_tensors(overload)
+        message = rf"^{name}: expected {argument.name} .*, got None$"
+        with pytest.raises(RuntimeError, match=message), torch.no_grad():
+            call_by_name(overload, {**given, argument.name: None})
+
+
+TAKEN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64,
+         F8, torch.float8_e5m2}  # fmt: skip
+DTYPES = {v for v in vars(torch).values() if isinstance(v, torch.dtype)} - TAKEN
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_names_every_dtype_that_it_does_not_take(name):
+    overload = overload_of(name)
+    given = good_tensors(overload)
+    for argument, t in given.items():
+        for dtype in DTYPES:
+            if not isinstance(t, Tensor):
+                continue
+            other = torch.empty(t.shape, dtype=dtype)
+            got = str(dtype).removeprefix("torch.")
+            got = {"bit": "uint1", "quint2x4": "quint2x4"}.get(got, got)
+            message = rf"^{name}: expected {argument} .*, got {got}( \[.*)?$"
+            with pytest.raises(RuntimeError, match=message):
+                call_by_name(overload, {**given, argument: other})
+
+
+def test_dtype_of_a_table_that_pytorch_can_not_pass_on():
+    for dtype in DTYPES:
+        got = str(dtype).removeprefix("torch.")
+        for function, args in (
+            (rope_ext.cos_sin_cache, (torch.ones(P), 3)),
+            (rope_ext.cos_sin, (torch.ones(P), torch.arange(3))),
+        ):
+            message = (
+                rf"^rope_ext.{function.__name__}: expected dtype to be float64, .*, got {got}$"
+            )
+            with pytest.raises(RuntimeError, match=message):
+                function(*args, dtype=dtype)
+
+
+# ---- positions, frequencies, models
+
+
+LIST, IDS = [0, 2], torch.tensor([0, 2])
+POSITIONS = {
+    "cu_seqlens": [
+        lambda bad: positions.from_cu_seqlens(bad),
+        lambda bad: positions.sequence_of_tokens(bad),
+        lambda bad: positions.context_parallel(8, 2, 0, cu_seqlens=bad),
+    ],
+    "attention_mask": [
+        lambda bad: positions.from_attention_mask(bad),
+        lambda bad: positions.mrope_batch([[1]], bad),
+    ],
+    "block_table": [lambda bad: positions.slot_mapping(bad, IDS[None], 4)],
+    "positions": [lambda bad: positions.slot_mapping(IDS[None], bad, 4)],
+    "sequence": [lambda bad: positions.slot_mapping(IDS[None], IDS, 4, bad)],
+    "mask": [lambda bad: positions.slot_mapping(IDS[None], IDS[None], 4, mask=bad)],
+}
+
+
+@pytest.mark.parametrize("argument", POSITIONS)
+def test_positions_of_what_is_no_tensor(argument):
+    for call in POSITIONS[argument]:
+        for bad in ([0, 2], np.arange(3), 1.5):
+            message = rf"^rope_ext\.positions\.\w+: expected {argument} to be a Tensor, got "
+            with pytest.raises(TypeError, match=message):
+                call(bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: positions.mrope(5), "mrope: expected segments to be a list, got 5"),
+        (lambda: positions.mrope_batch(None), "mrope_batch: expected sequences to be a list"),
+        (lambda: positions.mrope_axes(None), "mrope_axes: expected sections to be a list"),
+        (lambda: positions.axial_axes(5), "axial_axes: expected pairs_per_axis to be a list"),
+        (lambda: positions.patch_centers(2, 2, dtype="float32"), "patch_centers: expected dtype "
+         "to be a torch.dtype, got 'float32'"),
+        (lambda: positions.mrope([(1, 2, 3, "4")]), r"mrope: expected segments\[0\]\[3\] to be a "
+         "float, got '4'"),
+    ],
+)  # fmt: skip
+def test_positions_of_other_types(call, message):
+    with pytest.raises(TypeError, match=rf"^rope_ext\.positions\.{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ("meta-llama/Llama-3.2-1B", r"AutoConfig.from_pretrained\('meta-llama/Llama-3.2-1B'\)"),
+        (Path("model/config.json"), r"json.load\(open\('model/config.json'\)\)"),
+        (dict, r"got the class dict: dict\(\)"),
+    ],
+    ids=str,
+)
+def test_name_of_a_config_is_refused_with_what_loads_it(config, advice):
+    for load in (frequencies.from_config, RotaryEmbedding.from_config):
+        with pytest.raises(ValueError, match=f"expected config to be a config object.*{advice}"):
+            load(config)
+
+
+def test_name_of_a_model_is_refused_with_what_loads_it():
+    transformers = pytest.importorskip("transformers")
+    from rope_ext.integrations.transformers import patch, patched, unpatch
+
+    for model, advice in (
+        ("meta-llama/x", r"got 'meta-llama/x': AutoModelForCausalLM.from_pretrained\('meta-llama"),
+        (Path("x"), r"AutoModelForCausalLM.from_pretrained\('x'\)"),
+        ({}, "got a dict: AutoModelForCausalLM.from_pretrained"),
+        (transformers.LlamaConfig(), r"AutoModelForCausalLM.from_config\(config\)"),
+        (transformers.LlamaForCausalLM, r"LlamaForCausalLM.from_pretrained\(...\)"),
+    ):
+        for function in (patch, unpatch, lambda model: patched(model).__enter__()):
+            with pytest.raises(TypeError, match=f"patch: expected model to be .*{advice}"):
+                function(model)
+
+
+# ---- what to do
+
+
+def some(*names):
+    """Of the good arguments."""
+    return {name: tensors()[name] for name in names}
+
+
+ROWS = {"cos": random_table(1, S, P)[0], "sin": random_table(1, S, P)[1]}
+LONG = {"cos": random_table(64, P)[0], "sin": random_table(64, P)[1]}
+QK, WEIGHTS = ("q", "k"), ("q_weight", "k_weight")
+CACHES = ("v", "k_cache", "v_cache", "slot_mapping")
+
+
+def in_place(**given):
+    return rope_ext.apply_rotary(**given, inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (rope_ext.apply_rotary, ("x",)),
+        (in_place, ("x",)),
+        (rope_ext.apply_rotary_qk, QK),
+        (rope_ext.rms_norm_rotary_qk, (*QK, *WEIGHTS)),
+        (rope_ext.apply_rotary_qk_append_kv_, (*QK, *CACHES)),
+        (rope_ext.apply_rotary_mla_append_, ("q", "k_pe", "kv_c", "kv_cache", "slot_mapping")),
+    ],
+)
+def test_table_of_one_angle_a_channel_names_what_it_needs(function, names):
+    given = some(*names, "cos", "sin")
+    latent = function is rope_ext.apply_rotary_mla_append_
+    advice = rf"give cos\[..., :{P}\] and sin\[..., :{P}\]$" if latent else f"rotary_dim={D}$"
+    by_channel = {name: torch.cat((given[name], given[name]), -1) for name in ("cos", "sin")}
+    with pytest.raises(RuntimeError, match=rf", got .*cat\(\(freqs, freqs\), -1\), .*{advice}"):
+        function(**{**given, **by_channel})
+    if not latent:
+        function(**{**given, **by_channel}, rotary_dim=D)
+    given["cos"] = given["sin"] = random(L, 2 * D)  # neither
+    with pytest.raises(RuntimeError, match=f"got {4 * D}$"):
+        function(**given)
+
+
+def two_times_the_heads(given):
+    """More of them than rows."""
+    return {name: torch.cat((t, t), 2) if name == "x" else t for name, t in given.items()}
+
+
+LAYOUTS = {  # by what the length of the sequence can be told
+    "positions": (rope_ext.apply_rotary, some("x", "cos", "sin", "position_ids")),
+    "positions, in place": (in_place, some("x", "cos", "sin", "position_ids")),
+    "rows": (rope_ext.apply_rotary, {**some("x"), **ROWS}),
+    "a short table": (
+        rope_ext.apply_rotary,
+        two_times_the_heads({"x": tensors()["x"], "cos": cos[:S], "sin": sin[:S]}),
+    ),
+    "k": (rope_ext.apply_rotary_qk, {**some(*QK), **LONG}),
+    "k, beside caches": (rope_ext.apply_rotary_qk_append_kv_, {**some(*QK, *CACHES), **LONG}),
+    "k, beside weights": (rope_ext.rms_norm_rotary_qk, {**some(*QK, *WEIGHTS), **LONG}),
+    "k, without a table": (rope_ext.apply_rotary_qk_at, some(*QK, "inv_freq")),
+    "k, of a module": (MODULE, some(*QK)),
+    "positions of a module": (MODULE, some(*QK, "position_ids")),
+}
+
+
+def heads_first(given):
+    return {name: t.transpose(1, 2).contiguous() if name in ("x", "q", "k", "v") else t.clone()
+            for name, t in given.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_heads_where_the_sequence_should_be_name_the_layout(case):
+    """And the other way round."""
+    function, given = LAYOUTS[case]
+    for layout, wrong in (("bhsd", heads_first(given)), ("bshd", given)):
+        other = "bshd" if layout == "bhsd" else "bhsd"
+        kept = {name: t.clone() for name, t in wrong.items()}
+        with pytest.raises(ValueError, match=rf'expected [qx] to have .*: layout="{layout}" fits$'):
+            function(**wrong, layout=other)
+        for name, t in wrong.items():
+            assert_same_bits(t, kept[name])
+        function(**kept, layout=layout)
+
+
+def test_length_that_fits_no_layout_is_left_to_the_operator():
+    given = some(*QK, "cos", "sin")
+    for change in (
+        {"position_ids": torch.arange(S + 1)},
+        {"k": random(B, S + 1, K, D)},
+        {"k": random(B, 3, H, D)},  # H heads of another length: no part of q's S
+        {"cos": cos[: S - 2], "sin": sin[: S - 2]},
+    ):
+        with pytest.raises(RuntimeError, match=r"^rope::apply_rotary_qk: expected (?!.*layout=)"):
+            rope_ext.apply_rotary_qk(**{**given, **change})
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize(("given_as", "fits"), [("NHD", "HND"), ("HND", "NHD")])
+def test_cache_of_another_layout_names_it(given_as, fits, layout):
+    function = rope_ext.apply_rotary_qk_append_kv_
+    given = some(*QK, *CACHES, "cos", "sin")
+    if layout == "bhsd":
+        given = heads_first(given)
+    for name in ("k_cache", "v_cache"):
+        wrong = dict(given)
+        for cache in ("k_cache", "v_cache"):
+            as_it_fits = fits if cache == name else given_as
+            wrong[cache] = given[cache] if as_it_fits == "NHD" else given[cache].transpose(1, 2)
+        message = (
+            rf'{name} to have shape .*cache_layout=.*"{fits}" fits|{name}.*cache_layout="{fits}"'
+        )
+        with pytest.raises(ValueError, match=message):
+            function(**wrong, layout=layout, cache_layout=given_as)
+    given["k_cache"] = torch.zeros(3, 8, K + 1, D).to(F8)
+    with pytest.raises(RuntimeError, match=r"^rope::.* expected k_cache to have shape"):
+        function(**given, layout=layout)
+
+
+def test_packed_tokens_in_the_layout_of_a_batch_name_theirs():
+    with pytest.raises(ValueError, match=r'got \[5, 4, 16\]: packed tokens .* layout="thd"$'):
+        rope_ext.apply_rotary(random(S, H, D), cos, sin)
+
+
+def test_leaf_in_place_names_what_to_do_instead():
+    leaf = random(B, S, H, D).requires_grad_()
+    for x in (leaf, leaf.view(B * S, H, D).view(B, S, H, D), (leaf * 2).chunk(2)[0]):
+        with pytest.raises(RuntimeError, match=r"inplace=False, or a clone\(\) of it$"):
+            rope_ext.apply_rotary(x, cos, sin, inplace=True)
+        rope_ext.apply_rotary(x.clone(), cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match=r"inplace=False, or detach\(\) them$"):
+        rope_ext.apply_rotary(leaf * 2, cos.clone().requires_grad_(), sin, inplace=True)
