@@ -22,7 +22,12 @@
 
 #include "operators.h"
 
-STABLE_TORCH_LIBRARY(rope, m) {
+namespace {
+
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
+
+void define(StableLibrary& m) {
   // -> x rotated, of x's shape, dtype and order of dimensions
   m.def(
       "apply_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
@@ -116,10 +121,8 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-namespace {
-
 // Each function works on every device, and refuses those that this build has no kernels for.
-void implement(torch::stable::detail::StableLibrary& m) {
+void implement(StableLibrary& m) {
   m.impl("apply_rotary", TORCH_BOX(&rope::apply_rotary));
   m.impl("apply_rotary_qk", TORCH_BOX(&rope::apply_rotary_qk));
   m.impl("apply_rotary_", TORCH_BOX(&rope::apply_rotary_));
@@ -138,7 +141,27 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
 }
 
+// StableLibrary does not look whether it got the namespace, and crashes without.
+void check_namespace_is_free() {
+  TorchLibraryHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_delete_library_object(handle));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rope, CPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(rope, CUDA, m) { implement(m); }
+// Not by initializers of static variables, as STABLE_TORCH_LIBRARY has it: what is thrown there
+// ends the process.
+bool rope::register_operators() {
+  static bool registered = false;
+  if (registered) return false;
+  check_namespace_is_free();
+  using Kind = StableLibrary::Kind;
+  static const StableTorchLibraryInit definitions(Kind::DEF, &define, "rope", nullptr, __FILE__,
+                                                  __LINE__);
+  static const StableTorchLibraryInit cpu(Kind::IMPL, &implement, "rope", "CPU", __FILE__,
+                                          __LINE__);
+  static const StableTorchLibraryInit cuda(Kind::IMPL, &implement, "rope", "CUDA", __FILE__,
+                                           __LINE__);
+  return registered = true;
+}
