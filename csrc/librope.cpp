@@ -11,9 +11,7 @@ namespace {
     return rope::register_operators();
   } catch (const std::exception& error) {
     // Nobody could catch it here. Where a copy of this library has registered them, all is well.
-    std::fprintf(stderr,
-                 "librope: the operators rope::* of this copy are not registered, as another "
-                 "library has registered operators of that name (%s)\n",
+    std::fprintf(stderr, "librope: the operators rope::* of this copy are not registered: %s\n",
                  error.what());
     return false;
   }

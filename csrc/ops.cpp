@@ -20,6 +20,8 @@
 // (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+
 #include "operators.h"
 
 namespace {
@@ -144,8 +146,10 @@ void implement(StableLibrary& m) {
 // StableLibrary does not look whether it got the namespace, and crashes without.
 void check_namespace_is_free() {
   TorchLibraryHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_delete_library_object(handle));
+  if (aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle) != TORCH_SUCCESS) {
+    throw std::runtime_error("another library has registered the namespace rope of operators");
+  }
+  aoti_torch_delete_library_object(handle);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ Fakes give shapes, dtypes and strides and check devices alone: the operators che
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from rope_ext._on_import import on_import
 rope = torch.ops.rope
 
 
+@cache  # PyTorch takes it once
 def register() -> None:
-    """Registers everything. Called once, when the package is imported."""
+    """Registers everything, when the package is imported."""
     register_fake("rope::apply_rotary", _fake_apply_rotary)
     register_fake("rope::apply_rotary_qk", _fake_apply_rotary_qk)
     register_fake("rope::apply_rotary_", _fake_apply_rotary_)
