@@ -41,12 +41,6 @@ def check_apart(
     for name, x in {"k": k, "cos_k": cos_k, "sin_k": sin_k, **written}.items():
         if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
             _refuse(f"{name} to have stride 1 in its last dimension", f"strides {x.stride()}")
-    for name, x in written.items():
-        if x.is_neg() or x._is_zerotensor():
-            _refuse(
-                f"{name}, which is written, to have its values in memory",
-                "a view that negates its elements, or zeros without memory",
-            )
     if written:
         _check_memory(written, {**read, "position_ids": position_ids})
 
@@ -66,6 +60,12 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor | None]) ->
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
+    for name, x in written.items():
+        if x.is_neg() or x._is_zerotensor():
+            _refuse(
+                f"{name}, which is written, to have its values in memory",
+                "a view that negates its elements, or zeros without memory",
+            )
     tensors = {**read, **written}
     places = {name: _place(x) for name, x in tensors.items() if x is not None and _has_address(x)}
     for name in written:

@@ -15,6 +15,7 @@ from support import (
     random_slots,
     random_table,
 )
+from torch.autograd import forward_ad
 
 import rope_ext
 
@@ -179,3 +180,54 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
         assert_names(refusal(function, given, place), name, operator, place)
         refused.add(operator)
     assert refused >= {*OPERATORS, TABLES_OF_K} - {"cos_sin_cache"}  # jagged has two dimensions
+
+
+def test_no_tensor_is_taken_whose_gradient_or_tangent_would_be_lost():
+    """Results have one, or it is refused: also that of a scale, which nobody differentiates."""
+
+    def with_grad(x):
+        return x.requires_grad_()
+
+    def with_tangent(x):
+        if not x.is_floating_point():
+            raise TypeError
+        return forward_ad.make_dual(x, torch.zeros_like(x))
+
+    refused = set()
+    with forward_ad.dual_level():
+        for make, has in (
+            (with_grad, lambda x: x.requires_grad),
+            (with_tangent, lambda x: forward_ad.unpack_dual(x).tangent is not None),
+        ):
+            for name, operator, function, place, given in places(make):
+                kept = {n: x.clone() for n, x in given.items() if n in written_by(operator)}
+                try:
+                    results = outcome(function, given, written_by(operator))
+                except RuntimeError as error:
+                    assert re.search(r"requires? grad|without tangents", str(error))  # noqa: PT017
+                    for n, x in kept.items():
+                        assert torch.equal(given[n].float(), x.float()), (
+                            f"{name}, {place}: {n} written"
+                        )
+                    refused.add((operator, place, make))
+                else:
+                    assert any(has(x) for x in results), f"{name}, {place}"
+    for place in ("k_scale", "v_scale"):
+        assert ("apply_rotary_qk_append_kv_", place, with_grad) in refused
+        assert ("apply_rotary_qk_append_kv_", place, with_tangent) in refused
+
+
+@pytest.mark.parametrize("rotate", [rope.apply_rotary_qk_, function_of("apply_rotary_qk_")])
+def test_negated_view_is_rotated_in_place_by_vmap_and_refused_in_a_graph(rotate):
+    z = random(B, 1, S, H, D).to(torch.complex64) * 1j
+    q, k, (cos, sin) = z.conj().imag, random(B, 1, S, H, D), random_table(S, P)
+    assert q.is_neg()
+    expected = [x.unsqueeze(1) for x in rope.apply_rotary_qk(q[:, 0], k[:, 0], cos, sin)]
+    kept = k.clone()
+    graph = torch.compile(lambda q, k: rotate(q, k, cos, sin), backend="eager")
+    with pytest.raises(RuntimeError, match="expected q, which is written, to be no view that neg"):
+        graph(q[:, 0], k[:, 0])
+    assert_same_bits(k, kept)
+    torch.vmap(lambda q, k: (rotate(q, k, cos, sin), q)[1])(q, k)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
