@@ -173,6 +173,7 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
     assert {place for _, place in read} >= {"cos_k", "position_ids", "axes", "q_weight", "kv_c"}
 
 
+@pytest.mark.filterwarnings("ignore")  # of kinds that are new, or old
 @pytest.mark.parametrize("kind", OF_OTHER_KINDS)
 def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     refused = set()
@@ -182,6 +183,7 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     assert refused >= {*OPERATORS, TABLES_OF_K} - {"cos_sin_cache"}  # jagged has two dimensions
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
 def test_no_tensor_is_taken_whose_gradient_or_tangent_would_be_lost():
     """Results have one, or it is refused: also that of a scale, which nobody differentiates."""
 
