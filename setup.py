@@ -290,7 +290,7 @@ setup(
     ext_modules=[
         Extension(
             "rope_ext._C",
-            sources=sorted(map(str, CSRC.rglob("*.cpp"))),
+            sources=sorted(str(p) for p in CSRC.rglob("*.cpp") if p.name != "librope.cpp"),
             language="c++",
         )
     ],

@@ -1,8 +1,7 @@
 // The tensors that angles are made of, as kernels read them: for as long as this lives.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
+#include "allocation.h"
 #include "args.h"
 #include "operators.h"
 
@@ -10,7 +9,7 @@ namespace rope {
 
 // Small beside what is made of it: copied where its elements do not lie one after the other.
 inline Tensor packed(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return t.is_contiguous() ? t : allocate_contiguous(t);
 }
 
 class AngleTensors {

@@ -1,6 +1,5 @@
 // The operators that rotate, and their gradient to cos and sin: checks, outputs, kernel.
-#include <torch/csrc/stable/ops.h>
-
+#include "allocation.h"
 #include "checks.h"
 #include "device.h"
 #include "operators.h"
@@ -108,8 +107,8 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(
   check_device_supported(op, q);
   RotaryTableGradArgs args = check_table_grad(
       {op, grad_q, q, view(grad_k), view(k), cos, view(token_order), view(row_offsets), options});
-  Tensor grad_cos = torch::stable::new_empty(cos, cos.sizes());
-  Tensor grad_sin = torch::stable::new_empty(cos, cos.sizes());
+  Tensor grad_cos = allocate(cos, cos.sizes());
+  Tensor grad_sin = allocate(cos, cos.sizes());
   args.grad_cos = grad_cos.mutable_data_ptr();
   args.grad_sin = grad_sin.mutable_data_ptr();
   run(q, args, &cpu::rotary_table_grad, &cuda::rotary_table_grad);

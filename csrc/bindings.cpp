@@ -1,6 +1,5 @@
 // rope_ext._C: what this build is, for people and for tests, and which tensors share memory, for
-// checks in Python. The operators need no binding: loading this library registers torch.ops.rope.*
-// (ops.cpp).
+// checks in Python. The operators need no binding, but to be registered (ops.cpp).
 //
 // The ROPE_EXT_* macros come from setup.py.
 #include <pybind11/pybind11.h>
@@ -13,6 +12,7 @@
 
 #include "compiler.h"
 #include "cpu/capability.h"
+#include "operators.h"
 #include "overlap.h"
 
 namespace py = pybind11;
@@ -74,6 +74,8 @@ rope::Footprint footprint_of(const Place& place) {
 PYBIND11_MODULE(_C, m) {
   // A wrong ROPE_EXT_CPU_CAPABILITY is refused at import, not at the first call.
   rope::cpu::capability();
+  m.def("register_operators", &rope::register_operators,
+        "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),

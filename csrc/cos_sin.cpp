@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "allocation.h"
 #include "angle_tensors.h"
 #include "check_parts.h"
 #include "checks.h"
@@ -26,8 +27,8 @@ std::tuple<Tensor, Tensor> make(const AngleInputs& in, const Tensor& inv_freq,
   AngleTensors tensors(inv_freq, axes);
   tensors.set(args.angles, position_ids, args.tokens);
   shape.push_back(args.angles.pairs);
-  Tensor cos = torch::stable::new_empty(inv_freq, shape, type);
-  Tensor sin = torch::stable::new_empty(inv_freq, shape, type);
+  Tensor cos = allocate(inv_freq, shape, type);
+  Tensor sin = allocate(inv_freq, shape, type);
   args.cos = cos.mutable_data_ptr();
   args.sin = sin.mutable_data_ptr();
   run(in.inv_freq, args, &cpu::cos_sin, &cuda::cos_sin);
@@ -71,8 +72,8 @@ Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const Te
   args.chunks = (args.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
   const std::vector<int64_t> partial_shape{args.chunks, args.angles.pairs};
   const std::vector<int64_t> shape{args.angles.pairs};
-  Tensor partial = torch::stable::new_empty(inv_freq, partial_shape, ScalarType::Double);
-  Tensor grad = torch::stable::new_empty(inv_freq, shape);
+  Tensor partial = allocate(inv_freq, partial_shape, ScalarType::Double);
+  Tensor grad = allocate(inv_freq, shape);
   args.partial = static_cast<double*>(partial.mutable_data_ptr());
   args.grad_inv_freq = grad.mutable_data_ptr();
   run(inv_freq, args, &cpu::cos_sin_grad, &cuda::cos_sin_grad);

@@ -15,6 +15,10 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 using OptionalBool = std::optional<bool>;
 
+// ops.cpp. Makes them torch.ops.rope.*, and returns true; false where this has been done. Throws
+// where another library has taken the namespace or a name in it: then nothing is registered.
+bool register_operators();
+
 // apply_rotary.cpp
 Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
                     const OptionalTensor& position_ids, OptionalInt rotary_dim,

@@ -18,12 +18,20 @@
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
-// (a!): written in place. What autograd has to know of that is in rope_ext/_register.py.
+// (a!): written in place. What autograd has to know of that is in rope_ext/_writes.py.
 #include <torch/csrc/stable/library.h>
+
+#include <deque>
+#include <stdexcept>
 
 #include "operators.h"
 
-STABLE_TORCH_LIBRARY(rope, m) {
+namespace {
+
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
+
+void define(StableLibrary& m) {
   // -> x rotated, of x's shape, dtype and order of dimensions
   m.def(
       "apply_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
@@ -117,10 +125,8 @@ STABLE_TORCH_LIBRARY(rope, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-namespace {
-
 // Each function works on every device, and refuses those that this build has no kernels for.
-void implement(torch::stable::detail::StableLibrary& m) {
+void implement(StableLibrary& m) {
   m.impl("apply_rotary", TORCH_BOX(&rope::apply_rotary));
   m.impl("apply_rotary_qk", TORCH_BOX(&rope::apply_rotary_qk));
   m.impl("apply_rotary_", TORCH_BOX(&rope::apply_rotary_));
@@ -139,10 +145,29 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
 }
 
+// StableLibrary does not look whether it got the namespace, and crashes without.
+void check_namespace_is_free() {
+  TorchLibraryHandle handle;
+  if (aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle) != TORCH_SUCCESS) {
+    throw std::runtime_error("another library has registered the namespace rope of operators");
+  }
+  aoti_torch_delete_library_object(handle);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rope, CPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(rope, CUDA, m) { implement(m); }
-// Refused by name, as any dtype but those above.
-STABLE_TORCH_LIBRARY_IMPL(rope, QuantizedCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(rope, QuantizedCUDA, m) { implement(m); }
+// Not by initializers of static variables, as STABLE_TORCH_LIBRARY has it: what is thrown there
+// ends the process.
+bool rope::register_operators() {
+  static bool registered = false;
+  if (registered) return false;
+  check_namespace_is_free();
+  using Kind = StableLibrary::Kind;
+  static std::deque<StableTorchLibraryInit> libraries;  // registered for as long as they live
+  libraries.emplace_back(Kind::DEF, &define, "rope", nullptr, __FILE__, __LINE__);
+  // Quantized tensors: refused by name, as any dtype but those above.
+  for (const char* key : {"CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA"}) {
+    libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
+  }
+  return registered = true;
+}

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "allocation.h"
 #include "checks.h"
 #include "device.h"
 #include "operators.h"
@@ -49,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
       {{op, q, k, cos, sin, view(position_ids), options}, q_weight, k_weight, eps, unit_offset},
       view(grad_q), view(grad_k));
   Tensor to_q = dense_like(q), to_k = dense_like(k);
-  Tensor to_q_weight = torch::stable::new_empty(q_weight, q_weight.sizes());
-  Tensor to_k_weight = torch::stable::new_empty(k_weight, k_weight.sizes());
+  Tensor to_q_weight = allocate(q_weight, q_weight.sizes());
+  Tensor to_k_weight = allocate(k_weight, k_weight.sizes());
   const std::vector<int64_t> partial_shape{args.chunks, args.columns};
-  Tensor partial = torch::stable::new_empty(
+  Tensor partial = allocate(
       q, partial_shape,
       args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
   set_output(args.rotary, args.rotary.q, to_q);

@@ -37,7 +37,29 @@ def _load_compiled_part():
     return _C
 
 
+def _register_operators():
+    """Make the compiled part's functions operators of PyTorch, which a process can do once."""
+    try:
+        first = _C.register_operators()
+    except RuntimeError as error:
+        from rope_ext._clash import clash
+
+        raise ImportError(
+            "rope_ext can't register its operators torch.ops.rope.*, as another library has "
+            f"registered operators of that name: {clash(_C.__file__)}. A process can have one of "
+            "the two: import only one, or start a new process"
+        ) from error
+    registering = {f"rope_ext.{name}" for name in ("_register", "_register_norm", "_sharding")}
+    if not first and not registering <= sys.modules.keys():
+        raise ImportError(
+            f"rope_ext has been imported before in this process, with {_C.__file__}, and removed "
+            "from sys.modules. PyTorch keeps its operators, so neither this nor another can be "
+            "loaded now: leave its modules in sys.modules, or start a new process"
+        )
+
+
 _C = _load_compiled_part()
+_register_operators()
 
 from rope_ext import _register, _register_norm, _sharding, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402

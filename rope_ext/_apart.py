@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rope_ext import _C
+from rope_ext._calling import check_dense
 
 
 def check_apart(
@@ -26,6 +27,8 @@ def check_apart(
     same order of dimensions; nothing where results are new.
     """
     cos, sin, cos_k, sin_k = tables
+    read = {"q": q, "k": k, "cos": cos, "sin": sin, "cos_k": cos_k, "sin_k": sin_k}
+    check_dense("rope_ext.apply_rotary_qk", {**read, "position_ids": position_ids, **written})
     heads = q.dim() - 2
     if k.dim() != q.dim() or any(k.shape[d] != q.shape[d] for d in range(q.dim()) if d != heads):
         expected = f"k to have q's shape {list(q.shape)} in all but the number of heads"
@@ -39,7 +42,6 @@ def check_apart(
         if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
             _refuse(f"{name} to have stride 1 in its last dimension", f"strides {x.stride()}")
     if written:
-        read = {"q": q, "k": k, "cos": cos, "sin": sin, "cos_k": cos_k, "sin_k": sin_k}
         _check_memory(written, {**read, "position_ids": position_ids})
 
 
@@ -58,6 +60,12 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor | None]) ->
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
+    for name, x in written.items():
+        if x.is_neg() or x._is_zerotensor():
+            _refuse(
+                f"{name}, which is written, to have its values in memory",
+                "a view that negates its elements, or zeros without memory",
+            )
     tensors = {**read, **written}
     places = {name: _place(x) for name, x in tensors.items() if x is not None and _has_address(x)}
     for name in written:

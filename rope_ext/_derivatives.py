@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import pad
 
+from rope_ext._copies import register_copies
 from rope_ext._token_order import distributed_tokens_by_row, is_dtensor, tokens_by_row
 
 rope = torch.ops.rope
@@ -50,8 +51,10 @@ def register_derivative(
     tangent: Callable[..., Any],
 ) -> None:
     """Of an operator: what it saves, its backward, its tangent."""
-    kernel = _autograd_kernel(getattr(rope, name).default, save, backward, tangent)
+    overload = getattr(rope, name).default
+    kernel = _autograd_kernel(overload, save, backward, tangent)
     AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
+    register_copies(AUTOGRAD, name, overload)
 
 
 def is_dual(*tensors: Any) -> bool:

@@ -53,7 +53,15 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
-    """Refuses what autograd would refuse later, when the data had been written already."""
+    """Refuses what autograd would refuse later, when the data had been written already. Not in
+    graphs and transforms of torch.func, which have tensors of their own.
+    """
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return
     default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
         base = x._base if x._is_view() else x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rope_ext._copies import register_copies
 from rope_ext._derivatives import (
     AUTOGRAD,
     Grads,
@@ -25,7 +26,9 @@ rope = torch.ops.rope
 
 def register_norm_derivatives() -> None:
     register_derivative("rms_norm_rotary_qk", save_all, _backward, _tangent)
-    AUTOGRAD.impl("rms_norm_rotary_qk_backward", _backward_kernel, "Autograd", with_keyset=True)
+    name, overload = "rms_norm_rotary_qk_backward", rope.rms_norm_rotary_qk_backward.default
+    AUTOGRAD.impl(name, _backward_kernel, "Autograd", with_keyset=True)
+    register_copies(AUTOGRAD, name, overload)
 
 
 def _split(options: dict[str, Any]) -> tuple[float, bool, dict[str, Any]]:

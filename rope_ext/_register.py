@@ -1,28 +1,28 @@
-"""What PyTorch has to know about the operators beside their kernels: here fakes and writes.
+"""What PyTorch has to know about the operators beside their kernels: here fakes and FLOPs.
 
 Fakes give shapes, dtypes and strides and check devices alone: the operators check, when they run.
 """
 
 import math
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import register_fake
 
 from rope_ext._angle_derivatives import register_angle_derivatives, table_dtype
 from rope_ext._batching import register_batching
-from rope_ext._calling import check_may_be_written, name_of
-from rope_ext._derivatives import is_dual, register_derivatives
+from rope_ext._derivatives import register_derivatives
 from rope_ext._on_import import on_import
+from rope_ext._writes import register_writes
 
 rope = torch.ops.rope
 
 
+@cache  # PyTorch takes it once
 def register() -> None:
-    """Registers everything. Called once, when the package is imported."""
+    """Registers everything, when the package is imported."""
     register_fake("rope::apply_rotary", _fake_apply_rotary)
     register_fake("rope::apply_rotary_qk", _fake_apply_rotary_qk)
     register_fake("rope::apply_rotary_", _fake_apply_rotary_)
@@ -43,22 +43,7 @@ def register() -> None:
     register_batching()
     on_import("torch.utils.flop_counter", _register_flops)
 
-    for name, overload, arguments, outs in (
-        ("apply_rotary_", rope.apply_rotary_.default, 3, ()),
-        ("apply_rotary_qk_", rope.apply_rotary_qk_.default, 4, ()),
-        ("apply_rotary_qk_at_", rope.apply_rotary_qk_at_.default, 4, ()),
-        ("apply_rotary.out", rope.apply_rotary.out, 3, ("out",)),
-        ("apply_rotary_qk.out", rope.apply_rotary_qk.out, 4, ("out_q", "out_k")),
-    ):
-        kernel = _writing_kernel(overload, arguments, outs)
-        _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
-
-    for name, overload, arguments, written in (
-        ("apply_rotary_qk_append_kv_", rope.apply_rotary_qk_append_kv_.default, 8, (0, 1, 3, 4)),
-        ("apply_rotary_mla_append_", rope.apply_rotary_mla_append_.default, 7, (0, 1, 3)),
-    ):
-        kernel = _writing_kernel(overload, arguments, (), written)
-        _WRITING.impl(name, kernel, **_BELOW_AUTOGRAD)
+    register_writes()
 
 
 # Fakes
@@ -312,54 +297,3 @@ def _flops_of_table_backward(
     **options: Any,
 ) -> int:
     return 4 * sum(_rotating(x, cos, rotary_dim) for x in (q, k) if x is not None)
-
-
-# In place, or into out. A kernel of C++ alone would leave autograd in the dark: no version counter
-# would tell it that a tensor it saved has been written. Not used in inference mode, which counts no
-# versions.
-
-_WRITING = torch.library.Library("rope", "IMPL")
-_BELOW_AUTOGRAD = {"dispatch_key": "ADInplaceOrView", "with_keyset": True}
-
-
-def _writing_kernel(
-    overload: Any, arguments: int, outs: tuple[str, ...], places: tuple[int, ...] | None = None
-) -> Callable[..., None]:
-    """Refuses tensors that require grad, runs the operator, and counts up the written versions.
-
-    The first `arguments` are the differentiable ones; outs, or without any all but the last two of
-    them (cos and sin, or inv_freq and position_ids), or those at `places`, are written.
-    """
-    op = name_of(overload)
-    names = (*(argument.name for argument in overload._schema.arguments[:arguments]), *outs)
-    if outs:
-        instead = "rotate without out"
-    elif places is None:
-        instead = "the functions of rope_ext differentiate in place"
-    else:
-        instead = "what a cache keeps has none"
-    places = tuple(range(arguments - 2)) if places is None else places
-
-    def kernel(keyset: Any, *args: Any, **options: Any) -> None:
-        written = tuple(options[name] for name in outs) or tuple(args[i] for i in places)
-        if not torch.is_inference_mode_enabled():
-            check_may_be_written(overload, written)
-        if torch.is_grad_enabled():
-            tensors = (*args[:arguments], *written) if outs else args[:arguments]
-            for name, tensor in zip(names, tensors, strict=False):  # the last may be left out
-                if tensor is not None and tensor.requires_grad:
-                    raise RuntimeError(
-                        f"{op}: expected {name} to need no gradient ({instead}), got a tensor that "
-                        "requires grad"
-                    )
-        transformed = torch._C._are_functorch_transforms_active()
-        if (transformed or forward_ad._current_level >= 0) and is_dual(*args[:arguments], *written):
-            raise RuntimeError(
-                f"{op}: expected tensors without tangents ({instead}), got one that "
-                "forward-mode differentiation has given one"
-            )
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
-        torch.autograd.graph.increment_version(written)
-
-    return kernel

@@ -3,6 +3,7 @@ other operators.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rope_ext._register import Shape, _check_device, _empty, _output_like, _rota
 rope = torch.ops.rope
 
 
+@cache  # PyTorch takes it once
 def register() -> None:
     """Registers everything but the rules of vmap and of DTensors."""
     register_fake("rope::rms_norm_rotary_qk", _fake_rms_norm_rotary_qk)

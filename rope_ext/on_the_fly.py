@@ -88,12 +88,12 @@ def apply_rotary_qk_at(
                 "inplace=True (it takes q and k as they were before), got one that requires grad: "
                 "rotate with inplace=False, or detach() them"
             )
+        check_differentiable_in_place(function, {"q": q, "k": k})
         if is_transformed():
             out_q, out_k = apply_rotary_qk_at(
                 q, k, inv_freq, position_ids, axes=axes, **options, **angles, layout=layout
             )
             return q.copy_(out_q), k.copy_(out_k)
-        check_differentiable_in_place(function, {"q": q, "k": k})
         with torch.no_grad():
             call(rope.apply_rotary_qk_at_, *arguments, written=(q, k), **options, **angles)
 

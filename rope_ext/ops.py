@@ -103,10 +103,10 @@ def apply_rotary(
             call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
             return x
         check_tables_need_no_grad("apply_rotary", cos, sin)
+        check_differentiable_in_place("apply_rotary", {"x": x})
         if is_transformed():
             rotated = apply_rotary(x, cos, sin, position_ids, **options, layout=layout)
             return x.copy_(rotated)
-        check_differentiable_in_place("apply_rotary", {"x": x})
         with torch.no_grad():
             call(rope.apply_rotary_, view, cos, sin, position_ids, written=(x,), **options)
         return in_place_rotation(x, apply_rotary, layout, options, cos, sin, position_ids)
@@ -187,10 +187,10 @@ def apply_rotary_qk(
             call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
             return q, k
         check_tables_need_no_grad("apply_rotary_qk", cos, sin)
+        check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
         if is_transformed():
             out_q, out_k = apply_rotary_qk(q, k, cos, sin, position_ids, **options, layout=layout)
             return q.copy_(out_q), k.copy_(out_k)
-        check_differentiable_in_place("apply_rotary_qk", {"q": q, "k": k})
         with torch.no_grad():
             rotate = rope.apply_rotary_qk_
             call(rotate, view_q, view_k, cos, sin, position_ids, written=(q, k), **options)
@@ -237,8 +237,7 @@ def _rotate_apart(
         if is_differentiated(q, k, cos, sin, cos_k, sin_k):
             check_tables_need_no_grad(function, cos, sin)
             check_tables_need_no_grad(function, cos_k, sin_k)
-            if not is_transformed():
-                check_differentiable_in_place(function, written)
+            check_differentiable_in_place(function, written)
     out_q, out_k = (None, None) if out is None else out
     how = {**options, "layout": layout, "inplace": inplace}
     rotated_q = apply_rotary(q, cos, sin, position_ids, **how, out=out_q)

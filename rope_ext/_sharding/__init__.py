@@ -5,9 +5,12 @@ rules.py  a rule for each operator
 norm_rules.py  and for those that normalise before they rotate
 """
 
+from functools import cache
+
 from rope_ext._on_import import on_import
 
 
+@cache  # PyTorch takes it once
 def register() -> None:
     """Registers the rules: now if there can be a DTensor already, or with the import of DTensor."""
     on_import("torch.distributed.tensor", _register_rules)

@@ -2,6 +2,9 @@
 //
 //   test_rope operators    tables and rotations against plain loops
 //   test_rope refusal      a wrong shape is refused, and nothing is written
+//   test_rope negated      as is a view that negates its elements, in place
+//   test_rope copy FILE    a copy of librope is loaded, and those that are there stay
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -238,6 +241,23 @@ void test_refusal(const Tensor& cos, const Tensor& sin) {
   if (!refused) ++failures;
 }
 
+// As imag(conj(z)) is one, and beside a q that is none.
+void test_negated(const Tensor& cos, const Tensor& sin) {
+  Tensor position_ids = tensor({kSeq}, ScalarType::Long);
+  std::fill_n(data<int64_t>(position_ids), kSeq, 1);
+  Tensor q = numbers({kBatch, kSeq, kHeads, kDim}, 2),
+         k = numbers({kBatch, kSeq, kHeadsK, kDim}, 3);
+  const std::vector<float> before_q = values(q), before_k = values(k);
+  std::array<StableIValue, 1> stack{stable::from(k)};
+  if (!call("aten::_neg_view", stack)) throw std::runtime_error("_neg_view failed");
+  Tensor negated = stable::to<Tensor>(stack[0]);
+  const bool refused = !apply_rotary_qk_(q, negated, cos, sin, position_ids, kRotary);
+  std::fflush(stderr);
+  const bool written = values(q) != before_q || values(k) != before_k;
+  std::puts(refused && !written ? "refused, nothing written" : "not refused");
+  if (!refused) ++failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -250,8 +270,13 @@ int main(int argc, char** argv) {
       test_rotation_in_place(cos, sin);
     } else if (argc == 2 && std::strcmp(argv[1], "refusal") == 0) {
       test_refusal(cos, sin);
+    } else if (argc == 2 && std::strcmp(argv[1], "negated") == 0) {
+      test_negated(cos, sin);
+    } else if (argc == 3 && std::strcmp(argv[1], "copy") == 0) {
+      expect(dlopen(argv[2], RTLD_NOW) != nullptr, "a copy of librope is loaded");
+      test_rotation_in_place(cos, sin);
     } else {
-      std::fprintf(stderr, "usage: test_rope operators | refusal\n");
+      std::fprintf(stderr, "usage: test_rope operators | refusal | negated | copy FILE\n");
       return 2;
     }
   } catch (const std::exception& error) {

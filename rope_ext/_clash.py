@@ -1,0 +1,28 @@
+"""Who else has registered operators torch.ops.rope.*: for the ImportError where that is so."""
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def clash(own: str) -> str:
+    """Where operators rope::* have been registered, by the names of source files and of libraries.
+
+    own: the compiled part that could not register its own.
+    """
+    of_rope = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rope::")]
+    found = [torch._C._dispatch_dump(name) for name in of_rope]
+    try:
+        torch._C._dispatch_library("DEF", "rope", "", __file__, 0)
+    except RuntimeError as error:  # that of a namespace which is taken names the place
+        found.append(str(error).partition("; latest registration")[0])
+    places = {p for text in found for p in re.findall(r"(?:debug:|was) registered at (.+)", text)}
+    return ", ".join([*sorted(places), *sorted(_loaded_copies() - {str(Path(own).resolve())})])
+
+
+def _loaded_copies() -> set[str]:
+    """Libraries of this process that are named as a compiled part of rope_ext, or as librope."""
+    maps = Path("/proc/self/maps")
+    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/" in line}
+    return {file for file in files if re.search(r"/(rope_ext/_C\.[^/]*|librope)\.so", file)}

@@ -1,0 +1,140 @@
+"""Where memory runs out, PyTorch's own exception comes through: by its words and its type programs
+know that they may try again with less.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rope_ext
+
+rope = torch.ops.rope
+
+B, S, D, P = 2**20, 2**20, 8, 4  # of tensors that take no memory, but results of 2^45 bytes
+
+
+def vast(*shape):
+    return torch.zeros(shape[-1]).expand(shape)
+
+
+X, TABLE, ROWS, INV_FREQ = vast(B, S, 1, D), vast(S, P), vast(B, S, P), torch.ones(P)
+WEIGHT = torch.ones(D)
+IDS = torch.zeros((), dtype=torch.int64).expand(B, S)
+ALLOCATING = {
+    "apply_rotary": (X, TABLE, TABLE),
+    "apply_rotary_qk": (X, X, TABLE, TABLE),
+    "apply_rotary_qk_at": (X, X, INV_FREQ),
+    "rms_norm_rotary_qk": (X, X, WEIGHT, WEIGHT, TABLE, TABLE),
+    "rms_norm_rotary_qk_backward": (X, X, X, X, WEIGHT, WEIGHT, TABLE, TABLE),
+    "apply_rotary_table_backward": (X, X, None, None, ROWS),
+    "cos_sin_cache": (INV_FREQ, B * S),
+    "cos_sin": (INV_FREQ, IDS),
+    "cos_sin_backward": (ROWS, ROWS, INV_FREQ, IDS),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("operator", ALLOCATING)
+def test_words_of_the_allocator_come_through(operator, mode):
+    calls = [getattr(rope, operator)]
+    calls += [getattr(rope_ext, operator)] if hasattr(rope_ext, operator) else []
+    for call in calls:
+        with mode(), pytest.raises(RuntimeError) as error:
+            call(*ALLOCATING[operator])
+        (words,) = error.value.args
+        assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in words
+
+
+def test_every_operator_that_allocates_is_there():
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rope::")}
+    schemas = (torch._C._get_schema(*f"{name}.".split(".")[:2]) for name in names)
+    returning = {schema.name.removeprefix("rope::") for schema in schemas if schema.returns}
+    assert returning == {*ALLOCATING}
+
+
+def run_python(code):
+    path = os.pathsep.join([str(Path(rope_ext.__file__).parent.parent), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+# Memory of a process that may not grow by more than 100 MB.
+LIMITED = """
+import resource
+import torch
+import rope_ext
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
+
+torch.set_num_threads(1)
+cos, sin = rope_ext.cos_sin_cache(torch.ones(32), 1024)
+x = torch.ones(16, 1024, 16, 64, requires_grad=True)  # 64 MB
+y = rope_ext.apply_rotary(x[:1], cos, sin)
+y = rope_ext.apply_rotary(x, cos, sin)
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 100_000_000, now + 100_000_000))
+"""
+
+
+def test_libraries_that_try_again_with_less_do_so():
+    pytest.importorskip("accelerate")
+    code = (
+        LIMITED
+        + """
+try:
+    y.backward(x.detach())  # takes 64 MB twice
+except RuntimeError as error:
+    assert should_reduce_batch_size(error), error
+    print("backward")
+
+@find_executable_batch_size(starting_batch_size=16)
+def rotate(batch):
+    kept = [rope_ext.apply_rotary(x[:batch].detach(), cos, sin) for _ in range(3)]
+    return batch
+
+print(rotate())
+"""
+    )
+    result = run_python(code)
+    backward, batch = result.stdout.split() or ["", result.stderr]
+    assert backward == "backward"
+    assert 1 <= int(batch) < 16
+
+
+def test_type_of_the_exception_comes_through():
+    """An allocator that raises what that of CUDA raises: by operators, functions and backward."""
+    code = """
+import torch
+import rope_ext
+
+cos, sin = rope_ext.cos_sin_cache(torch.ones(4), 8)
+x = torch.ones(1, 8, 1, 8, requires_grad=True)
+y = rope_ext.apply_rotary(x, cos, sin)
+grad = torch.ones_like(y)
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+library = torch.library.Library("aten", "IMPL")
+for name in ("empty_like", "new_empty"):
+    library.impl(name, out_of_memory, "CPU")
+for mode in (torch.enable_grad, torch.inference_mode):
+    for call in (
+        lambda: torch.ops.rope.apply_rotary(x, cos, sin),
+        lambda: rope_ext.apply_rotary(x, cos, sin),
+        lambda: rope_ext.cos_sin_cache(torch.ones(4), 8),
+        lambda: y.backward(grad),
+    ):
+        try:
+            with mode():
+                call()
+        except torch.OutOfMemoryError as error:
+            print(error)
+"""
+    result = run_python(code)
+    words = ["CUDA out of memory. Tried to allocate 2.00 GiB."]
+    assert result.stdout.splitlines() == 8 * words, result.stderr

@@ -1,0 +1,235 @@
+"""Tensors that are no plain memory, in every place of every operator: they are read right, or a
+refusal names the operator, by a function the argument too, before anything is written.
+"""
+
+import functools
+import re
+
+import pytest
+import torch
+from support import (
+    assert_same_bits,
+    random,
+    random_cache,
+    random_positions,
+    random_slots,
+    random_table,
+)
+from torch.autograd import forward_ad
+
+import rope_ext
+
+rope = torch.ops.rope
+
+B, S, H, D, P, L = 2, 3, 2, 16, 8, 9
+BLOCKS, BLOCK_SIZE, RANK = 2, 4, 8
+NOT_IN_MEMORY = {  # and a plain tensor of these values
+    "negated": (lambda x: torch._neg_view(x if x.element_size() == 1 else -x), lambda x: x),
+    "zeros": (lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype), torch.zeros_like),
+}
+OF_OTHER_KINDS = {
+    "complex": lambda x: torch.complex(x, x).conj(),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x.view(-1, x.shape[-1]).to_sparse_csr(),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+# ---- every operator, and the functions
+
+
+def overload_of(operator):
+    name, _, overload = operator.partition(".")
+    return getattr(getattr(rope, name), overload or "default")
+
+
+def function_of(operator):
+    """The function of rope_ext with the arguments of an operator, if there is one."""
+    name, _, out = operator.partition(".")
+    function = getattr(rope_ext, name, None)
+    if function is None and hasattr(rope_ext, name.removesuffix("_")):
+        return functools.partial(getattr(rope_ext, name.removesuffix("_")), inplace=True)
+
+    def into(**given):
+        outs = tuple(given.pop(n) for n in tuple(given) if n.startswith("out"))
+        return function(**given, out=outs if len(outs) > 1 else outs[0])
+
+    return into if out else function
+
+
+OPERATORS = sorted(
+    name.removeprefix("rope::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("rope::")
+)
+TABLES_OF_K = "apply_rotary_qk_ with tables of k"
+CALLS = {f"rope::{o}": (o, overload_of(o)) for o in OPERATORS}
+CALLS |= {f"rope_ext.{o}": (o, f) for o in OPERATORS if (f := function_of(o)) is not None}
+CALLS[f"rope_ext.{TABLES_OF_K}"] = (TABLES_OF_K, function_of("apply_rotary_qk_"))
+
+
+def arguments_of(operator):
+    """Values for the tensors that an operator takes, by their names, and for `length`."""
+    names = ["x", "q", "k", "v", "out", "out_q", "out_k", "grad_q", "grad_k"]
+    pool = {name: random(B, S, H, D, seed=i) for i, name in enumerate(names)}
+    for table, seed in (("cos", 0), ("sin", 1), ("cos_k", 2), ("sin_k", 3)):
+        pool[table] = random_table(L, P, seed=seed)[0]
+    pool |= {name: random(S, P, seed=8) for name in ("grad_cos", "grad_sin")}
+    pool |= {"inv_freq": random(P).abs(), "q_weight": random(D), "k_weight": random(D), "length": S}
+    pool |= {"token_order": torch.tensor([0, 3, 1, 4, 2, 5])}
+    pool |= {"row_offsets": torch.tensor([0, 2, 4, *[6] * (L - 2)])}
+    if operator.startswith("cos_sin") or "_at" in operator:
+        pool |= {"position_ids": torch.arange(2 * S).view(2, S), "axes": torch.arange(P) % 2}
+    else:
+        pool["position_ids"] = random_positions(S, rows=L)
+    pool["slot_mapping"] = random_slots(B, S, capacity=BLOCKS * BLOCK_SIZE)
+    pool |= {name: torch.full((1,), 0.5) for name in ("k_scale", "v_scale", "scale")}
+    pool |= {"k_pe": random(B, S, D), "kv_c": random(B, S, RANK)}
+    for name, shape in (("k_cache", (H, D)), ("v_cache", (H, D)), ("kv_cache", (RANK + D,))):
+        pool[name] = random_cache(BLOCKS, BLOCK_SIZE, *shape, dtype=torch.float8_e4m3fn)
+    taken = [a.name for a in overload_of(operator.split()[0])._schema.arguments]
+    taken += ["cos_k", "sin_k"] if operator == TABLES_OF_K else []
+    return {name: pool[name] for name in taken if name in pool}
+
+
+def written_by(operator):
+    arguments = overload_of(operator.split()[0])._schema.arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def places(make):
+    """Each call with each of its tensors made another: what is called, the place, the arguments."""
+    for name, (operator, function) in CALLS.items():
+        for place, x in arguments_of(operator).items():
+            given = arguments_of(operator)
+            try:
+                given[place] = make(given[place])
+            except Exception:  # there is none of this dtype or rank
+                continue
+            if isinstance(x, torch.Tensor):
+                yield name, operator, function, place, given
+
+
+def outcome(function, given, written):
+    """What a call returns, then what it has written."""
+    returned = function(**given)
+    returned = returned if isinstance(returned, tuple | list) else (returned,)
+    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]
+
+
+def refusal(function, given, place):
+    """The message; all but what is at the place is compared with what it was."""
+    tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and n != place}
+    kept = {n: x.clone() for n, x in tensors.items()}
+    with pytest.raises((RuntimeError, ValueError)) as refused:
+        function(**given)
+    for n, x in tensors.items():
+        assert_same_bits(x, kept[n])
+    return str(refused.value)
+
+
+def assert_names(message, name, operator, place):
+    """The operator or function; by a function also the argument."""
+    base = "apply_rotary" if operator == TABLES_OF_K else re.split(r"_?(\.out)?$", operator)[0]
+    assert re.search(rf"rope(::|\.|_ext\.){base}", message), f"{name}, {place}: {message}"
+    if name.startswith("rope_ext"):
+        argument = r"out[_[]" if place.startswith("out_") else place  # out_q, or out[0]
+        assert re.search(argument, message), f"{name}, {place}: {message}"
+
+
+# ---- the tests
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("values", NOT_IN_MEMORY)
+def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mode):
+    read = set()
+    make, plain = NOT_IN_MEMORY[values]
+    for name, operator, function, place, given in places(make):
+        written = written_by(operator)
+        with mode():
+            if place in written:
+                memory = torch._neg_view(given[place]) if values == "negated" else torch.zeros(())
+                before = memory.clone()
+                message = refusal(function, given, place)
+                assert_names(message, name, operator, place)
+                assert "which is written" in message
+                assert_same_bits(memory, before)
+                continue
+            expected = arguments_of(operator)
+            expected[place] = plain(expected[place])
+            try:
+                expected = outcome(function, expected, written)
+            except RuntimeError:  # of scales and slots of zero
+                assert_names(refusal(function, given, place), name, operator, place)
+                continue
+            for a, b in zip(outcome(function, given, written), expected, strict=True):
+                assert_same_bits(a, b)
+        read.add((operator, place))
+    assert {operator for operator, _ in read} == {*OPERATORS, TABLES_OF_K}
+    assert {place for _, place in read} >= {"cos_k", "position_ids", "axes", "q_weight", "kv_c"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of kinds that are new, or old
+@pytest.mark.parametrize("kind", OF_OTHER_KINDS)
+def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
+    refused = set()
+    for name, operator, function, place, given in places(OF_OTHER_KINDS[kind]):
+        assert_names(refusal(function, given, place), name, operator, place)
+        refused.add(operator)
+    assert refused >= {*OPERATORS, TABLES_OF_K} - {"cos_sin_cache"}  # jagged has two dimensions
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+def test_no_tensor_is_taken_whose_gradient_or_tangent_would_be_lost():
+    """Results have one, or it is refused: also that of a scale, which nobody differentiates."""
+
+    def with_grad(x):
+        return x.requires_grad_()
+
+    def with_tangent(x):
+        if not x.is_floating_point():
+            raise TypeError
+        return forward_ad.make_dual(x, torch.zeros_like(x))
+
+    refused = set()
+    with forward_ad.dual_level():
+        for make, has in (
+            (with_grad, lambda x: x.requires_grad),
+            (with_tangent, lambda x: forward_ad.unpack_dual(x).tangent is not None),
+        ):
+            for name, operator, function, place, given in places(make):
+                kept = {n: x.clone() for n, x in given.items() if n in written_by(operator)}
+                try:
+                    results = outcome(function, given, written_by(operator))
+                except RuntimeError as error:
+                    assert re.search(r"requires? grad|without tangents", str(error))  # noqa: PT017
+                    for n, x in kept.items():
+                        assert torch.equal(given[n].float(), x.float()), (
+                            f"{name}, {place}: {n} written"
+                        )
+                    refused.add((operator, place, make))
+                else:
+                    assert any(has(x) for x in results), f"{name}, {place}"
+    for place in ("k_scale", "v_scale"):
+        assert ("apply_rotary_qk_append_kv_", place, with_grad) in refused
+        assert ("apply_rotary_qk_append_kv_", place, with_tangent) in refused
+
+
+@pytest.mark.parametrize("rotate", [rope.apply_rotary_qk_, function_of("apply_rotary_qk_")])
+def test_negated_view_is_rotated_in_place_by_vmap_and_refused_in_a_graph(rotate):
+    z = random(B, 1, S, H, D).to(torch.complex64) * 1j
+    q, k, (cos, sin) = z.conj().imag, random(B, 1, S, H, D), random_table(S, P)
+    assert q.is_neg()
+    expected = [x.unsqueeze(1) for x in rope.apply_rotary_qk(q[:, 0], k[:, 0], cos, sin)]
+    kept = k.clone()
+    graph = torch.compile(lambda q, k: rotate(q, k, cos, sin), backend="eager")
+    with pytest.raises(RuntimeError, match="expected q, which is written, to be no view that neg"):
+        graph(q[:, 0], k[:, 0])
+    assert_same_bits(k, kept)
+    torch.vmap(lambda q, k: (rotate(q, k, cos, sin), q)[1])(q, k)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
