@@ -8,9 +8,7 @@
 namespace rope {
 
 // Small beside what is made of it: copied where its elements do not lie one after the other.
-inline Tensor packed(const Tensor& t) {
-  return t.is_contiguous() ? t : allocate_contiguous(t);
-}
+inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : allocate_contiguous(t); }
 
 class AngleTensors {
  public:

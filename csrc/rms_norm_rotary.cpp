@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
   Tensor to_q_weight = allocate(q_weight, q_weight.sizes());
   Tensor to_k_weight = allocate(k_weight, k_weight.sizes());
   const std::vector<int64_t> partial_shape{args.chunks, args.columns};
-  Tensor partial = allocate(
-      q, partial_shape,
-      args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
+  Tensor partial =
+      allocate(q, partial_shape,
+               args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
   set_output(args.rotary, args.rotary.q, to_q);
   set_output(args.rotary, args.rotary.k, to_k);
   args.partial = partial.mutable_data_ptr();
