@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rope_ext import _C
-from rope_ext._calling import check_dense
 
 
 def check_apart(
@@ -28,7 +27,6 @@ def check_apart(
     """
     cos, sin, cos_k, sin_k = tables
     read = {"q": q, "k": k, "cos": cos, "sin": sin, "cos_k": cos_k, "sin_k": sin_k}
-    check_dense("rope_ext.apply_rotary_qk", {**read, "position_ids": position_ids, **written})
     heads = q.dim() - 2
     if k.dim() != q.dim() or any(k.shape[d] != q.shape[d] for d in range(q.dim()) if d != heads):
         expected = f"k to have q's shape {list(q.shape)} in all but the number of heads"

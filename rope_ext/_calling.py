@@ -19,22 +19,17 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     if torch.compiler.is_compiling():  # first: a graph is not told the mode
         return operator(*args, **options)
     inference = torch.is_inference_mode_enabled()
-    try:
-        if (
-            (inference and not written)
-            or forward_ad._current_level >= 0
-            or torch._C._are_functorch_transforms_active()
-            or (torch.is_grad_enabled() and _any_requires_grad(*args, *written, *options.values()))
-        ):
-            return operator(*args, **options)
-        if not inference and written:
-            check_may_be_written(operator, written)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            result = operator(*args, **options)
-    except NotImplementedError:  # of PyTorch, which names no argument
-        names = (argument.name for argument in _overload_of(operator)._schema.arguments)
-        check_dense(name_of(operator), {**dict(zip(names, args, strict=False)), **options})
-        raise
+    if (
+        (inference and not written)
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and _any_requires_grad(*args, *written, *options.values()))
+    ):
+        return operator(*args, **options)
+    if not inference and written:
+        check_may_be_written(operator, written)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = operator(*args, **options)
     if written:
         increment_version([x for x in written if not x.is_inference()])
     return result
@@ -71,19 +66,6 @@ def _any_requires_grad(*args: Any) -> bool:
     return False
 
 
-def check_dense(op: str, arguments: dict[str, Any]) -> None:
-    """Refuses tensors of kinds that have no kernels: sparse, mkldnn, quantized, nested."""
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            continue
-        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
-        if kind != torch.strided:
-            raise NotImplementedError(
-                f"{op}: expected {name} to be a dense tensor (torch.strided), got one that is "
-                f"{kind}"
-            )
-
-
 def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
     try:
         for x in written:
@@ -94,10 +76,6 @@ def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
                 )
     except AttributeError:
         return  # a None, which the operator refuses
-
-
-def _overload_of(operator: Any) -> Any:
-    return operator.default if isinstance(operator, torch._ops.OpOverloadPacket) else operator
 
 
 def name_of(operator: Any) -> str:

@@ -43,6 +43,7 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
     for argument, kind in function.__annotations__.items():
         if argument != "return":
             check_type(name, argument, given[argument], kind)
+            _check_dense(name, argument, given[argument])
     dtype = given.get("dtype")
     if dtype is not None and dtype not in _TABLE_DTYPES:  # PyTorch can't even pass some of them on
         expected = "dtype to be float64, float32, float16 or bfloat16"
@@ -83,6 +84,18 @@ def check_type(function: str, name: str, value: object, kind: Any) -> None:
     is_array = is_list or type(value).__module__ == "numpy"
     advice = ": torch.as_tensor makes one of it" if Tensor in kinds and is_array else ""
     _refuse(TypeError, function, f"{name} to be {expected}", describe(value) + advice)
+
+
+def _check_dense(function: str, name: str, value: object) -> None:
+    """Refuses tensors of kinds that have no kernels: sparse, mkldnn, quantized, nested."""
+    if isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            _check_dense(function, f"{name}[{i}]", part)
+    elif isinstance(value, Tensor):
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        if kind != torch.strided:
+            expected = f"{name} to be a dense tensor (torch.strided)"
+            _refuse(NotImplementedError, function, expected, f"one that is {kind}")
 
 
 def _is_a(value: object, kind: Any) -> bool:
