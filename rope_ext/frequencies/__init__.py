@@ -5,8 +5,8 @@
 and k carry its square. Every function is evaluated in float32 in the order of transformers, so that
 the bits are those of its ``ROPE_INIT_FUNCTIONS`` on the same device.
 
-A head has at most 65,536 channels, a context at most 2^31 - 1 tokens, and other numbers, if they are
-not 0, are from 1e-15 to 1e15 in size, so that float32 holds what they make together. What is
+A head has at most 65,536 channels, a context at most 2^31 - 1 tokens, and other numbers, where they
+are not 0, are from 1e-15 to 1e15 in size, so that float32 holds what they make together. What is
 outside, or of another kind, raises a ValueError before memory is taken.
 
 The files::

@@ -12,7 +12,8 @@ Device = torch.device | str | None
 
 LAST_POSITION = 2**31 - 1  # of cos_sin, and the longest context in tokens
 MOST_CHANNELS = 65_536  # of a head: 128 times the widest that there is
-LARGEST = 1e15  # number in size, and 1 / LARGEST the smallest but 0: float32 holds products of two
+# The largest number, in size, and 1 / LARGEST the smallest above 0: float32 holds products of two.
+LARGEST = 1e15
 
 
 class _Shown(reprlib.Repr):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rope_ext.frequencies.bounds import (
+    LAST_POSITION,
     Device,
     check_integer,
     check_number,
@@ -130,7 +131,7 @@ def dynamic_ntk(
     Args:
         head_dim, base: as for :func:`default`.
         device: as there. None: that of a length that is a tensor.
-        factor: how fast the context is stretched; at least 1, at most 1e9.
+        factor: how fast the context is stretched; at least 1 and below 2^31.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
             transformers takes max_position_embeddings of the config.
         length: of the sequence, in tokens; 0 or more. An integer tensor of any shape is read on its
@@ -148,7 +149,7 @@ def dynamic_ntk(
     section 3.3; rope type "dynamic" of transformers.
     """
     rotary_dim = check_rotary_dim("dynamic_ntk", head_dim, rotary_dim, least=4)
-    check_number("dynamic_ntk", "factor", factor, least=1, most=1e9)
+    check_number("dynamic_ntk", "factor", factor, least=1, most=LAST_POSITION)
     check_number("dynamic_ntk", "base", base, above=0)
     original = original_max_position_embeddings
     check_integer("dynamic_ntk", "original_max_position_embeddings", original)
