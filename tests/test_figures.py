@@ -533,7 +533,7 @@ def test_config_is_read_by_layer_type(tmp_path, capsys):
     arguments = ("rotation", "--config", path, "--out", tmp_path)
     assert run_plot(*arguments, "--layer-type", "sliding_attention") == 0
     assert run_plot(*arguments) == 2
-    assert "expected layer_type to be one of full_attention" in capsys.readouterr().err
+    assert "expected layer_type to be one of 'full_attention'" in capsys.readouterr().err
 
 
 def folder(path):

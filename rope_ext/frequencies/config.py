@@ -171,7 +171,7 @@ def _rotates(entries: Entries, model_type: str, layer_type: str | None) -> bool:
         ):
             return False
     of_layers = entries.per_layer(  # 0: none
-        "no_rope_layers", "layer_rope_theta", kind=(int, float), in_words="numbers"
+        "no_rope_layers", "layer_rope_theta", kind=(int, float), in_words="a number"
     )
     layer_types = _layer_types(entries)
     of_type = [
@@ -181,7 +181,7 @@ def _rotates(entries: Entries, model_type: str, layer_type: str | None) -> bool:
 
 
 def _layer_types(entries: Entries, *other_names: str) -> Sequence[str]:
-    return entries.per_layer(*other_names, "layer_types", kind=str, in_words="strings")
+    return entries.per_layer(*other_names, "layer_types", kind=str, in_words="a string")
 
 
 def _fill_in(
@@ -244,8 +244,8 @@ def _parameters(
 
 def _check_layer_type(layer_type: str | None, kinds: Collection[str]) -> None:
     if layer_type not in kinds:
-        some = (str(kind) if str(kind).isidentifier() else shown(kind) for kind in islice(kinds, 9))
-        refuse("from_config", "layer_type", f"one of {', '.join(some)}", layer_type)
+        some = ", ".join(shown(kind) for kind in islice(kinds, 9))
+        refuse("from_config", "layer_type", f"one of {some}", layer_type)
 
 
 def _dims(

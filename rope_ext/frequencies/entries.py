@@ -63,10 +63,10 @@ class Entries:
         if values is None:
             return ()
         if not isinstance(values, (list, tuple)) or len(values) > MOST_LAYERS:
-            refuse("from_config", name, f"a list of at most {MOST_LAYERS} {in_words}", values)
+            refuse("from_config", name, f"a list of at most {MOST_LAYERS}, each {in_words}", values)
         for i, value in enumerate(values):
             if not isinstance(value, kind):
-                refuse("from_config", f"{name}[{i}]", f"one of {in_words}", value)
+                refuse("from_config", f"{name}[{i}]", in_words, value)
         return values
 
     def _of_kind(self, name: str, kind: type, in_words: str, default: Any) -> Any:
