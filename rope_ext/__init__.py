@@ -90,3 +90,8 @@ __all__ = [
     "reference",
     "rms_norm_rotary_qk",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone; what else the package has imported is there all the same."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -3,25 +3,45 @@
 import argparse
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 
 import rope_ext
 from rope_ext import viz
+from rope_ext.frequencies.bounds import LAST_POSITION, shown
 from rope_ext.integrations.transformers import families
+
+Number = TypeVar("Number", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands themselves do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; --help shows the arguments\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0 good, 1 a comparison failed, 2 can't run."""
-    args = build_parser().parse_args(argv)
+    """Runs one command, or shows what there is without one. Returns the exit status: 0 good, 1 a
+    comparison failed, 2 can't run.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     return args.command(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rope_ext", description=rope_ext.__doc__)
+    parser = Parser(prog="python -m rope_ext", description=rope_ext.__doc__.split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"rope_ext {rope_ext.__version__}")
+    parser.set_defaults(command=None)
     names = "demo | plot | explore | info | integrations"
-    commands = parser.add_subparsers(required=True, metavar=names)
+    commands = parser.add_subparsers(metavar=names)
 
     info = commands.add_parser("info", help="how this rope_ext was built and what it runs on")
     info.set_defaults(command=run_info)
@@ -137,22 +157,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {value}")
-    return value
+    return bounded(text, int)
 
 
 def at_least_one(text: str) -> float:
-    value = float(text)
-    if not 1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return bounded(text, float)
+
+
+def bounded(text: str, kind: Callable[[str], Number]) -> Number:
+    """A number of tokens, layers or times: from 1 to what a context can have."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind("0")
+    if not 1 <= value <= LAST_POSITION:
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(
+            f"expected {name} of at least 1 and at most {LAST_POSITION}, got {shown(text)}"
+        )
     return value
 
 
 def figure(text: str) -> str:
     if text not in viz.FIGURES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(viz.FIGURES)}, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(viz.FIGURES)}, got {shown(text)}"
+        )
     return text
 
 

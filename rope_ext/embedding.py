@@ -11,7 +11,7 @@ from rope_ext import frequencies
 from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd
 from rope_ext.frequencies import config as configs
-from rope_ext.frequencies.bounds import exponents
+from rope_ext.frequencies.bounds import LAST_POSITION, exponents, shown
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
 from rope_ext.ops import apply_rotary_qk
 from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest
@@ -51,9 +51,9 @@ class RotaryEmbedding(nn.Module):
         base: see :func:`rope_ext.frequencies.default`. None: rope_theta of scaling, or 10,000.
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: partial_rotary_factor of
             scaling times D, or D.
-        max_position_embeddings: positions that the model is meant for, in tokens. The table starts
-            with at most so many rows; longer sequences are rotated just as exactly. None: not
-            known, which a scaling that needs the number refuses.
+        max_position_embeddings: positions that the model is meant for, in tokens, below 2^31. No
+            limit: the table starts with at most so many rows, or 2048, and longer sequences are
+            rotated just as exactly. None: not known, which a scaling that needs the number refuses.
         scaling: rope_type and its parameters, in the terms of Hugging Face; see
             :func:`rope_ext.frequencies.from_scaling`. rope_theta and partial_rotary_factor may be
             among them. None: "default".
@@ -77,7 +77,7 @@ class RotaryEmbedding(nn.Module):
         *,
         base: float | None = None,
         rotary_dim: int | None = None,
-        max_position_embeddings: int | None,
+        max_position_embeddings: int | None = None,
         scaling: Mapping[str, Any] | None = None,
         learned: bool = False,
         interleaved: bool = False,
@@ -87,11 +87,11 @@ class RotaryEmbedding(nn.Module):
         if max_position_embeddings is not None and (
             not isinstance(max_position_embeddings, int)
             or isinstance(max_position_embeddings, bool)
-            or max_position_embeddings < 1
+            or not 1 <= max_position_embeddings <= LAST_POSITION
         ):
             raise ValueError(
-                "RotaryEmbedding: expected max_position_embeddings to be an integer of at least 1, "
-                f"got {max_position_embeddings!r}"
+                "RotaryEmbedding: expected max_position_embeddings to be an integer of at least 1 "
+                f"and at most {LAST_POSITION}, got {shown(max_position_embeddings)}"
             )
         self.head_dim = head_dim
         self.base, self.rotary_dim, self.scaling = split_scaling(

@@ -426,6 +426,19 @@ def test_compiles_to_one_graph_for_all_lengths(ids, device):
         assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
 
 
+def test_head_dim_is_enough_for_a_module():
+    """Without a number of positions there is no limit, and no scaling that needs the number."""
+    module = rope_ext.RotaryEmbedding(D)
+    assert module.max_position_embeddings is None
+    for seq in (3, 3000):
+        q, k = random(1, seq, 1, D), random(1, seq, 1, D)
+        table = rope_ext.cos_sin_cache(module.inv_freq, seq)
+        for got, expected in zip(module(q, k), rope_ext.apply_rotary_qk(q, k, *table), strict=True):
+            assert_same_bits(got, expected)
+    with pytest.raises(ValueError, match="to have original_max_position_embeddings, got factor"):
+        rope_ext.RotaryEmbedding(D, scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
 # ---- refusals
 
 
@@ -437,8 +450,12 @@ def test_compiles_to_one_graph_for_all_lengths(ids, device):
         ({"rotary_dim": 0}, "expected rotary_dim to be even, .* got 0"),
         ({"base": -1.0}, "expected base to be above 0, got -1.0"),
         (
+            {"max_position_embeddings": 2**31},
+            "max_position_embeddings to be .* at most 2147483647, got 2147483648",
+        ),
+        (
             {"max_position_embeddings": 0},
-            "max_position_embeddings to be an integer of at least 1, got 0",
+            "max_position_embeddings to be an integer of at least 1 .* got 0",
         ),
     ],
 )

@@ -4,6 +4,8 @@ import cmath
 import functools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -136,11 +138,11 @@ def marked(axes, *, across):
             },
             (32768, 262144, 8.0, "ntk_alpha", 1 / 1000),
         ),
-        (
+        (  # alpha under its other name
             {
                 "head_dim": 64,
                 "max_position_embeddings": 4096,
-                "rope_scaling": {"rope_type": "ntk", "alpha": 4.0},
+                "rope_scaling": {"type": "ntk", "factor": 4.0},
             },
             (4096, 16384, 4.0, "ntk", 1 / 4),
         ),
@@ -190,15 +192,20 @@ def test_contexts_factor_and_frequencies_of_a_config(config, expected):
             None,
             "1073741824 times a factor of 8",
         ),
-        ({"head_dim": 64, "max_position_embeddings": 10**400}, None, "at most 2.31 - 1 tokens"),
+        (
+            {"head_dim": 64, "max_position_embeddings": 10**400},
+            None,
+            "at most 2147483647, got an int",
+        ),
+        ({"head_dim": 1026, "max_position_embeddings": 64}, None, "rotary_dim to be at most 1024"),
         (
             {
                 "head_dim": 64,
                 "max_position_embeddings": 64,
-                "rope_scaling": {"type": "linear", "factor": 1e308},
+                "rope_scaling": {"type": "linear", "factor": 1e14},
             },
             None,
-            "at most 2.31 - 1 tokens",
+            "at most 2.31 - 1 tokens, got 64 times a factor of 1e.14",
         ),
     ],
 )
@@ -526,37 +533,106 @@ def test_config_is_read_by_layer_type(tmp_path, capsys):
     arguments = ("rotation", "--config", path, "--out", tmp_path)
     assert run_plot(*arguments, "--layer-type", "sliding_attention") == 0
     assert run_plot(*arguments) == 2
-    assert "expected layer_type to be one of full_attention" in capsys.readouterr().err
+    assert "expected layer_type to be one of 'full_attention'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        ("{", "expected JSON"),
-        ("[1]", "expected a dict, got list"),
-        ('{"head_dim": 64}', "max_position_embeddings"),
-        ('{"head_dim": 63, "max_position_embeddings": 64}', "even"),
-    ],
-)
+def folder(path):
+    (path / "config.json").mkdir(parents=True)
+    return path
+
+
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(2**26)
+    return path
+
+
+# Of --config: what is there, as its bytes or as what makes it at a path, and why it is refused.
+NO_CONFIG = {
+    "nothing": (
+        lambda path: path,
+        "No such file. Nothing is downloaded: give the path of a config",
+    ),
+    "a name from a hub": (
+        lambda path: Path("meta-llama/Llama-3.1-8B"),
+        "--config 'meta-llama/Llama-3.1-8B': No such file. Nothing is downloaded",
+    ),
+    "a long name": (lambda path: path / ("x" * 5000), "File name too long"),
+    "lines in a name": (lambda path: path / "a\nb\x1b", r"a\nb\x1b': No such file"),
+    "a folder without a config": (lambda path: path.parent, "config.json': No such file"),
+    "a folder as config": (folder, "expected a file, got a folder, a FIFO or a device"),
+    "a FIFO": (lambda path: os.mkfifo(path) or path, "expected a file, got a folder, a FIFO"),
+    "a device": (lambda path: Path("/dev/zero"), "expected a file, got a folder, a FIFO"),
+    "a file that can't be read": (lambda path: Path("/proc/self/mem"), "Input/output error"),
+    "a large file": (sparse, "expected a config.json of at most 16,777,216 bytes"),
+    "an empty file": (b"", "expected JSON, got Expecting value: line 1"),
+    "half a file": (b"{", "expected JSON"),
+    "a binary": (b"\x7fELF\0\xff", "expected JSON, got 'utf-8' codec can't decode byte 0xff"),
+    "brackets": (b"[" * 100_000, "expected JSON, got brackets nested too deeply"),
+    "braces": (b'{"text_config":' * 100_000, "expected JSON, got brackets nested too deeply"),
+    "digits": (b'{"head_dim": 1' + b"0" * 5000 + b"}", "expected JSON, got Exceeds the limit"),
+    "another type": (b"[1]", "expected a dict, got list"),
+    "no length": (b'{"head_dim": 64}', "max_position_embeddings"),
+    "an odd head": (b'{"head_dim": 63, "max_position_embeddings": 64}', "even"),
+    "lines in a value": (b'{"model_type": ["a\\nb"]}', r"model_type to be a string, got ['a\nb']"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIG)
 @pytest.mark.parametrize("command", ["plot", "explore"])
-def test_command_says_what_is_wrong_with_a_config(command, content, message, tmp_path, capsys):
-    path = tmp_path / "config.json"
-    if content is not None:
-        path.write_text(content)
+def test_command_says_in_one_line_what_is_wrong_with_a_config(command, name, tmp_path, capfd):
+    given, message = NO_CONFIG[name]
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "any.json"
+    if isinstance(given, bytes):
+        path.write_bytes(given)
+    else:
+        path = given(path)
     out = tmp_path / "out"
     assert main([command, "--config", str(path), "--out", str(out)]) == 2
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert error.startswith(f"rope_ext {command}: ")
     assert message in error
+    assert error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["plot", "explore"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.touch(), "exists|Not a directory"),
+        (
+            lambda path: (path / "wavelengths.png").mkdir(parents=True),
+            "expected the path of a file",
+        ),
+        (lambda path: path.mkdir() or os.mkfifo(path / "wavelengths.png"), "the path of a file"),
+        (
+            lambda path: path.parent.rmdir() or path.parent.symlink_to("/proc/none"),
+            r"\[Errno \d+\]",
+        ),
+    ],
+    ids=["a file for a folder", "a folder", "a FIFO", "no folder"],
+)
+def test_out_that_can_not_be_written_ends_with_one_line(command, make, message, tmp_path, capsys):
+    out = tmp_path / "parent" / "out"
+    out.parent.mkdir()
+    make(out)
+    arguments = ["plot", "wavelengths", "--out", str(out)]
+    if command == "explore":
+        arguments = ["explore", "--out", str(out / "wavelengths.png")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.match(rf"rope_ext {command}: .*({message}).*\n$", error)
 
 
 def test_unknown_figure_is_refused_with_the_names_of_all(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_plot("spiral")
     assert stopped.value.code == 2
-    assert f"expected one of {', '.join(FIGURES)}, got spiral" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"expected one of {', '.join(FIGURES)}, got 'spiral'" in error
+    assert error.count("\n") == 1
 
 
 def test_missing_matplotlib_is_named(monkeypatch, capsys):

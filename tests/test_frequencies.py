@@ -58,6 +58,48 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
     assert (inv_freq[between] * (1 + 1e-6) >= plain[between] / factor).all()
 
 
+def test_yarn_takes_the_ramp_as_numbers_of_pairs():
+    """Those that follow from beta_fast and beta_slow; and any others, by the formula in float64."""
+    factor, original, head_dim, base = 16.0, 4096, 128, 10000.0
+
+    def pair_that_turns(turns):
+        return head_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    low, high = pair_that_turns(32), pair_that_turns(1)
+    of_turns = {"factor": factor, "original_max_position_embeddings": original}
+    for truncate, ramp in ((False, (low, high)), (True, (math.floor(low), math.ceil(high)))):
+        expected = frequencies.yarn(head_dim, truncate=truncate, **of_turns)
+        assert_equal(frequencies.yarn(head_dim, factor=factor, low=ramp[0], high=ramp[1]), expected)
+    for low, high in ((2.5, 7.25), (-3.0, 70.0), (5, 5)):  # the last one is a step
+        inv_freq, attention_scaling = frequencies.yarn(
+            head_dim, factor=factor, low=low, high=high, attention_factor=1.25
+        )
+        pairs = torch.arange(head_dim // 2, dtype=torch.float64)
+        ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+        plain = base ** (-2 * pairs / head_dim)
+        expected = plain / factor * ramp + plain * (1 - ramp)
+        torch.testing.assert_close(inv_freq.double(), expected, rtol=2.0**-19, atol=0)
+        assert attention_scaling == 1.25
+
+
+def test_ntk_has_factor_as_another_name_of_alpha():
+    expected = frequencies.ntk(64, alpha=4.0)
+    assert_equal(frequencies.ntk(64, factor=4.0), expected)
+    assert_equal(frequencies.ntk(64, factor=4, alpha=4.0), expected)
+    for scaling in ({"type": "ntk", "factor": 4.0}, {"rope_type": "ntk", "alpha": 4.0}):
+        assert_equal(frequencies.from_scaling(64, scaling), expected)
+        config = {"head_dim": 64, "rope_scaling": scaling}
+        assert_equal(frequencies.from_config(config), expected)
+        assert_same_bits(rope_ext.RotaryEmbedding(64, scaling=scaling).inv_freq, expected[0])
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_call_without_tokens_has_the_frequencies_of_a_short_sequence(rope_type):
+    scaling = {"rope_type": rope_type, **(LONGROPE if rope_type == "longrope" else YARN)}
+    expected = frequencies.from_scaling(16, scaling, length=1)
+    assert_equal(frequencies.from_scaling(16, scaling, length=0), expected)
+
+
 def test_xpos_tables_rotate_and_decay_with_the_distance():
     """The score of q at m and k at n is that of RoPE times z ** ((m - n) / scale_base), a pair."""
     head_dim = 16
@@ -227,7 +269,7 @@ NAN = float("nan")
         ("ntk", {"rotary_dim": 2}, "rotary_dim to be even, at least 4 .* got 2"),
         ("ntk_alpha", {"alpha": float("inf")}, "alpha to be a finite number"),
         ("dynamic_ntk", {"original_max_position_embeddings": 0}, "an integer of at least 1"),
-        ("dynamic_ntk", {"length": 0}, "length to be an integer of at least 1 .* got 0"),
+        ("dynamic_ntk", {"length": -1}, "length to be an integer of at least 0 .* got -1"),
         ("dynamic_ntk", {"length": torch.ones(())}, "length .* got torch.float32"),
         ("yarn", {"factor": NAN}, "factor to be a finite number at least 1, got nan"),
         ("yarn", {"factor": 0.9}, "factor to be at least 1, got 0.9"),
@@ -243,15 +285,34 @@ NAN = float("nan")
         ("longrope", {"short_factor": [1.0] * 7}, "short_factor to have 8 numbers, .* got 7"),
         ("longrope", {"long_factor": [1.0] * 9}, "long_factor to have 8 numbers, .* got 9"),
         ("longrope", {"long_factor": [1.0] * 7 + [0]}, r"long_factor\[7\] to be above 0, got 0"),
-        ("longrope", {"long_factor": 2.0}, "long_factor to be a list of 8 numbers, got float"),
+        ("longrope", {"long_factor": 2.0}, "long_factor to be a list of 8 numbers, got 2.0"),
         ("longrope", {"factor": None}, "factor or attention_factor, .* got neither"),
         ("longrope", {"short_mscale": 1.0}, "short_mscale and long_mscale together"),
-        ("longrope", {"length": torch.ones(())}, "length to be an integer of at least 1"),
+        ("longrope", {"length": torch.ones(())}, "length to be an integer of at least 0"),
         ("llama3", {"high_freq_factor": 1.0}, "high_freq_factor to be above 1, got 1.0"),
         ("llama3", {"low_freq_factor": 0.0}, "low_freq_factor to be above 0, got 0.0"),
         ("axial", {"axes": 0}, "axes to be an integer of at least 1"),
-        ("axial", {"axes": 9}, "head_dim to be even, at least 18, got 16"),
+        ("axial", {"axes": 9}, "head_dim to be even, at least 18 .* got 16"),
         ("axial", {"axes": 3, "alternating": True}, "head_dim to be a multiple of 6, .* got 16"),
+        ("default", {"base": 1e300}, r"base to be of a size from 1e-15 to 1e\+15, got 1e\+300"),
+        ("default", {"base": 10**400}, "base to be of a size .* got an integer of 1329 bits"),
+        ("default", {"rotary_dim": "8"}, "rotary_dim to be even, .* got '8'"),
+        ("ntk", {"alpha": None}, "alpha, or factor as another name, got neither"),
+        ("ntk", {"factor": 8.0}, "factor to be alpha, 4.0, got 8.0"),
+        ("ntk", {"alpha": None, "factor": 0.5}, "factor to be at least 1, got 0.5"),
+        ("ntk", {"alpha": 1e15, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got 1.*e.45"),
+        ("dynamic_ntk", {"factor": 1e9, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got "),
+        ("dynamic_ntk", {"factor": 2**31}, "factor to be at least 1 and at most .* got 2147483648"),
+        ("yarn", {"low": 1.0}, "high to be a finite number at least 1, got None"),
+        ("yarn", {"high": 1.0}, "low to be a finite number, got None"),
+        ("yarn", {"low": 2.0, "high": 1.5}, "high to be at least 2, got 1.5"),
+        ("yarn", {"low": 1, "high": 2, "beta_fast": 32}, "either low and high or beta_fast and b"),
+        (
+            "yarn",
+            {"original_max_position_embeddings": None},
+            "or factor, low and high, got neither",
+        ),
+        ("linear", {"factor": 10**18}, "factor to be of a size .* got 1000000000000000000"),
         ("pixel", {"max_freq": 1}, "max_freq to be at least 2, got 1"),
         ("pixel", {"size": 1}, "size to be an integer of at least 2"),
         ("constant", {"value": NAN}, "value to be a finite number"),
@@ -276,9 +337,9 @@ def test_an_odd_head_is_refused_by_name(method):
         ({"rope_type": ["yarn"]}, r"rope_type to be one of default, .* got \['yarn'\]"),
         ({"rope_type": "yarn", "factor": 4.0}, "to have original_max_position_embeddings, got fac"),
         ({"rope_type": "dynamic", "factor": 4.0}, "to have original_max_position_embeddings"),
-        ({"rope_type": "linear", "fator": 4.0}, "keys of rope_type 'linear' .* got fator"),
+        ({"rope_type": "linear", "fator": 4.0}, r"keys of rope_type 'linear' .* got \['fator'\]"),
         ({"rope_type": "linear"}, "rope_type 'linear' to have factor, got nothing"),
-        ({"rope_type": "default", "factor": 4.0}, "to be among none, got factor"),
+        ({"rope_type": "default", "factor": 4.0}, r"to be among none, got \['factor'\]"),
     ],
 )
 def test_a_dict_that_does_not_fit_is_refused_by_name(scaling, message):

@@ -9,6 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_configs import (
+    GEMMA3,
+    GEMMA4,
+    HUNYUAN_ALPHA,
+    LLAMA31,
+    PHI3_LONG,
+    PHI3_SHORT,
+    PUBLISHED,
+    config_json,
+)
 from support import assert_same_bits
 
 from rope_ext import RotaryEmbedding, frequencies
@@ -32,200 +42,6 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbe
 
 SEED_LENGTHS = (1, 100, 4096, 4097, 131_072)
 
-# The factors of Phi-3-mini-128k rise like these, from about 1 to 3 and to 64, a number a pair.
-PHI3_SHORT = [round(1 + 2 * (i / 47) ** 2, 2) for i in range(48)]
-PHI3_LONG = [round(1.07 * (64 / 1.07) ** (i / 47), 2) for i in range(48)]
-
-LLAMA31 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-DEEPSEEK_YARN = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 40,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 4096,
-    "type": "yarn",
-}
-GPT_OSS_YARN = {
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "factor": 32.0,
-    "original_max_position_embeddings": 4096,
-    "rope_type": "yarn",
-    "truncate": False,
-}
-HUNYUAN_ALPHA = {
-    "alpha": 1000.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "type": "dynamic",
-}
-
-
-def config_json(model_type, hidden_size, num_attention_heads, max_position_embeddings, **others):
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_attention_heads,
-        "max_position_embeddings": max_position_embeddings,
-        "num_hidden_layers": 6,
-        **others,
-    }
-
-
-GEMMA3 = config_json(
-    "gemma3_text",
-    2560,
-    8,
-    131072,
-    head_dim=256,
-    rope_theta=1000000.0,
-    rope_local_base_freq=10000.0,
-    rope_scaling={"factor": 8.0, "rope_type": "linear"},
-)
-GEMMA4 = config_json(
-    "gemma4_text",
-    2304,
-    8,
-    131072,
-    head_dim=256,
-    global_head_dim=512,
-    layer_types=["sliding_attention"] * 5 + ["full_attention"],
-    rope_parameters={
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        "full_attention": {
-            "rope_type": "proportional",
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 1_000_000.0,
-        },
-    },
-)
-NESTED_YARN = config_json(
-    "gemma3_text",
-    2560,
-    8,
-    131072,
-    head_dim=256,
-    layer_types=["sliding_attention"] * 5 + ["full_attention"],
-    rope_parameters={
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        "full_attention": {**GPT_OSS_YARN, "rope_theta": 1_000_000.0},
-    },
-)
-
-# name: config.json with what is published that matters here, layer type, class of transformers
-PUBLISHED = {
-    "Llama-2-7b: no rope_theta": (config_json("llama", 4096, 32, 4096), None),
-    "Llama-3.1-8B": (
-        config_json("llama", 4096, 32, 131072, rope_theta=500000.0, rope_scaling=LLAMA31),
-        None,
-    ),
-    "Llama-3.2-1B": (
-        config_json(
-            "llama",
-            2048,
-            32,
-            131072,
-            head_dim=64,
-            rope_theta=500000.0,
-            rope_scaling={**LLAMA31, "factor": 32.0},
-        ),
-        None,
-    ),
-    "Mistral-7B-v0.3": (config_json("mistral", 4096, 32, 32768, rope_theta=1000000.0), None),
-    "Qwen2.5-7B with YaRN": (
-        config_json(
-            "qwen2",
-            3584,
-            28,
-            32768,
-            rope_theta=1000000.0,
-            rope_scaling={
-                "factor": 4.0,
-                "original_max_position_embeddings": 32768,
-                "type": "yarn",
-            },
-        ),
-        None,
-    ),
-    "Phi-3-mini-128k": (
-        config_json(
-            "phi3",
-            3072,
-            32,
-            131072,
-            original_max_position_embeddings=4096,
-            rope_theta=10000.0,
-            rope_scaling={"long_factor": PHI3_LONG, "short_factor": PHI3_SHORT, "type": "longrope"},
-        ),
-        None,
-    ),
-    "DeepSeek-V3: a part of the head of its own": (
-        config_json(
-            "deepseek_v3",
-            7168,
-            128,
-            163840,
-            qk_rope_head_dim=64,
-            qk_nope_head_dim=128,
-            rope_theta=10000,
-            rope_scaling=DEEPSEEK_YARN,
-        ),
-        None,
-    ),
-    "Gemma-3-4b, full": (GEMMA3, "full_attention"),
-    "Gemma-3-4b, sliding: another base": (GEMMA3, "sliding_attention"),
-    "Gemma 4, full: heads of 512": (GEMMA4, "full_attention"),
-    "Gemma 4, sliding": (GEMMA4, "sliding_attention"),
-    "YaRN by layer type: truncate is not read there": (NESTED_YARN, "full_attention"),
-    "GPT-NeoX-20B: a quarter of the head": (
-        config_json("gpt_neox", 6144, 64, 2048, rotary_pct=0.25, rotary_emb_base=10000),
-        None,
-    ),
-    "gpt-oss-20b: not truncated": (
-        config_json(
-            "gpt_oss",
-            2880,
-            64,
-            131072,
-            head_dim=64,
-            rope_theta=150000,
-            rope_scaling=GPT_OSS_YARN,
-        ),
-        None,
-    ),
-    "SmolLM2-135M": (config_json("llama", 576, 9, 8192, rope_theta=100000), None),
-    "Hunyuan-7B: dynamic with alpha": (
-        config_json(
-            "hunyuan_v1_dense",
-            4096,
-            32,
-            32768,
-            head_dim=128,
-            rope_theta=10000.0,
-            rope_scaling=HUNYUAN_ALPHA,
-        ),
-        None,
-    ),
-    "GLM-4-9B: half a head, unsaid": (
-        config_json("glm", 4096, 32, 131072, head_dim=128, rope_theta=10000.0),
-        None,
-    ),
-    "a dynamic Llama": (
-        config_json("llama", 4096, 32, 4096, rope_scaling={"type": "dynamic", "factor": 2.0}),
-        None,
-    ),
-}
 ROTARY_CLASSES = {
     "gpt_neox": GPTNeoXRotaryEmbedding,
     "gemma4_text": Gemma4TextRotaryEmbedding,
@@ -686,7 +502,7 @@ def test_yarn_for_a_context_shorter_than_the_original_has_the_bits_of_transforme
 
 # ---- refusals
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -700,9 +516,9 @@ NAN = float("nan")
             "rope_parameters of 'sliding_attention' to be a dict or None, got 3",
         ),
         ({"hidden_size": 64}, None, "config to have head_dim, or hidden_size and num_attention"),
-        (GEMMA4, None, "layer_type to be one of sliding_attention, full_attention, got None"),
+        (GEMMA4, None, "layer_type to be one of 'sliding_attention', 'full_attention', got"),
         (GEMMA4, "linear_attention", "layer_type to be one of .* got 'linear_attention'"),
-        (GEMMA3, None, "layer_type to be one of full_attention, sliding_attention, got None"),
+        (GEMMA3, None, "layer_type to be one of 'full_attention', 'sliding_attention', got"),
         ({"head_dim": 64, "partial_rotary_factor": NAN}, None, "partial_rotary_factor"),
         ({"head_dim": 64, "rope_theta": -1}, None, "rope_theta to be above 0, got -1"),
         ({"model_type": "dinov3_vit", "head_dim": 64}, None, "got 'dinov3_vit', which turns by"),
@@ -710,12 +526,58 @@ NAN = float("nan")
         ({"model_type": "falcon", "head_dim": 64, "alibi": True}, None, "'falcon' with alibi"),
         ({"head_dim": 64, "rope_ratio": 500}, None, "rope_ratio to be 1, got 500"),
         ({"head_dim": 64, "rope_scaling": "yarn"}, None, "rope_scaling to be a dict, got 'yarn'"),
+        ({"head_dim": 64, "rope_theta": 10**400}, None, "rope_theta .* an integer of 1329 bits"),
+        ({"head_dim": 64, "rope_theta": INF}, None, "rope_theta to be a finite .* got inf"),
+        ({"head_dim": 64, "rope_theta": True}, None, "rope_theta to be a finite .* got True"),
+        ({"model_type": ["llama"]}, None, r"model_type to be a string, got \['llama'\]"),
+        ({"head_dim": "128"}, None, "head_dim to be an integer .* got '128'"),
+        ({"head_dim": 2**28}, None, "head_dim to be .* at most 65536, got 268435456"),
+        ({"head_dim": False}, None, "head_dim to be an integer .* got False"),
+        ({"hidden_size": 2**70, "num_attention_heads": 1}, None, "hidden_size to be an integer"),
+        ({"hidden_size": 64, "num_attention_heads": [4]}, None, r"_attention_heads .* got \[4\]"),
+        ({"head_dim": 64, "rotary_dim": "all"}, None, "rotary_dim to be an integer .* got 'all'"),
+        ({"head_dim": 64, "rope_interleave": 1}, None, "interleave to be true or false, got 1"),
+        ({"head_dim": 64, "text_config": "llama"}, None, "text_config to be a dict, got 'llama'"),
+        ({"head_dim": 64, "rope_scaling": {"type": 0}}, None, "rope_type to be one of .* got 0"),
+        ({"head_dim": 64, "layer_types": 1}, "x", "layer_types to be a list of .* got 1"),
+        ({"head_dim": 64, "layer_types": [1]}, "x", r"layer_types\[0\] to be a string, got 1"),
+        (
+            {"head_dim": 64, "layer_types": ["x"], "no_rope_layers": ["0"]},
+            "x",
+            r"no_rope_layers\[0\] to be a number, got '0'",
+        ),
+        (
+            {"head_dim": 64, "layer_types": ["x"] * 100_000},
+            "x",
+            "layer_types to be a list of at most 65536, each a string, got .'x', 'x'",
+        ),
+        (
+            {"head_dim": 64, "layer_types": ["x"], "per_layer_config": [1]},
+            "x",
+            r"per_layer_config to be a dict, got \[1\]",
+        ),
+        (
+            {"head_dim": 64, "layer_types": ["x"], "per_layer_config": {"first": {}}},
+            "x",
+            "the keys of per_layer_config to be numbers of layers, got 'first'",
+        ),
+        (
+            {"head_dim": 64, "layer_types": ["x"], "per_layer_config": {"0": {"head_dim": "8"}}},
+            "x",
+            "head_dim to be an integer .* got '8'",
+        ),
+        (
+            {"head_dim": 64, "rope_parameters": {"x": {"x": {"rope_theta": 1e4}}}},
+            "x",
+            "rope_parameters of 'x' to be a dict without others in it",
+        ),
+        ({"head_dim": 64}, ["x"], r"layer_type to be a string or None, got \['x'\]"),
         ({"head_dim": 64, "max_position_embeddings": 32.5}, None, "max_position_embed.* got 32.5"),
         ({"head_dim": 64, "partial_rotary_factor": "x"}, None, "partial_rotary_factor to be a fin"),
         (
             {"head_dim": 64, "layer_types": ["full_attention"]},
             "sliding_attention",
-            "layer_type to be one of full_attention, got 'sliding_attention'",
+            "layer_type to be one of 'full_attention', got 'sliding_attention'",
         ),
     ],
 )

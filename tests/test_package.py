@@ -1,6 +1,7 @@
 """The package as such: what was built, which symbols it needs, how it loads or refuses to."""
 
 import ctypes
+import importlib
 import importlib.resources
 import os
 import re
@@ -15,6 +16,7 @@ from elftools.elf.elffile import ELFFile
 
 import rope_ext
 from rope_ext import _C
+from rope_ext.__main__ import main
 
 PACKAGE = Path(rope_ext.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
@@ -391,3 +393,48 @@ def test_old_torch_is_refused_by_name(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
     result = run_python("import rope_ext", tmp_path, PYTHONPATH=path)
     expect_import_error(result, "torch >= 2.10", "2.9.1+cpu")
+
+
+def test_dir_shows_the_public_names_alone():
+    shown = {name for name in dir(rope_ext) if not name.startswith("__")}
+    assert shown == {*rope_ext.__all__}
+    assert "__version__" in dir(rope_ext)
+    assert importlib.import_module("rope_ext.ops") is rope_ext.ops
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert all(name in shown.out for name in ("demo", "plot", "explore", "info", "integrations"))
+
+
+def test_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"rope_ext {rope_ext.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["spiral"], "invalid choice: 'spiral'"),
+        (["explore", "--spiral"], "unrecognized arguments: --spiral"),
+        (["plot", "--format", "a\nb"], "invalid choice"),
+        (["demo", "--factor", "1e300"], "expected a number of at least 1 and at most 2147483647"),
+        (["demo", "--original", "9" * 5000], "expected an integer of at least 1 and at most 21474"),
+        (["demo", "--tokens", "1.5"], "expected an integer of at least 1 .* got '1.5'"),
+    ],
+)
+def test_wrong_arguments_end_with_status_2_and_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert len(error) < 500

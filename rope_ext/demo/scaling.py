@@ -18,7 +18,9 @@ ORIGINAL_BY_LENGTH = 1024
 
 
 class NotScalable(Exception):
-    """The model's rotary embedding isn't one that takes its frequencies from its config."""
+    """The model can't have this scaling: its rotary embedding isn't one that takes its frequencies
+    from its config, or the numbers make no sense.
+    """
 
 
 def parameters(
@@ -54,6 +56,10 @@ def apply(model: nn.Module, rope_type: str, factor: float, original: int | None)
     scaling = parameters(
         rope_type, factor, original, config.max_position_embeddings, old.inv_freq.numel()
     )
+    try:
+        rope_ext.frequencies.from_scaling(2 * old.inv_freq.numel(), scaling)
+    except ValueError as error:
+        raise NotScalable(f"--rope-scaling {rope_type}: {error}") from error
     shown = {key: value for key, value in scaling.items() if not isinstance(value, list)}
     if rope_type == "dynamic":  # there it is called so
         config.max_position_embeddings = scaling.pop("original_max_position_embeddings")

@@ -5,6 +5,10 @@
 and k carry its square. Every function is evaluated in float32 in the order of transformers, so that
 the bits are those of its ``ROPE_INIT_FUNCTIONS`` on the same device.
 
+A head has at most 65,536 channels, a context at most 2^31 - 1 tokens, and other numbers, where they
+are not 0, are from 1e-15 to 1e15 in size, so that float32 holds what they make together. What is
+outside, or of another kind, raises a ValueError before memory is taken.
+
 The files::
 
     basic.py     default, partial, proportional: which channels rotate
@@ -14,6 +18,9 @@ The files::
     decay.py     xpos: rotation with a decay, for which q and k need tables of their own
     scaling.py   from_scaling: all of these from a dict in the terms of Hugging Face
     config.py    from_config: what a Hugging Face config asks for
+    entries.py   the entries of a config, each read and checked
+    families.py  what a config.json leaves unsaid, by model_type
+    bounds.py    what arguments and entries have to be
 """
 
 from rope_ext.frequencies.basic import default, partial, proportional

@@ -1,13 +1,40 @@
 """What the functions of this package check, and the formula that they share."""
 
 import math
+import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 Device = torch.device | str | None
+
+LAST_POSITION = 2**31 - 1  # of cos_sin, and the longest context in tokens
+MOST_CHANNELS = 65_536  # of a head: 128 times the widest that there is
+# The largest number, in size, and 1 / LARGEST the smallest above 0: float32 holds products of two.
+LARGEST = 1e15
+
+
+class _Shown(reprlib.Repr):
+    """repr in a line that has room in a message, whatever the size and the depth of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return repr(x) if bits <= 128 else f"an integer of {bits} bits"
+
+
+shown = _Shown().repr
+
+
+def refuse(function: str, name: str, expected: str, value: Any) -> NoReturn:
+    """Raises the ValueError that all of this package raises for a wrong value."""
+    message = f"expected {name} to be {expected}, got {shown(value)}"
+    raise ValueError(f"frequencies.{function}: {message}")
 
 
 def check_number(
@@ -20,11 +47,6 @@ def check_number(
     most: float | None = None,
 ) -> None:
     """Refuses what is not a finite number within the bounds, which are in the message."""
-    bounds = [
-        f"{words} {bound:g}"
-        for words, bound in (("at least", least), ("above", above), ("at most", most))
-        if bound is not None
-    ]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     number = number and -math.inf < value < math.inf
     if (
@@ -33,53 +55,44 @@ def check_number(
         or (above is not None and value <= above)
         or (most is not None and value > most)
     ):
+        bounds = [
+            f"{words} {bound:g}"
+            for words, bound in (("at least", least), ("above", above), ("at most", most))
+            if bound is not None
+        ]
         kind = "" if number else "a finite number "
-        raise ValueError(
-            f"frequencies.{function}: expected {name} to be {kind}{' and '.join(bounds)}, "
-            f"got {value!r}"
-        )
+        refuse(function, name, (kind + " and ".join(bounds)).strip(), value)
+    if value != 0 and not 1 / LARGEST <= abs(value) <= LARGEST:
+        refuse(function, name, f"of a size from {1 / LARGEST:g} to {LARGEST:g}", value)
 
 
-def check_length(function: str, name: str, value: Any, least: int = 1) -> None:
-    """Refuses what is not a number of tokens of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"frequencies.{function}: expected {name} to be an integer of at least {least} "
-            f"(tokens), got {value!r}"
-        )
+def check_integer(
+    function: str, name: str, value: Any, *, least: int = 1, most: int = LAST_POSITION
+) -> None:
+    """Refuses what is not an integer within the bounds: a number of tokens, channels, heads."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        refuse(function, name, f"an integer of at least {least} and at most {most}", value)
 
 
 def check_rotary_dim(
     function: str, head_dim: int, rotary_dim: int | None, *, least: int = 2, divisor: int = 2
 ) -> int:
     """R: rotary_dim, or head_dim where it is None."""
-    name, value, most = (
-        ("head_dim", head_dim, "")
-        if rotary_dim is None
-        else ("rotary_dim", rotary_dim, f" and at most head_dim {head_dim}")
-    )
-    if (
-        not isinstance(head_dim, int)
-        or not isinstance(value, int)
-        or value < least
-        or value % divisor
-        or value > head_dim
-    ):
+    if rotary_dim is None:
+        name, value, most, of = "head_dim", head_dim, MOST_CHANNELS, ""
+    else:
+        check_integer(function, "head_dim", head_dim, most=MOST_CHANNELS)
+        name, value, most, of = "rotary_dim", rotary_dim, head_dim, "head_dim "
+    if not isinstance(value, int) or not least <= value <= most or value % divisor:
         kind = "even" if divisor == 2 else f"a multiple of {divisor}"
-        raise ValueError(
-            f"frequencies.{function}: expected {name} to be {kind}, at least {least}{most}, "
-            f"got {value!r}"
-        )
+        refuse(function, name, f"{kind}, at least {least} and at most {of}{most}", value)
     return value
 
 
 def check_factors(function: str, name: str, values: Sequence[float], pairs: int) -> None:
     """Refuses what is not a list of `pairs` positive numbers."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ValueError(
-            f"frequencies.{function}: expected {name} to be a list of {pairs} numbers, "
-            f"got {type(values).__name__}"
-        )
+        refuse(function, name, f"a list of {pairs} numbers", values)
     if len(values) != pairs:
         raise ValueError(
             f"frequencies.{function}: expected {name} to have {pairs} numbers, one a pair of "

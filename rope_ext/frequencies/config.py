@@ -5,13 +5,15 @@ itself is not imported.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rope_ext._explaining import describe
-from rope_ext.frequencies.bounds import Device, check_length, check_number
+from rope_ext.frequencies.bounds import MOST_CHANNELS, Device, refuse, shown
+from rope_ext.frequencies.entries import Entries
 from rope_ext.frequencies.families import (
     BASE,
     FULL_HEAD_DIM,
@@ -100,38 +102,28 @@ def from_config(
 def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
     """What the config says, without making frequencies of it; None for no rotation."""
     _check_is_loaded(config)
-    config = _text_config(config)
-    model_type = _entry(config, "model_type", default="")
+    if not isinstance(layer_type, str | None):
+        refuse("from_config", "layer_type", "a string or None", layer_type)
+    entries = _entries_of_text(config)
+    model_type = entries.text("model_type", default="")
     if model_type in OTHER_FORMS:
         raise ValueError(
             "frequencies.from_config: expected a model_type whose frequencies follow from "
             f"rope_parameters alone, got {model_type!r}, which {OTHER_FORMS[model_type]}"
         )
-    _check_entries(config, model_type)
-    parameters, nested = _parameters(config, model_type, layer_type)
-    if parameters is None or not _rotates(config, model_type, layer_type):
+    _check_entries(entries, model_type)
+    parameters, nested = _parameters(entries, model_type, layer_type)
+    if parameters is None or not _rotates(entries, model_type, layer_type):
         return None
-    rope_type = rope_type_of(parameters)
-    alpha = parameters.get("alpha")
-    if rope_type == "yarn" and model_type in ("phi3", "phi4_multimodal"):
-        rope_type = "longrope"  # an older name of theirs
-    elif (
-        rope_type == "dynamic"
-        and alpha
-        and (model_type.startswith("hunyuan") or parameters.get("factor") is None)
-    ):
-        rope_type = "ntk_alpha"
-
-    head_dim, rotary_dim = _dims(config, model_type, parameters, layer_type)
-    base = parameters.get("rope_theta")
+    rope_type = _rope_type(parameters, model_type)
+    head_dim, rotary_dim = _dims(entries, model_type, parameters, layer_type)
+    base = parameters.number("rope_theta", above=0)
     if base is None:
-        base = _entry(config, "rope_theta", "rotary_emb_base", default=BASE.get(model_type))
+        names, default = ("rope_theta", "rotary_emb_base"), BASE.get(model_type)
+        base = entries.number(*names, default=default, above=0)
     if base is None:
-        base = _entry(config, "default_theta", default=10000.0)
-    check_number("from_config", "rope_theta", base, above=0)
-    longest = _entry(config, "max_position_embeddings", "n_positions")
-    if longest is not None:
-        check_length("from_config", "max_position_embeddings", longest)
+        base = entries.number("default_theta", default=10000.0, above=0)
+    longest = entries.integer("max_position_embeddings", "n_positions")
 
     if rope_type == "axial":
         scaling = {
@@ -140,181 +132,189 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
         }
     else:
         known = known_keys(rope_type, "from_config")
-        scaling = {k: v for k, v in parameters.items() if k in known and v is not None}
-        _fill_in(scaling, rope_type, config, longest, nested)
-    interleaved = _entry(config, "rope_interleave", default=model_type in INTERLEAVED)
+        given = parameters.config.items()
+        scaling = {k: v for k, v in given if k in known and v is not None}
+        _fill_in(scaling, rope_type, entries, longest, nested)
+    interleaved = entries.flag("rope_interleave", default=model_type in INTERLEAVED)
     scaling = {"rope_type": rope_type, **scaling}
     other = OTHER_ROTATIONS.get(model_type)
     return Resolved(head_dim, rotary_dim, base, scaling, longest, interleaved, other)
 
 
-def _check_entries(config: Any, model_type: str) -> None:
+def _check_entries(entries: Entries, model_type: str) -> None:
     """Refuses entries that ask for what is not computed here."""
-    if model_type == "falcon" and _entry(config, "alibi"):
+    if model_type == "falcon" and entries.flag("alibi", default=False):
         raise ValueError(
             "frequencies.from_config: expected a config that rotates, got 'falcon' with alibi"
         )
-    ratio = _entry(config, "rope_ratio", default=1)
+    ratio = entries.number("rope_ratio", default=1)
     if ratio != 1:
-        raise ValueError(f"frequencies.from_config: expected rope_ratio to be 1, got {ratio!r}")
-    for name in ("rope_parameters", "rope_scaling"):
-        value = _entry(config, name, default={})
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"frequencies.from_config: expected {name} to be a dict, got {value!r}"
-            )
+        refuse("from_config", "rope_ratio", "1", ratio)
 
 
-def _rotates(config: Any, model_type: str, layer_type: str | None) -> bool:
+def _rope_type(parameters: Entries, model_type: str) -> str:
+    rope_type = rope_type_of(parameters.config)
+    if rope_type == "yarn" and model_type in ("phi3", "phi4_multimodal"):
+        return "longrope"  # an older name of theirs
+    if rope_type != "dynamic" or not parameters.number("alpha"):
+        return rope_type
+    own = model_type.startswith("hunyuan") or parameters.number("factor") is None
+    return "ntk_alpha" if own else rope_type
+
+
+def _rotates(entries: Entries, model_type: str, layer_type: str | None) -> bool:
     """Whether layers of this type rotate, as the models have it beside their rope_parameters."""
     if layer_type is None:
         return True
     if layer_type != "sliding_attention":
         if model_type in ONLY_SLIDING:
             return False
-        given = not isinstance(config, Mapping) or "sliding_window" in config
+        given = not entries.lacks("sliding_window")
         if model_type in ONLY_SLIDING_IF_ANY and not (
-            given and _entry(config, "sliding_window") is None
+            given and entries.first("sliding_window")[1] is None
         ):
             return False
-    layer_types = _entry(config, "layer_types") or ()
-    of_layers = _entry(config, "no_rope_layers", "layer_rope_theta") or ()  # 0: none
+    of_layers = entries.per_layer(  # 0: none
+        "no_rope_layers", "layer_rope_theta", kind=(int, float), in_words="a number"
+    )
+    layer_types = _layer_types(entries)
     of_type = [
         value for value, kind in zip(of_layers, layer_types, strict=False) if kind == layer_type
     ]
     return not of_type or any(of_type)
 
 
+def _layer_types(entries: Entries, *other_names: str) -> Sequence[str]:
+    return entries.per_layer(*other_names, "layer_types", kind=str, in_words="a string")
+
+
 def _fill_in(
-    scaling: dict[str, Any], rope_type: str, config: Any, longest: int | None, nested: bool
+    scaling: dict[str, Any], rope_type: str, entries: Entries, longest: int | None, nested: bool
 ) -> None:
     """The parameters that transformers takes from elsewhere in the config."""
     original = "original_max_position_embeddings"
     if rope_type == "dynamic":
         scaling.pop(original, None)  # max_position_embeddings, always
     if rope_type in NEEDS_ORIGINAL_LENGTH:
-        top = None if nested else _entry(config, original)
+        top = None if nested else entries.integer(original)
         if top is not None:
             scaling[original] = top
         elif longest is not None:
             scaling.setdefault(original, longest)
     if rope_type == "yarn":
         for name in ("beta_fast", "beta_slow"):
-            if not scaling.get(name):  # 0 stands for the default
+            if not Entries(scaling).number(name):  # 0 stands for the default
                 scaling.pop(name, None)
         if nested:
             scaling.pop("truncate", None)  # read from the top level alone
 
 
 def _parameters(
-    config: Any, model_type: str, layer_type: str | None
-) -> tuple[dict[str, Any] | None, bool]:
+    entries: Entries, model_type: str, layer_type: str | None
+) -> tuple[Entries | None, bool]:
     """The parameters of this layer type, None for no rotation; and if they are nested by type."""
-    new = _entry(config, "rope_parameters") or {}
-    old = _entry(config, "rope_scaling") or {}
+    new, old = entries.mapping("rope_parameters"), entries.mapping("rope_scaling")
     # in an object rope_scaling may be another name of rope_parameters, with what was resolved
-    parameters = (old or new) if isinstance(config, Mapping) else (new or old)
-    if not parameters and isinstance(config, Mapping) and model_type in OWN_PARAMETERS:
+    parameters = (old or new) if entries.is_dict else (new or old)
+    if not parameters and entries.is_dict and model_type in OWN_PARAMETERS:
         raise ValueError(
             f"frequencies.from_config: expected a config of {model_type!r} to have rope_parameters "
             "or rope_scaling, got neither: those of its class are in its config objects alone"
         )
-    labels = _entry(config, "_rope_type_labels", "layer_types", default=())
+    labels = {*_layer_types(entries, "_rope_type_labels")}
     keys = [key for key in parameters if key in labels]
     if not keys and any(isinstance(value, Mapping) for value in parameters.values()):
         keys = list(parameters)
     if keys:
-        if layer_type not in keys:
-            raise ValueError(
-                f"frequencies.from_config: expected layer_type to be one of {', '.join(keys)}, "
-                f"got {layer_type!r}"
-            )
+        _check_layer_type(layer_type, keys)
         chosen = parameters[layer_type]
+        name = f"rope_parameters of {layer_type!r}"
         if not isinstance(chosen, Mapping | None):
-            raise ValueError(
-                f"frequencies.from_config: expected rope_parameters of {layer_type!r} to be a dict "
-                f"or None, got {chosen!r}"
-            )
-        return (None if chosen is None else dict(chosen)), True
+            refuse("from_config", name, "a dict or None", chosen)
+        if chosen is not None and any(isinstance(value, Mapping) for value in chosen.values()):
+            refuse("from_config", name, "a dict without others in it", chosen)
+        return (None if chosen is None else Entries(chosen)), True
     if model_type in TWO_BASES and not new:
         kinds = TWO_BASES[model_type]
-        if layer_type not in kinds:
-            raise ValueError(
-                f"frequencies.from_config: expected layer_type to be one of {', '.join(kinds)}, "
-                f"got {layer_type!r}"
-            )
+        _check_layer_type(layer_type, kinds)
         key, base, scaled = kinds[layer_type]
-        chosen = dict(parameters) if scaled else {}
-        chosen.setdefault("rope_theta", _entry(config, key, default=base))
-        return chosen, True
-    layer_types = _entry(config, "layer_types")
-    if layer_type is not None and layer_types and layer_type not in layer_types:
-        raise ValueError(
-            "frequencies.from_config: expected layer_type to be one of "
-            f"{', '.join(sorted(set(layer_types)))}, got {layer_type!r}"
-        )
-    return dict(parameters), False
+        base = entries.number(key, default=base, above=0)
+        return Entries({"rope_theta": base, **(parameters if scaled else {})}), True
+    layer_types = _layer_types(entries)
+    if layer_type is not None and layer_types:
+        _check_layer_type(layer_type, sorted({*layer_types}))
+    return Entries(parameters), False
+
+
+def _check_layer_type(layer_type: str | None, kinds: Collection[str]) -> None:
+    if layer_type not in kinds:
+        some = ", ".join(shown(kind) for kind in islice(kinds, 9))
+        refuse("from_config", "layer_type", f"one of {some}", layer_type)
 
 
 def _dims(
-    config: Any, model_type: str, parameters: Mapping[str, Any], layer_type: str | None
+    entries: Entries, model_type: str, parameters: Entries, layer_type: str | None
 ) -> tuple[int, int]:
     """head_dim and rotary_dim."""
-    head_dim = _head_dim_of_layer_type(config, layer_type) or _entry(
-        config, "head_dim", "attention_head_dim", "kv_channels"
+    head_dim = _head_dim_of_layer_type(entries, layer_type) or entries.integer(
+        "head_dim", "attention_head_dim", "kv_channels", most=MOST_CHANNELS
     )
-    rotated = _entry(config, "qk_rope_head_dim")
-    part = parameters.get("partial_rotary_factor")
+    rotated = entries.integer("qk_rope_head_dim", least=0, most=MOST_CHANNELS)
+    rotary_dim = entries.integer("rotary_dim", most=MOST_CHANNELS)
+    is_proportional = rope_type_of(parameters.config) == "proportional"
+    bounds = {"least" if is_proportional else "above": 0, "most": 1}
+    part = parameters.number("partial_rotary_factor", **bounds)
     if part is None:
-        part = _entry(config, "partial_rotary_factor", "rotary_pct")
-    if part is None and _entry(config, "rotary_dim") is None:
+        part = entries.number("partial_rotary_factor", "rotary_pct", **bounds)
+    if part is None and rotary_dim is None:
         part = PARTIAL.get(model_type)
-    if rotated and isinstance(config, Mapping) and (head_dim is None or part is None):
+    if rotated and entries.is_dict and (head_dim is None or part is None):
         head_dim = rotated  # latent attention: a part of the head of its own
         if model_type == "mistral4" and part is not None:  # of the whole head
-            head_dim += _entry(config, "qk_nope_head_dim", default=64)
-    if head_dim is None and isinstance(config, Mapping) and "head_dim" not in config:
+            head_dim += entries.integer("qk_nope_head_dim", default=64, least=0, most=MOST_CHANNELS)
+    if head_dim is None and entries.lacks("head_dim"):
         if layer_type == "full_attention":
             head_dim = FULL_HEAD_DIM.get(model_type)
         head_dim = head_dim or HEAD_DIM.get(model_type)
     if head_dim is None:
         # embed_dim first: beside it, hidden_size is that of the language model
-        hidden = _entry(config, "embed_dim", "hidden_size", "n_embd", "d_model")
-        heads = _entry(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        hidden = entries.integer("embed_dim", "hidden_size", "n_embd", "d_model")
+        heads = entries.integer("num_attention_heads", "n_head", "n_heads", "num_heads")
         if heads is None:
-            heads = _entry(config, "encoder_num_attention_heads")  # moonshine
-        if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+            heads = entries.integer("encoder_num_attention_heads")  # moonshine
+        if hidden is None or heads is None:
             raise ValueError(
                 "frequencies.from_config: expected config to have head_dim, or hidden_size and "
                 f"num_attention_heads, got {head_dim!r}, {hidden!r} and {heads!r}"
             )
         # in Zamba2, attention has its input beside that of the model
         head_dim = (2 * hidden if model_type == "zamba2" else hidden) // heads
-    if rope_type_of(parameters) == "proportional":
+    if is_proportional:
         return head_dim, head_dim
     if part is None:
-        return head_dim, _entry(config, "rotary_dim", default=head_dim)
-    check_number("from_config", "partial_rotary_factor", part, above=0)
+        return head_dim, head_dim if rotary_dim is None else rotary_dim
     return head_dim, int(head_dim * part)
 
 
-def _head_dim_of_layer_type(config: Any, layer_type: str | None) -> int | None:
+def _head_dim_of_layer_type(entries: Entries, layer_type: str | None) -> int | None:
     """head_dim where layer types differ in it, as in Gemma 4."""
     if layer_type is None:
         return None
-    overrides = _entry(config, "per_layer_config")
-    layer_types = _entry(config, "layer_types") or ()
-    if not isinstance(config, Mapping):
+    if not entries.is_dict:
         try:
-            return _entry(overrides[layer_type], "head_dim")
+            of_type = entries.first("per_layer_config")[1][layer_type]
         except (KeyError, IndexError, TypeError, ValueError):
             return None
+        return Entries(of_type).integer("head_dim", most=MOST_CHANNELS)
+    overrides, layer_types = entries.mapping("per_layer_config"), _layer_types(entries)
     if overrides and layer_type in layer_types:
-        layer = layer_types.index(layer_type)
-        by_layer = {int(number): override for number, override in overrides.items()}  # "05"
-        return by_layer.get(layer, {}).get("head_dim")
+        by_layer = {_layer(number): override for number, override in overrides.items()}
+        override = by_layer.get(layer_types.index(layer_type), {})
+        if not isinstance(override, Mapping):
+            refuse("from_config", "per_layer_config", "a dict of dicts", overrides)
+        return Entries(override).integer("head_dim", most=MOST_CHANNELS)
     if layer_type == "full_attention":
-        return _entry(config, "global_head_dim")
+        return entries.integer("global_head_dim", most=MOST_CHANNELS)
     return None
 
 
@@ -335,18 +335,17 @@ def _check_is_loaded(config: Any) -> None:
     )
 
 
-def _text_config(config: Any) -> Any:
+def _layer(number: Any) -> int:
+    """The number of a layer that is a key in a config.json: "05" is 5."""
+    text = number if isinstance(number, str) else shown(number)
+    if not text.isdecimal() or len(text) > 9:
+        refuse("from_config", "the keys of per_layer_config", "numbers of layers", number)
+    return int(text)
+
+
+def _entries_of_text(config: Any) -> Entries:
     if isinstance(config, Mapping):
-        inner = config.get("text_config")
-        return inner if isinstance(inner, Mapping) and "hidden_size" in inner else config
+        inner = Entries(config).mapping("text_config")
+        return Entries(inner if "hidden_size" in inner else config)
     get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config
-
-
-def _entry(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of the entries that is there and not None."""
-    for name in names:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        if value is not None:
-            return value
-    return default
+    return Entries(get() if callable(get) else config)

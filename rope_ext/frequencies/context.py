@@ -9,10 +9,12 @@ from torch import Tensor
 from rope_ext.frequencies.bounds import (
     Device,
     check_factors,
-    check_length,
+    check_integer,
     check_number,
     check_rotary_dim,
     exponents,
+    refuse,
+    shown,
 )
 
 
@@ -48,12 +50,14 @@ def yarn(
     head_dim: int,
     *,
     factor: float | None = None,
-    original_max_position_embeddings: int,
+    original_max_position_embeddings: int | None = None,
     max_position_embeddings: int | None = None,
     base: float = 10000.0,
     rotary_dim: int | None = None,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
+    beta_fast: float | None = None,
+    beta_slow: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
     attention_factor: float | None = None,
     mscale: float | None = None,
     mscale_all_dim: float | None = None,
@@ -64,8 +68,9 @@ def yarn(
 
     With ``w[i] = base ** (-2 i / R)`` and O the original_max_position_embeddings, pair i makes
     ``O w[i] / (2 pi)`` turns in the original context. The pair that makes r turns is
-    ``i(r) = R ln(O / (2 pi r)) / (2 ln base)``. The ramp g[i] rises from 0 at i(beta_fast) to 1 at
-    i(beta_slow), both within 0 and R - 1, and ``inv_freq = w / factor * g + w * (1 - g)``.
+    ``i(r) = R ln(O / (2 pi r)) / (2 ln base)``. The ramp g[i] rises from 0 at low to 1 at high,
+    ``inv_freq = w / factor * g + w * (1 - g)``, where low is i(beta_fast) and high i(beta_slow),
+    both within 0 and R - 1, or else both are given.
 
     attention_scaling is attention_factor if given; else, with ``m(s) = 0.1 s ln(factor) + 1``,
     ``m(mscale) / m(mscale_all_dim)`` where both are given and not 0; else ``m(1)``. Models in the
@@ -77,13 +82,18 @@ def yarn(
         factor: how many times longer the context becomes; at least 1. None:
             max_position_embeddings / O, as transformers has it: with fewer than O, the slow pairs
             turn faster.
-        original_max_position_embeddings: the longest sequence of the training, in tokens, O.
+        original_max_position_embeddings: the longest sequence of the training, in tokens, O. Not
+            needed where factor, low and high are given.
         max_position_embeddings: the longest sequence, in tokens; only for a factor of None.
-        beta_fast: turns in O tokens from which a pair stays as it is; above 0.
+        beta_fast: turns in O tokens from which a pair stays as it is; above 0. None: 32.
         beta_slow: turns in O tokens up to which a pair is interpolated; above 0, at most beta_fast.
+            None: 1.
+        low, high: the ends of the ramp, as numbers of pairs that need not be whole, low at most
+            high; both, in the place of beta_fast and beta_slow.
         attention_factor: factor on cos and sin; above 0.
         mscale, mscale_all_dim: see above; 0 or more. One alone is without effect.
-        truncate: round the ends of the ramp to whole pairs, outwards.
+        truncate: round the ends of the ramp that follow from beta_fast and beta_slow to whole
+            pairs, outwards.
 
     Returns:
         inv_freq, float32 [R / 2], and attention_scaling.
@@ -92,16 +102,23 @@ def yarn(
         ValueError: for an argument outside of these bounds.
 
     Source: YaRN, arXiv 2309.00071, definitions 1 and 2, section 3.4; the variants with mscale and
-    truncate as rope type "yarn" of transformers has them.
+    truncate as rope type "yarn" of transformers has them; low and high as TensorRT-LLM's
+    fused_qk_norm_rope (fusedQKNormRopeKernel.cu, compute_freq_yarn) and SGLang's take them.
     """
     rotary_dim = check_rotary_dim("yarn", head_dim, rotary_dim)
     check_number("yarn", "base", base, above=1)
     original = original_max_position_embeddings
-    check_length("yarn", "original_max_position_embeddings", original)
+    if original is not None:
+        check_integer("yarn", "original_max_position_embeddings", original)
+    elif factor is None or (low is None and high is None):
+        raise ValueError(
+            "frequencies.yarn: expected original_max_position_embeddings, or factor, low and high, "
+            "got neither"
+        )
     if factor is not None:
         check_number("yarn", "factor", factor, least=1)
     elif max_position_embeddings is not None:
-        check_length("yarn", "max_position_embeddings", max_position_embeddings)
+        check_integer("yarn", "max_position_embeddings", max_position_embeddings)
         factor = max_position_embeddings / original
     else:
         raise ValueError(
@@ -109,25 +126,15 @@ def yarn(
             "got neither"
         )
     if not isinstance(truncate, bool):
-        raise ValueError(f"frequencies.yarn: expected truncate to be a bool, got {truncate!r}")
-    check_number("yarn", "beta_slow", beta_slow, above=0)
-    check_number("yarn", "beta_fast", beta_fast, above=0)
-    if beta_fast < beta_slow:
-        raise ValueError(
-            f"frequencies.yarn: expected beta_fast to be at least beta_slow {beta_slow:g}, "
-            f"got {beta_fast!r}"
-        )
+        refuse("yarn", "truncate", "a bool", truncate)
     for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
         if value is not None:
             check_number("yarn", name, value, least=0)
-
-    def pair_that_turns(times: float) -> float:
-        return (rotary_dim * math.log(original / (times * 2 * math.pi))) / (2 * math.log(base))
-
-    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rotary_dim - 1)
+    low, high = (
+        _ramp_of_turns(rotary_dim, base, original, beta_fast, beta_slow, truncate)
+        if low is None and high is None
+        else _given_ramp(low, high, beta_fast, beta_slow)
+    )
     if low == high:
         high += 0.001  # a step instead of a ramp
     pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
@@ -146,6 +153,44 @@ def yarn(
     if mscale and mscale_all_dim:
         return inv_freq, growth(mscale) / growth(mscale_all_dim)
     return inv_freq, growth(1)
+
+
+def _ramp_of_turns(
+    rotary_dim: int,
+    base: float,
+    original: int,
+    beta_fast: float | None,
+    beta_slow: float | None,
+    truncate: bool,
+) -> tuple[float, float]:
+    """The pairs between which the ramp rises: those that make beta_fast and beta_slow turns."""
+    beta_slow = 1.0 if beta_slow is None else beta_slow
+    beta_fast = 32.0 if beta_fast is None else beta_fast
+    check_number("yarn", "beta_slow", beta_slow, above=0)
+    check_number("yarn", "beta_fast", beta_fast, above=0)
+    if beta_fast < beta_slow:
+        refuse("yarn", "beta_fast", f"at least beta_slow {beta_slow:g}", beta_fast)
+
+    def pair_that_turns(times: float) -> float:
+        return (rotary_dim * math.log(original / (times * 2 * math.pi))) / (2 * math.log(base))
+
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, rotary_dim - 1)
+
+
+def _given_ramp(
+    low: float | None, high: float | None, beta_fast: float | None, beta_slow: float | None
+) -> tuple[float, float]:
+    """low and high, which stand for beta_fast and beta_slow; checked."""
+    if beta_fast is not None or beta_slow is not None:
+        raise ValueError(
+            "frequencies.yarn: expected either low and high or beta_fast and beta_slow, got both"
+        )
+    check_number("yarn", "low", low)
+    check_number("yarn", "high", high, least=low)
+    return low, high
 
 
 def longrope(
@@ -176,7 +221,7 @@ def longrope(
             least 2.
         factor: how many times longer the context becomes; at least 1. Only for attention_scaling,
             so not needed where that is given. transformers has max_position_embeddings / O.
-        length: of the sequence, in tokens. None: at most O.
+        length: of the sequence, in tokens; 0 or more. None: at most O.
         attention_factor: factor on cos and sin; above 0.
         short_mscale, long_mscale: the same for either regime (Phi-3.5-MoE); both or none.
 
@@ -192,11 +237,11 @@ def longrope(
     rotary_dim = check_rotary_dim("longrope", head_dim, rotary_dim)
     check_number("longrope", "base", base, above=0)
     original = original_max_position_embeddings
-    check_length("longrope", "original_max_position_embeddings", original, least=2)
+    check_integer("longrope", "original_max_position_embeddings", original, least=2)
     check_factors("longrope", "short_factor", short_factor, rotary_dim // 2)
     check_factors("longrope", "long_factor", long_factor, rotary_dim // 2)
     if length is not None:
-        check_length("longrope", "length", length)
+        check_integer("longrope", "length", length, least=0, most=2**31)
     is_long = length is not None and length > original
     factors = torch.tensor(
         long_factor if is_long else short_factor, dtype=torch.float32, device=device
@@ -206,7 +251,7 @@ def longrope(
     if (short_mscale is None) != (long_mscale is None):
         raise ValueError(
             "frequencies.longrope: expected short_mscale and long_mscale together, got "
-            f"{short_mscale!r} and {long_mscale!r}"
+            f"{shown(short_mscale)} and {shown(long_mscale)}"
         )
     for name, value in (
         ("short_mscale", short_mscale),
@@ -268,7 +313,7 @@ def llama3(
     check_number("llama3", "low_freq_factor", low_freq_factor, above=0)
     check_number("llama3", "high_freq_factor", high_freq_factor, above=low_freq_factor)
     original = original_max_position_embeddings
-    check_length("llama3", "original_max_position_embeddings", original)
+    check_integer("llama3", "original_max_position_embeddings", original)
     inv_freq = 1.0 / (base ** exponents(rotary_dim, device))
     wavelengths = 2 * math.pi / inv_freq
     slow = wavelengths > original / low_freq_factor

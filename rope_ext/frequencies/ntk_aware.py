@@ -1,21 +1,29 @@
 """NTK-aware scaling: a longer context by a larger base, which slows the low frequencies most."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rope_ext.frequencies.bounds import (
+    LAST_POSITION,
     Device,
-    check_length,
+    check_integer,
     check_number,
     check_rotary_dim,
     exponents,
+    refuse,
+    shown,
 )
+
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def ntk(
     head_dim: int,
     *,
-    alpha: float,
+    alpha: float | None = None,
+    factor: float | None = None,
     base: float = 10000.0,
     rotary_dim: int | None = None,
     device: Device = None,
@@ -27,18 +35,26 @@ def ntk(
     Args:
         head_dim, base, device: as for :func:`default`.
         alpha: how many times longer the context becomes; at least 1.
+        factor: another name of alpha, which many configs have. One of the two, or both alike.
         rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
 
     Returns:
         inv_freq, float32 [R / 2], and attention_scaling, 1.0.
 
     Raises:
-        ValueError: for an argument outside of these bounds.
+        ValueError: for an argument outside of these bounds, and for a stretched base past float32.
 
     Source: u/bloc97, "NTK-Aware Scaled RoPE", r/LocalLLaMA 2023; YaRN, arXiv 2309.00071,
-    section 3.1.
+    section 3.1. vLLM's rope type "ntk" is another formula: base times factor, and all frequencies
+    divided by ``factor ** (2 / R)`` (NTK-RoPE-fixed, kexue.fm/archives/9706).
     """
-    return _stretched("ntk", head_dim, alpha, base, rotary_dim, device)
+    if alpha is None and factor is None:
+        raise ValueError("frequencies.ntk: expected alpha, or factor as another name, got neither")
+    if alpha is None:
+        return _stretched("ntk", "factor", head_dim, factor, base, rotary_dim, device)
+    if factor not in (None, alpha):
+        refuse("ntk", "factor", f"alpha, {shown(alpha)}", factor)
+    return _stretched("ntk", "alpha", head_dim, alpha, base, rotary_dim, device)
 
 
 def ntk_alpha(
@@ -65,22 +81,35 @@ def ntk_alpha(
 
     Source: compute_ntk_alpha_rope_parameters of transformers, modeling_hunyuan_v1_dense.py.
     """
-    return _stretched("ntk_alpha", head_dim, alpha, base, rotary_dim, device)
+    return _stretched("ntk_alpha", "alpha", head_dim, alpha, base, rotary_dim, device)
 
 
 def _stretched(
     function: str,
+    name: str,
     head_dim: int,
-    alpha: float,
+    alpha: Any,
     base: float,
     rotary_dim: int | None,
     device: Device,
 ) -> tuple[Tensor, float]:
     rotary_dim = check_rotary_dim(function, head_dim, rotary_dim, least=4)
-    check_number(function, "alpha", alpha, least=1)
+    check_number(function, name, alpha, least=1)
     check_number(function, "base", base, above=0)
-    stretched = base * alpha ** (rotary_dim / (rotary_dim - 2))
+    stretched = _stretched_base(function, base, alpha, rotary_dim)
     return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0
+
+
+def _stretched_base(function: str, base: float, alpha: float, rotary_dim: int) -> float:
+    stretched = base * alpha ** (rotary_dim / (rotary_dim - 2))
+    if stretched > LARGEST_FLOAT32:
+        refuse(
+            function,
+            "the stretched base, base * alpha ** (R / (R - 2)),",
+            f"at most {LARGEST_FLOAT32:.3g}",
+            stretched,
+        )
+    return stretched
 
 
 def dynamic_ntk(
@@ -102,27 +131,30 @@ def dynamic_ntk(
     Args:
         head_dim, base: as for :func:`default`.
         device: as there. None: that of a length that is a tensor.
-        factor: how fast the context is stretched; at least 1.
+        factor: how fast the context is stretched; at least 1 and below 2^31.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
             transformers takes max_position_embeddings of the config.
-        length: of the sequence, in tokens. An integer tensor of any shape is read on its device,
-            without waiting for it. None: O.
+        length: of the sequence, in tokens; 0 or more. An integer tensor of any shape is read on its
+            device, without waiting for it. None: O.
         rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
 
     Returns:
         inv_freq, float32 [R / 2], for a tensor ``[*length.shape, R / 2]``; attention_scaling, 1.0.
 
     Raises:
-        ValueError: for an argument outside of these bounds.
+        ValueError: for an argument outside of these bounds, and for a base that a sequence of 2^31
+            tokens stretches past float32.
 
     Source: u/emozilla, "Dynamically Scaled RoPE", r/LocalLLaMA 2023; YaRN, arXiv 2309.00071,
     section 3.3; rope type "dynamic" of transformers.
     """
     rotary_dim = check_rotary_dim("dynamic_ntk", head_dim, rotary_dim, least=4)
-    check_number("dynamic_ntk", "factor", factor, least=1)
+    check_number("dynamic_ntk", "factor", factor, least=1, most=LAST_POSITION)
     check_number("dynamic_ntk", "base", base, above=0)
     original = original_max_position_embeddings
-    check_length("dynamic_ntk", "original_max_position_embeddings", original)
+    check_integer("dynamic_ntk", "original_max_position_embeddings", original)
+    alpha = factor * 2**31 / original - (factor - 1)  # of the longest sequence there is
+    _stretched_base("dynamic_ntk", base, alpha, rotary_dim)
     if isinstance(length, Tensor):
         if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
             raise ValueError(
@@ -133,10 +165,10 @@ def dynamic_ntk(
         length = length.clamp(min=original)
         return stretched_by(length, powers, factor=factor, original=original, base=base), 1.0
     if length is not None:
-        check_length("dynamic_ntk", "length", length)
+        check_integer("dynamic_ntk", "length", length, least=0, most=2**31)
     longest = original if length is None else max(length, original)
-    power = rotary_dim / (rotary_dim - 2)
-    stretched = base * (factor * longest / original - (factor - 1)) ** power
+    alpha = factor * longest / original - (factor - 1)
+    stretched = _stretched_base("dynamic_ntk", base, alpha, rotary_dim)
     return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0
 
 

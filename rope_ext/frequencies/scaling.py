@@ -6,7 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from rope_ext.frequencies.basic import default, proportional
-from rope_ext.frequencies.bounds import Device, check_number
+from rope_ext.frequencies.bounds import (
+    MOST_CHANNELS,
+    Device,
+    check_integer,
+    check_number,
+    refuse,
+    shown,
+)
 from rope_ext.frequencies.context import linear, llama3, longrope, yarn
 from rope_ext.frequencies.ntk_aware import dynamic_ntk, ntk, ntk_alpha
 
@@ -14,7 +21,7 @@ from rope_ext.frequencies.ntk_aware import dynamic_ntk, ntk, ntk_alpha
 METHODS: dict[str, tuple[Callable[..., tuple[Tensor, float]], set[str], set[str]]] = {
     "default": (default, set(), set()),
     "linear": (linear, {"factor"}, set()),
-    "ntk": (ntk, {"alpha"}, set()),
+    "ntk": (ntk, set(), {"alpha", "factor"}),
     "ntk_alpha": (ntk_alpha, {"alpha"}, set()),
     "dynamic": (dynamic_ntk, {"factor", "original_max_position_embeddings"}, set()),
     "yarn": (
@@ -47,20 +54,21 @@ BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the length of
 ALIASES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}
 
 
-def rope_type_of(scaling: Mapping[str, Any] | None) -> str:
+def rope_type_of(scaling: Mapping[str, Any] | None) -> Any:
     """rope_type, or type as older configs call it; "default" without either."""
     scaling = scaling or {}
-    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    name = scaling.get("rope_type")
+    if name is None:
+        name = scaling.get("type")
+    if name is None:
+        return "default"
     return ALIASES.get(name, name) if isinstance(name, str) else name
 
 
-def known_keys(rope_type: str, function: str = "from_scaling") -> set[str]:
+def known_keys(rope_type: Any, function: str = "from_scaling") -> set[str]:
     """The keys of a rope type; raises a ValueError for one that is not known."""
     if not isinstance(rope_type, str) or rope_type not in METHODS:
-        raise ValueError(
-            f"frequencies.{function}: expected rope_type to be one of {', '.join(METHODS)}, "
-            f"got {rope_type!r}"
-        )
+        refuse(function, "rope_type", f"one of {', '.join(METHODS)}", rope_type)
     _, needed, optional = METHODS[rope_type]
     return needed | optional
 
@@ -80,8 +88,9 @@ def from_scaling(
     Args:
         head_dim: channels of a head, D.
         scaling: rope_type and its parameters, named as the arguments of its function here. The rope
-            types: default, linear, ntk, ntk_alpha, dynamic (:func:`dynamic_ntk`), yarn, longrope,
-            llama3, proportional. A value of None is as none given. None: default.
+            types: default, linear, ntk, ntk_alpha, dynamic (:func:`dynamic_ntk`), yarn (without
+            low and high), longrope, llama3, proportional. A value of None is as none given. None:
+            default.
         base, rotary_dim, device: as for :func:`default`. proportional has all of D rotate.
         max_position_embeddings: in tokens. For dynamic the original_max_position_embeddings, and
             for yarn and longrope factor times them, where the dict does not have these.
@@ -97,9 +106,9 @@ def from_scaling(
     Source: rope_parameters of transformers, modeling_rope_utils.py.
     """
     if scaling is not None and not isinstance(scaling, Mapping):
-        raise ValueError(
-            f"frequencies.from_scaling: expected scaling to be a dict or None, got {scaling!r}"
-        )
+        refuse("from_scaling", "scaling", "a dict or None", scaling)
+    if max_position_embeddings is not None:
+        check_integer("from_scaling", "max_position_embeddings", max_position_embeddings)
     rope_type = rope_type_of(scaling)
     known = known_keys(rope_type)
     function, needed, _ = METHODS[rope_type]
@@ -108,11 +117,9 @@ def from_scaling(
         for key, value in (scaling or {}).items()
         if value is not None and key not in ("rope_type", "type")
     }
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"frequencies.from_scaling: expected the keys of rope_type {rope_type!r} to be among "
-            f"{', '.join(sorted(known)) or 'none'}, got {', '.join(unknown)}"
-        )
+    if unknown := [key for key in options if key not in known]:
+        among = ", ".join(sorted(known)) or "none"
+        refuse("from_scaling", f"the keys of rope_type {rope_type!r}", f"among {among}", unknown)
     if rope_type == "dynamic" and max_position_embeddings is not None:
         options.setdefault("original_max_position_embeddings", max_position_embeddings)
     if missing := sorted(needed - options.keys()):
@@ -142,29 +149,33 @@ def split_scaling(
 ) -> tuple[float, int, dict[str, Any]]:
     """base, rotary_dim and the rest of scaling, of which the first two may come."""
     if scaling is not None and not isinstance(scaling, Mapping):
-        raise ValueError(f"RotaryEmbedding: expected scaling to be a dict or None, got {scaling!r}")
+        raise ValueError(
+            f"RotaryEmbedding: expected scaling to be a dict or None, got {shown(scaling)}"
+        )
     rest = {key: value for key, value in (scaling or {}).items() if value is not None}
     theta = rest.pop("rope_theta", None)
     if base is not None and theta not in (None, base):
         raise ValueError(
-            f"RotaryEmbedding: expected base to be rope_theta of scaling, {theta}, got {base}"
+            "RotaryEmbedding: expected base to be rope_theta of scaling, "
+            f"{shown(theta)}, got {shown(base)}"
         )
     if rope_type_of(rest) == "proportional":
         if rotary_dim not in (None, head_dim):
             raise ValueError(
                 "RotaryEmbedding: expected rotary_dim to be head_dim for the rope_type "
-                f"'proportional', got {rotary_dim}"
+                f"'proportional', got {shown(rotary_dim)}"
             )
         part = None
     else:
         part = rest.pop("partial_rotary_factor", None)
     if part is not None:
-        check_number("from_scaling", "partial_rotary_factor", part, above=0)
+        check_integer("from_scaling", "head_dim", head_dim, most=MOST_CHANNELS)
+        check_number("from_scaling", "partial_rotary_factor", part, above=0, most=1)
         of_part = int(head_dim * part)
         if rotary_dim not in (None, of_part):
             raise ValueError(
                 "RotaryEmbedding: expected rotary_dim to be partial_rotary_factor of scaling times "
-                f"head_dim, {of_part}, got {rotary_dim}"
+                f"head_dim, {of_part}, got {shown(rotary_dim)}"
             )
         rotary_dim = of_part
     base = base if base is not None else theta if theta is not None else 10000.0

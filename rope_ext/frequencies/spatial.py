@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rope_ext.frequencies.bounds import (
     Device,
-    check_length,
+    check_integer,
     check_number,
     check_rotary_dim,
     exponents,
@@ -53,7 +53,7 @@ def axial(
     Source: rope type "axial" of transformers (Qwen2-VL's vision tower and 30 others; three axes:
     MiniMax-M3-VL; alternating: Pixtral).
     """
-    check_length("axial", "axes", axes)
+    check_integer("axial", "axes", axes)
     check_number("axial", "base", base, above=0)
     divisor = 2 * axes if alternating else 2
     check_rotary_dim("axial", head_dim, None, least=2 * axes, divisor=divisor)
@@ -94,7 +94,7 @@ def pixel(
     inv_freq = inv_freq.to(device)
     if size is None:
         return inv_freq, 1.0
-    check_length("pixel", "size", size, least=2)
+    check_integer("pixel", "size", size, least=2)
     return inv_freq / (size - 1), 1.0
 
 

@@ -4,11 +4,15 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from rope_ext.viz import FIGURES
 from rope_ext.viz.rope import Rope
 
 NEEDED = ("matplotlib", "mpmath")
+MOST_BYTES = 2**24  # of a config.json; those of models have some thousands
 
 
 class CannotShow(Exception):
@@ -17,46 +21,80 @@ class CannotShow(Exception):
 
 def plot(args: argparse.Namespace) -> int:
     """Writes the figures that were asked for. Returns 0, or 2 if it could not run."""
-    try:
-        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise CannotShow(f"{', '.join(missing)} not installed: pip install 'rope_ext[viz]'")
-        rope = read(args)
-        from rope_ext.viz import figures
-
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in dict.fromkeys(args.figures or FIGURES):
-            path = args.out / f"{name}.{args.format}"
-            figures.save(getattr(figures, name)(rope), path)
-            print(path)
-    except (CannotShow, OSError, ValueError) as error:
-        print(f"rope_ext plot: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("plot", draw, args)
 
 
 def explore(args: argparse.Namespace) -> int:
     """Writes the page. Returns 0, or 2 if it could not run."""
+    return status_of("explore", write_page, args)
+
+
+def status_of(name: str, command: Callable[[argparse.Namespace], None], args: Any) -> int:
+    """Runs a command; what is wrong is one line on stderr."""
+    try:
+        command(args)
+    except (CannotShow, OSError, ValueError) as error:
+        print(f"rope_ext {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw(args: argparse.Namespace) -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CannotShow(f"{', '.join(missing)} not installed: pip install 'rope_ext[viz]'")
+    rope = read(args)
+    from rope_ext.viz import figures
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(args.figures or FIGURES):
+        path = writable(args.out / f"{name}.{args.format}")
+        figures.save(getattr(figures, name)(rope), path)
+        print(path)
+
+
+def write_page(args: argparse.Namespace) -> None:
     from rope_ext.viz.page import page
 
-    try:
-        args.out.write_text(page(read(args)), encoding="utf-8")
-    except (CannotShow, OSError, ValueError) as error:
-        print(f"rope_ext explore: {error}", file=sys.stderr)
-        return 2
+    writable(args.out).write_text(page(read(args)), encoding="utf-8")
     print(args.out.resolve().as_uri())
-    return 0
 
 
 def read(args: argparse.Namespace) -> Rope:
     """The rotation of --config and --layer-type, or of a model like Llama 3."""
-    if args.config is None:
-        return Rope.of()
-    path = args.config / "config.json" if args.config.is_dir() else args.config
+    return Rope.of() if args.config is None else Rope.of(config_of(args.config), args.layer_type)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """What a config.json says, or that in the folder of a model."""
+    path = path / "config.json" if path.is_dir() else path
+    argument = f"--config {str(path)!r}"
+    if not path.exists():
+        raise CannotShow(
+            f"{argument}: No such file. Nothing is downloaded: give the path of a config.json, or "
+            "of a folder that has one"
+        )
+    if not path.is_file():  # to read a FIFO would be to wait
+        raise CannotShow(f"{argument}: expected a file, got a folder, a FIFO or a device")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise CannotShow(f"{argument}: expected a config.json of at most {MOST_BYTES:,} bytes")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CannotShow(f"--config {path}: expected JSON, got {error}") from error
+        config = json.loads(content.decode())
+    except RecursionError:
+        raise CannotShow(f"{argument}: expected JSON, got brackets nested too deeply") from None
+    except ValueError as error:  # also of integers with thousands of digits
+        raise CannotShow(f"{argument}: expected JSON, got {error}") from error
     if not isinstance(config, dict):
-        raise CannotShow(f"--config {path}: expected a dict, got {type(config).__name__}")
-    return Rope.of(config, args.layer_type)
+        raise CannotShow(f"{argument}: expected a dict, got {type(config).__name__}")
+    return config
+
+
+def writable(path: Path) -> Path:
+    """The path, if a file can be there: to write to a FIFO would be to wait."""
+    if path.exists() and not path.is_file():
+        raise CannotShow(
+            f"--out {str(path)!r}: expected the path of a file, got a folder, a FIFO or a device"
+        )
+    return path

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.frequencies.config import from_config, resolve
 from rope_ext.frequencies.scaling import from_scaling, rope_type_of
 
@@ -16,7 +17,7 @@ LLAMA_LIKE: dict[str, Any] = {
     "rope_theta": 500000.0,
     "max_position_embeddings": 8192,
 }
-LAST = 2**31 - 1  # the last position of cos_sin
+MOST_CHANNELS = 1024  # that rotate: twice the widest head there is; more take minutes to draw
 # What Llama 3.1 has: for configs that do not stretch their context by a factor. The alpha of
 # ntk_alpha is no such factor: Hunyuan's models are trained with it.
 NOT_STRETCHED = ("default", "longrope", "ntk_alpha", "proportional")
@@ -61,9 +62,9 @@ class Rope:
 
         Raises:
             ValueError: for a config that ``from_config`` refuses, whose layers of this type do not
-                rotate, whose positions have several axes, whose base is not above 1, whose context
-                is shorter than that of the training or longer than 2^31 - 1, or that has no
-                max_position_embeddings of at least 2.
+                rotate, or more than 1,024 channels, whose positions have several axes, whose base
+                is not above 1, whose context is shorter than that of the training or longer than
+                2^31 - 1, or that has no max_position_embeddings of at least 2.
         """
         if from_config(config, layer_type) is None:
             raise ValueError(
@@ -73,6 +74,10 @@ class Rope:
         rope_type = rope_type_of(rope.scaling)
         if rope_type == "axial":
             raise ValueError("viz: expected a config with one position a token, got an axial one")
+        if rope.rotary_dim > MOST_CHANNELS:
+            raise ValueError(
+                f"viz: expected rotary_dim to be at most {MOST_CHANNELS}, got {rope.rotary_dim}"
+            )
         if rope.base <= 1:  # no pair would be slower than the first
             raise ValueError(f"viz: expected rope_theta to be above 1, got {rope.base}")
         longest = rope.max_position_embeddings
@@ -83,7 +88,9 @@ class Rope:
                 f"{'none' if trained is None else trained}"
             )
         longest = longest or trained
-        stretched_by = rope.scaling.get("alpha" if rope_type == "ntk" else "factor")
+        stretched_by = rope.scaling.get("factor")
+        if rope_type == "ntk":
+            stretched_by = stretched_by or rope.scaling["alpha"]
         factor = stretched_by or longest / trained
         if factor == 1 and rope_type in NOT_STRETCHED:
             factor = FACTOR
@@ -92,10 +99,10 @@ class Rope:
                 "viz: expected max_position_embeddings to be at least those of the training, "
                 f"{trained}, got {longest}"
             )
-        if max(trained, longest) > LAST or trained * factor > LAST:
+        if trained * factor > LAST_POSITION:
             raise ValueError(
-                f"viz: expected a context of at most 2^31 - 1 tokens, got {longest}, or {trained} "
-                f"times a factor of {factor:g}"
+                f"viz: expected a context of at most 2^31 - 1 tokens, got {trained} times a factor "
+                f"of {factor:g}"
             )
         extended = max(longest, round(trained * factor))
         inv_freq, attention_scaling = from_config(config, layer_type, length=extended)

@@ -5,9 +5,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.ops import cos_sin
 from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
-from rope_ext.viz.rope import LAST, Rope
+from rope_ext.viz.rope import Rope
 
 DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and more than float64's 16 for the rest
 
@@ -48,7 +49,7 @@ def accuracy(rope: Rope) -> Figure:
 def positions_shown() -> list[int]:
     """Four in each doubling; odd where they can be, as a position of few bits is never rounded."""
     steps = (round(2 ** (octave + step / 4)) | 1 for octave in range(31) for step in range(4))
-    return sorted({step for step in steps if step < LAST} | {LAST})
+    return sorted({step for step in steps if step < LAST_POSITION} | {LAST_POSITION})
 
 
 def exact(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
