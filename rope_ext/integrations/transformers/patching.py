@@ -1,9 +1,9 @@
 """patch(model): the rotation of one loaded model, replaced.
 
-The methods of a module that call a rotation are copied, with its replacement in the rotation's place
+The methods of a module that call a rotation are copied, with a replacement in its place
 (rebuilding.py). They become the methods of a class derived from the module's own, of the same name,
-and the module becomes an instance of that class. So no class changes, files only get globals that
-nobody else uses, and another model of the family goes on as it was.
+and the module becomes an instance of that class. So no class changes, files get only globals that
+nothing else uses, and another model of the family goes on as it was.
 """
 
 import contextlib
@@ -91,7 +91,10 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch` and :func:`patched`, for a model or any part of one, if it was patched."""
+    """Undoes :func:`patch` and :func:`patched` for a model, or any part of one.
+
+    What is not patched stays as it is.
+    """
     for module in model.modules():
         _unpatch(module)
 

@@ -122,7 +122,7 @@ class _Method:
             return False
         seen.add(function)
         return self._is_rotating_method(function) or any(
-            _is_rotation(key, value) or any(self.rotates(f, seen) for f in functions)
+            self._is_rotation(key, value) or any(self.rotates(f, seen) for f in functions)
             for key, value, functions in self._held(function)
         )
 
@@ -137,7 +137,7 @@ class _Method:
         replaced: dict[str | int, Any] = {}
         unreached: list[types.FunctionType] = []
         for key, value, functions in self._held(function):
-            if _is_rotation(key, value):
+            if self._is_rotation(key, value):
                 name = key if isinstance(key, str) else value.__code__.co_name
                 replaced[key] = substitute(value, self._recognized(value, name))
             elif any(value is caller for caller in callers):
@@ -171,16 +171,33 @@ class _Method:
         wrapper from another file than the method's.
         """
         scope = function.__globals__
-        functions = {name: _functions_in(scope.get(name)) for name in _names(function.__code__)}
-        if scope is self.home:
-            functions = {n: [f for f in fs if f.__globals__ is scope] for n, fs in functions.items()}
-        if any(fs or _ROTATION.search(name) for name, fs in functions.items()):
+        functions = {
+            name: [
+                f
+                for f in _functions_in(scope.get(name))
+                if f.__globals__ is scope or scope is not self.home
+            ]
+            for name in _names(function.__code__)
+        }
+        if any(held or _ROTATION.search(name) for name, held in functions.items()):
             for name in _loaded_globals(function):
                 yield name, scope[name], functions[name]
         for index, value in _closure(function):
             yield index, value, _functions_in(value)
         wrapped = getattr(function, "__wrapped__", None)
         yield None, wrapped, _functions_in(wrapped)
+
+    def _is_rotation(self, key: str | int | None, value: Any) -> bool:
+        """Whether a function rotates by a value: of a global by its name, or of a cell."""
+        if isinstance(key, str):
+            return bool(_ROTATION.search(key)) and callable(value) and not isinstance(value, type)
+        return (
+            key is not None
+            and type(value) is types.FunctionType
+            and value.__code__.co_name != self.name
+            and bool(_ROTATION.search(value.__code__.co_name))
+            and recognize(value) is not None
+        )
 
     def _is_rotating_method(self, function: types.FunctionType) -> bool:
         """Whether the method is the rotation, and this its innermost function."""
@@ -222,7 +239,7 @@ class _Method:
             else:
                 old = cells[key].cell_contents
                 cells[key] = types.CellType(new)
-            attributes = {name: new if value is old else value for name, value in attributes.items()}
+            attributes |= {name: new for name, value in attributes.items() if value is old}
         copy = types.FunctionType(
             _renamed(function.__code__, names),
             scope,
@@ -234,18 +251,6 @@ class _Method:
         copy.__kwdefaults__, copy.__dict__ = function.__kwdefaults__, attributes
         self.bindings += [(copy, new, replaced[old]) for old, new in names.items()]
         return copy
-
-
-def _is_rotation(key: str | int | None, value: Any) -> bool:
-    """Whether a function may call a value to rotate: a global by its name, a cell by the value's."""
-    if isinstance(key, str):
-        return bool(_ROTATION.search(key)) and callable(value) and not isinstance(value, type)
-    return (
-        key is not None
-        and type(value) is types.FunctionType
-        and bool(_ROTATION.search(value.__code__.co_name))
-        and recognize(value) is not None
-    )
 
 
 def _functions_in(value: Any, seen: tuple[int, ...] = ()) -> list[types.FunctionType]:
@@ -321,7 +326,7 @@ def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
 
 
 def _renamed(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
-    """A code that loads its globals, also in nested functions, by other names. names: new by old."""
+    """A code that loads globals, in its functions too, by other names. names: new ones by old."""
     table, bytecode = list(code.co_names), bytearray(code.co_code)
     instructions = list(dis.get_instructions(code))
     for old in names.keys() & code.co_names:
@@ -341,9 +346,7 @@ def _renamed(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
             for i, byte in enumerate(argument.to_bytes(width, "little")):
                 bytecode[load.offset + 1 - 2 * i] = byte
     constants = (_renamed(c, names) if isinstance(c, types.CodeType) else c for c in code.co_consts)
-    return code.replace(
-        co_names=tuple(table), co_code=bytes(bytecode), co_consts=tuple(constants)
-    )
+    return code.replace(co_names=tuple(table), co_code=bytes(bytecode), co_consts=tuple(constants))
 
 
 def _name(function: types.FunctionType) -> str:
