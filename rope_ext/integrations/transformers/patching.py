@@ -21,7 +21,6 @@ from rope_ext.integrations.transformers.rebuilding import (
     Substitute,
     UnrecognizedRotation,
     rebuilt_methods,
-    rotates,
 )
 from rope_ext.integrations.transformers.recognition import Rotation
 
@@ -225,7 +224,7 @@ def _report(model: nn.Module) -> Report:
             for name, module in model.named_modules()
             if issubclass(type(module), _Patched)
             for method, rebuilt in type(module)._rope_ext_methods.items()
-            for function, rotation in rebuilt.rotations.items()
+            for function, rotation in sorted(rebuilt.rotations.items())
         )
     )
 
@@ -241,7 +240,10 @@ def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], nam
             original = methods[method].original
             refused = all(getattr(bound, "__func__", None) is not original for bound in held)
         else:
-            refused = hasattr(type(module), method) and rotates(own, type(module), method)
+            function = getattr(own, "__func__", own)
+            refused = hasattr(type(module), method) and bool(
+                RebuiltMethod(type(module), method, function, _by_rope_ext).function
+            )
         if refused:
             raise UnrecognizedRotation(
                 f"patch: expected module {name!r} to have the {method} of its class "
