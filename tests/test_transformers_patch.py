@@ -1,13 +1,12 @@
-"""patch(model): what it replaces, what it refuses, and that nothing else changes."""
+"""patch(model): what it replaces, what undoes it, and that nothing else changes."""
 
 import copy
 import io
-import linecache
-import sys
-import types
 
 import pytest
+import rotating_models
 import torch
+from rotating_models import rotations_of_rope_ext
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
@@ -17,14 +16,13 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 import rope_ext  # noqa: E402
 from rope_ext.integrations.transformers import (  # noqa: E402
-    UnrecognizedRotation,
     patch,
     patched,
-    recognition,
     unpatch,
 )
+from rope_ext.integrations.transformers.patching import substituted  # noqa: E402
 
-LAYERS, VOCAB = 2, 96
+LAYERS = 2
 # Dynamo before torch 2.12 takes no note of a module that has got a forward of its own.
 NOTICES_A_PATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 STANDARD = "half-split"
@@ -37,14 +35,7 @@ def model():
 
 @pytest.fixture
 def tokens():
-    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def rotations_of_rope_ext(model, tokens):
-    """How many of rope_ext's operators a forward pass calls."""
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        model(tokens)
-    return sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
+    return rotating_models.tokens()
 
 
 # --------------------------------------------------------------------------- what a patch replaces
@@ -152,13 +143,6 @@ def test_what_a_patched_method_uses_is_looked_up_when_it_runs(model, tokens, mon
     assert len(calls) == LAYERS
 
 
-def test_a_traceback_shows_the_lines_of_the_models_own_file(model):
-    patch(model)
-    code = model.model.layers[0].self_attn.forward.__func__.__wrapped__.__code__
-    own = modeling_llama.LlamaAttention.forward.__wrapped__.__code__
-    assert (code.co_filename, code.co_firstlineno) == (own.co_filename, own.co_firstlineno)
-
-
 def test_patched_twice_is_patched_once(model, tokens):
     assert patch(model) == patch(model)
     unpatch(model)
@@ -227,6 +211,65 @@ def test_the_context_manager_leaves_a_model_patched_that_was(model, tokens):
     assert rotations_of_rope_ext(model, tokens) == LAYERS
 
 
+def test_a_patch_inside_of_a_block_outlasts_it(model, tokens):
+    def fail_inside():
+        with patched(model):
+            patch(model.model.layers[0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert rotations_of_rope_ext(model, tokens) == 1
+    with patched(model), patched(model):
+        patch(model)
+    assert rotations_of_rope_ext(model, tokens) == LAYERS
+
+
+# Blocks for the model and for its first layer: which is entered first, and which is left first.
+BLOCKS = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+
+
+@pytest.mark.parametrize(("first", "second", "leaves"), BLOCKS)
+def test_of_two_blocks_the_last_to_leave_unpatches(first, second, leaves, model, tokens):
+    parts = [(model, LAYERS), (model.model.layers[0], 1)]
+    entered = [parts[first], parts[second]]
+    blocks = [patched(part) for part, _ in entered]
+    for block in blocks:
+        block.__enter__()
+    assert rotations_of_rope_ext(model, tokens) == max(rotate for _, rotate in entered)
+    blocks[leaves].__exit__(None, None, None)
+    assert rotations_of_rope_ext(model, tokens) == entered[1 - leaves][1]
+    blocks[1 - leaves].__exit__(None, None, None)
+    assert rotations_of_rope_ext(model, tokens) == 0
+
+
+def test_a_block_does_not_undo_what_came_after_an_unpatch_in_it(model, tokens):
+    block = patched(model)
+    with block:
+        unpatch(model)
+        assert rotations_of_rope_ext(model, tokens) == 0
+        later = patched(model)
+        later.__enter__()
+    assert rotations_of_rope_ext(model, tokens) == LAYERS
+    later.__exit__(None, None, None)
+    assert rotations_of_rope_ext(model, tokens) == 0
+
+
+def test_a_block_of_other_rotations_does_not_mix_with_a_patch(model, tokens):
+    def own(function, rotation):
+        return function
+
+    with substituted(model, own):
+        with pytest.raises(RuntimeError, match="patch outside of that"):
+            patch(model)
+        assert rotations_of_rope_ext(model, tokens) == 0
+    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
+    patch(model.model.layers[1])
+    with pytest.raises(RuntimeError, match=r"'model\.layers\.1\.self_attn'"):
+        substituted(model, own).__enter__()
+    assert rotations_of_rope_ext(model, tokens) == 1
+
+
 def test_unpatch_of_a_model_that_is_not_patched_does_nothing(model, tokens):
     unpatch(model)
     assert rotations_of_rope_ext(model, tokens) == 0
@@ -291,300 +334,3 @@ def test_hooks_of_accelerate_stay_before_and_after_a_patch(first, model, tokens)
     assert rotations_of_rope_ext(model, tokens) == LAYERS
     unpatch(model)
     assert rotations_of_rope_ext(model, tokens) == 0
-
-
-# --------------------------------------------------------------------------------- what is refused
-
-# Rotations as models write them, and such as no model has: one function a file of a model.
-
-
-def detached(q, k, cos, sin, unsqueeze_dim=1):
-    return standard(q.detach(), k, cos, sin, unsqueeze_dim)
-
-
-def another_one_for_a_single_token(q, k, cos, sin, unsqueeze_dim=1):
-    q, k = standard(q, k, cos, sin, unsqueeze_dim)
-    return (2 * q if q.shape[-2] == 1 else q), k
-
-
-def rotate_half(x):
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def standard(q, k, cos, sin, unsqueeze_dim=1):
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-
-def k_by_another_angle(q, k, cos, sin, unsqueeze_dim=1):
-    q, _ = standard(q, k, cos, sin, unsqueeze_dim)
-    return q, standard(k, k, cos, 2 * sin, unsqueeze_dim)[1]
-
-
-def k_first(q, k, cos, sin, unsqueeze_dim=1):
-    return standard(k, q, cos, sin, unsqueeze_dim)
-
-
-def rolled_channels(q, k, cos, sin, unsqueeze_dim=1):
-    q, k = standard(q, k, cos, sin, unsqueeze_dim)
-    return q.roll(1, -1), k.roll(1, -1)
-
-
-def slightly_larger(q, k, cos, sin, unsqueeze_dim=1):
-    q, k = standard(q, k, cos, sin, unsqueeze_dim)
-    return 1.001 * q, k
-
-
-def in_place(q, k, cos, sin, unsqueeze_dim=1):
-    for x, rotated in zip((q, k), standard(q, k, cos, sin, unsqueeze_dim), strict=True):
-        x.copy_(rotated)
-    return q, k
-
-
-def with_position_ids_that_count(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-    if position_ids is not None:
-        sin = -sin
-    return standard(q, k, cos, sin, unsqueeze_dim)
-
-
-def always_fails(q, k, cos, sin, unsqueeze_dim=1):
-    raise NotImplementedError
-
-
-def other_parameters(queries, keys, cos, sin):
-    return standard(queries, keys, cos, sin)
-
-
-UNKNOWN = [
-    k_by_another_angle,
-    k_first,
-    rolled_channels,
-    slightly_larger,
-    in_place,
-    detached,
-    another_one_for_a_single_token,
-    with_position_ids_that_count,
-    always_fails,
-    other_parameters,
-    rotate_half,
-]
-
-
-def model_with(rotation, extra=""):
-    """A module of a file of its own that calls `rotation` as apply_rotary_pos_emb."""
-    source = f"""
-from torch import nn
-class Attention(nn.Module):
-    scale = 1
-    def forward(self, q, k, cos, sin, **kwargs):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-{extra}
-"""
-    name = f"rotating_by_{rotation.__name__}"
-    file = types.ModuleType(name)
-    file.__file__ = f"<{name}>"
-    # where inspect looks for source, as it does for notebooks
-    linecache.cache[file.__file__] = (len(source), None, source.splitlines(True), file.__file__)
-    sys.modules[name] = file
-    file.apply_rotary_pos_emb = rotation
-    exec(compile(source, file.__file__, "exec"), file.__dict__)
-    return file
-
-
-def arguments():
-    generator = torch.Generator().manual_seed(2)
-    shapes = ((2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8))
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def test_a_rotation_of_any_file_is_recognized_by_what_it_computes():
-    module = model_with(standard).Attention()
-    expected = module(*arguments())
-    assert patch(module).conventions == (STANDARD,)
-    for a, b in zip(module(*arguments()), expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("rotation", UNKNOWN, ids=lambda f: f.__name__)
-def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(
-    rotation, model, tokens
-):
-    other = model_with(rotation).Attention()
-    both = nn.ModuleList([model, other])
-    with pytest.raises(UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary_pos_"):
-        patch(both)
-    assert rotations_of_rope_ext(model, tokens) == 0
-    assert type(other).__mro__[1] is nn.Module
-
-
-def test_a_model_without_a_rotation_is_refused():
-    with pytest.raises(UnrecognizedRotation, match="got Linear without any"):
-        patch(nn.Linear(2, 2))
-
-
-def test_a_module_with_a_forward_of_its_own_is_refused(model, tokens):
-    attention = model.model.layers[1].self_attn
-    attention.forward = lambda *args, **kwargs: modeling_llama.LlamaAttention.forward(
-        attention, *args, **kwargs
-    )
-    with pytest.raises(UnrecognizedRotation, match=r"'model\.layers\.1\.self_attn'.* of its own"):
-        patch(model)
-    assert rotations_of_rope_ext(model, tokens) == 0
-
-
-def test_a_method_that_calls_the_rotating_method_of_its_base_is_refused():
-    derived = """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return super().forward(q, k, cos, sin)
-"""
-    with pytest.raises(UnrecognizedRotation, match=r"Derived\.forward to rotate itself"):
-        patch(model_with(standard, derived).Derived())
-
-
-HIDDEN_ROTATIONS = {
-    "a private name": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        self.__calls = 1
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a decorator without wraps": """
-def quietly(function):
-    return lambda *args: function(*args)
-class Derived(Attention):
-    @quietly
-    def forward(self, q, k, cos, sin):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a method of the class": """
-class Derived(Attention):
-    @classmethod
-    def turned(cls, q, k, cos, sin):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "an import inside": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a property": """
-class Derived(Attention):
-    @property
-    def turned(self):
-        return apply_rotary_pos_emb(*self.arguments)
-""",
-    "a function that the module keeps": """
-class Derived(Attention):
-    def __init__(self):
-        super().__init__()
-        self.rotate = apply_rotary_pos_emb
-""",
-    "a function of the file in between": """
-def turned(q, k, cos, sin):
-    return apply_rotary_pos_emb(q, k, cos, sin) if q.dim() else turned(q, k, cos, sin)
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return turned(q, k, cos, sin)
-""",
-    "a function in the namespace of another file": """
-from transformers.models import llama
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a base that is called by its name": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return Attention.forward(self, q, k, cos, sin)
-""",
-}
-
-
-@pytest.mark.parametrize("source", HIDDEN_ROTATIONS.values(), ids=HIDDEN_ROTATIONS)
-def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind(source):
-    file = model_with(standard, source)
-    both = nn.ModuleList([file.Attention(), file.Derived()])
-    with pytest.raises(UnrecognizedRotation, match="nothing has been changed"):
-        patch(both)
-    assert type(both[0]) is file.Attention
-
-
-def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model, tokens):
-    unchangeable = """
-class Derived(Attention):
-    def __setattr__(self, name, value):
-        if name == "__class__":
-            raise TypeError("not this one")
-        super().__setattr__(name, value)
-"""
-    other = model_with(standard, unchangeable).Derived()
-    with pytest.raises(TypeError, match="not this one"):
-        patch(nn.ModuleList([model, other]))
-    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
-    assert rotations_of_rope_ext(model, tokens) == 0
-
-
-def test_names_that_only_contain_such_a_word_are_no_rotations():
-    source = """
-def read_property(x):
-    return x
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return apply_rotary_pos_emb(read_property(q), k, cos, sin)
-"""
-    assert len(patch(model_with(standard, source).Derived()).sites) == 1
-
-
-def test_a_method_with_super_and_decorators_is_rebuilt_with_both():
-    derived = """
-import functools
-def twice(function):
-    @functools.wraps(function)
-    def called_twice(self, *args, **kwargs):
-        function(self, *args, **kwargs)
-        return function(self, *args, **kwargs)
-    return called_twice
-class Base(nn.Module):
-    calls = 0
-    def count(self):
-        self.calls += 1
-class Derived(Base):
-    def count(self):
-        raise AssertionError
-    @twice
-    def forward(self, q, k, cos, sin):
-        super().count()
-        return apply_rotary_pos_emb(q, k, cos, sin)
-"""
-    module = model_with(standard, derived).Derived()
-    expected = module(*arguments())
-    patch(module)
-    for a, b in zip(module(*arguments()), expected, strict=True):
-        assert torch.equal(a, b)
-    assert module.calls == 4
-
-
-def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
-    class Func(nn.Module):
-        def forward(self, q, k, cos, sin, unsqueeze_dim=1):
-            return standard(q, k, cos, sin, unsqueeze_dim)
-
-    layer = Func()
-    layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel took its place
-    rotation = recognition.recognize(layer)
-    assert rotation is not None
-    assert rotation.convention == STANDARD
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_the_result_has_the_dtype_of_q_whatever_the_tables_have(dtype):
-    module = model_with(standard).Attention()
-    q, k, cos, sin = arguments()
-    patch(module)
-    for result in module(q.to(dtype), k.to(dtype), cos, sin):
-        assert result.dtype == dtype

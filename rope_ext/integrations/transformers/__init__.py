@@ -11,6 +11,7 @@ The files::
 
     patching.py      patch, unpatch: one loaded model
     rebuilding.py    the methods that rotate, with other rotations
+    copying.py       a function with other globals and cells
     recognition.py   which rotation a model's own function is
     probes.py        what it is tried with
     rotations.py     each of these rotations as calls of the operators

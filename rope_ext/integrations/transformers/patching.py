@@ -1,15 +1,16 @@
 """patch(model): the rotation of one loaded model, replaced.
 
-The methods of a module that call a rotation are compiled once more from their own source, with the
-rotation's name bound to its replacement (rebuilding.py). They become the methods of a class derived
-from the module's own, of the same name, and the module becomes an instance of that class. So
-neither classes nor their files' globals change, and another model of the family goes on as it was.
+The methods of a module that call a rotation are copied, with a replacement in its place
+(rebuilding.py). They become the methods of a class derived from the module's own, of the same name,
+and the module becomes an instance of that class. So no class changes, files get only globals that
+nothing else uses, and another model of the family goes on as it was.
 """
 
 import contextlib
 import copy
 import os
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,15 @@ def patch(model: nn.Module) -> Report:
             has been changed then.
         TypeError: for what is no module: the name of a model, its class, its config.
     """
-    _patch(model, _by_rope_ext)
+    _patch(model, _by_rope_ext, _UNTIL_UNPATCH)
     return _report(model)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch`, for a model or any part of one, if it was patched."""
+    """Undoes :func:`patch` and :func:`patched` for a model, or any part of one.
+
+    What is not patched stays as it is.
+    """
     _check_is_loaded("unpatch", model)
     for module in model.modules():
         _unpatch(module)
@@ -100,7 +104,11 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """A model, patched for the length of a ``with`` block, which gets the report."""
+    """A model, patched for the length of a ``with`` block, which gets the report.
+
+    Afterwards each of its modules is unpatched, unless :func:`patch` was called for it, or it is
+    inside of another such block, which may be that of a part or of the whole.
+    """
     with substituted(model, _by_rope_ext):
         yield _report(model)
 
@@ -111,51 +119,76 @@ def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
 
     substitute: makes what is called instead, from the model's own function and what it computes.
     """
-    changed = _patch(model, substitute)
+    reason = object()
+    modules = _patch(model, substitute, reason)
     try:
         yield
     finally:
-        for module in changed:
-            _unpatch(module)
+        for module in modules:
+            _release(module, reason)
+
+
+_UNTIL_UNPATCH = object()  # the reason of patch; a block has one of its own
 
 
 def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
     return rotation.replacement
 
 
-def _patch(model: nn.Module, substitute: Substitute) -> list[nn.Module]:
-    """Patches what isn't patched; the modules that it changed."""
+def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.Module]:
+    """Patches what isn't patched, and gives all patched modules, which it returns, a reason."""
     _check_is_loaded("patch", model)
+    before: list[nn.Module] = []  # patched by earlier calls
     changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
     for name, module in model.named_modules():
         own = type(module)
         if issubclass(own, _Patched):
+            if own._rope_ext_substitute is not substitute:
+                raise RuntimeError(
+                    f"patch: expected module {name!r} to have its own rotations, got others that "
+                    "are in their place for the length of a block: patch outside of that"
+                )
+            before.append(module)
             continue
         if own not in classes:
             methods = rebuilt_methods(own, substitute)
-            classes[own] = _derived(own, methods) if methods else None
+            classes[own] = _derived(own, methods, substitute) if methods else None
         derived = classes[own]
+        _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
-            _check_not_wrapped(module, derived._rope_ext_methods, name)
             changes.append((module, derived))
     if not changes and not _report(model).sites:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
         )
-    changed: list[nn.Module] = []
     try:
+        for derived in dict.fromkeys(derived for _, derived in changes):
+            for method in derived._rope_ext_methods.values():
+                method.bind()
         for module, derived in changes:
             module.__class__ = derived
-            changed.append(module)
+            derived._rope_ext_reasons[module] = {reason}
             for method in derived._rope_ext_methods.values():
                 _rebind(module, method.original, method.function)
     except BaseException:  # a module may not let itself be changed: all of them or none
-        for module in changed:
+        for module, derived in changes:
             _unpatch(module)
+            _retire_if_unused(derived)
         raise
-    return changed
+    for module in before:
+        type(module)._rope_ext_reasons.setdefault(module, set()).add(reason)
+    return [*before, *(module for module, _ in changes)]
+
+
+def _release(module: nn.Module, reason: object) -> None:
+    """Takes a reason to be patched from a module, and unpatches it if that was the last one."""
+    reasons = getattr(type(module), "_rope_ext_reasons", {}).get(module, set())
+    if reason in reasons:
+        reasons.remove(reason)
+        if not reasons:
+            _unpatch(module)
 
 
 def _unpatch(module: nn.Module) -> None:
@@ -170,6 +203,16 @@ def _unpatch(module: nn.Module) -> None:
     module.__class__ = patched_class._rope_ext_original
     for method in patched_class._rope_ext_methods.values():
         _rebind(module, method.function, method.original)
+    patched_class._rope_ext_reasons.pop(module, None)
+    _retire_if_unused(patched_class)
+
+
+def _retire_if_unused(patched_class: type) -> None:
+    """Lets go of the copied methods of a class, and so of the globals that they need."""
+    if not patched_class._rope_ext_reasons:
+        for name in patched_class._rope_ext_methods:
+            delattr(patched_class, name)
+        patched_class._rope_ext_methods.clear()
 
 
 def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., Any]) -> None:
@@ -186,22 +229,31 @@ def _report(model: nn.Module) -> Report:
             for name, module in model.named_modules()
             if issubclass(type(module), _Patched)
             for method, rebuilt in type(module)._rope_ext_methods.items()
-            for function, rotation in rebuilt.rotations.items()
+            for function, rotation in sorted(rebuilt.rotations.items())
         )
     )
 
 
-def _check_not_wrapped(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> None:
-    """Refuses a module with a method of its own that calls the class's, other than accelerate's."""
-    for method, rebuilt in methods.items():
-        own = vars(module).get(method)
-        held = (own, vars(module).get("_old_forward") if method == "forward" else None)
-        if own is not None and all(
-            getattr(bound, "__func__", None) is not rebuilt.original for bound in held
-        ):
+def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> None:
+    """Refuses a module with a method of its own that rotates, or that is called instead of one.
+
+    methods: those of its class that rotate. accelerate's hooks, which keep it, are no such method.
+    """
+    for method, own in vars(module).items():
+        if method in methods:
+            held = (own, vars(module).get("_old_forward") if method == "forward" else None)
+            original = methods[method].original
+            refused = all(getattr(bound, "__func__", None) is not original for bound in held)
+        else:
+            function = getattr(own, "__func__", own)
+            refused = hasattr(type(module), method) and bool(
+                RebuiltMethod(type(module), method, function, _by_rope_ext).function
+            )
+        if refused:
             raise UnrecognizedRotation(
                 f"patch: expected module {name!r} to have the {method} of its class "
-                f"{type(module).__name__}, got one of its own: patch before whatever replaces it"
+                f"{type(module).__name__}, got one of its own: patch before whatever replaces it; "
+                "nothing has been changed"
             )
 
 
@@ -227,6 +279,9 @@ class _Patched:
 
     _rope_ext_original: type  # the module's class before
     _rope_ext_methods: dict[str, RebuiltMethod]
+    _rope_ext_substitute: Substitute
+    # The modules of the class, each with the calls and blocks that it is patched for.
+    _rope_ext_reasons: weakref.WeakKeyDictionary[nn.Module, set[object]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original class, which needs no rope_ext to be loaded."""
@@ -243,13 +298,14 @@ class _Patched:
     def _copied(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
         """A patched copy; the state is what pickle would take."""
         new = type(self).__new__(type(self))
+        self._rope_ext_reasons[new] = {_UNTIL_UNPATCH}
         if memo is not None:
             memo[id(self)] = new
         new.__setstate__(copied(self.__reduce_ex__(2)[2]))
         return new
 
 
-def _derived(own: type, methods: dict[str, RebuiltMethod]) -> type:
+def _derived(own: type, methods: dict[str, RebuiltMethod], substitute: Substitute) -> type:
     """The class of own's patched instances."""
     namespace: dict[str, Any] = {
         "__module__": own.__module__,
@@ -257,6 +313,8 @@ def _derived(own: type, methods: dict[str, RebuiltMethod]) -> type:
         "__doc__": own.__doc__,
         "_rope_ext_original": own,
         "_rope_ext_methods": methods,
+        "_rope_ext_substitute": staticmethod(substitute),
+        "_rope_ext_reasons": weakref.WeakKeyDictionary(),
     }
     for name, rebuilt in methods.items():
         namespace[name] = staticmethod(rebuilt.function) if rebuilt.static else rebuilt.function

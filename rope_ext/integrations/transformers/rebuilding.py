@@ -1,20 +1,23 @@
-"""The methods of a class that rotate, compiled once more with other rotations.
+"""The methods of a class that rotate, with other rotations: copies of what is loaded (copying.py).
 
-Everything else that such a method uses is looked up where it always was.
+A wrapper, by a decorator or by a library that has put it around the class's method, is copied too:
+the copy of what it wraps takes the place of the original, in a cell or in a global of the wrapper.
+The same holds for a function of the model's file that a method calls to rotate.
 """
 
-import ast
+import contextlib
 import dis
 import functools
 import inspect
 import re
-import textwrap
+import sys
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
+from rope_ext.integrations.transformers.copying import Key, bind, copied
 from rope_ext.integrations.transformers.recognition import (
     Rotation,
     recognize,
@@ -25,9 +28,6 @@ from rope_ext.integrations.transformers.recognition import (
 _ROTATION = re.compile(r"(^|_)(rotary|rope|rotate)(_|$)")
 _ROTATION_METHOD = re.compile(r"^_?apply_(rotary|rope)(_|$)")
 
-_FUTURE_ANNOTATIONS = 0x1000000  # CO_FUTURE_ANNOTATIONS of `from __future__ import annotations`
-
-
 # Makes what is called instead of a function, from the function and what it computes.
 Substitute = Callable[[Callable[..., Any], Rotation], Callable[..., Any]]
 
@@ -36,220 +36,181 @@ class UnrecognizedRotation(ValueError):
     """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
 
-class RebuiltMethod(NamedTuple):
-    """A method with its rotations replaced."""
-
-    function: Callable[..., Any]
-    original: Callable[..., Any]
-    rotations: dict[str, Rotation]  # by the names that the method calls them by
-    static: bool
-
-
-def rebuilt_methods(owner: type, substitute: Substitute) -> dict[str, RebuiltMethod]:
+def rebuilt_methods(owner: type, substitute: Substitute) -> "dict[str, RebuiltMethod]":
     """Those of a class and its bases that rotate, with substitutes for their rotations.
 
-    Raises UnrecognizedRotation.
+    Nothing is changed before they are bound. Raises UnrecognizedRotation.
     """
-    rebuilt: dict[str, RebuiltMethod] = {}
-    for name, attribute, defining in _methods(owner):
-        static = isinstance(attribute, staticmethod)
-        function = attribute.__func__ if static else attribute
-        written = inspect.unwrap(function)  # inside of decorators
-        if not isinstance(written, types.FunctionType):
-            continue
-        called = _called_rotations(written)
-        if called and name == "__init__":  # it ran before: what it has kept can't be replaced
-            raise _refusal(
-                f"{defining.__name__}.__init__ to leave rotations to the methods that call them",
-                f"{', '.join(called)} in it",
-            )
-        if called:
-            rotations = {n: _recognized(defining, name, f, n) for n, f in called.items()}
-            bindings = {n: substitute(f, rotations[n]) for n, f in called.items()}
-            new = _compiled_with(defining, written, bindings)
-        elif _ROTATION_METHOD.match(name):  # it is the rotation
-            rotations = {name: _recognized(defining, name, written, name, recognize_method)}
-            new = substitute(function, rotations[name])
-        else:
-            continue
-        rebuilt[name] = RebuiltMethod(new, function, rotations, static)
-    return rebuilt
-
-
-def _methods(owner: type) -> Iterator[tuple[str, Any, type]]:
-    """Name, attribute and class of all written outside of torch and rope_ext and not overridden.
-
-    Refuses what can't be rebuilt and rotates: methods of a class, properties, those that an
-    overriding one calls, and those hidden in a decorator.
-    """
-    found: dict[str, Any] = {}
+    methods: dict[str, RebuiltMethod] = {}
     for defining in owner.__mro__:
         if defining.__module__.partition(".")[0] in ("torch", "builtins", "rope_ext"):
             continue
         for name, attribute in vars(defining).items():
-            function = _function_of(attribute)
-            if not isinstance(function, types.FunctionType):
+            if name not in methods:
+                methods[name] = RebuiltMethod(defining, name, attribute, substitute)
+            elif methods[name].may_call_one_of(defining):
+                base = RebuiltMethod(defining, name, attribute, substitute)
+                if base.function:
+                    where = f"{owner.__name__}.{name}"
+                    raise _refusal(f"{where} to rotate itself", f"{base.where}, too")
+    return {name: method for name, method in methods.items() if method.function}
+
+
+class RebuiltMethod:
+    """A method of a class; with its rotations replaced, `function`, or None if it has none."""
+
+    def __init__(self, owner: type, name: str, attribute: Any, substitute: Substitute) -> None:
+        self.where, self.name, self.substitute = f"{owner.__name__}.{name}", name, substitute
+        self.static = isinstance(attribute, staticmethod)
+        self.original = attribute.__func__ if self.static else attribute
+        self.rotations: dict[str, Rotation] = {}  # by the names that they are called by
+        self._file = getattr(sys.modules.get(owner.__module__), "__dict__", None)
+        self._unbound: list[tuple[types.FunctionType, dict[str, Any]]] = []
+        self._replacements: dict[types.FunctionType, Callable[..., Any] | None] = {}
+        new = [self._replacement(function) for function in _functions_in(self.original)]
+        self.function = next(filter(None, new), None)
+        if self.function and type(self.original) is not types.FunctionType:
+            kind = type(attribute).__name__
+            raise _refusal(f"{self.where} to be a plain method", f"a {kind}")
+        if self.function and name == "__init__":  # it ran before: what it has kept stays
+            called = ", ".join(self.rotations)
+            raise _refusal(f"{self.where} to leave rotations to other methods", f"{called} in it")
+
+    def bind(self) -> None:
+        """Gives the copies the globals that they need."""
+        while self._unbound:
+            bind(*self._unbound.pop())
+
+    def may_call_one_of(self, base: type) -> bool:
+        """Whether it may call the method of a base that it overrides."""
+        codes = [function.__code__ for function in self._replacements]  # that it leads to
+        return any("__class__" in c.co_freevars or base.__name__ in c.co_names for c in codes)
+
+    def _replacement(self, function: types.FunctionType) -> Callable[..., Any] | None:
+        """What to call instead of a function; None where it leads to no rotation."""
+        if function not in self._replacements:
+            self._replacements[function] = function  # while it is being made
+            self._replacements[function] = self._made(function)
+        return self._replacements[function]
+
+    def _made(self, function: types.FunctionType) -> Callable[..., Any] | None:
+        values: dict[Key, Any] = {}  # what a copy holds in the place of what rotates
+        unfit, scope, held = "", function.__globals__, _held(function)
+        for key, value in held.items():
+            if self._is_rotation(key, value):
+                name = key if isinstance(key, str) else value.__name__
+                values[key] = self._substituted(value, name, recognize)
                 continue
-            where = f"{defining.__name__}.{name}"
-            if name in found:
-                if _may_call(found[name], defining) and _rotates(function):
-                    raise _refusal(f"{owner.__name__}.{name} to rotate itself", f"{where}, too")
-                continue
-            found[name] = function
-            if not isinstance(attribute, (types.FunctionType, staticmethod)):
-                if _rotates(function):
-                    kind = type(attribute).__name__
-                    raise _refusal(f"{where} to be a plain method", f"a {kind}")
-                continue
-            if _hides_a_rotation(function):
-                raise _refusal(
-                    f"the decorators of {where} to use functools.wraps", "one that hides it"
-                )
-            yield name, attribute, defining
+            for inner in _functions_in(value):
+                if isinstance(key, str) and inner.__globals__ is not scope is self._file:
+                    continue  # from a third file; a wrapper has the method itself from another
+                new = self._replacement(inner)
+                if new is inner and isinstance(key, str):  # in a cell: for attributes of its own
+                    unfit = "calls itself"
+                elif new and new is not inner:
+                    values[key] = new
+                    if type(value) is not types.FunctionType:
+                        unfit = f"has a {type(value).__name__}"
+        if values.keys() == {None}:
+            unfit = "has it elsewhere"
+        if values and unfit:
+            raise _refusal(
+                f"{self.where} to lead to its rotation by functions in closures and globals",
+                f"{_name(function)}, which {unfit}",
+            )
+        if values:
+            try:
+                copy, needed = copied(function, values)
+            except OverflowError as error:
+                called = " and ".join(map(str, values))
+                where = f"{_name(function)} to have no attribute of the name of a function"
+                raise _refusal(where, called) from error
+            self._unbound.append((copy, needed))
+            for key, new in values.items():  # such as __wrapped__
+                vars(copy).update((n, new) for n, old in vars(function).items() if old is held[key])
+            return copy
+        code = function.__code__
+        if (
+            _ROTATION_METHOD.match(self.name)
+            and (function is self.original or code.co_name == self.name)
+            and code.co_argcount != 1  # as a property has
+        ):
+            return self._substituted(function, self.name, recognize_method)
+        return None
 
-
-def _function_of(attribute: Any) -> Any:
-    """What an attribute of a class runs; itself where it is no method."""
-    if isinstance(attribute, property):
-        return attribute.fget
-    if isinstance(attribute, functools.cached_property):
-        return attribute.func
-    return getattr(attribute, "__func__", attribute)
-
-
-def _may_call(function: Any, base: type) -> bool:
-    code = inspect.unwrap(function).__code__
-    return "__class__" in code.co_freevars or base.__name__ in code.co_names
-
-
-def _rotates(function: Any) -> bool:
-    written = inspect.unwrap(function)
-    return isinstance(written, types.FunctionType) and bool(_called_rotations(written))
-
-
-def _hides_a_rotation(function: Any) -> bool:
-    """Whether a decorator holds a function that rotates, other than in __wrapped__."""
-    shown = set()
-    while isinstance(function, types.FunctionType):
-        shown.add(function)
-        for cell in function.__closure__ or ():
-            with_contents = getattr(cell, "cell_contents", None)
-            if (
-                isinstance(with_contents, types.FunctionType)
-                and with_contents is not getattr(function, "__wrapped__", None)
-                and not _ROTATION.search(with_contents.__name__)
-                and _called_rotations(with_contents)
-            ):
-                return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def _recognized(
-    owner: type,
-    method: str,
-    function: Any,
-    name: str,
-    recognized_by: Callable[[Any], Rotation | None] = recognize,
-) -> Rotation:
-    """What a function computes that a method of a class calls by a name."""
-    rotation = recognized_by(function)
-    if rotation is None:
-        shown = type(function).forward if isinstance(function, nn.Module) else function
-        raise _refusal(
-            f"{owner.__name__}.{method} to rotate as one of the known conventions",
-            f"{name}{inspect.signature(shown)} of {shown.__module__}, which computes something "
-            "else",
+    def _is_rotation(self, key: Key, value: Any) -> bool:
+        if isinstance(key, str):
+            return bool(_ROTATION.search(key)) and callable(value) and not isinstance(value, type)
+        return (
+            type(value) is types.FunctionType
+            and value.__name__ != self.name  # as that of a method in a wrapper
+            and bool(_ROTATION.search(value.__name__))
+            and recognize(value) is not None
         )
-    return rotation
+
+    def _substituted(
+        self, function: Any, name: str, recognized_by: Callable[[Any], Rotation | None]
+    ) -> Callable[..., Any]:
+        rotation = recognized_by(function)
+        if rotation is None:
+            shown = type(function).forward if isinstance(function, nn.Module) else function
+            raise _refusal(
+                f"{self.where} to rotate as one of the known conventions",
+                f"{name}{inspect.signature(shown)} of {shown.__module__}, which computes something "
+                "else",
+            )
+        self.rotations[name] = rotation
+        return self.substitute(function, rotation)
 
 
-def _called_rotations(
-    function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()
-) -> dict[str, Callable[..., Any]]:
-    """The globals that a function uses and that are rotations by their names.
+def _held(function: types.FunctionType) -> dict[Key, Any]:
+    """What a function may call: globals by their names, cells by index, what it wraps by None.
 
-    Refuses a function that rotates in ways that can't be replaced in it: by what it imports, by
-    what another file's namespace holds, or by a function of its file that rotates. seen: functions
-    on the way here.
+    Refuses one that takes a rotation from elsewhere, by an import or as an attribute of a file.
     """
-    scope = function.__globals__
-    loaded, hidden = set(), set()
-    owner = None  # what the attributes of a dotted name are looked up in
-    for instruction in _instructions(function.__code__):
-        name, value = instruction.argval, None
-        if instruction.opname == "LOAD_GLOBAL":
-            loaded.add(name)
-            value = scope.get(name)
-        elif instruction.opname == "IMPORT_FROM" and _ROTATION.search(name):
-            hidden.add(f"{name}, imported inside of it")
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            # vars: some modules import or fail when they are asked for what they do not hold
-            value = vars(owner).get(name) if isinstance(owner, types.ModuleType) else None
-            if _ROTATION.search(name) and _is_called(value):
-                hidden.add(f"{owner.__name__}.{name}")
-        owner = value
-    called = {name: scope[name] for name in sorted(loaded) if _is_called(scope.get(name))}
-    for name, other in called.items():
-        if not _ROTATION.search(name) and getattr(other, "__globals__", None) is scope:
-            written = inspect.unwrap(other)
-            if isinstance(written, types.FunctionType) and written not in seen:
-                within = _called_rotations(written, seen | {function, written})
-                hidden.update(f"{name}, which calls {rotation}" for rotation in within)
-    if hidden:
-        raise _refusal(
-            f"{function.__module__}.{function.__qualname__} to rotate with functions of its file",
-            "; ".join(sorted(hidden)),
-        )
-    return {name: other for name, other in called.items() if _ROTATION.search(name)}
+    held: dict[Key, Any] = {None: getattr(function, "__wrapped__", None)}
+    file = None  # whose attribute is looked up next
+    for load, name in _loads(function.__code__):
+        value = None
+        if load == "LOAD_GLOBAL":
+            value = held[name] = function.__globals__.get(name)
+        elif file:  # vars: some import what they are asked for
+            value = vars(file).get(name)
+        if _ROTATION.search(name) and (load == "IMPORT_FROM" or (file and callable(value))):
+            raise _refusal(
+                f"{_name(function)} to rotate with functions of its file",
+                f"{name}, which it has from another",
+            )
+        file = value if isinstance(value, types.ModuleType) else None
+    for index, cell in enumerate(function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # it is empty
+            held[index] = cell.cell_contents
+    return held
 
 
-def _is_called(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, nn.Module))
+@functools.cache
+def _loads(code: types.CodeType) -> list[tuple[str, str]]:
+    """How a function, and those inside of it, look up names, in order: LOAD_GLOBAL and so on."""
+    loads = [(i.opname, i.argval) for i in dis.get_instructions(code) if i.opcode in dis.hasname]
+    inside = (_loads(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return [*loads, *(load for function in inside for load in function)]
 
 
-def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _instructions(constant)
+def _functions_in(value: Any, seen: tuple[int, ...] = ()) -> list[types.FunctionType]:
+    """A function itself; of another callable or a descriptor, those that it shows to have."""
+    if type(value) is types.FunctionType:
+        return [value]
+    runs = callable(value) or hasattr(type(value), "__get__")
+    if not runs or isinstance(value, (type, types.ModuleType, nn.Module)) or id(value) in seen:
+        return []
+    names = ("fget", "func", "__func__", "__wrapped__")
+    shown = [getattr(value, name, None) for name in names if hasattr(type(value), name)]
+    shown += getattr(value, "__dict__", {}).values()
+    return [f for inner in shown for f in _functions_in(inner, (*seen, id(value)))]
 
 
-def _compiled_with(
-    owner: type, function: types.FunctionType, bindings: dict[str, Callable[..., Any]]
-) -> Callable[..., Any]:
-    """The method, decorators included, with some of its globals bound to other values.
-
-    It is compiled inside a function that has these as parameters, and ``__class__``, which super()
-    looks for; its globals are those of its file still.
-    """
-    where = f"{owner.__module__}.{function.__qualname__}"
-    free = sorted(set(function.__code__.co_freevars) - {"__class__"})
-    if free:
-        raise _refusal(f"{where} to be a plain method", f"one that uses {', '.join(free)} outside")
-    try:
-        lines, first_line = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError) as error:
-        raise _refusal(f"the source of {where}", str(error)) from error
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    if private := sorted(n for n in names if n.startswith("__") and not n.endswith("__")):
-        # in a class their names would be others
-        raise _refusal(f"{where} to use no private names", ", ".join(private))
-    ast.increment_lineno(tree, first_line - 1)  # tracebacks show the lines of the model's file
-    factory = ast.parse("def bind(): pass").body[0]
-    assert isinstance(factory, ast.FunctionDef)
-    factory.args.args = [ast.arg(name) for name in (*bindings, "__class__")]
-    factory.body = [tree.body[0], ast.Return(ast.Name(function.__name__, ast.Load()))]
-    module = ast.fix_missing_locations(ast.Module([factory], []))
-    flags = function.__code__.co_flags & _FUTURE_ANNOTATIONS
-    code = compile(module, inspect.getfile(function), "exec", flags, dont_inherit=True)
-    local: dict[str, Any] = {}
-    exec(code, function.__globals__, local)
-    made = local["bind"](*bindings.values(), owner)
-    made = made.__func__ if isinstance(made, staticmethod) else made
-    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
-    return made
+def _name(function: types.FunctionType) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _refusal(expected: str, got: str) -> UnrecognizedRotation:

@@ -1,0 +1,70 @@
+"""Models for the tests of patch: a small Llama, and modules of files of their own."""
+
+import itertools
+import sys
+import types
+
+import torch
+from torch import nn
+
+VOCAB = 96  # of support.small_llama
+_numbers = itertools.count()
+
+
+def tokens():
+    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def rotations_of_rope_ext(model, *args):
+    """How many of rope_ext's operators a forward pass calls."""
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(*args)
+    return sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
+
+
+def rotate_half(x):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def standard(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def names_for_copies():
+    """What patch has added to the globals of files."""
+    return {
+        (file, name)
+        for file, module in list(sys.modules.items())
+        for name in getattr(module, "__dict__", ())
+        if name.startswith("_rope_ext_")
+    }
+
+
+def file_of(source, **names):
+    """A module of Python from source that no file has."""
+    file = types.ModuleType(f"file_of_a_model_{next(_numbers)}")
+    vars(file).update(names, nn=nn)
+    sys.modules[file.__name__] = file
+    exec(compile(source, "<file of a model>", "exec"), vars(file))
+    return file
+
+
+ATTENTION = """
+class Attention(nn.Module):
+    scale = 1
+    def forward(self, q, k, cos, sin, **kwargs):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+"""
+
+
+def model_with(rotation, extra=""):
+    """A file whose Attention, and what else it has, calls `rotation` as apply_rotary_pos_emb."""
+    return file_of(ATTENTION + extra, apply_rotary_pos_emb=rotation)
+
+
+def arguments():
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8))
+    return [torch.randn(shape, generator=generator) for shape in shapes]

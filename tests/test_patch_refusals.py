@@ -1,0 +1,303 @@
+"""patch(model): what it refuses, and what a rotation has to be for it not to."""
+
+import types
+
+import pytest
+import torch
+from rotating_models import (
+    arguments,
+    model_with,
+    names_for_copies,
+    rotate_half,
+    rotations_of_rope_ext,
+    standard,
+    tokens,
+)
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from support import small_llama  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+from rope_ext.integrations.transformers import (  # noqa: E402
+    UnrecognizedRotation,
+    patch,
+    recognition,
+)
+
+LAYERS = 2
+STANDARD = "half-split"
+
+
+@pytest.fixture
+def model():
+    return small_llama(LAYERS)
+
+
+# Rotations such as no model has: one function a file of a model.
+
+
+def detached(q, k, cos, sin, unsqueeze_dim=1):
+    return standard(q.detach(), k, cos, sin, unsqueeze_dim)
+
+
+def another_one_for_a_single_token(q, k, cos, sin, unsqueeze_dim=1):
+    q, k = standard(q, k, cos, sin, unsqueeze_dim)
+    return (2 * q if q.shape[-2] == 1 else q), k
+
+
+def k_by_another_angle(q, k, cos, sin, unsqueeze_dim=1):
+    q, _ = standard(q, k, cos, sin, unsqueeze_dim)
+    return q, standard(k, k, cos, 2 * sin, unsqueeze_dim)[1]
+
+
+def k_first(q, k, cos, sin, unsqueeze_dim=1):
+    return standard(k, q, cos, sin, unsqueeze_dim)
+
+
+def rolled_channels(q, k, cos, sin, unsqueeze_dim=1):
+    q, k = standard(q, k, cos, sin, unsqueeze_dim)
+    return q.roll(1, -1), k.roll(1, -1)
+
+
+def slightly_larger(q, k, cos, sin, unsqueeze_dim=1):
+    q, k = standard(q, k, cos, sin, unsqueeze_dim)
+    return 1.001 * q, k
+
+
+def in_place(q, k, cos, sin, unsqueeze_dim=1):
+    for x, rotated in zip((q, k), standard(q, k, cos, sin, unsqueeze_dim), strict=True):
+        x.copy_(rotated)
+    return q, k
+
+
+def with_position_ids_that_count(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    if position_ids is not None:
+        sin = -sin
+    return standard(q, k, cos, sin, unsqueeze_dim)
+
+
+def always_fails(q, k, cos, sin, unsqueeze_dim=1):
+    raise NotImplementedError
+
+
+def other_parameters(queries, keys, cos, sin):
+    return standard(queries, keys, cos, sin)
+
+
+UNKNOWN = [
+    k_by_another_angle,
+    k_first,
+    rolled_channels,
+    slightly_larger,
+    in_place,
+    detached,
+    another_one_for_a_single_token,
+    with_position_ids_that_count,
+    always_fails,
+    other_parameters,
+    rotate_half,
+]
+
+
+def test_a_rotation_of_any_file_is_recognized_by_what_it_computes():
+    module = model_with(standard).Attention()
+    expected = module(*arguments())
+    assert patch(module).conventions == (STANDARD,)
+    for a, b in zip(module(*arguments()), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rotation", UNKNOWN, ids=lambda f: f.__name__)
+def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(rotation, model):
+    other = model_with(rotation).Attention()
+    both = nn.ModuleList([model, other])
+    with pytest.raises(UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary_pos_"):
+        patch(both)
+    assert rotations_of_rope_ext(model, tokens()) == 0
+    assert type(other).__mro__[1] is nn.Module
+
+
+def test_a_model_without_a_rotation_is_refused():
+    with pytest.raises(UnrecognizedRotation, match="got Linear without any"):
+        patch(nn.Linear(2, 2))
+
+
+def test_a_module_with_a_forward_of_its_own_is_refused(model):
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda *args, **kwargs: modeling_llama.LlamaAttention.forward(
+        attention, *args, **kwargs
+    )
+    with pytest.raises(UnrecognizedRotation, match=r"'model\.layers\.1\.self_attn'.* of its own"):
+        patch(model)
+    assert rotations_of_rope_ext(model, tokens()) == 0
+
+
+def test_a_forward_of_its_own_that_rotates_is_refused_where_that_of_the_class_does_not():
+    file = model_with(standard, "class Plain(nn.Module):\n    def forward(self): pass")
+    module = file.Plain()
+    module.forward = types.MethodType(file.Attention.forward, module)
+    with pytest.raises(UnrecognizedRotation, match=r"forward of its class Plain, got one of its"):
+        patch(nn.ModuleList([module, file.Attention()]))
+
+
+def test_a_method_that_calls_the_rotating_method_of_its_base_is_refused():
+    derived = """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return super().forward(q, k, cos, sin)
+"""
+    with pytest.raises(UnrecognizedRotation, match=r"Derived\.forward to rotate itself"):
+        patch(model_with(standard, derived).Derived())
+
+
+HIDDEN_ROTATIONS = {
+    "a method with an argument filled in": """
+import functools
+class Derived(Attention):
+    def turned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+    forward = functools.partialmethod(turned, sin=None)
+""",
+    "a function with an argument filled in": """
+import functools
+def turned(q, k, cos, sin):
+    return apply_rotary_pos_emb(q, k, cos, sin)
+filled = functools.partial(turned, sin=None)
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return filled(q, k, cos)
+""",
+    "a method in an object that is called": """
+class Called:
+    def __init__(self, function):
+        self.function = function
+    def __call__(self, *args):
+        return self.function(None, *args)
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+    forward = Called(forward)
+""",
+    "a wrapper that finds the method elsewhere": """
+import functools
+methods = [Attention.forward]
+class Derived(Attention):
+    @functools.wraps(Attention.forward)
+    def forward(self, *args):
+        return methods[0](self, *args)
+""",
+    "an attribute of that name among too many": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        self.apply_rotary_pos_emb = None
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+"""
+    + "".join(f"        self.a{i} = None\n" for i in range(256))
+    + """        return q, k
+""",
+    "a method of the class": """
+class Derived(Attention):
+    @classmethod
+    def turned(cls, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "an import inside": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a property": """
+class Derived(Attention):
+    @property
+    def turned(self):
+        return apply_rotary_pos_emb(*self.arguments)
+""",
+    "a function that the module keeps": """
+class Derived(Attention):
+    def __init__(self):
+        super().__init__()
+        self.rotate = apply_rotary_pos_emb
+""",
+    "a function that calls itself": """
+def turned(q, k, cos, sin):
+    return apply_rotary_pos_emb(q, k, cos, sin) if q.dim() else turned(q, k, cos, sin)
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return turned(q, k, cos, sin)
+""",
+    "a function in the namespace of another file": """
+from transformers.models import llama
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "a base that is called by its name": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return Attention.forward(self, q, k, cos, sin)
+""",
+}
+
+
+@pytest.mark.parametrize("source", HIDDEN_ROTATIONS.values(), ids=HIDDEN_ROTATIONS)
+def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind(source):
+    file = model_with(standard, source)
+    both = nn.ModuleList([file.Attention(), file.Derived()])
+    before = dict(vars(file))
+    with pytest.raises(UnrecognizedRotation, match="nothing has been changed"):
+        patch(both)
+    assert type(both[0]) is file.Attention
+    assert vars(file) == before
+
+
+def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model):
+    unchangeable = """
+class Derived(Attention):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise TypeError("not this one")
+        super().__setattr__(name, value)
+"""
+    other = model_with(standard, unchangeable).Derived()
+    before = names_for_copies()
+    with pytest.raises(TypeError, match="not this one"):
+        patch(nn.ModuleList([model, other]))
+    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
+    assert names_for_copies() <= before
+    assert rotations_of_rope_ext(model, tokens()) == 0
+
+
+def test_names_that_only_contain_such_a_word_are_no_rotations():
+    source = """
+def read_property(x):
+    return x
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(read_property(q), k, cos, sin)
+"""
+    assert len(patch(model_with(standard, source).Derived()).sites) == 1
+
+
+def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
+    class Func(nn.Module):
+        def forward(self, q, k, cos, sin, unsqueeze_dim=1):
+            return standard(q, k, cos, sin, unsqueeze_dim)
+
+    layer = Func()
+    layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel took its place
+    rotation = recognition.recognize(layer)
+    assert rotation is not None
+    assert rotation.convention == STANDARD
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_result_has_the_dtype_of_q_whatever_the_tables_have(dtype):
+    module = model_with(standard).Attention()
+    q, k, cos, sin = arguments()
+    patch(module)
+    for result in module(q.to(dtype), k.to(dtype), cos, sin):
+        assert result.dtype == dtype

@@ -1,0 +1,403 @@
+"""patch copies the code that is loaded, with all that is around it: decorators, other libraries.
+
+Each wrapper here changes what the model computes, so that one that is dropped shows in the logits.
+"""
+
+import functools
+import gc
+import importlib
+import sys
+import traceback
+
+import pytest
+import rotating_models
+import torch
+from rotating_models import (
+    arguments,
+    file_of,
+    model_with,
+    names_for_copies,
+    rotations_of_rope_ext,
+    standard,
+)
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from support import small_llama  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+from transformers.models.roformer import modeling_roformer  # noqa: E402
+
+from rope_ext.integrations.transformers import (  # noqa: E402
+    UnrecognizedRotation,
+    patch,
+    patched,
+    unpatch,
+)
+
+LAYERS = 2
+LlamaAttention = modeling_llama.LlamaAttention
+
+
+@pytest.fixture
+def tokens():
+    return rotating_models.tokens()
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_is_left():
+    yield
+    torch.compiler.reset()
+
+
+class Graphs:
+    """A backend of torch.compile that counts the rotations of rope_ext in each graph."""
+
+    def __init__(self):
+        self.rotations = []
+
+    def __call__(self, graph, inputs):
+        self.rotations.append(sum("rope" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+
+# ------------------------------------------------------- what another library puts around a method
+
+
+def doubling(function):
+    @functools.wraps(function)
+    def doubled(self, *args, **kwargs):
+        return 2 * function(self, *args, **kwargs)[0], None
+
+    return doubled
+
+
+def counting(function):
+    @functools.wraps(function)
+    def counted(self, *args, **kwargs):
+        counted.calls += 1
+        return function(self, *args, **kwargs)
+
+    counted.calls = 0
+    return counted
+
+
+def without_wraps(function):
+    return lambda *args, **kwargs: (3 * function(*args, **kwargs)[0], None)
+
+
+def in_a_global(function):
+    source = "def forward(*args, **kwargs):\n    return (4 * own(*args, **kwargs)[0], None)"
+    return file_of(source, own=function).forward
+
+
+def with_defaults(function):
+    def shifted(self, *args, shift, **kwargs):
+        return function(self, *args, **kwargs)[0] + shift, None
+
+    shifted.__kwdefaults__ = {"shift": 0.125}
+    return shifted
+
+
+WRAPPERS = {
+    "functools.wraps": doubling,
+    "an attribute of its own": counting,
+    "a closure": without_wraps,
+    "a global of its file": in_a_global,
+    "keyword-only defaults": with_defaults,
+    "three of them": lambda function: doubling(in_a_global(without_wraps(function))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_is_around_a_forward_stays_around_it(wrap, tokens, monkeypatch):
+    wrapped = wrap(LlamaAttention.forward)
+    monkeypatch.setattr(LlamaAttention, "forward", wrapped)
+    model = small_llama(LAYERS)
+    expected = model(tokens).logits
+    before = names_for_copies()
+    patch(model)
+    assert torch.equal(model(tokens).logits, expected)
+    assert rotations_of_rope_ext(model, tokens) == LAYERS
+    graphs = Graphs()
+    if wrap is counting:  # which torch.compile can't trace
+        assert wrapped.calls == 3 * LAYERS
+    else:
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+        assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
+        assert graphs.rotations == [LAYERS]
+    unpatch(model)
+    assert LlamaAttention.forward is wrapped
+    assert rotations_of_rope_ext(model, tokens) == 0
+    assert names_for_copies() <= before
+
+
+def test_a_forward_that_is_compiled_stays_compiled(tokens, monkeypatch):
+    own = Graphs()
+    compiled = torch.compile(LlamaAttention.forward, backend=own, fullgraph=True)
+    monkeypatch.setattr(LlamaAttention, "forward", compiled)
+    model = small_llama(LAYERS)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        unpatched = len(own.rotations)
+        with patched(model):
+            assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    assert sum(own.rotations[:unpatched]) == 0
+    assert set(own.rotations[unpatched:]) == {1}
+
+
+@pytest.mark.parametrize("of", ["the model", "its modules"])
+def test_a_compiled_model_is_patched(of, tokens):
+    graphs = Graphs()
+    model = small_llama(LAYERS)
+    expected = model(tokens, use_cache=False).logits
+    if of == "the model":
+        model = torch.compile(model, backend=graphs)
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend=graphs)
+    assert len(patch(model).sites) == LAYERS
+    assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    assert sum(graphs.rotations) in (1, LAYERS)  # layers share their code, and its graph
+
+
+class LowRank(nn.Module):
+    """In the place of a projection, as PEFT's LoRA."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def test_modules_in_the_place_of_projections_are_used(tokens):
+    model = small_llama(LAYERS)
+    patch(model)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+    got = model(tokens).logits
+    unpatch(model)
+    expected = model(tokens).logits
+    assert torch.equal(got, expected)
+    patch(model)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("replace", [torch.compile, doubling, functools.partial])
+def test_a_forward_that_a_module_has_itself_is_refused(replace):
+    model = small_llama(LAYERS)
+    attention = model.model.layers[1].self_attn
+    attention.forward = replace(attention.forward)
+    with pytest.raises(UnrecognizedRotation, match=r"'model\.layers\.1\.self_attn'.* of its own"):
+        patch(model)
+
+
+def test_what_is_around_a_method_that_is_the_rotation_stays_around_it(monkeypatch):
+    owner = modeling_roformer.RoFormerSelfAttention
+    name = "apply_rotary_position_embeddings"
+    own = getattr(owner, name)
+    config = transformers.RoFormerConfig(hidden_size=16, num_attention_heads=2)
+    inputs = [torch.randn(1, 1, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)]
+
+    @functools.wraps(own)
+    def doubled(*args):
+        return tuple(2 * x for x in own(*args))
+
+    monkeypatch.setattr(owner, name, staticmethod(doubled))
+    module = owner(config)
+    expected = getattr(module, name)(*inputs)
+    with patched(module):
+        got = getattr(module, name)(*inputs)
+        assert rotations_of_rope_ext(getattr(module, name), *inputs) == 1
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------ what methods are made of
+
+# forward(self, q, k, cos, sin) of a class, and what it needs
+METHODS = {
+    "a private name": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        self.__calls = 1
+        return apply_rotary_pos_emb(q, k, cos, sin)
+""",
+    "an attribute of the rotation's name": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        self.apply_rotary_pos_emb = 2
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return self.apply_rotary_pos_emb * q, k
+""",
+    "an attribute of that name, one of many": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+"""
+    + "".join(f"        self.a{i} = None\n" for i in range(256))
+    + """
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        self.apply_rotary_pos_emb = 2
+        return self.apply_rotary_pos_emb * q, k
+""",
+    "functions inside": """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        def turned(x):
+            return [apply_rotary_pos_emb(y, y, cos, sin)[0] for y in (x,)][0]
+        return turned(q), (lambda: turned(k))()
+""",
+    "a function of its file": """
+def turned(*args):
+    return apply_rotary_pos_emb(*args)
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        return turned(q, k, cos, sin)
+""",
+    "a function outside": """
+def make(apply_rotary, scale):
+    class Derived(Attention):
+        def forward(self, q, k, cos, sin):
+            q, k = apply_rotary(q, k, cos, sin)
+            return scale * q, k
+    return Derived
+Derived = make(apply_rotary_pos_emb, 2)
+""",
+    "super, and decorators": """
+import functools
+def twice(function):
+    @functools.wraps(function)
+    def called_twice(self, *args, **kwargs):
+        function(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+    return called_twice
+class Base(nn.Module):
+    calls = 0
+    def count(self):
+        self.calls += 1
+class Derived(Base):
+    def count(self):
+        raise AssertionError
+    @twice
+    def forward(self, q, k, cos, sin):
+        super().count()
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return self.calls % 2 * q, k
+""",
+}
+
+
+@pytest.mark.parametrize("source", METHODS.values(), ids=METHODS)
+def test_a_method_is_copied_as_it_is(source, monkeypatch):
+    file = model_with(apply_rotary_pos_emb, source)
+    module = file.Derived()
+    expected = module(*arguments())
+    before = vars(file).keys()
+    with patched(module):
+        monkeypatch.setattr(sys.modules[__name__], "standard", None)  # it is called no more
+        got = module(*arguments())
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert vars(file).keys() == before
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    return standard(q, k, cos, sin, unsqueeze_dim)
+
+
+def test_a_traceback_shows_the_lines_of_the_models_own_file():
+    source = """
+class Derived(Attention):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        def fail():
+            return q / self.missing
+        return fail()
+"""
+    module = model_with(standard, source).Derived()
+    frames = []
+    for _ in range(2):
+        with pytest.raises(AttributeError) as error:
+            module(*arguments())
+        frames.append([(f.filename, f.lineno, f.name) for f in traceback.extract_tb(error.tb)])
+        patch(module)
+    assert frames[0] == frames[1]
+    assert frames[0][-3:-1] == [
+        ("<file of a model>", 12, "forward"),
+        ("<file of a model>", 11, "fail"),
+    ]
+
+
+# --------------------------------------------------------------------- the code that is loaded
+
+
+@pytest.mark.parametrize("edit", [("+ 0", "+ 1"), ("import", "# a line more\nimport")])
+def test_a_file_that_has_changed_since_it_was_imported_is_not_read(edit, tmp_path, monkeypatch):
+    source = """
+import torch
+from torch import nn
+
+def rotate_half(x):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+class Attention(nn.Module):
+    def forward(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q + 0, k
+"""
+    name = f"edited_model_{len(edit[1])}"
+    path = tmp_path / f"{name}.py"
+    path.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name).Attention()
+    expected = module(*arguments())
+    path.write_text(source.replace(*edit))
+    patch(module)
+    for a, b in zip(module(*arguments()), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------- the globals of copies
+
+
+def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
+    first, second = small_llama(LAYERS), small_llama(LAYERS)
+    gc.collect()
+    none = names_for_copies()
+    patch(first)
+    one = names_for_copies() - none
+    assert {file for file, _ in one} == {modeling_llama.__name__}
+    patch(second)
+    twin_of_second = second.model.layers[0].self_attn.__deepcopy__({})
+    assert len(names_for_copies() - none - one) == len(one)  # for all layers together
+
+    unpatch(first)
+    assert not names_for_copies() & one
+    assert rotations_of_rope_ext(second, tokens) == LAYERS
+    held = second.model.layers[1].self_attn.forward
+    unpatch(second)
+    unpatch(twin_of_second)
+    assert names_for_copies() - none  # the method that is held
+    second.model.layers[1].self_attn.forward = held
+    assert rotations_of_rope_ext(second, tokens) == 1
+    del second, held
+    gc.collect()
+    assert names_for_copies() <= none
+
+
+def test_a_model_that_goes_takes_its_globals_along():
+    gc.collect()
+    before = names_for_copies()
+    model = small_llama(LAYERS)
+    patch(model)
+    del model
+    gc.collect()
+    assert names_for_copies() <= before
