@@ -44,8 +44,8 @@ def load(random_layers: int | None) -> tuple[nn.Module, object, str]:
     name = "SmolLM2-135M-Instruct"
     if random_layers is None:
         try:
-            folder = weights.smollm2_folder(weights.cache_folder(), print)
-            return *models.load_pretrained(str(folder)), name
+            gguf = weights.smollm2_gguf(weights.cache_folder(), print)
+            return *models.load_pretrained(str(gguf)), name
         except weights.DownloadFailed as error:
             print(f"{name} is not there: {error}")
             random_layers = 30

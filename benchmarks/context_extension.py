@@ -92,8 +92,8 @@ def digest(text: bytes) -> str:
 
 def run_reading(arguments: argparse.Namespace, text: str, results: Results) -> str:
     if arguments.random_layers is None:
-        folder = weights.smollm2_folder(weights.cache_folder(), print)
-        model, tokenizer = models.load_pretrained(str(folder))
+        gguf = weights.smollm2_gguf(weights.cache_folder(), print)
+        model, tokenizer = models.load_pretrained(str(gguf))
         title = "SmolLM2-135M-Instruct"
     else:
         model, tokenizer = models.random_model(arguments.random_layers)

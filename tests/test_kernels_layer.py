@@ -3,7 +3,10 @@ it hands back to that function.
 """
 
 import sys
+import types
 import warnings
+from importlib.metadata import version
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -12,8 +15,14 @@ from support import assert_same_bits, random, random_table
 from torch import nn
 
 from rope_ext import reference
-from rope_ext.integrations.transformers import register_kernels
-from rope_ext.integrations.transformers.kernels_hook import RotaryPosEmb, pairs_of, rotation_of
+from rope_ext.integrations.transformers import kernel_mapping, register_kernels
+from rope_ext.integrations.transformers.kernels_hook import (
+    HOOK,
+    TESTED,
+    RotaryPosEmb,
+    pairs_of,
+    rotation_of,
+)
 from rope_ext.integrations.transformers.rotations import ALL_PAIRS
 
 B, S, HQ, HK, D = 2, 7, 4, 2, 16
@@ -199,3 +208,51 @@ def test_without_kernels_registering_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     with pytest.raises(ImportError, match="expected the package kernels, got"):
         register_kernels()
+
+
+@pytest.fixture
+def llama():
+    return pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
+@pytest.fixture
+def kernels(monkeypatch, llama):  # llama: imported without it
+    """What register_kernels takes from the package, and the mappings that it registers."""
+    package = types.ModuleType("kernels")
+    package.__version__ = "0.1"
+    package.Mode = types.SimpleNamespace(TRAINING=1, TORCH_COMPILE=2)
+    package.CUDAProperties = package.Device = lambda **options: tuple(options)
+    package.registered = []
+    package.register_kernel_mapping = package.registered.append
+    monkeypatch.setitem(sys.modules, "kernels", package)
+    return package
+
+
+def test_releases_that_do_not_go_together_are_refused_with_those_that_do(
+    kernels, llama, monkeypatch
+):
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", function_of(HALF_SPLIT))
+    monkeypatch.setenv("USE_HUB_KERNELS", "NO")
+    for function in (register_kernels, kernel_mapping):
+        with pytest.raises(ImportError) as refusal:
+            function()
+        for part in (
+            f"transformers {version('transformers')} with kernels 0.1 and USE_HUB_KERNELS=NO",
+            "this transformers asks for kernels<",
+            " with ".join(f"{name} {release}" for name, release in TESTED.items()),
+            "pip install 'rope_ext[kernels]'",
+        ):
+            assert part in str(refusal.value)
+    assert kernels.registered == []
+
+    hook = hook_of(function_of(HALF_SPLIT))
+    type(hook).kernel_layer_name = HOOK
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", hook)
+    register_kernels()
+    assert [list(mapping) for mapping in kernels.registered] == [[HOOK]]
+
+
+def test_the_extra_pins_the_releases_that_the_refusal_names():
+    text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    pins = ", ".join(f'"{name}=={release}"' for name, release in TESTED.items())
+    assert f"\nkernels = [{pins}]\n" in text

@@ -1,5 +1,6 @@
 """Fine-tuning a patched SmolLM2-135M in bfloat16, with activation checkpointing."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 
 from rope_ext.demo import weights  # noqa: E402
-from rope_ext.demo.models import text_tokens  # noqa: E402
+from rope_ext.demo.models import load_pretrained, text_tokens  # noqa: E402
 from rope_ext.integrations.transformers import patch  # noqa: E402
 
 STEPS, TOKENS, LEARNING_RATE = 20, 8, 1e-4  # few tokens: bfloat16 without instructions is slow
@@ -20,24 +21,25 @@ NOISE_FACTOR = 2
 
 
 @pytest.fixture(scope="module")
-def folder():
+def loaded():
     try:
-        return weights.smollm2_folder(weights.cache_folder(), print)
+        gguf = weights.smollm2_gguf(weights.cache_folder(), print)
     except weights.DownloadFailed as error:
         pytest.skip(f"SmolLM2 is not in the cache and can't be fetched: {error}")
+    return load_pretrained(str(gguf))
 
 
-def losses(folder, *, attention, patched):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=attention, local_files_only=True
-    )
+def losses(loaded, *, attention, patched):
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    for parameter in model.parameters():  # not inv_freq, as from_pretrained(dtype=...)
+        parameter.data = parameter.data.bfloat16()
+    model.set_attn_implementation(attention)
     if patched:
         patch(model)
     with warnings.catch_warnings():  # it has another name in the newest transformers
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable()
     model.train()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     batch = text_tokens(tokenizer, TOKENS, torch.device("cpu")).view(1, TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     curve = []
@@ -50,10 +52,10 @@ def losses(folder, *, attention, patched):
     return torch.stack(curve)
 
 
-def test_the_loss_curve_over_20_steps_is_that_of_the_unpatched_model(folder):
-    unpatched = losses(folder, attention="sdpa", patched=False)
-    noise = (losses(folder, attention="eager", patched=False) - unpatched).abs().max()
-    moved = (losses(folder, attention="sdpa", patched=True) - unpatched).abs().max()
+def test_the_loss_curve_over_20_steps_is_that_of_the_unpatched_model(loaded):
+    unpatched = losses(loaded, attention="sdpa", patched=False)
+    noise = (losses(loaded, attention="eager", patched=False) - unpatched).abs().max()
+    moved = (losses(loaded, attention="sdpa", patched=True) - unpatched).abs().max()
     print(f"loss {unpatched[0]:.3f} to {unpatched[-1]:.3f}; moved {moved:.4f}, noise {noise:.4f}")
     assert unpatched[-5:].mean() < unpatched[:5].mean()  # it learns
     assert moved <= NOISE_FACTOR * noise

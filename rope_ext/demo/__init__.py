@@ -8,11 +8,14 @@ scaling.py   another rope scaling for the model, and what differs in frequencies
 """
 
 import argparse
+import contextlib
 import importlib.util
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,7 +33,7 @@ class CannotRun(Exception):
 def run(args: argparse.Namespace) -> int:
     """Runs the demo as the command line asks. Returns 0: all equal, 1: not, 2: it could not run."""
     try:
-        return compare_and_report(args)
+        return clear_cache() if args.clear_cache else compare_and_report(args)
     except (
         CannotRun,
         weights.ChecksumMismatch,
@@ -50,6 +53,10 @@ def compare_and_report(args: argparse.Namespace) -> int:
         raise CannotRun(f"{', '.join(missing)} not installed: pip install 'rope_ext[demo]'")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise CannotRun(f"--device {args.device}: torch {torch.__version__} finds no CUDA GPU")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:  # Python gives each byte that is no UTF-8 as half a surrogate
+        raise CannotRun(f"expected --prompt to be text in UTF-8, got {args.prompt!a}") from None
 
     model, tokenizer, title = load(args)
     replaced = rotary.require_llama_form(model)
@@ -129,19 +136,35 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, object, str]:
             ) from error
     cache = weights.cache_folder()
     try:
-        folder = weights.smollm2_folder(cache, say)
+        with usable(cache):
+            gguf = weights.smollm2_gguf(cache, say)
+            say(f"loading {gguf}")
+            return *models.load_pretrained(str(gguf)), "SmolLM2-135M-Instruct"
     except weights.DownloadFailed as error:
         print(
             f"SmolLM2-135M is not in {cache} and could not be fetched:\n  {error}\n"
             "A randomly initialised model of the same shape runs instead.\n"
         )
         return *models.random_model(args.random_layers), random_title
+
+
+def clear_cache() -> int:
+    cache = weights.cache_folder()
+    with usable(cache):
+        removed = weights.clear(cache, say)
+    print(f"removed from {cache}: {', '.join(removed) or 'nothing, as nothing was there'}")
+    return 0
+
+
+@contextlib.contextmanager
+def usable(cache: Path) -> Iterator[None]:
+    """What the system refuses within the cache ends the demo with a message, not a traceback."""
+    try:
+        yield
     except OSError as error:
         raise CannotRun(
             f"the cache {cache} can't be used: {error}; ROPE_EXT_CACHE names another folder"
         ) from error
-    say(f"loading {folder}")
-    return *models.load_pretrained(str(folder)), "SmolLM2-135M-Instruct"
 
 
 def describe(

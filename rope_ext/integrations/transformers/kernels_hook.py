@@ -14,6 +14,8 @@ work itself.
 Source: transformers 5.22, ``integrations/hub_kernels.py``; kernels 0.17, ``layer/layer.py``.
 """
 
+import importlib.metadata
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,8 @@ from rope_ext.integrations.transformers.recognition import Rotation, recognize_h
 from rope_ext.integrations.transformers.rotations import Pairs, q_and_k
 
 HOOK = "rotary_pos_emb"
+# Releases that go together, tested; the extra `kernels` of pyproject.toml pins them.
+TESTED = {"transformers": "5.22.2", "kernels": "0.17.2"}
 
 
 class RotaryPosEmb(nn.Module):
@@ -97,7 +101,8 @@ def hooked_rotations(model: nn.Module) -> dict[str, Rotation | None]:
     hooks = dict.fromkeys(
         type(function)
         for module in model.modules()
-        for function in (*getattr(module, "_kernel_funcs", {}).values(), module)
+        for attribute in ("_kernel_funcs", "_hidden_kernels")  # of kernels; of older transformers
+        for function in (*getattr(module, attribute, {}).values(), module)
         if getattr(type(function), "kernel_layer_name", None) == HOOK
     )
     return {_name(hook): rotation_of(hook) for hook in hooks}
@@ -116,6 +121,31 @@ class _Repository:
         return f"rope_ext, layer {self.layer_name}"
 
 
+def _require_hooks() -> None:
+    """Refuses where transformers leaves its functions plain, so that no kernel can reach them.
+
+    A release of transformers takes few releases of kernels, and decides while it is imported.
+    """
+    import kernels
+    import transformers
+    from transformers.models.llama import modeling_llama
+
+    if getattr(type(modeling_llama.apply_rotary_pos_emb), "kernel_layer_name", None) == HOOK:
+        return
+    requirements = importlib.metadata.requires("transformers") or ()
+    takes = [name.partition(";")[0] for name in requirements if name.startswith("kernels")]
+    setting = os.environ.get("USE_HUB_KERNELS")
+    raise ImportError(
+        "register_kernels: expected transformers and kernels to go together, got transformers "
+        f"{transformers.__version__} with kernels {kernels.__version__}"
+        f"{f' and USE_HUB_KERNELS={setting}' if setting else ''}, whose models have no hooks: this "
+        f"transformers asks for {takes[0] if takes else 'no kernels'}, installed before it is "
+        "imported. Tested: "
+        + " with ".join(f"{name} {version}" for name, version in TESTED.items())
+        + " (pip install 'rope_ext[kernels]')"
+    )
+
+
 def kernel_mapping() -> dict[str, dict[Any, Any]]:
     """The mapping that :func:`register_kernels` registers, for use within a context.
 
@@ -125,12 +155,13 @@ def kernel_mapping() -> dict[str, dict[Any, Any]]:
             kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cuda")
 
     Raises:
-        ImportError: if the package kernels is not installed.
+        ImportError: as :func:`register_kernels`.
     """
     try:
         from kernels import CUDAProperties, Device, Mode
     except ImportError as error:
         raise ImportError(f"register_kernels: expected the package kernels, got {error}") from error
+    _require_hooks()
     # kernels takes a layer for training and torch.compile for all other uses as well.
     layer = {Mode.TRAINING | Mode.TORCH_COMPILE: _Repository()}
     # All capabilities, but fewer than transformers' own entry is for: the narrower one is taken,
@@ -153,7 +184,8 @@ def register_kernels() -> None:
     function would return that of float32 tables (as under autocast).
 
     Raises:
-        ImportError: if the package kernels is not installed.
+        ImportError: if the package kernels is not installed, or of a release that the installed
+            transformers does not take: then no function of its models is a hook.
     """
     mapping = kernel_mapping()
     from kernels import register_kernel_mapping

