@@ -1,0 +1,7 @@
+"""How long an attack runs: ROPE_EXT_ATTACK_SECONDS for each, or the default of the test suite."""
+
+import os
+
+
+def seconds(default: float) -> float:
+    return float(os.environ.get("ROPE_EXT_ATTACK_SECONDS", default))
