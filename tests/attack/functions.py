@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from calls import Arguments, Draw
+from drawing import Arguments, Draw
 
 import rope_ext
 

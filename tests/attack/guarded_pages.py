@@ -4,7 +4,8 @@ import ctypes
 import mmap
 
 import torch
-from calls import ANY_STRIDES, CONTIGUOUS, Draw
+from calls import ANY_STRIDES, CONTIGUOUS
+from drawing import Draw
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,7 +53,8 @@ def strides_of(d: Draw, t: torch.Tensor, name: str) -> list[int]:
     strides, order = list(t.stride()), list(range(t.dim()))
     any_last = name in ANY_STRIDES
     if d.chance(0.5):
-        order = d.sample(order, len(order)) if any_last else [*d.sample(order[:-1], len(order) - 1), order[-1]]
+        free = order if any_last else order[:-1]
+        order = d.sample(free, len(free)) + order[len(free) :]
     extent = d.choice((1, 1, 2, 3)) if any_last else 1
     for dim in reversed(order):
         strides[dim] = extent

@@ -1,23 +1,36 @@
-"""What may come in the place of an argument: each way takes the seed and the value that fits, and
-gives another, or None where there is none of its kind.
+"""What may come in the place of an argument: each way takes the seed and what fits, and gives
+another; None where there is none of its kind, or what PyTorch raises where it makes none.
 """
 
-import contextlib
-from collections.abc import Callable
+import warnings
 
 import numpy as np
 import torch
-from calls import Draw
+from drawing import Draw
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 FAKES = FakeTensorMode()
 # All dtypes of PyTorch, without their second names.
 DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 # Tensors of the others need a scale too (in_another_form).
-OF_TENSORS = [x for x in DTYPES if not str(x).startswith(("torch.qint", "torch.quint"))]
-
+TENSOR_DTYPES = [x for x in DTYPES if not str(x).startswith(("torch.qint", "torch.quint"))]
+OF_NUMBERS = {6: torch.float32, 7: torch.float64}  # dtypes as PyTorch counts them
 LIMITS = (-1, 0, 1, 2**15, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**31), -(2**63))
 FLOATS = (0.0, -0.0, -1.0, 5e-324, 1e-45, 1e-300, 1e38, 1e308, *map(float, ("nan", "inf", "-inf")))
+
+
+def not_printed(dtype: torch.dtype) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            repr(torch.empty(1, dtype=dtype))
+        except (RuntimeError, NotImplementedError):
+            return True
+    return False
+
+
+NOT_PRINTED = set(filter(not_printed, TENSOR_DTYPES))
 
 
 class Plain(torch.Tensor):
@@ -59,23 +72,22 @@ class Wrapper(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        unwrap = lambda x: x.inner if isinstance(x, Wrapper) else x  # noqa: E731
-        args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
-        wrap = lambda x: Wrapper(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return torch.utils._pytree.tree_map(wrap, function(*args, **kwargs))
+        args, kwargs = tree_map(
+            lambda x: x.inner if isinstance(x, Wrapper) else x, (args, kwargs or {})
+        )
+        result = function(*args, **kwargs)
+        return tree_map(lambda x: Wrapper(x) if isinstance(x, torch.Tensor) else x, result)
 
 
-Way = Callable[[Draw, torch.Tensor], object]
-
-
-# ---- kinds
+# ---- in the place of a tensor: kinds
 
 
 def no_tensor(d: Draw, t: torch.Tensor) -> object:
+    t = torch.ones(3) if t.dtype in NOT_PRINTED else t  # PyTorch prints what it refuses
     array = np.ones(tuple(t.shape)) if t.numel() < 1000 else np.ones(3)
     return d.choice((
-        None, 3, 2.5, True, "cos", b"", [t], (t, t), {}, [1.0, 2.0], array, np.float32(1),
-        object(), torch.float32, t.shape, torch.Tensor, lambda: t, t.untyped_storage() if is_dense(t) else 1,
+        None, 3, 2.5, True, "cos", b"", [t], (t, t), {}, [1.0, 2.0], array, np.float32(1), object(),
+        torch.float32, t.shape, torch.Tensor, lambda: t, torch.ones(3).untyped_storage(),
     ))  # fmt: skip
 
 
@@ -93,16 +105,15 @@ def without_data(d: Draw, t: torch.Tensor) -> torch.Tensor:
     return t.to("meta") if d.chance(0.5) else FAKES.from_tensor(t)
 
 
-def in_another_form(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
-    """Sparse, nested, quantised: what is no plain memory, or can't be written."""
-    ways = (
+def in_another_form(d: Draw, t: torch.Tensor) -> torch.Tensor:
+    """What is no plain memory, or can't be written."""
+    return d.choice((
         t.to_sparse, t.to_sparse_csr, t.to_mkldnn,
         lambda: torch.nested.nested_tensor([t, t]),
         lambda: torch.nested.nested_tensor([t, t], layout=torch.jagged),
         lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, d.choice((torch.qint8, torch.quint8))),
         lambda: torch._efficientzerotensor(t.shape, dtype=t.dtype),
-    )  # fmt: skip
-    return d.choice(ways)()
+    ))()  # fmt: skip
 
 
 def lazy_bits(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
@@ -124,27 +135,28 @@ def of_autograd(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
     if not t.is_floating_point() or t.dtype.itemsize == 1:
         return None
     leaf = t.clone().requires_grad_()
-    return d.choice((lambda: leaf, lambda: leaf * 1, lambda: leaf.detach().requires_grad_(),
-                     lambda: leaf[...], lambda: (leaf * 1).unbind()[0] if t.dim() and len(t) else leaf))()  # fmt: skip
+    return d.choice((
+        lambda: leaf, lambda: leaf * 1, lambda: leaf[...], lambda: (leaf * 1)[...],
+        lambda: torch.stack((leaf, leaf)).unbind()[0],
+    ))()  # fmt: skip
 
 
 # ---- dtypes, shapes and strides
 
 
-def dtype(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
-    to = d.choice(OF_TENSORS)
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+def dtype(d: Draw, t: torch.Tensor) -> torch.Tensor:
+    to = d.choice(TENSOR_DTYPES)
+    try:
         return t.to(to)
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):
         return torch.empty(t.shape, dtype=to)
-    return None
 
 
 def rank(d: Draw, t: torch.Tensor) -> torch.Tensor:
     return d.tensor(*(d.choice((0, 1, 2, 3, 5)) for _ in range(d.randint(0, 6)))).to(t.dtype)
 
 
-def size(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
+def size(d: Draw, t: torch.Tensor) -> torch.Tensor:
     """A dimension more or less, or one longer, shorter, empty."""
     if t.dim() == 0:
         return t[None]
@@ -152,12 +164,12 @@ def size(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
     length = t.shape[dim]
     return d.choice((
         lambda: t.unsqueeze(dim),
-        lambda: t.narrow(dim, 0, 1).squeeze(dim) if length else None,
+        lambda: t.narrow(dim, 0, 1).squeeze(dim),
         lambda: t.narrow(dim, 0, length // 2),
         lambda: t.narrow(dim, 0, 0),
-        lambda: t.narrow(dim, 0, max(length - 1, 0)),
-        lambda: torch.cat((t, t), dim) if t.dtype.itemsize > 1 else None,
-        lambda: torch.cat((t, t.narrow(dim, 0, 1)), dim) if length and t.dtype.itemsize > 1 else None,
+        lambda: t.narrow(dim, 0, length - 1),
+        lambda: torch.cat((t, t), dim),
+        lambda: torch.cat((t, t.narrow(dim, 0, 1)), dim),
         lambda: t.flatten(),
     ))()  # fmt: skip
 
@@ -167,65 +179,48 @@ def order(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
     if t.dim() < 2:
         return None
     dims = d.sample(range(t.dim()), t.dim())
-    moved = t.permute(dims)
-    return moved if d.chance(0.5) else t.permute(np.argsort(dims).tolist()).contiguous().permute(dims)
+    back = sorted(range(t.dim()), key=dims.__getitem__)
+    return t.permute(dims) if d.chance(0.5) else t.permute(back).contiguous().permute(dims)
 
 
-def strides(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
+def strides(d: Draw, t: torch.Tensor) -> torch.Tensor:
     """Gaps, elements in one place, and strides that no one follows."""
-    if t.dim() == 0:
-        return None
     dim = d.randrange(t.dim())
-    way = d.choice(("apart", "offset", "one place", "far"))
-    if way == "apart":
-        return torch.stack((t, t), -1)[..., 0] if d.chance(0.5) else torch.cat((t, t), dim).narrow(dim, 0, t.shape[dim])  # fmt: skip
-    if way == "offset":
-        return torch.stack((t, t))[1]
-    if way == "one place":
-        return t.narrow(dim, 0, 1).expand(t.shape) if t.shape[dim] else None
     far = d.choice((0, 2**31, 2**40, 2**62, 2**63 - 1))
-    of_one = [far if n <= 1 or t.numel() == 0 else s for n, s in zip(t.shape, t.stride(), strict=True)]
-    with contextlib.suppress(RuntimeError):
-        return t.as_strided(t.shape, of_one)
-    return None
+    alone = [n <= 1 or t.numel() == 0 for n in t.shape]
+    return d.choice((
+        lambda: torch.stack((t, t), -1)[..., 0],
+        lambda: torch.cat((t, t), dim).narrow(dim, 0, t.shape[dim]),
+        lambda: torch.stack((t, t))[1],
+        lambda: t.narrow(dim, 0, 1).expand(t.shape),
+        lambda: t.as_strided(t.shape, np.where(alone, far, t.stride()).tolist()),
+    ))()  # fmt: skip
 
 
-# ---- values
-
-
-def values(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
-    if not is_dense(t) or t.numel() == 0 or t.dtype.is_complex:
-        return None
+def values(d: Draw, t: torch.Tensor) -> torch.Tensor:
+    """An index or a number at the end of what there is, or behind it."""
     out = t.clone(memory_format=torch.contiguous_format)
-    if t.is_floating_point():
-        value = d.choice(FLOATS)
-        if t.dtype.itemsize == 1:
-            out.view(torch.uint8).random_(generator=d.generator)
-            return out
-    else:
-        value = d.choice((*LIMITS, out.max().item() + d.choice((1, 3, 100))))
-        if out.dtype == torch.bool or not torch.iinfo(out.dtype).min <= value <= torch.iinfo(out.dtype).max:
-            return None
-    out.view(-1)[d.randrange(out.numel())] = value
+    if t.dtype.itemsize == 1:
+        out.view(torch.uint8).random_(generator=d.generator)
+        return out
+    numbers = FLOATS if t.is_floating_point() else (*LIMITS, t.max().item() + d.choice((1, 3, 100)))
+    out.view(-1)[d.randrange(out.numel())] = d.choice(numbers)
     return out
 
 
-TENSORS: dict[str, Way] = {
-    way.__name__: way
-    for way in (no_tensor, subclass, without_data, in_another_form, lazy_bits, of_autograd,
-                dtype, rank, size, order, strides, values)
-}  # fmt: skip
+OF_TENSORS = (no_tensor, subclass, without_data, in_another_form, lazy_bits, of_autograd, dtype,
+              rank, size, order, strides, values)  # fmt: skip
 
 
-# ---- numbers
+# ---- in the place of a number or a word
 
 
 def integer(d: Draw, value: object) -> object:
-    small = value if isinstance(value, int) and abs(value) < 2**62 else 4
+    near = value if isinstance(value, int) and abs(value) < 2**62 else 4
     return d.choice((
-        *LIMITS, 2, 3, 2**63, 2**70, -(2**63) - 1, small + 1, small - 1, small * 2, True, False, None,
-        float(small), 2.5, float("nan"), str(small), [small], torch.tensor(small), torch.tensor(2.5),
-        np.int64(small), np.ones(2), torch.ones(2), np.float32(1), 1j, object(),
+        *LIMITS, 2, 3, 2**63, 2**70, -(2**63) - 1, near + 1, near - 1, near * 2, True, False, None,
+        float(near), 2.5, float("nan"), str(near), [near], torch.tensor(near), torch.tensor(2.5),
+        np.int64(near), np.ones(2), torch.ones(2), np.float32(1), 1j, object(),
     ))  # fmt: skip
 
 
@@ -238,36 +233,29 @@ def boolean(d: Draw, value: object) -> object:
 
 def floating(d: Draw, value: object) -> object:
     return d.choice((
-        *FLOATS, 1, 0, True, None, "1", [1.0], 1j, 2**70, 10**400, torch.tensor(2.0), torch.tensor(3),
-        torch.ones(2), np.float32(2), np.float64(2), np.ones(2), object(),
+        *FLOATS, 1, 0, True, None, "1", [1.0], 1j, 2**70, 10**400, torch.tensor(2.0),
+        torch.tensor(3), torch.ones(2), np.float32(2), np.float64(2), np.ones(2), object(),
     ))  # fmt: skip
 
 
 def dtype_argument(d: Draw, value: object) -> object:
-    return d.choice((*DTYPES, None, 6, 7, 99, -1, 2**40, 1.0, True, "float32", float, np.float32, object()))
+    others = None, 6, 7, 99, -1, 2**40, 1.0, True, "float32", float, np.float32, object()
+    return d.choice((*DTYPES, *others))
 
 
 def text(d: Draw, value: object) -> object:
-    return d.choice(("bshd", "bhsd", "sbhd", "thd", "NHD", "HND", "BSHD", "", None, 3, b"bshd", [], {}, True,
-                     ("b", "s"), torch.ones(2), object()))  # fmt: skip
+    return d.choice((
+        "bshd", "bhsd", "sbhd", "thd", "NHD", "HND", "BSHD", "", None, 3, b"bshd", [], {}, True,
+        ("b", "s"), torch.ones(2), object(),
+    ))  # fmt: skip
 
 
-def is_dense(t: object) -> bool:
-    """Whether it has memory of its own on the CPU that can be looked at."""
+def is_dense(x: object) -> bool:
+    """Whether x is a tensor with memory of its own on the CPU that can be looked at."""
     return (
-        isinstance(t, torch.Tensor)
-        and not isinstance(t, torch._subclasses.FakeTensor | Wrapper)
-        and t.device.type == "cpu"
-        and t.layout == torch.strided
-        and not t.is_quantized
-        and not t._is_zerotensor()
-        and not t.is_nested
+        isinstance(x, torch.Tensor)
+        and not isinstance(x, torch._subclasses.FakeTensor | Wrapper)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not (x.is_quantized or x.is_nested or x._is_zerotensor())
     )
-
-
-def is_printed(x: object) -> bool:
-    try:
-        repr(x)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True

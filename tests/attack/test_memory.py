@@ -5,7 +5,8 @@ read or written, and the results are right to the last bit.
 import torch
 import walking
 from budget import seconds
-from calls import CALLS, OPERATORS, Arguments, Draw, call_operator, described, registered, written
+from calls import CALLS, OPERATORS, call_operator, described, registered, written
+from drawing import Arguments, Draw
 from guarded_pages import PAGE, Arena, placed
 from support import assert_same_bits
 from truth import truth
@@ -31,6 +32,8 @@ def attack(number, note):
     call = CALLS[name](d)
     if any(isinstance(t, torch.Tensor) and max(t.shape, default=0) > 2**20 for t in call.values()):
         return
+    elements = max((t.numel() for t in call.values() if isinstance(t, torch.Tensor)), default=0)
+    torch.set_num_threads(2 if elements > 2**15 else 1)
     ARENA.reset()
     outputs = written(name)
     for argument, t in call.items():

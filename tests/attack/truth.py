@@ -2,12 +2,14 @@
 numbers and how far from them one may be.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from calls import Arguments, rope, written
+from calls import rope, written
+from drawing import Arguments
 from normed_inputs import normalised, roundings, sizes_of
 from support import assert_same_bits, rounded_once, ulp
 
@@ -20,7 +22,7 @@ DEFAULTS = {"rotary_offset": 0, "interleaved": False, "interleaved_out": None, "
 
 @dataclass
 class Truth:
-    """A tensor of these bits; or, with `allowed`, within it and half an ulp of dtype from `value`."""
+    """A tensor of these bits; or one of this dtype, off by half an ulp and `allowed` at most."""
 
     value: torch.Tensor
     allowed: torch.Tensor | None = None
@@ -49,7 +51,13 @@ def truth(name: str, arguments: Arguments) -> list[Truth]:
     operator = name.removeprefix("rope::").removesuffix(".out")
     if written(name):
         operator = operator.removesuffix("_")
-    return TRUTHS[operator](dict(arguments))
+    arguments = dict(arguments)
+    x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
+    if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
+        # No token has a position; those that tokens of other sequences would have are anything.
+        arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
+        arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
+    return TRUTHS[operator](arguments)
 
 
 def rotation_of(a: Arguments) -> Arguments:
@@ -113,9 +121,9 @@ def _table(a: Arguments) -> list[Truth]:
     dtype = dtype or (F64 if given == F64 else torch.float32)
     scaling = float(a.get("attention_scaling", 1.0))
     exact = [angles.cos() * scaling, angles.sin() * scaling]
-    # Of this reference: an angle of float64 is off by half an ulp, its sine by as much and one more.
-    reference_error = abs(scaling) * (angles.abs() + 2) * 2.0**-52
-    return [Truth(x, 0.5 * ulp(x.nan_to_num(), dtype) + reference_error, dtype) for x in exact]
+    # The angle is off by half an ulp of float64 here, its sine by as much and one more.
+    here = abs(scaling) * (angles.abs() + 2) * 2.0**-52
+    return [Truth(x, 0.5 * ulp(x.nan_to_num(), dtype) + here, dtype) for x in exact]
 
 
 def _table_backward(a: Arguments) -> list[Truth]:
@@ -146,7 +154,7 @@ def _table_backward(a: Arguments) -> list[Truth]:
         terms = torch.autograd.grad(total, leaves)
     terms = [t.reshape(-1, width) for t in (*terms, sizes.reshape(-1, 1).expand(-1, width))]
     if order is not None:
-        parts = [order[i:j] for i, j in zip(offsets, offsets[1:])]  # noqa: B905
+        parts = [order[i:j] for i, j in itertools.pairwise(offsets.tolist())]
         sums = [torch.stack([t[part].sum(0) for part in parts]) for t in terms]
         sums = [s.view(cos.shape) for s in sums]
     else:
@@ -213,7 +221,8 @@ def _rms_norm_backward(a: Arguments) -> list[Truth]:
     exact = torch.autograd.grad(results, leaves, seeds, materialize_grads=True)
     how = {**DEFAULTS, **rotation_of(a)}
     order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
-    how |= {"inverse": not how["inverse"], "interleaved": order, "interleaved_out": how["interleaved"]}
+    how |= {"inverse": not how["inverse"]}
+    how |= {"interleaved": order, "interleaved_out": how["interleaved"]}
     out: list[list[Truth]] = [[], []]
     for i in range(2):
         x, weight, seed = leaves[i].detach(), leaves[2 + i].detach(), seeds[i].abs()

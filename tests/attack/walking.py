@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 PER_CASE = 60  # seconds after which a case hangs
 KINDS_SHOWN = 20
@@ -40,10 +42,10 @@ def survive(script: str, seconds: float) -> None:
         )
         case = current.read().rstrip()
     print(done.stdout)
+    ended = f"exit status {done.returncode}"
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise AssertionError(f"{name} in {case}\n{done.stdout[-4000:]}")
-    assert done.returncode == 0, f"exit status {done.returncode}, last {case}\n{done.stdout[-8000:]}"
+        ended = signal.Signals(-done.returncode).name
+    assert done.returncode == 0, f"{ended}, the last was {case}\n{done.stdout[-8000:]}"
 
 
 def main(script: str, attack: Attack) -> None:
@@ -53,6 +55,7 @@ def main(script: str, attack: Attack) -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--current", default=os.devnull, help="where the case is written that runs")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
