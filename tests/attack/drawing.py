@@ -44,7 +44,7 @@ class Draw(random.Random):
 
 def rotated(d: Draw, *names: str) -> tuple[Arguments, int]:
     """Tensors [*tokens, heads, D] of one dtype, and how many pairs of their channels rotate."""
-    tokens = (d.size(3), 300 if d.chance(0.01) else d.size(6))  # 300: for several threads
+    tokens = (d.size(3), 300 if d.chance(0.005) else d.size(6))  # 300: for several threads
     if d.chance(0.02):  # nothing, at a size that no loop comes to an end of
         tokens = d.choice(((0, 2**40), (2**40, 0)))
     tokens = tokens[1:] if tokens[1] < MANY and d.chance(0.25) else tokens

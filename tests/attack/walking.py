@@ -34,7 +34,11 @@ def survive(script: str, seconds: float) -> None:
     with tempfile.NamedTemporaryFile("w+") as current:
         done = subprocess.run(
             [sys.executable, script, "--seconds", str(seconds), "--current", current.name],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+                "OMP_WAIT_POLICY": "PASSIVE",  # or threads spin where other processes want to run
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
