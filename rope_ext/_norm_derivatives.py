@@ -109,17 +109,18 @@ def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any
 
 
 def _backward_kernel(keyset: Any, *args: Any, **options: Any) -> Any:
-    """The kernels where nothing more is differentiated, else what PyTorch can differentiate."""
-    differentiated = (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-    )
-    if differentiated:
+    """The kernels; where more is differentiated they check, and PyTorch computes what it can
+    differentiate.
+    """
+    if torch._C._are_functorch_transforms_active():
         return _composed_backward(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
         overload = rope.rms_norm_rotary_qk_backward.default
-        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+        grads = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    if needs_grad or forward_ad._current_level >= 0:
+        return _composed_backward(*args, **options)
+    return grads
 
 
 def _composed_backward(

@@ -162,15 +162,25 @@ def _fake_table_backward(
     grad_k: Tensor | None,
     k: Tensor | None,
     cos: Tensor,
-    *args: Any,
+    token_order: Tensor | None = None,
+    row_offsets: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
+    _check_device("apply_rotary_table_backward", "q", q, grad_q=grad_q, grad_k=grad_k, k=k, cos=cos,
+                  token_order=token_order, row_offsets=row_offsets)  # fmt: skip
     return _empty(cos), _empty(cos)
 
 
 def _fake_cos_sin_backward(
-    grad_cos: Tensor, grad_sin: Tensor, inv_freq: Tensor, *args: Any, **options: Any
+    grad_cos: Tensor,
+    grad_sin: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
+    _check_device("cos_sin_backward", "inv_freq", inv_freq, grad_cos=grad_cos, grad_sin=grad_sin,
+                  position_ids=position_ids, axes=axes)  # fmt: skip
     return _empty(inv_freq)
 
 

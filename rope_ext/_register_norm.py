@@ -48,9 +48,14 @@ def _fake_rms_norm_rotary_qk_backward(
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    *args: Any,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_device("rms_norm_rotary_qk_backward", "q", q, grad_q=grad_q, grad_k=grad_k, k=k,
+                  q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin,
+                  position_ids=position_ids)  # fmt: skip
     return _output_like(q), _output_like(k), _empty(q_weight), _empty(k_weight)
 
 

@@ -240,8 +240,17 @@ def _rotate_apart(
             check_differentiable_in_place(function, written)
     out_q, out_k = (None, None) if out is None else out
     how = {**options, "layout": layout, "inplace": inplace}
+    if written and not is_transformed():  # what k would be refused for, before q is written
+        with torch.no_grad():
+            none_k, none_out = (x if x is None else _without_heads(x, layout) for x in (k, out_k))
+            apply_rotary(none_k, cos_k, sin_k, position_ids, **how, out=none_out)
     rotated_q = apply_rotary(q, cos, sin, position_ids, **how, out=out_q)
     return rotated_q, apply_rotary(k, cos_k, sin_k, position_ids, **how, out=out_k)
+
+
+def _without_heads(x: Tensor, layout: Layout) -> Tensor:
+    """A view with no element, which counts its own writes."""
+    return from_bshd(as_bshd(x.data, layout, "apply_rotary_qk")[..., :0, :], layout)
 
 
 def cos_sin_cache(

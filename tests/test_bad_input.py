@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -421,6 +422,14 @@ def test_position_outside_is_named_by_its_index_in_every_shape(shape):
         expect_refusal(rotation, arguments, f"position_ids in [0, {L})", f"{L} at index {index}")
 
 
+def test_positions_of_no_token_are_looked_at_in_no_time():
+    arguments = {**good_arguments("cpu"), **{x: torch.empty(2**33, 0, H, D) for x in "qk"}}
+    arguments["position_ids"] = torch.empty(2**33, 0, dtype=torch.int64)
+    start = time.monotonic()
+    rotate("rope::apply_rotary_qk", arguments)
+    assert time.monotonic() - start < 1  # a loop over 2^33 sequences takes seconds
+
+
 def test_positions_at_both_ends_of_the_table_are_accepted(device):
     x = random(1, 2, H, D, device=device)
     cos, sin = random_table(L, P, device=device)
@@ -514,6 +523,27 @@ def test_tensor_on_another_device_is_refused_and_nothing_written(argument, rotat
     arguments[argument] = arguments[argument].to(other)
     here = "cpu" if device.type == "cpu" else "cuda:0"
     expect_refusal(rotation, arguments, f"{argument} on the device of {{x}}, {here}", "")
+
+
+BACKWARD = {
+    "apply_rotary_table_backward": lambda x, t: {
+        "grad_q": x, "q": x, "grad_k": x, "k": x, "cos": t,
+    },
+    "cos_sin_backward": lambda x, t: {"grad_cos": t, "grad_sin": t, "inv_freq": t[0]},
+    "rms_norm_rotary_qk_backward": lambda x, t: {
+        "grad_q": x, "grad_k": x, "q": x, "k": x, "q_weight": x[0, 0, 0], "k_weight": x[0, 0, 0],
+        "cos": t, "sin": t,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", BACKWARD)
+def test_backward_of_tensors_on_two_devices_is_refused(operator):
+    """By the fake too, to which one tensor without data takes the whole call."""
+    arguments = BACKWARD[operator](random(B, S, H, D), random(S, P))
+    for name, x in arguments.items():
+        with pytest.raises(RuntimeError, match=rf"rope::{operator}: expected \w+ on the device of"):
+            getattr(rope, operator)(**{**arguments, name: x.to("meta")})
 
 
 @pytest.mark.parametrize("rotation", ["rope::apply_rotary", "rope::apply_rotary_qk_"])

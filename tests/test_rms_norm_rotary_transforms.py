@@ -263,10 +263,11 @@ def test_refusals_name_what_is_wrong(name, change, message):
         rope.rms_norm_rotary_qk(**given)
     assert str(refusal.value).startswith("rope::rms_norm_rotary_qk: expected ")
     grads = {"grad_q": torch.zeros(B, S, 4, 16), "grad_k": torch.zeros(B, S, 2, 16)}
-    if message.startswith("q_weight on"):  # of the fake, which the forward alone has
-        return
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        rope.rms_norm_rotary_qk_backward(**grads, **given)
+    for further in (False, True):  # where it is differentiated in turn, PyTorch computes it
+        grads["grad_q"].requires_grad_(further)
+        with pytest.raises(RuntimeError, match=re.escape(message)) as refusal:
+            rope.rms_norm_rotary_qk_backward(**grads, **given)
+        assert str(refusal.value).startswith("rope::rms_norm_rotary_qk_backward: expected ")
 
 
 def test_weights_of_two_dtypes_are_refused():

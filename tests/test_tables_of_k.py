@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import assert_derivatives, assert_same_bits, in_layout, random, random_positions
+from torch._subclasses import FakeTensorMode
 
 import rope_ext
 from rope_ext import frequencies
@@ -221,6 +222,20 @@ def test_a_refusal_comes_before_anything_is_written(changed, message, way):
         rotated(way, **given)
     for name, t in before.items():
         assert_same_bits(given[name].detach().double(), t.double())
+
+
+@pytest.mark.parametrize("way", ["in place", "out"])
+@pytest.mark.parametrize("name", ["k", "cos_k", "sin_k"])
+def test_fake_tensor_beside_real_ones_is_refused_before_q_is_written(name, way):
+    """What PyTorch itself refuses, of the second of the two operators."""
+    given = arguments(**{name: lambda a: FakeTensorMode().from_tensor(a[name])})
+    out = torch.full_like(given["q"], 7), torch.full(given["k"].shape, 7.0)
+    before = given["q"].clone()
+    how = {"inplace": True} if way == "in place" else {"out": out}
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors first"):
+        rope_ext.apply_rotary_qk(**given, **how)
+    assert_same_bits(given["q"], before)
+    assert (out[0] == 7).all()
 
 
 OUT_REFUSALS = {

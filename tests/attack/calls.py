@@ -1,0 +1,228 @@
+"""Calls that fit, of every operator: the arguments by their names in its schema, from a seed."""
+
+from collections.abc import Callable
+
+import torch
+from drawing import (
+    PAIRS,
+    Arguments,
+    Draw,
+    cache,
+    frequencies,
+    options,
+    rotated,
+    rows,
+    scales,
+    slots,
+    with_axes,
+)
+from support import DTYPES
+
+rope = torch.ops.rope
+
+# What may have any strides; and what has to be contiguous. All else has a last stride of 1.
+ANY_STRIDES = {"inv_freq", "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
+               "grad_cos", "grad_sin"}  # fmt: skip
+CONTIGUOUS = {"token_order", "row_offsets"}
+
+
+def apply_rotary(d: Draw, *names: str, reorders: bool = True) -> Arguments:
+    xs, pairs = rotated(d, *names)
+    x = xs[names[0]]
+    return {**xs, **rows(d, x, pairs), **options(d, x, pairs, reorders=reorders)}
+
+
+def into_out(d: Draw, *names: str) -> Arguments:
+    out = apply_rotary(d, *names)
+    outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
+    return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+
+
+def append_kv(d: Draw) -> Arguments:
+    xs, pairs = rotated(d, "q", "k")
+    q, k = xs["q"], xs["k"]
+    pages, slot_mapping = slots(d, q)
+    k_cache = cache(d, *pages, *k.shape[-2:], dtype=q.dtype)
+    how = options(d, q, pairs, reorders=False)
+    del how["interleaved_out"]
+    return {
+        **xs,
+        "v": d.tensor(*k.shape, dtype=k.dtype),
+        "k_cache": k_cache,
+        "v_cache": d.tensor(*k_cache.shape).to(k_cache.dtype),
+        "slot_mapping": slot_mapping,
+        **rows(d, q, pairs),
+        **scales(d, k_cache, k.shape[-2], "k_scale", "v_scale"),
+        **how,
+    }
+
+
+def mla_append(d: Draw) -> Arguments:
+    xs, pairs = rotated(d, "q")
+    q = xs["q"]
+    tokens = q.shape[:-2]
+    one_head = d.choice(((*tokens, 2 * pairs), (*tokens, 1, 2 * pairs)))
+    rank = d.choice((1, 3, 8, 16, 33))
+    pages, slot_mapping = slots(d, q)
+    kv_cache = cache(d, *pages, rank + 2 * pairs, dtype=q.dtype)
+    how = options(d, q, pairs, reorders=True)
+    return {
+        "q": q,
+        "k_pe": d.tensor(*one_head, dtype=q.dtype),
+        "kv_c": d.tensor(*tokens, rank, dtype=q.dtype),
+        "kv_cache": kv_cache,
+        "slot_mapping": slot_mapping,
+        **rows(d, q, pairs, by_channel=False),
+        **scales(d, kv_cache, 1, "scale"),
+        **{name: how[name] for name in ("interleaved", "interleaved_out")},
+    }
+
+
+def cos_sin_cache(d: Draw) -> Arguments:
+    return {
+        "inv_freq": frequencies(d, d.choice(PAIRS)),
+        "length": d.size(20),
+        "start": d.choice((0, -7, 10**6, 2**31 - 30)),
+        "attention_scaling": d.choice((1.0, 0.707, -3.5)),
+        "dtype": d.choice((None, *DTYPES)),
+    }
+
+
+def cos_sin(d: Draw) -> Arguments:
+    pairs = d.choice(PAIRS)
+    shape = tuple(d.size(5) for _ in range(d.randint(0, 3)))
+    return {
+        "inv_freq": frequencies(d, pairs),
+        **with_axes(d, shape, pairs),
+        "attention_scaling": d.choice((1.0, 0.707, -3.5)),
+        "dtype": d.choice((None, *DTYPES)),
+    }
+
+
+def cos_sin_backward(d: Draw) -> Arguments:
+    pairs = d.choice(PAIRS)
+    out: Arguments = {"inv_freq": frequencies(d, pairs), "attention_scaling": d.choice((1.0, -3.5))}
+    if d.chance(0.3):
+        shape = (d.size(150),)
+        out |= {"position_ids": None, "axes": None, "start": d.choice((0, -7, 10**6))}
+    else:
+        shape = tuple(d.size(9) for _ in range(d.randint(0, 3)))
+        out |= with_axes(d, shape, pairs)
+    dtype = d.choice(DTYPES)
+    grads = {name: d.tensor(*shape, pairs, dtype=dtype) for name in ("grad_cos", "grad_sin")}
+    return {**grads, **out}
+
+
+def table_backward(d: Draw) -> Arguments:
+    call = apply_rotary(d, "q", "k")
+    ids = call.pop("position_ids")
+    del call["sin"]
+    if d.chance(0.3):
+        call["k"] = None
+    grads = {f"grad_{x}": None if call[x] is None else d.tensor(*call[x].shape).to(call[x])
+             for x in "qk"}  # fmt: skip
+    call |= {**grads, "token_order": None, "row_offsets": None}
+    if ids is not None:
+        flat = ids.expand(call["q"].shape[:-2]).flatten()
+        in_order, order = torch.sort(flat.long(), stable=True)
+        each_row = torch.arange(call["cos"].shape[0] + 1)
+        call |= {"token_order": order, "row_offsets": torch.searchsorted(in_order, each_row)}
+    return call
+
+
+def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
+    xs, pairs = rotated(d, "q", "k")
+    q = xs["q"]
+    *batch, seq = q.shape[:-2]
+    where: Arguments = {"position_ids": None, "axes": None}
+    if d.chance(0.8):
+        shape = d.choice(((seq,), (1, seq), (*batch, seq))) if batch else (seq,)
+        where = with_axes(d, shape, pairs)
+    return {
+        **xs,
+        "inv_freq": frequencies(d, pairs),
+        **where,
+        "attention_scaling": d.choice((1.0, 1.0, 0.707)),
+        **options(d, q, pairs, reorders=reorders),
+    }
+
+
+def rms_norm(d: Draw) -> Arguments:
+    call = apply_rotary(d, "q", "k")
+    dtype = d.choice((call["q"].dtype, torch.float32))
+    all_heads = d.chance(0.3)
+    for x in "qk":
+        heads, dim = call[x].shape[-2:]
+        call[f"{x}_weight"] = d.tensor(*((heads, dim) if all_heads else (dim,)), dtype=dtype)
+    return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+
+
+def rms_norm_backward(d: Draw) -> Arguments:
+    call = rms_norm(d)
+    missing = d.choice((None, None, "q", "k"))
+    grads = {f"grad_{x}": None if x == missing else d.tensor(*call[x].shape).to(call[x])
+             for x in "qk"}  # fmt: skip
+    return {**grads, **call}
+
+
+CALLS: dict[str, Callable[[Draw], Arguments]] = {
+    "rope::apply_rotary": lambda d: apply_rotary(d, "x"),
+    "rope::apply_rotary_": lambda d: apply_rotary(d, "x", reorders=False),
+    "rope::apply_rotary.out": lambda d: into_out(d, "x"),
+    "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
+    "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
+    "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
+    "rope::apply_rotary_qk_append_kv_": append_kv,
+    "rope::apply_rotary_mla_append_": mla_append,
+    "rope::cos_sin_cache": cos_sin_cache,
+    "rope::cos_sin": cos_sin,
+    "rope::cos_sin_backward": cos_sin_backward,
+    "rope::apply_rotary_table_backward": table_backward,
+    "rope::apply_rotary_qk_at": lambda d: rotary_at(d, reorders=True),
+    "rope::apply_rotary_qk_at_": lambda d: rotary_at(d, reorders=False),
+    "rope::rms_norm_rotary_qk": rms_norm,
+    "rope::rms_norm_rotary_qk_backward": rms_norm_backward,
+}
+OPERATORS = list(CALLS)
+
+
+def registered() -> set[str]:
+    """The operators that the dispatcher has, with the names of their overloads."""
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rope::")}
+
+
+def overload_of(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.removeprefix("rope::").partition(".")
+    return getattr(getattr(rope, packet), overload or "default")
+
+
+def call_operator(name: str, arguments: Arguments) -> object:
+    """By position where the schema has no keyword; what is not given is left out."""
+    overload = overload_of(name)
+    arguments = dict(arguments)
+    positional = [
+        arguments.pop(a.name, a.default_value)
+        for a in overload._schema.arguments
+        if not a.kwarg_only
+    ]
+    return overload(*positional, **arguments)
+
+
+def written(name: str) -> list[str]:
+    """The arguments that an operator writes."""
+    arguments = overload_of(name)._schema.arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def described(arguments: Arguments) -> str:
+    """What makes the case, in one line."""
+
+    def text(x: object) -> str:
+        if not isinstance(x, torch.Tensor):
+            return repr(x)
+        dtype = str(x.dtype).removeprefix("torch.")
+        if x.layout != torch.strided or x.is_nested:
+            return f"{dtype} {'nested' if x.is_nested else x.layout}"
+        return f"{dtype}{list(x.shape)} by {list(x.stride())}"
+
+    return ", ".join(f"{name}={text(x)}" for name, x in arguments.items())

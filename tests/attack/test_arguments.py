@@ -1,0 +1,127 @@
+"""Arguments that do not fit: of every operator, and of the functions that call it. Either an error
+that names the operator, before any byte is written, or the right numbers.
+"""
+
+import contextlib
+import warnings
+
+import hostile
+import torch
+import walking
+from budget import seconds
+from calls import CALLS, OPERATORS, described, registered
+from drawing import Draw
+from functions import ENTRIES, FUNCTIONS, arguments_of
+from torch._subclasses import FakeTensor
+from verdict import check, dispatch_state, is_dense, is_huge, kind_of
+
+import rope_ext
+
+CALLED = [*((name, None) for name in OPERATORS), *ENTRIES]
+MODES = (torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode)
+# PyTorch makes no such tensor.
+NOT_MADE = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
+
+
+def test_every_operator_and_function_has_a_case():
+    assert registered() == set(CALLS)
+    functions = {n for n in rope_ext.__all__ if type(getattr(rope_ext, n)) is type(attack)}
+    assert functions == set(FUNCTIONS)
+
+
+def test_an_error_before_any_write_or_the_right_numbers():
+    walking.survive(__file__, seconds(20))
+
+
+def attack(number, note):
+    d = Draw(f"arguments {number}")
+    name, function = CALLED[number % len(CALLED)]
+    call = CALLS[name](d)
+    if function:
+        call = arguments_of(d, name, function, call)
+    said, replaced = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(d.choice((0, 1, 1, 1, 1, 1, 2, 2, 3))):
+            replaced += call.values()
+            said += changed(d, name, function, call)
+    tensors = [x for x in call.values() if isinstance(x, torch.Tensor)]
+    if any(isinstance(x, FakeTensor) for x in tensors) and (
+        is_huge(call) or any(x.dtype in hostile.NOT_PRINTED for x in tensors)
+    ):
+        return  # PyTorch prints a mixture that it refuses; where it can't, it leaves guards behind
+    mode = d.choice(MODES)
+    by = f"rope_ext.{function}" if function else name
+    note(f"{by}, {' and '.join(said) or 'as it is'}; {mode.__name__}, {described(call)}")
+    try:
+        check(name, function, call, mode, replaced, fits=not said)
+    finally:
+        assert dispatch_state() == DISPATCHING, "the dispatcher is left in another state"
+
+
+def changed(d, name, function, call):
+    """Changes an argument, or two that share memory then, and says what."""
+    tensors = [n for n, x in call.items() if is_dense(x) and "Tensor" in str(kind_of(name, n))]
+    if tensors and d.chance(0.05):
+        way = d.choice((hostile.FAKES.from_tensor, lambda t: t.to("meta")))
+        call |= {n: way(call[n]) for n in tensors}
+        return ["all without data"]
+    if len(tensors) > 1 and d.chance(0.1):
+        with contextlib.suppress(*NOT_MADE):
+            return share_memory(d, call, *d.sample(tensors, 2))
+        return []
+    argument = d.choice(list(call))
+    way, new = replacement(d, kind_of(name, argument), argument, call[argument])
+    if new is call[argument] or (
+        # PyTorch takes any number for a dtype, and looks for it behind the end of a list.
+        argument == "dtype" and not function and type(new) is int and new not in hostile.OF_NUMBERS
+    ):
+        return []
+    call[argument] = new
+    return [f"{argument} by {way}"]
+
+
+def replacement(d, kind, argument, old):
+    """How an argument of this kind in the schema is replaced, and by what; by itself if not."""
+    if kind is None:
+        way = hostile.text
+    elif argument == "dtype":
+        way = hostile.dtype_argument
+    elif "Tensor" not in kind:
+        ways = {"bool": hostile.boolean, "float": hostile.floating}
+        way = next((way for of, way in ways.items() if of in kind), hostile.integer)
+    else:
+        way = d.choice(hostile.OF_TENSORS)
+    if way not in hostile.OF_TENSORS:
+        return way.__name__, way(d, old)
+    fitting = old if is_dense(old) else d.indices(3, below=2, dtype=torch.int64)
+    new = None
+    with contextlib.suppress(*NOT_MADE):
+        new = way(d, fitting)
+    return way.__name__, old if new is None and way is not hostile.no_tensor else new
+
+
+def share_memory(d, call, first, second):
+    """Puts two arguments into one buffer, over each other or side by side."""
+    a, b = call[first], call[second]
+    if a.shape == b.shape and a.dtype == b.dtype and d.chance(0.3):
+        call[second] = a
+        return [f"{second} is {first}"]
+    sizes = [t.numel() * t.element_size() for t in (a, b)]
+    if max(sizes) > 2**20:
+        return []
+    apart = d.randint(-(sizes[1] // 8) - 1, sizes[0] // 8 + 1) * 8
+    places = max(0, -apart), max(0, apart)
+    buffer = torch.zeros(sum(sizes) + 32, dtype=torch.uint8)
+    for argument, t, place, size in d.sample(
+        [(first, a, places[0], sizes[0]), (second, b, places[1], sizes[1])], 2
+    ):
+        call[argument] = buffer[place : place + size].view(t.dtype).view(t.shape)
+        call[argument].copy_(t)
+    return [f"{first} and {second} in one buffer"]
+
+
+DISPATCHING = dispatch_state()
+
+if __name__ == "__main__":
+    walking.main(__file__, attack)

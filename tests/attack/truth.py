@@ -1,0 +1,258 @@
+"""What a call of an operator has to give: bits where the documents promise them, else the exact
+numbers and how far from them one may be.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from calls import rope, written
+from drawing import Arguments
+from normed_inputs import normalised, roundings, sizes_of
+from support import assert_same_bits, rounded_once, ulp
+
+from rope_ext import reference
+
+F64 = torch.float64
+ROTATION = ("rotary_dim", "rotary_offset", "interleaved", "interleaved_out", "inverse")
+DEFAULTS = {"rotary_offset": 0, "interleaved": False, "interleaved_out": None, "inverse": False}
+
+
+@dataclass
+class Truth:
+    """A tensor of these bits; or one of this dtype, off by half an ulp and `allowed` at most."""
+
+    value: torch.Tensor
+    allowed: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def check(self, got: torch.Tensor, name: str) -> None:
+        try:
+            if self.allowed is None:
+                return assert_same_bits(got, self.value)
+            assert got.shape == self.value.shape, f"shape {list(got.shape)}"
+            assert got.dtype == self.dtype, f"dtype {got.dtype}"
+            rounded = self.value.to(got.dtype)
+            finite = rounded.isfinite()
+            assert not got[~finite].isfinite().any(), "a finite number where none can be"
+            error = (got.double() - self.value).abs()[finite]
+            allowed = (self.allowed + 0.5 * ulp(self.value.nan_to_num(), got.dtype))[finite]
+            assert (error <= allowed).all(), (
+                f"error {error.max().item():.3g}, allowed {allowed[error.argmax()].item():.3g}"
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def truth(name: str, arguments: Arguments) -> list[Truth]:
+    """Of what the operator writes, in the order of its schema; else of its results."""
+    operator = name.removeprefix("rope::").removesuffix(".out")
+    if written(name):
+        operator = operator.removesuffix("_")
+    arguments = dict(arguments)
+    x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
+    if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
+        # No token has a position; those that tokens of other sequences would have are anything.
+        arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
+        arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
+    return TRUTHS[operator](arguments)
+
+
+def rotation_of(a: Arguments) -> Arguments:
+    """The options of the rotation that are given."""
+    return {name: a[name] for name in ROTATION if a.get(name) is not None}
+
+
+def _rotate(a: Arguments) -> list[Truth]:
+    rows = a["cos"], a["sin"], a.get("position_ids")
+    xs = [a[name] for name in ("x", "q", "k") if name in a]
+    return [Truth(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
+
+
+def _append(a: Arguments) -> list[Truth]:
+    """As the reference, from what the rotation gives rounded once."""
+    q, k = (truth.value for truth in _rotate(a))
+    caches = [
+        reference._stored(a[f"{x}_cache"], rows, a["slot_mapping"], a.get(f"{x}_scale"))
+        for x, rows in (("k", k), ("v", a["v"]))
+    ]
+    return [Truth(x) for x in (q, k, *caches)]
+
+
+def _mla_append(a: Arguments) -> list[Truth]:
+    wide = F64 if a["q"].dtype == F64 else torch.float32
+    a |= {name: a[name].to(wide) for name in ("cos", "sin")}
+    return [Truth(x) for x in reference.apply_rotary_mla_append(**a)]
+
+
+def _at(a: Arguments) -> list[Truth]:
+    """The rotation by the rows of cos_sin, in the dtype of the arithmetic."""
+    ids = a.get("position_ids")
+    if ids is None:
+        ids = torch.arange(a["q"].shape[-3])
+    rows = rope.cos_sin(
+        a["inv_freq"],
+        ids,
+        a.get("axes"),
+        attention_scaling=a.get("attention_scaling", 1.0),
+        dtype=F64 if a["q"].dtype == F64 else torch.float32,
+    )
+    xs = {name: a[name] for name in ("q", "k")}
+    return _rotate({**xs, "cos": rows[0], "sin": rows[1], **rotation_of(a)})
+
+
+def _angles(a: Arguments, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [.., 1|P] and angles [.., P] in float64; NaN where they are out of reach."""
+    ids, axes = a.get("position_ids"), a.get("axes")
+    if ids is None:
+        ids = a.get("start", 0) + torch.arange(length)
+    ids = ids.double()
+    ids = ids.unsqueeze(-1) if axes is None else ids[axes.long()].movedim(0, -1)
+    angles = ids * a["inv_freq"].double()
+    reach = (ids.abs() < 2.0**53) & (angles.abs() < 2.0**50)
+    return ids, angles.where(reach, torch.nan)
+
+
+def _table(a: Arguments) -> list[Truth]:
+    _, angles = _angles(a, a.get("length"))
+    given, dtype = a["inv_freq"].dtype, a.get("dtype")
+    dtype = dtype or (F64 if given == F64 else torch.float32)
+    scaling = float(a.get("attention_scaling", 1.0))
+    exact = [angles.cos() * scaling, angles.sin() * scaling]
+    # The angle is off by half an ulp of float64 here, its sine by as much and one more.
+    here = abs(scaling) * (angles.abs() + 2) * 2.0**-52
+    return [Truth(x, 0.5 * ulp(x.nan_to_num(), dtype) + here, dtype) for x in exact]
+
+
+def _table_backward(a: Arguments) -> list[Truth]:
+    """Token by token through the reference, then summed. A term is a sum of two products; a sum of
+    N of them is off by at most N units of the sum of their sizes.
+    """
+    cos, order, offsets = (a[name] for name in ("cos", "token_order", "row_offsets"))
+    tokens, dtype = a["q"].shape[:-2], a["q"].dtype
+    width = cos.shape[-1]
+    leaves = [torch.zeros(*tokens, width, dtype=F64).requires_grad_() for _ in range(2)]
+    sizes, heads = torch.zeros(tokens, dtype=F64), 0
+    total = 0.0
+    batched = a["q"].dim() == 4
+    for x, grad in ((a["q"], a["grad_q"]), (a["k"], a["grad_k"])):
+        if x is None:
+            continue
+        x, grad = x.double(), grad.double()
+        if not batched:  # rows for each token are for [B, S, H, D]
+            x, grad = x[None], grad[None]
+        rows = leaves if batched else [leaf[None] for leaf in leaves]
+        total = total + (reference.apply_rotary(x, *rows, **rotation_of(a)) * grad).sum()
+        heads += x.shape[-2]
+        if x.numel():
+            both = 2 * x.abs().amax(-1) * grad.abs().amax(-1)
+            sizes += both.sum(-1).view(tokens)
+    terms = [torch.zeros_like(leaf) for leaf in leaves]
+    if isinstance(total, torch.Tensor) and total.requires_grad:
+        terms = torch.autograd.grad(total, leaves)
+    terms = [t.reshape(-1, width) for t in (*terms, sizes.reshape(-1, 1).expand(-1, width))]
+    if order is not None:
+        parts = [order[i:j] for i, j in itertools.pairwise(offsets.tolist())]
+        sums = [torch.stack([t[part].sum(0) for part in parts]) for t in terms]
+        sums = [s.view(cos.shape) for s in sums]
+    else:
+        *batch, seq = tokens
+        sums = [t.view(*batch, seq, width) for t in terms]
+        if batch and (cos.dim() == 2 or cos.shape[0] == 1):
+            sums = [t.sum(0, keepdim=cos.dim() == 3) for t in sums]
+        if cos.dim() == 2:
+            rest = cos.shape[0] - seq
+            sums = [torch.nn.functional.pad(t, (0, 0, 0, rest)) for t in sums]
+    unit = 2.0**-52 if dtype == F64 else 2.0**-23
+    allowed = sums[2] * unit * (tokens.numel() * heads + 4)
+    return [Truth(t, allowed, cos.dtype) for t in sums[:2]]
+
+
+def _cos_sin_backward(a: Arguments) -> list[Truth]:
+    grad_cos, grad_sin = a["grad_cos"].double(), a["grad_sin"].double()
+    ids, angles = _angles(a, grad_cos.shape[0] if grad_cos.dim() else 0)
+    scaling = a.get("attention_scaling", 1.0)
+    by_angle = (angles.cos() * grad_sin - angles.sin() * grad_cos) * scaling * ids
+    sizes = (grad_sin.abs() + grad_cos.abs()) * (angles.abs() + 8) * (scaling * ids).abs()
+    pairs = angles.shape[-1]
+    total, size = (t.reshape(-1, pairs).sum(0) for t in (by_angle, sizes))
+    count = by_angle.numel() // pairs if pairs else 0
+    return [Truth(total, size * (count + 4) * 2.0**-52, a["inv_freq"].dtype)]
+
+
+def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
+    """The arguments in float64, as the arithmetic sees them, and the case of normed_inputs."""
+    dtype = a["q"].dtype
+    for name in ("cos", "sin") if dtype != F64 else ():
+        a[name] = a[name].float()
+    a = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+         for n, x in a.items()}  # fmt: skip
+    how = {"eps": a.get("eps", 1e-6), "unit_offset": a.get("unit_offset", False)}
+    case = SimpleNamespace(
+        **how, dtype=dtype, all_heads=a["q_weight"].dim() == 2, options={**how, **rotation_of(a)}
+    )
+    return a, case
+
+
+def _rms_norm(a: Arguments) -> list[Truth]:
+    a, case = _normed(a)
+    rows = a["cos"], a["sin"], a.get("position_ids")
+    weights = a["q_weight"], a["k_weight"]
+    exact = reference.rms_norm_rotary_qk(a["q"], a["k"], *weights, *rows, **case.options)
+    out = []
+    for value, x, weight in zip(exact, (a["q"], a["k"]), weights, strict=True):
+        n, _, factor = normalised(x, weight, case)
+        size = sizes_of(n * factor, weight, rows, case)
+        out.append(Truth(value, roundings(case, x) * size, case.dtype))
+    return out
+
+
+def _rms_norm_backward(a: Arguments) -> list[Truth]:
+    """Bounds as in test_rms_norm_rotary.py."""
+    weight_dtype = a["q_weight"].dtype
+    a, case = _normed(a)
+    rows = a["cos"], a["sin"], a.get("position_ids")
+    leaves = [a[n].detach().requires_grad_() for n in ("q", "k", "q_weight", "k_weight")]
+    results = reference.rms_norm_rotary_qk(*leaves, *rows, **case.options)
+    seeds = [torch.zeros_like(y) if a.get(f"grad_{x}") is None else a[f"grad_{x}"]
+             for x, y in zip("qk", results, strict=True)]  # fmt: skip
+    exact = torch.autograd.grad(results, leaves, seeds, materialize_grads=True)
+    how = {**DEFAULTS, **rotation_of(a)}
+    order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
+    how |= {"inverse": not how["inverse"]}
+    how |= {"interleaved": order, "interleaved_out": how["interleaved"]}
+    out: list[list[Truth]] = [[], []]
+    for i in range(2):
+        x, weight, seed = leaves[i].detach(), leaves[2 + i].detach(), seeds[i].abs()
+        n, inverse_rms, factor = (t.abs() for t in normalised(x, weight, case))
+        cos, sin, ids = rows
+        both = [reference.apply_rotary(seed, cos.abs(), sign * sin.abs(), ids, **how).abs()
+                for sign in (1, -1)]  # fmt: skip
+        g = torch.maximum(*both)
+        row = (-1,) if weight.dim() == 1 else (-2, -1)
+        size = inverse_rms * (g * factor + n * (n * g * factor).mean(row, keepdim=True))
+        rounding = 2 * roundings(case, x) + 8 * 2.0**-24 * (case.dtype != F64)
+        out[0].append(Truth(exact[i], 2 * rounding * size, case.dtype))
+        terms = x.numel() // max(weight.numel(), 1)
+        unit = 2.0**-24 if case.dtype != F64 else 2.0**-52
+        summed = tuple(range(x.dim() - weight.dim()))
+        allowed = (rounding + terms * unit) * (n * g).sum(summed)
+        out[1].append(Truth(exact[2 + i], allowed, weight_dtype))
+    return [*out[0], *out[1]]
+
+
+TRUTHS: dict[str, Callable[[Arguments], list[Truth]]] = {
+    "apply_rotary": _rotate,
+    "apply_rotary_qk": _rotate,
+    "apply_rotary_qk_append_kv": _append,
+    "apply_rotary_mla_append": _mla_append,
+    "apply_rotary_qk_at": _at,
+    "cos_sin_cache": _table,
+    "cos_sin": _table,
+    "cos_sin_backward": _cos_sin_backward,
+    "apply_rotary_table_backward": _table_backward,
+    "rms_norm_rotary_qk": _rms_norm,
+    "rms_norm_rotary_qk_backward": _rms_norm_backward,
+}

@@ -1,0 +1,185 @@
+"""What has to come of a call: an error that names the operator, before any byte is written, or the
+right numbers, and nothing else written.
+"""
+
+import contextlib
+import functools
+import re
+
+import torch
+from calls import call_operator, overload_of, written
+from functions import call_function, in_layout, of_operator, operator_of
+from hostile import OF_NUMBERS, Wrapper, is_dense
+from torch._subclasses import FakeTensor
+from truth import truth
+
+MANY = 2**20  # a loop over so many sequences or tokens takes too long
+EXACT_FOR_ANY_NUMBER = ("rope::cos_sin", "rope::cos_sin_cache")
+OF_FUNCTIONS = {"inplace": "bool", "layout": None, "cache_layout": None,
+                "cos_k": "Tensor", "sin_k": "Tensor"}  # fmt: skip
+# What PyTorch says in its own words, of any operator.
+WORDS_OF_PYTORCH = {
+    r"Inference tensors cannot be saved for backward": "autograd, of what it is to keep",
+    r"convert all Tensors to FakeTensors first": "a fake tensor beside real ones",
+    r"Multiple dispatch failed|already associated to a python object": "two foreign subclasses",
+    r"Cannot set version_counter for inference tensor": "a view of a subclass in inference mode",
+    r"ZeroTensors are immutable": "of every write",
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory": "libraries look for these words",
+    r"Storage size calculation overflowed|integer multiplication overflow": "too large to be",
+}
+
+
+def check(name, function, call, mode, replaced, *, fits):
+    tensors = map(inner, (*replaced, *call.values()))
+    memory = {t.untyped_storage()._cdata: t for t in tensors if is_dense(t)}.values()
+    before = [(t, bytes_of(t), None if t.is_inference() else t._version) for t in memory]
+    meanings = {n: meaning(x) for n, x in call.items()}
+    hollow = [is_hollow(x) for n, x in call.items()
+              if isinstance(x, torch.Tensor) and "Tensor" in str(kind_of(name, n))]  # fmt: skip
+    try:
+        with mode():
+            result = call_function(function, call) if function else call_operator(name, call)
+    except Exception as error:
+        check_error(error, function, before, fits=fits, hollow=bool(hollow) and all(hollow))
+        return
+    if any(hollow):
+        assert all(hollow), "tensors without data were taken beside real ones"
+    elif not is_huge(call):
+        check_numbers(name, function, call, meanings, result)
+    for t, then, _ in before:
+        assert torch.equal(bytes_of(t), then), "a byte beside what is to be written"
+
+
+def check_error(error, function, before, *, fits, hollow):
+    said = f"{type(error).__name__}: {str(error)[:1000]}"
+    assert not fits, f"refused: {said}"
+    # Of tensors that are all without data the shapes are looked at when the operator runs.
+    assert hollow or is_documented(error, function), said
+    for t, then, version in before:
+        assert torch.equal(bytes_of(t), then), f"written, then refused: {said}"
+        assert version is None or t._version == version, f"counted, then refused: {said}"
+
+
+def is_documented(error, function):
+    text = str(error)
+    if any(re.search(words, text) for words in WORDS_OF_PYTORCH):
+        return True
+    if not isinstance(error, RuntimeError | ValueError | TypeError):
+        return False
+    if "INTERNAL ASSERT" in text or "API call failed" in text:
+        return False
+    if function:
+        return re.search(r"^rope(_ext\.|::)\w+(\.out)?: expected .+, got ", text, re.S) is not None
+    return re.search(r"rope(::|\.)\w+", text) is not None
+
+
+def check_numbers(name, function, call, meanings, result):
+    """Of the results, or of what is written, which then gets what was there before."""
+    after = {n: without_autograd(x) for n, x in call.items()}
+    meanings = {n: as_number(kind_of(name, n), x) for n, x in meanings.items()}
+    if meanings.get("dtype") in OF_NUMBERS:
+        meanings["dtype"] = OF_NUMBERS[meanings["dtype"]]
+    results = () if result is None else (result,) if isinstance(result, torch.Tensor) else result
+    results = [plain(x) for x in results]
+    if function:
+        name = operator_of(function, meanings)
+        if "rotary" in function:
+            layout = {"layout": meanings.get("layout", "bshd")}
+            results = [in_layout({**layout, "x": x})["x"] for x in results]
+        meanings, after = of_operator(meanings), of_operator(after)
+    expected = truth_of(name, meanings)
+    wild = name not in EXACT_FOR_ANY_NUMBER and any(map(is_wild, meanings.values()))
+    for want, got in zip(expected, results, strict=not written(name)):
+        if want.allowed is None or not wild:
+            want.check(got, "result")
+    for argument, want in zip(written(name), expected, strict=False):
+        want.check(plain(after[argument]), argument)
+        with torch.inference_mode():
+            after[argument].copy_(meanings[argument])
+
+
+def truth_of(name, call):
+    tables_of_k = {t: call.pop(f"{t}_k", None) for t in ("cos", "sin")}
+    if tables_of_k["cos"] is None:
+        return truth(name, call)
+    return [truth(name, call)[0], truth(name, {**call, **tables_of_k})[1]]
+
+
+# ---- arguments as they are meant
+
+
+@functools.cache
+def kind_of(name, argument):
+    """The type in the schema; None for words that the functions take."""
+    if argument in OF_FUNCTIONS:
+        return OF_FUNCTIONS[argument]
+    return next(str(a.type) for a in overload_of(name)._schema.arguments if a.name == argument)
+
+
+def as_number(kind, x):
+    """What PyTorch makes of x where a number belongs: of a bool, a 0-d tensor, one of numpy."""
+    if kind == "bool":
+        return bool(x)
+    if x is None or kind is None or "Tensor" in kind or isinstance(x, torch.dtype):
+        return x
+    return next(to for to in (bool, float, int) if to.__name__ in kind)(x)
+
+
+def inner(x):
+    return x.inner if isinstance(x, Wrapper) else x
+
+
+def without_autograd(x):
+    """The same memory, as an ordinary tensor."""
+    x = inner(x)
+    if not isinstance(x, torch.Tensor):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.data.as_subclass(torch.Tensor)
+
+
+def plain(x):
+    """The numbers that x stands for."""
+    return without_autograd(x).resolve_conj().resolve_neg()
+
+
+def meaning(x):
+    """A copy of what an argument is before the call; without data, or too large, as it is."""
+    x = inner(x)
+    if isinstance(x, torch.Tensor) and x._is_zerotensor() and x.numel() <= MANY:
+        return torch.zeros(x.shape, dtype=x.dtype)
+    if is_dense(x) and x.numel() <= MANY:
+        with contextlib.suppress(NotImplementedError):  # nothing copies an int5
+            return plain(x).clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def is_hollow(x):
+    return isinstance(x, FakeTensor) or (isinstance(x, torch.Tensor) and x.is_meta)
+
+
+def is_huge(call):
+    tensors = [x for x in call.values() if isinstance(x, torch.Tensor) and not x.is_nested]
+    return any(max(x.shape, default=0) > MANY for x in tensors)
+
+
+def is_wild(x):
+    """Whether float32 may overflow between such a number and a result that doesn't."""
+    if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
+        return not bool((x.double().abs() < 1e9).all())
+    return isinstance(x, float) and x != 0 and not 1e-9 < abs(x) < 1e9
+
+
+# ---- memory
+
+
+def bytes_of(t):
+    """All bytes of the memory that t lies in."""
+    with torch.inference_mode():
+        return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone()
+
+
+def dispatch_state():
+    """What the thread has told PyTorch's dispatcher."""
+    keys = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
+    return *(k.raw_repr() for k in keys), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
