@@ -83,6 +83,8 @@ def check_type(function: str, name: str, value: object, kind: Any) -> None:
     is_list = isinstance(value, (tuple, list)) and not any(isinstance(x, Tensor) for x in value)
     is_array = is_list or type(value).__module__ == "numpy"
     advice = ": torch.as_tensor makes one of it" if Tensor in kinds and is_array else ""
+    if int in kinds and isinstance(value, int):
+        advice = ", which 64 bits do not hold"
     _refuse(TypeError, function, f"{name} to be {expected}", describe(value) + advice)
 
 
@@ -101,10 +103,10 @@ def _check_dense(function: str, name: str, value: object) -> None:
 def _is_a(value: object, kind: Any) -> bool:
     if kind in _METHODS:
         try:
-            getattr(value, _METHODS[kind])()
+            number = getattr(value, _METHODS[kind])()
         except Exception:
             return False
-        return True
+        return kind is not int or -(2**63) <= number < 2**63  # that PyTorch can pass on
     if get_origin(kind) is Literal:
         return isinstance(value, str)
     if get_origin(kind) is tuple:

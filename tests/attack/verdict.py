@@ -68,6 +68,8 @@ def is_documented(error, function):
         return False
     if "INTERNAL ASSERT" in text or "API call failed" in text:
         return False
+    if not function and "Not yet supported ScalarType" in text:
+        return True  # of libtorch, which can't hand such a dtype to an operator of the stable ABI
     if function:
         return re.search(r"^rope(_ext\.|::)\w+(\.out)?: expected .+, got ", text, re.S) is not None
     return re.search(r"rope(::|\.)\w+", text) is not None
