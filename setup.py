@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.errors import LinkError
 
 try:
     import ninja
@@ -51,6 +52,10 @@ DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # those that nvcc knows, 
 OLDEST_CUDA = (12, 0)
 
 CSRC = Path("csrc")
+
+for folder in filter(os.path.exists, (".", "build", "rope_ext.egg-info")):
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"rope_ext: can't write to {os.path.abspath(folder)}: build in a copy")
 
 
 # ---------------------------------------------------------------------------------------- knobs
@@ -74,8 +79,8 @@ def max_jobs() -> int | None:
 # ---------------------------------------------------------------------------------------- CUDA
 
 
-class NoCuda(Exception):
-    """Why the CUDA kernels are not built."""
+class Missing(Exception):
+    """What a build needs and does not find, as for CUDA kernels."""
 
 
 @dataclass
@@ -91,7 +96,7 @@ def output_of(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     output = result.stdout + result.stderr
     if result.returncode != 0:
-        raise NoCuda(f"{command[0]} does not work: {output.strip()}")
+        raise Missing(f"{command[0]} does not work: {output.strip()}")
     return output
 
 
@@ -100,10 +105,10 @@ def find_nvcc() -> str:
         if home := os.environ.get(variable):
             if nvcc := shutil.which(f"{home}/bin/nvcc"):
                 return nvcc
-            raise NoCuda(f"{variable}={home} has no bin/nvcc")
+            raise Missing(f"{variable}={home} has no bin/nvcc")
     if nvcc := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
         return nvcc
-    raise NoCuda("nvcc was not found when rope_ext was built")
+    raise Missing("nvcc was not found when rope_ext was built")
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -135,13 +140,13 @@ def gencode(arch: str) -> list[str]:
 
 
 def find_cuda(cudart: str) -> Cuda:
-    """A CUDA toolkit that can build and link; raises NoCuda with the reason otherwise."""
+    """A CUDA toolkit that can build and link; raises Missing with the reason otherwise."""
     nvcc = find_nvcc()
     release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if release is None:
-        raise NoCuda(f"{nvcc} --version names no release")
+        raise Missing(f"{nvcc} --version names no release")
     if tuple(map(int, release.groups())) < OLDEST_CUDA:
-        raise NoCuda(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than 12.0")
+        raise Missing(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than 12.0")
     archs = cuda_archs(nvcc)
 
     # Try it: the headers, the host compiler and the runtime library are all there, or not.
@@ -177,6 +182,7 @@ class BuildRope(BuildExtension):
         self.debug_build = knob("DEBUG", "0", "1") == "1"
         self.werror = knob("ROPE_EXT_WERROR", "0", "1") == "1"
         self.jobs = max_jobs()
+        self.require_compiler()
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # also when its environment isn't active
         cuda = self.decide_cuda()
 
@@ -204,6 +210,21 @@ class BuildRope(BuildExtension):
                 extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         super().build_extensions()
 
+    def require_compiler(self) -> None:
+        """Ends the build with what to install, unless C++17 with Python's headers can be built."""
+        compiler = os.environ.get("CXX", "c++")  # as torch chooses it
+        probe = [CXX_STANDARD, "-fPIC", *(f"-I{folder}" for folder in self.include_dirs)]
+        probe += ["-include", "string_view", "-include", "Python.h", "-xc++", "-c", "/dev/null"]
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                output_of(*shlex.split(compiler), *probe, "-o", f"{folder}/o")
+                self.compiler.link_shared_object([f"{folder}/o"], f"{folder}/so", target_lang="c++")
+            except (Missing, OSError, LinkError) as error:
+                raise SystemExit(
+                    f"rope_ext: {compiler} can't build C++17 with Python.h: install g++ and "
+                    f"python3-dev, or name a compiler in CXX ({str(error).splitlines()[0]})"
+                ) from None
+
     def decide_cuda(self) -> Cuda | None:
         """CUDA or not, printed with the reason, which the binary keeps."""
         wanted = knob("ROPE_EXT_CUDA", "auto", "on", "off")
@@ -211,9 +232,9 @@ class BuildRope(BuildExtension):
         self.no_cuda_reason = ""
         try:
             if wanted == "off":
-                raise NoCuda("ROPE_EXT_CUDA=off when rope_ext was built")
+                raise Missing("ROPE_EXT_CUDA=off when rope_ext was built")
             cuda = find_cuda(cudart)
-        except NoCuda as reason:
+        except Missing as reason:
             if wanted == "on":
                 raise SystemExit(f"rope_ext: ROPE_EXT_CUDA=on, but {reason}") from None
             print(f"rope_ext: building without CUDA kernels: {reason}", flush=True)
