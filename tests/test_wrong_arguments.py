@@ -145,7 +145,8 @@ def test_argument_of_another_type_is_named_and_nothing_written(name, inplace):
          "makes one of it"),
         ({"position_ids": "x"}, "expected position_ids to be a Tensor or None, got 'x'"),
         ({"rotary_dim": 64.0}, "expected rotary_dim to be an int or None, got 64.0"),
-        ({"rotary_offset": 2**63}, f"to be an int, got {2**63}, which 64 bits do not hold"),
+        ({"rotary_offset": 2**63}, f"expected rotary_offset to be an int, got {2**63}, "
+         "which 64 bits do not hold"),
         ({"interleaved": "yes"}, "expected interleaved to be a bool, got 'yes'"),
         ({"inplace": None}, "expected inplace to be a bool, got None"),
         ({"layout": None}, "expected layout to be one of bshd, bhsd, sbhd, thd, got None"),
