@@ -27,17 +27,36 @@ ROPE_HOST_DEVICE bool is_inside(int64_t index, int64_t count) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(count);
 }
 
-// Entries [begin, end) of token_order.
+// The tokens that use one row of the gradient to a table: entries [begin, end) of token_order or,
+// without it, of the batch. None where the offsets are no such range.
 struct TokenRange {
   int64_t begin, end;
 };
 
-// Those of a row of the table: none where the offsets are no such range.
-ROPE_HOST_DEVICE TokenRange tokens_of_row(const RotaryTableGradArgs& args, int64_t row) {
-  const int64_t begin = read_once(args.row_offsets + row);
-  const int64_t end = read_once(args.row_offsets + row + 1);
-  if (begin < 0 || begin > end || end > args.batch * args.seq) return {0, 0};
-  return {begin, end};
+ROPE_HOST_DEVICE TokenRange tokens_of(const RotaryTableGradArgs& args, int64_t grad_b,
+                                      int64_t row) {
+  if (args.token_order != nullptr) {
+    const int64_t begin = read_once(args.row_offsets + row);
+    const int64_t end = read_once(args.row_offsets + row + 1);
+    if (begin < 0 || begin > end || end > args.batch * args.seq) return {0, 0};
+    return {begin, end};
+  }
+  if (row >= args.seq) return {0, 0};
+  if (args.grad_batch == 1) return {0, args.batch};
+  return {grad_b, grad_b + 1};
+}
+
+// Token s of sequence b, from entry `at` of such a range of `row`; false: there is no such token.
+ROPE_HOST_DEVICE bool find_token(const RotaryTableGradArgs& args, int64_t row, int64_t at,
+                                 int64_t& b, int64_t& s) {
+  b = at;
+  s = row;
+  if (args.token_order == nullptr) return true;
+  const int64_t token = read_once(args.token_order + at);
+  if (!is_inside(token, args.batch * args.seq)) return false;
+  b = token / args.seq;
+  s = token - b * args.seq;
+  return true;
 }
 
 }  // namespace rope

@@ -64,12 +64,16 @@ struct AngleChunk {
     convert(angles.inv_freq_dtype, angles.inv_freq, first, pairs, inv_freq);
     const Axes& axes = angles.axes;
     if (axes.data == nullptr) return;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t axis = index_at(axes.data, axes.int64, first + i);
-      const bool exists = is_inside(axis, angles.positions.axes);
-      axis_at[i] = exists ? axis * angles.positions.stride_axis : 0;
-      if (!exists) inv_freq[i] = NAN;
-    }
+    const int64_t axis_count = angles.positions.axes, stride = angles.positions.stride_axis;
+    const auto place = [&](const auto* axis_of) ROPE_ALWAYS_INLINE {
+      for (int64_t i = 0; i < pairs; ++i) {
+        int64_t axis = read_once(axis_of + first + i);
+        if (!is_inside(axis, axis_count)) axis = 0, inv_freq[i] = NAN;
+        axis_at[i] = axis * stride;
+      }
+    };
+    axes.int64 ? place(static_cast<const int64_t*>(axes.data))
+               : place(static_cast<const int32_t*>(axes.data));
   }
 
   // sin and cos of token (b, s), times attention_scaling; kSlope: and times the position, as

@@ -97,20 +97,11 @@ void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int
       const int64_t pairs = half - first < kChunk ? half - first : kChunk;
       alignas(64) A g1x1[kChunk] = {}, g1x2[kChunk] = {}, g2x1[kChunk] = {}, g2x2[kChunk] = {};
       const TurnGrad<A*> sums{g1x1, g1x2, g2x1, g2x2};
-      if (args.token_order) {
-        const TokenRange range = tokens_of_row(args, index);
-        for (int64_t i = range.begin; i < range.end; ++i) {
-          const int64_t token = read_once(args.token_order + i);
-          if (!is_inside(token, args.batch * args.seq)) continue;
-          const int64_t b = token / args.seq;
-          accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, token - b * args.seq,
-                                                                first, pairs, sums);
-        }
-      } else if (index < args.seq) {
-        const int64_t b_end = args.grad_batch == 1 ? args.batch : grad_b + 1;
-        for (int64_t b = grad_b; b < b_end; ++b) {
-          accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, index, first, pairs, sums);
-        }
+      const TokenRange tokens = tokens_of(args, grad_b, index);
+      for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+        int64_t b, s;
+        if (!find_token(args, index, i, b, s)) continue;
+        accumulate_token<T, kInterleaved, kInterleavedOut, A>(args, b, s, first, pairs, sums);
       }
       write_row(args, row, first, pairs, sums);
     }

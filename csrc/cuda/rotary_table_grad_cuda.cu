@@ -15,15 +15,6 @@ struct Plan {
   uint32_t heads;  // of q and k together
 };
 
-// The tokens that use one row of the gradient: of token_order, or else of the batch.
-__device__ __forceinline__ TokenRange tokens_of(const RotaryTableGradArgs& args, int64_t grad_b,
-                                                int64_t row) {
-  if (args.token_order != nullptr) return tokens_of_row(args, row);
-  if (row >= args.seq) return {0, 0};
-  if (args.grad_batch == 1) return {0, args.batch};
-  return {grad_b, grad_b + 1};
-}
-
 // Adds what the thread's heads of one token give, of q and k counted together; the channels are the
 // first of the units.
 template <class UnitOfX, class UnitOfGrad, class E>
@@ -117,13 +108,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
       const uint32_t channel_grad = UnitOfGrad::channel_of(unit, plan.grad);
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
-        int64_t b = i, s = row_of_table;
-        if (args.token_order != nullptr) {
-          const int64_t token = read_once(args.token_order + i);
-          if (!is_inside(token, args.batch * args.seq)) continue;
-          b = token / args.seq;
-          s = token - b * args.seq;
-        }
+        int64_t b, s;
+        if (!find_token(args, row_of_table, i, b, s)) continue;
         add_token<UnitOfX, UnitOfGrad, E>(sums, args, plan, static_cast<uint32_t>(b),
                                           static_cast<uint32_t>(s), head_lane, channel_x,
                                           channel_grad);
