@@ -1,7 +1,7 @@
 """Numbered cases in a process of their own, where a crash is a failure that names its case.
 
-A case is made from its number alone. Hypothesis would shrink it, and take milliseconds to draw one;
-here a case is a few hundred microseconds, and says itself what is odd in it.
+A case is made from its number alone, so a number is all that runs it again. Hypothesis would shrink
+a case; it also takes longer to draw one than these take to run, and they say what is odd in them.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(script: str, attack: Attack) -> None:
 
 def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
     file = os.open(current, os.O_WRONLY)
-    reproduction = f"PYTHONPATH=.:tests python {Path(script).relative_to(ROOT)}"
+    command = f"PYTHONPATH=.:tests python {Path(script).relative_to(ROOT)}"
     failures: dict[str, str] = {}
     deadline = time.monotonic() + seconds
     said = ""
@@ -82,7 +82,7 @@ def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
 
         def note(text: str, number: int = number) -> None:
             nonlocal said
-            said = f"case {number}: {text}"
+            said = f"{command} {number}  # {text}"
             os.pwrite(file, said.encode().ljust(4000)[:4000], 0)
 
         signal.alarm(PER_CASE)
@@ -92,7 +92,7 @@ def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
             kind = re.sub(r"\d+", "", f"{type(error).__name__} {said.split(';')[0]} {error}")[:160]
             if kind not in failures:
                 failures[kind] = said
-                print(f"{said}\n  {reproduction} {number}\n{traceback.format_exc()}", flush=True)
+                print(f"{said}\n{traceback.format_exc()}", flush=True)
     signal.alarm(0)
     print(f"{number} cases, {len(failures)} kinds of failures")
     return min(len(failures), 1)
