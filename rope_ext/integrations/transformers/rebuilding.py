@@ -169,19 +169,18 @@ def _held(function: types.FunctionType) -> dict[Key, Any]:
     Refuses one that takes a rotation from elsewhere, by an import or as an attribute of a file.
     """
     held: dict[Key, Any] = {None: getattr(function, "__wrapped__", None)}
-    file = None  # whose attribute is looked up next
+    attributes: dict[str, Any] = {}  # of the file that was loaded just before
     for load, name in _loads(function.__code__):
-        value = None
         if load == "LOAD_GLOBAL":
             value = held[name] = function.__globals__.get(name)
-        elif file:  # vars: some import what they are asked for
-            value = vars(file).get(name)
-        if _ROTATION.search(name) and (load == "IMPORT_FROM" or (file and callable(value))):
-            raise _refusal(
-                f"{_name(function)} to rotate with functions of its file",
-                f"{name}, which it has from another",
-            )
-        file = value if isinstance(value, types.ModuleType) else None
+        else:
+            value = attributes.get(name)
+            if _ROTATION.search(name) and (load == "IMPORT_FROM" or callable(value)):
+                raise _refusal(
+                    f"{_name(function)} to rotate with functions of its file",
+                    f"{name}, which it has from another",
+                )
+        attributes = vars(value) if isinstance(value, types.ModuleType) else {}
     for index, cell in enumerate(function.__closure__ or ()):
         with contextlib.suppress(ValueError):  # it is empty
             held[index] = cell.cell_contents
