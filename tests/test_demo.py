@@ -277,6 +277,14 @@ def test_a_factor_out_of_bounds_is_refused_with_status_2(factor, capsys):
     assert "expected a number of at least 1" in capsys.readouterr().err
 
 
+def test_a_scaling_that_makes_no_sense_is_refused_with_status_2(capsys):
+    options = ("--rope-scaling", "longrope", "--original", "1")
+    assert main(["demo", "--random", *SMALL_DEMO, *options]) == 2
+    assert "original_max_position_embeddings to be an integer of at least 2" in (
+        capsys.readouterr().err
+    )
+
+
 def test_without_network_and_cache_a_random_model_runs_and_the_reason_is_shown(
     cache, monkeypatch, capsys
 ):

@@ -597,6 +597,20 @@ def test_command_says_in_one_line_what_is_wrong_with_a_config(command, name, tmp
     assert not out.exists()
 
 
+def test_config_without_permission_to_read_it_is_refused(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.touch(mode=0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        status = main(["explore", "--config", str(path), "--out", "/nowhere/page.html"])
+    finally:
+        os.seteuid(user)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert re.match(r"rope_ext explore: .*Permission denied: '.*config\.json'\n$", error)
+
+
 @pytest.mark.parametrize("command", ["plot", "explore"])
 @pytest.mark.parametrize(
     ("make", "message"),

@@ -298,7 +298,7 @@ NAN = float("nan")
         ("default", {"base": 10**400}, "base to be of a size .* got an integer of 1329 bits"),
         ("default", {"rotary_dim": "8"}, "rotary_dim to be even, .* got '8'"),
         ("ntk", {"alpha": None}, "alpha, or factor as another name, got neither"),
-        ("ntk", {"factor": 8.0}, "factor to be alpha, 4.0, got 8.0"),
+        ("ntk", {"factor": 8.0}, "factor to be alpha, 4, got 8.0"),
         ("ntk", {"alpha": None, "factor": 0.5}, "factor to be at least 1, got 0.5"),
         ("ntk", {"alpha": 1e15, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got 1.*e.45"),
         ("dynamic_ntk", {"factor": 1e9, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got "),

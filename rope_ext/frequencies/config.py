@@ -69,8 +69,8 @@ def from_config(
 
     Raises:
         ValueError: for the name or path of a config, a config without head_dim, an unknown
-            rope_type or layer_type, entries that ask for what is not computed here, and what the
-            function of the rope_type refuses.
+            rope_type or layer_type, entries of another kind or size than they have to be, or that
+            ask for what is not computed here, and what the function of the rope_type refuses.
 
     Resolved as transformers does: partial_rotary_factor (rotary_pct, rotary_dim, and for latent
     attention qk_rope_head_dim), head_dim or hidden_size / num_attention_heads, a factor of None
@@ -228,7 +228,7 @@ def _parameters(
     if keys:
         _check_layer_type(layer_type, keys)
         chosen = parameters[layer_type]
-        name = f"rope_parameters of {layer_type!r}"
+        name = f"rope_parameters of {shown(layer_type)}"
         if not isinstance(chosen, Mapping | None):
             refuse("from_config", name, "a dict or None", chosen)
         if chosen is not None and any(isinstance(value, Mapping) for value in chosen.values()):

@@ -1,7 +1,5 @@
 """NTK-aware scaling: a longer context by a larger base, which slows the low frequencies most."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from rope_ext.frequencies.bounds import (
     check_rotary_dim,
     exponents,
     refuse,
-    shown,
 )
 
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
@@ -50,11 +47,13 @@ def ntk(
     """
     if alpha is None and factor is None:
         raise ValueError("frequencies.ntk: expected alpha, or factor as another name, got neither")
-    if alpha is None:
-        return _stretched("ntk", "factor", head_dim, factor, base, rotary_dim, device)
-    if factor not in (None, alpha):
-        refuse("ntk", "factor", f"alpha, {shown(alpha)}", factor)
-    return _stretched("ntk", "alpha", head_dim, alpha, base, rotary_dim, device)
+    for name, value in (("alpha", alpha), ("factor", factor)):
+        if value is not None:
+            check_number("ntk", name, value, least=1)
+    if None not in (alpha, factor) and alpha != factor:
+        refuse("ntk", "factor", f"alpha, {alpha:g}", factor)
+    alpha = factor if alpha is None else alpha
+    return _stretched("ntk", head_dim, alpha, base, rotary_dim, device)
 
 
 def ntk_alpha(
@@ -81,20 +80,19 @@ def ntk_alpha(
 
     Source: compute_ntk_alpha_rope_parameters of transformers, modeling_hunyuan_v1_dense.py.
     """
-    return _stretched("ntk_alpha", "alpha", head_dim, alpha, base, rotary_dim, device)
+    return _stretched("ntk_alpha", head_dim, alpha, base, rotary_dim, device)
 
 
 def _stretched(
     function: str,
-    name: str,
     head_dim: int,
-    alpha: Any,
+    alpha: float,
     base: float,
     rotary_dim: int | None,
     device: Device,
 ) -> tuple[Tensor, float]:
     rotary_dim = check_rotary_dim(function, head_dim, rotary_dim, least=4)
-    check_number(function, name, alpha, least=1)
+    check_number(function, "alpha", alpha, least=1)
     check_number(function, "base", base, above=0)
     stretched = _stretched_base(function, base, alpha, rotary_dim)
     return 1.0 / (stretched ** exponents(rotary_dim, device)), 1.0

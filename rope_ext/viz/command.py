@@ -29,7 +29,9 @@ def explore(args: argparse.Namespace) -> int:
     return status_of("explore", write_page, args)
 
 
-def status_of(name: str, command: Callable[[argparse.Namespace], None], args: Any) -> int:
+def status_of(
+    name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
+) -> int:
     """Runs a command; what is wrong is one line on stderr."""
     try:
         command(args)

@@ -217,7 +217,7 @@ def attack(check, strategy, default):
     examples, end = itertools.count(), time.monotonic() + seconds(default)
 
     def counted(example):
-        if time.monotonic() < end:
+        if time.monotonic() < end or batch == 0:
             next(examples)
             check(example)
 
