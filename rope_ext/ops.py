@@ -284,6 +284,7 @@ def cos_sin_cache(
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
     """
     try:
+        _check_dtype(dtype)
         return call(
             rope.cos_sin_cache,
             inv_freq,
@@ -333,12 +334,19 @@ def cos_sin(
     as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
     try:
+        _check_dtype(dtype)
         options = {"attention_scaling": attention_scaling, "dtype": dtype}
         return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
     except Exception:
         if not is_compiling():
             explain(cos_sin)
         raise
+
+
+def _check_dtype(dtype: object) -> None:
+    """Before PyTorch sees it, which takes integers for dtypes, and crashes on those that are none."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError("of another type: explain() says it by name")
 
 
 def _check_not_both(function: str, inplace: bool) -> None:

@@ -87,7 +87,7 @@ WRONG = {  # what is none of a type; None is one where the annotation says so
     int: (None, "64", 64.5, [1], torch.ones(2)),
     float: (None, "1", [1.0]),
     bool: ("yes", (1, 2)),
-    torch.dtype: ("float32",),
+    torch.dtype: ("float32", 99),
     tuple[Tensor, Tensor]: (torch.ones(2, 3), (torch.ones(3),), (torch.ones(3), None)),
 }
 

@@ -203,7 +203,10 @@ def values(d: Draw, t: torch.Tensor) -> torch.Tensor:
     if t.dtype.itemsize == 1:
         out.view(torch.uint8).random_(generator=d.generator)
         return out
-    numbers = FLOATS if t.is_floating_point() else (*LIMITS, t.max().item() + d.choice((1, 3, 100)))
+    numbers = FLOATS
+    if not t.is_floating_point():
+        sizes = (d.randrange(64) for _ in range(8))  # such as the number of rows, or of slots
+        numbers = (*LIMITS, t.max().item() + d.choice((1, 3, 100)), *sizes)
     out.view(-1)[d.randrange(out.numel())] = d.choice(numbers)
     return out
 

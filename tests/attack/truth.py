@@ -53,11 +53,23 @@ def truth(name: str, arguments: Arguments) -> list[Truth]:
         operator = operator.removesuffix("_")
     arguments = dict(arguments)
     x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
+    assert not (unfit := _unfit(arguments)), f"taken: {unfit}"
     if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
         # No token has a position; those that tokens of other sequences would have are anything.
         arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
         arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
     return TRUTHS[operator](arguments)
+
+
+def _unfit(a: Arguments) -> list[str]:
+    """Arguments with values that no call may have."""
+    scales = [name for name in ("scale", "k_scale", "v_scale") if a.get(name) is not None]
+    unfit = [name for name in scales if not ((a[name] > 0) & a[name].isfinite()).all()]
+    if "slot_mapping" in a:
+        stored = a["slot_mapping"][a["slot_mapping"] >= 0]
+        unfit += ["slot_mapping"] if stored.unique().numel() < stored.numel() else []
+    unfit += [] if a.get("eps", 0.0) >= 0 else ["eps"]
+    return unfit
 
 
 def rotation_of(a: Arguments) -> Arguments:
