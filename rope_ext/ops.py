@@ -344,7 +344,7 @@ def cos_sin(
 
 
 def _check_dtype(dtype: object) -> None:
-    """Before PyTorch sees it, which takes integers for dtypes, and crashes on those that are none."""
+    """Before PyTorch sees it, which takes integers for dtypes and crashes on some."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError("of another type: explain() says it by name")
 
