@@ -10,6 +10,7 @@ A function asks when it has failed, so that a call that is right costs nothing::
         raise
 """
 
+import reprlib
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -31,6 +32,21 @@ _WORDS: dict[Any, str] = {
     Sequence: "a list",
 }
 _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Shown(reprlib.Repr):
+    """repr in a line that has room in a message, whatever the size and the depth of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return repr(x) if bits <= 128 else f"an integer of {bits} bits"
+
+
+shown = _Shown().repr
 
 
 def explain(function: Callable[..., Any], name: str = "") -> None:
@@ -57,7 +73,7 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
 def describe(value: object) -> str:
     """What came, in a refusal of its type: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
     if isinstance(value, (str, int, float, type(None), torch.dtype)):
-        return repr(value)
+        return shown(value)
     if isinstance(value, Tensor):
         return "a Tensor"
     kind = value if isinstance(value, type) else type(value)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from rope_ext import frequencies
-from rope_ext._explaining import explain
+from rope_ext._explaining import explain, shown
 from rope_ext._layouts import Layout, as_bshd
 from rope_ext.frequencies import config as configs
-from rope_ext.frequencies.bounds import LAST_POSITION, exponents, shown
+from rope_ext.frequencies.bounds import LAST_POSITION, exponents
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
 from rope_ext.ops import apply_rotary_qk
 from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest

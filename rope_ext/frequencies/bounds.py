@@ -1,12 +1,13 @@
 """What the functions of this package check, and the formula that they share."""
 
 import math
-import reprlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from rope_ext._explaining import shown
 
 Device = torch.device | str | None
 
@@ -14,21 +15,6 @@ LAST_POSITION = 2**31 - 1  # of cos_sin, and the longest context in tokens
 MOST_CHANNELS = 65_536  # of a head: 128 times the widest that there is
 # The largest number, in size, and 1 / LARGEST the smallest above 0: float32 holds products of two.
 LARGEST = 1e15
-
-
-class _Shown(reprlib.Repr):
-    """repr in a line that has room in a message, whatever the size and the depth of a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        bits = x.bit_length()
-        return repr(x) if bits <= 128 else f"an integer of {bits} bits"
-
-
-shown = _Shown().repr
 
 
 def refuse(function: str, name: str, expected: str, value: Any) -> NoReturn:

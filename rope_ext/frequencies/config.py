@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rope_ext._explaining import describe
-from rope_ext.frequencies.bounds import MOST_CHANNELS, Device, refuse, shown
+from rope_ext._explaining import describe, shown
+from rope_ext.frequencies.bounds import MOST_CHANNELS, Device, refuse
 from rope_ext.frequencies.entries import Entries
 from rope_ext.frequencies.families import (
     BASE,
@@ -324,9 +324,9 @@ def _check_is_loaded(config: Any) -> None:
         loaded = f"{config.__name__}() or its from_pretrained"
     elif isinstance(config, (str, os.PathLike)):
         name = os.fspath(config)
-        loaded = f"transformers.AutoConfig.from_pretrained({name!r})"
+        loaded = f"transformers.AutoConfig.from_pretrained({shown(name)})"
         if str(name).endswith(".json"):
-            loaded = f"json.load(open({name!r}))"
+            loaded = f"json.load(open({shown(name)}))"
     else:
         return
     raise ValueError(

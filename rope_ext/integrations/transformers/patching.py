@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext._explaining import describe
+from rope_ext._explaining import describe, shown
 from rope_ext.integrations.transformers.rebuilding import (
     RebuiltMethod,
     Substitute,
@@ -263,7 +263,7 @@ def _check_is_loaded(function: str, model: Any) -> None:
         return
     loaded = "AutoModelForCausalLM.from_pretrained(...)"
     if isinstance(model, (str, os.PathLike)):
-        loaded = f"AutoModelForCausalLM.from_pretrained({os.fspath(model)!r})"
+        loaded = f"AutoModelForCausalLM.from_pretrained({shown(os.fspath(model))})"
     elif isinstance(model, type) and issubclass(model, nn.Module):
         loaded = f"{model.__name__}.from_pretrained(...)"
     elif hasattr(model, "model_type"):
