@@ -63,7 +63,8 @@ Tensor call(const char* name, const Stack& stack, const Tensor& like, Sizes size
     throw_as_torch(like, sizes, dtype);
     values = stack();  // the call has taken those before
     if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-      throw std::runtime_error(std::string(name) + " of PyTorch failed");
+      const auto what = torch_exception_get_what_without_backtrace;
+      throw std::runtime_error(what ? what() : std::string(name) + " of PyTorch failed");
     }
   }
   return torch::stable::detail::to<Tensor>(values[0]);
