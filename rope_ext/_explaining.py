@@ -122,7 +122,9 @@ def _is_a(value: object, kind: Any) -> bool:
             number = getattr(value, _METHODS[kind])()
         except Exception:
             return False
-        return kind is not int or -(2**63) <= number < 2**63  # that PyTorch can pass on
+        if kind is bool and isinstance(value, int):
+            number = value
+        return kind is float or -(2**63) <= number < 2**63  # that PyTorch can pass on
     if get_origin(kind) is Literal:
         return isinstance(value, str)
     if get_origin(kind) is tuple:
