@@ -41,6 +41,7 @@ inline std::string shape_text(const TensorView& t) {
 // As Python names it: mostly C++'s name in small letters.
 inline std::string dtype_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
+  if (type == kNewerDtype) return "a dtype that this build does not know";
   switch (type) {
     case ScalarType::Double: return "float64";
     case ScalarType::Float: return "float32";

@@ -9,6 +9,10 @@
 
 namespace rope {
 
+// Any dtype that PyTorch has got since this was built: the first of them has the number that
+// Undefined, the last one, has here.
+inline constexpr auto kNewerDtype = static_cast<torch::headeronly::ScalarType>(-1);
+
 class TensorView {
  public:
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -57,12 +61,15 @@ class TensorView {
   // The stable ABI throws for dtypes that it does not name: these are taken by their number, and
   // every check refuses them.
   static torch::headeronly::ScalarType dtype_of(const torch::stable::Tensor& t) {
+    using torch::headeronly::ScalarType;
+    if (!t.defined()) return ScalarType::Undefined;
     try {
       return t.scalar_type();
     } catch (const std::exception&) {
       int32_t number;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
-      return static_cast<torch::headeronly::ScalarType>(number);
+      const auto dtype = static_cast<ScalarType>(number);
+      return dtype < ScalarType::Undefined ? dtype : kNewerDtype;
     }
   }
 
