@@ -1,7 +1,7 @@
 """What PyTorch has to know about the operators that write, in place, into out or to a cache.
 
-A kernel of C++ alone would leave autograd in the dark: no version counter would tell it that a
-tensor it saved has been written. Not used in inference mode, which counts no versions.
+With a C++ kernel alone, no version counter would tell autograd that a tensor it saved has been
+written. Not used in inference mode, which counts no versions.
 """
 
 from collections.abc import Callable
