@@ -166,9 +166,10 @@ def is_huge(call):
 
 
 def is_wild(x):
-    """Whether float32 may overflow between such a number and a result that doesn't."""
+    """Whether float32 may overflow, or underflow, between such a number and a result that doesn't."""
     if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
-        return not bool((x.double().abs() < 1e9).all())
+        size = x.double().abs()
+        return not bool(((size == 0) | ((size > 1e-9) & (size < 1e9))).all())
     return isinstance(x, float) and x != 0 and not 1e-9 < abs(x) < 1e9
 
 
