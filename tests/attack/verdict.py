@@ -166,7 +166,7 @@ def is_huge(call):
 
 
 def is_wild(x):
-    """Whether float32 may overflow, or underflow, between such a number and a result that doesn't."""
+    """Whether float32 may overflow or underflow between such a number and an ordinary result."""
     if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
         size = x.double().abs()
         return not bool(((size == 0) | ((size > 1e-9) & (size < 1e9))).all())
