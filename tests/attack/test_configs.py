@@ -150,19 +150,22 @@ class SmallTensors(TorchDispatchMode):
         return result
 
 
+def timed(function, *args, **options):
+    """What a call returns, and its seconds. A slow call is timed a second time: the first may have
+    imported a module, or run the garbage collector over all that a test process keeps.
+    """
+    for _ in range(2):
+        start = time.thread_time()
+        result = function(*args, **options)
+        spent = time.thread_time() - start
+        if spent < SECONDS:
+            break
+    return result, spent
+
+
 def answer(function, *args, **options):
     """What a call returns, or None for a refusal in the documented form; within its bounds."""
-    result = refusal = None
-    tracemalloc.start()
-    start = time.thread_time()
-    try:
-        with SmallTensors():
-            result = function(*args, **options)
-    except ValueError as error:
-        refusal = error
-    finally:
-        spent, (_, peak) = time.thread_time() - start, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+    (result, refusal, peak), spent = timed(traced, function, *args, **options)
     if refusal is not None:
         assert type(refusal) is ValueError, refusal
         assert FORM.fullmatch(str(refusal)), refusal
@@ -170,6 +173,21 @@ def answer(function, *args, **options):
     assert spent < SECONDS
     assert peak < BYTES
     return result
+
+
+def traced(function, *args, **options):
+    """What a call returns, its ValueError, and the largest memory that Python's objects took."""
+    result = refusal = None
+    tracemalloc.start()
+    try:
+        with SmallTensors():
+            result = function(*args, **options)
+    except ValueError as error:
+        refusal = error
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return result, refusal, peak
 
 
 def assert_right(rope, inv_freq, attention_scaling, length=None):
@@ -330,17 +348,21 @@ def test_command_writes_a_page_or_one_line(tmp_path):
     found = {0: 0, 2: 0}
     path, out = tmp_path / "config.json", tmp_path / "page.html"
 
+    def explored():
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+            status = main(["explore", "--config", str(path), "--out", str(out)])
+        return status, shown.getvalue()
+
     def check(content):
         path.write_bytes(content)
         out.unlink(missing_ok=True)
-        shown, start = io.StringIO(), time.thread_time()
-        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-            status = main(["explore", "--config", str(path), "--out", str(out)])
-        assert time.thread_time() - start < SECONDS
+        (status, shown), spent = timed(explored)
+        assert spent < SECONDS
         found[status] += 1
         assert out.exists() == (status == 0)
-        assert shown.getvalue().count("\n") == (0 if status == 0 else 1)
-        assert len(shown.getvalue()) < 1500
+        assert shown.count("\n") == (0 if status == 0 else 1)
+        assert len(shown) < 1500
 
     examples = attack(check, damaged_text(), 3)
     print(found, examples)
