@@ -190,11 +190,12 @@ class BuildRope(BuildExtension):
         torch_dir = Path(torch.__file__).parent
         extension.extra_compile_args = [
             *self.compile_flags(cuda),
+            f"-I{CSRC.absolute()}",
             f"-isystem{pybind11.get_include()}",
             f"-isystem{torch_dir / 'include'}",
         ]
         # libtorch has no code of its own, but brings libtorch_cuda into reach where torch has it:
-        # the stream symbol that csrc/device.h declares weak is found there.
+        # the stream symbol that csrc/host/device.h declares weak is found there.
         extension.extra_link_args = [
             f"-L{torch_dir / 'lib'}",
             "-Wl,--no-as-needed,-ltorch,--as-needed",
@@ -272,7 +273,8 @@ class BuildRope(BuildExtension):
 
     def compile_cuda(self, cuda: Cuda) -> list[str]:
         """Compile csrc/cuda/*.cu, those that changed, with ninja; returns the objects."""
-        flags = [CXX_STANDARD, "--fmad=false", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        flags = [CXX_STANDARD, "--fmad=false", f"-I{CSRC.absolute()}"]
+        flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
         host = ["-fPIC", "-fvisibility=hidden", *self.host_flags()]
         flags += [f"-Xcompiler={','.join(host)}"]
         flags += ["-Werror=all-warnings"] if self.werror else []

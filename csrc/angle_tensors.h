@@ -1,8 +1,8 @@
 // The tensors that angles are made of, as kernels read them: for as long as this lives.
 #pragma once
 
-#include "allocation.h"
 #include "args.h"
+#include "host/allocation.h"
 #include "operators.h"
 
 namespace rope {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "check_heads.h"
+#include "check/heads.h"
 
 namespace rope {
 

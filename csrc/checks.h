@@ -9,7 +9,7 @@
 #include <string>
 
 #include "args.h"
-#include "tensor_view.h"
+#include "check/tensor_view.h"
 
 namespace rope {
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "check_parts.h"
+#include "check/parts.h"
 #include "checks.h"
 
 namespace rope {

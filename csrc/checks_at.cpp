@@ -1,5 +1,5 @@
 // Checks of the operators that rotate by angles instead of a table.
-#include "check_heads.h"
+#include "check/heads.h"
 #include "checks.h"
 
 namespace rope {

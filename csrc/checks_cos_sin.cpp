@@ -1,4 +1,4 @@
-#include "check_parts.h"
+#include "check/parts.h"
 #include "checks.h"
 
 namespace rope {

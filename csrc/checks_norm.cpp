@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "check_heads.h"
+#include "check/heads.h"
 #include "checks.h"
 
 namespace rope {

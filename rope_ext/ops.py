@@ -281,7 +281,7 @@ def cos_sin_cache(
             another dtype.
         TypeError: for an argument of another type.
 
-    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/angle.h.
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/math/angle.h.
     """
     try:
         _check_dtype(dtype)

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "100", "120")
 SOURCES = (
-    "apply_rotary_cuda",
-    "apply_rotary_at_cuda",
-    "rotary_table_grad_cuda",
-    "cos_sin_cuda",
+    "rotation",
+    "rotation_by_angles",
+    "table_grad",
+    "angles",
 )
 # Those that take long to compile: on three architectures.
-LONG_SOURCES = ("apply_rotary_append_cuda", "rms_norm_rotary_cuda", "rms_norm_rotary_grad_cuda")
+LONG_SOURCES = ("kv_cache", "rms_norm", "rms_norm_grad")
 LONG_ARCHS = ("80", "90", "120")
 
 # 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters
@@ -157,8 +157,8 @@ def kernels(tmp_path_factory):
         source, arch = source_and_arch
         cubin = folder / f"{source}.{arch}.cubin"
         run(
-            NVCC, "-std=c++17", "-O3", "--fmad=false", "-cubin", "-arch", f"sm_{arch}",
-            "-o", str(cubin), str(CSRC / f"{source}.cu"),
+            NVCC, "-std=c++17", "-O3", "--fmad=false", f"-I{CSRC}", "-cubin", "-arch", f"sm_{arch}",
+            "-o", str(cubin), str(CSRC / "cuda" / f"{source}.cu"),
         )  # fmt: skip
         return kernels_of(cubin, arch)
 
@@ -244,8 +244,8 @@ def test_float64_arithmetic_only_where_the_data_are_float64(kernels):
 
 
 def test_no_fused_multiply_add_in_a_rotation(kernels):
-    """Its two products and their sum are rounded one by one, as on the CPU (csrc/rotation.h).
-    Angles have some (csrc/angle.h), in a loop that writes no result.
+    """Its two products and their sum are rounded one by one, as on the CPU (csrc/math/rotation.h).
+    Angles have some (csrc/math/angle.h), in a loop that writes no result.
     """
     fused = ("DFMA", "HFMA2.BF16", "FFMA2")
     found = [

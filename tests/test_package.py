@@ -35,7 +35,7 @@ NEWEST_WITH_CUDART = {**NEWEST, "GLIBC": (2, 34)}
 IMPORT_SECONDS = 0.05
 # Bound only where torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
-# What says why an allocation failed (csrc/allocation.cpp): bound where torch has it.
+# What says why an allocation failed (csrc/host/allocation.cpp): bound where torch has it.
 WEAK_WHY = {
     "torch_exception_get_what_without_backtrace",
     "_ZN2at4_ops9new_empty4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEESt8optionalINS5_"
@@ -157,8 +157,8 @@ def test_systems_of_manylinux_2_28_have_every_symbol(elf):
 
 
 def test_what_older_systems_lack_is_kept_inside(elf):
-    """csrc/older_systems.cpp: no other library may take these symbols from here."""
-    source = (REPOSITORY / "csrc" / "older_systems.cpp").read_text()
+    """csrc/host/older_systems.cpp: no other library may take these symbols from here."""
+    source = (REPOSITORY / "csrc" / "host" / "older_systems.cpp").read_text()
     inside = set(re.findall(r'__asm__\(\s*"(\w+)"', source))
     assert len(inside) == 4
     dynamic = elf.get_section_by_name(".dynsym").iter_symbols()
@@ -345,7 +345,7 @@ loader.exec_module(first)
 assert first.register_operators()
 import rope_ext
 """
-    expect_import_error(run_python(code, tmp_path), str(copy), "csrc/ops.cpp")
+    expect_import_error(run_python(code, tmp_path), str(copy), "csrc/schema.cpp")
 
 
 def test_package_is_loaded_anew_as_often_as_asked(tmp_path):

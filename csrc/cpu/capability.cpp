@@ -1,11 +1,11 @@
-#include "capability.h"
+#include "cpu/capability.h"
 
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "../compiler.h"
+#include "host/compiler.h"
 
 #if ROPE_X86
 #include <cpuid.h>

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "../kernels.h"
+#include "kernels.h"
 
 namespace rope::cuda {
 

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/args.h"
+#include "args.h"
 
 namespace scalar {
 
@@ -98,7 +98,7 @@ inline double computed(DType dtype, double value) {
   return dtype == DType::Float64 ? value : static_cast<double>(static_cast<float>(value));
 }
 
-// One of the eight-bit floats of caches, csrc/float8.h: `largest` are the bits of its largest
+// One of the eight-bit floats of caches, csrc/math/float8.h: `largest` are the bits of its largest
 // value.
 class Float8 {
  public:

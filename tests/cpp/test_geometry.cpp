@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "../../csrc/cuda/geometry.h"
+#include "cuda/parts/geometry.h"
 
 using namespace rope::cuda;
 

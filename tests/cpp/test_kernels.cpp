@@ -11,9 +11,9 @@
 #include <cstdlib>
 #include <thread>
 
-#include "../../csrc/cpu/capability.h"
-#include "../../csrc/kernels.h"
+#include "cpu/capability.h"
 #include "kernel_cases.h"
+#include "kernels.h"
 
 using namespace kernel_cases;
 

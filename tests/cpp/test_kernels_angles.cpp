@@ -1,14 +1,14 @@
 // The CPU kernels that compute angles, as test_kernels.cpp: tables of cos and sin and their
 // gradient against long double, the rotation by angles against that by the rows of a table, bit by
 // bit.
-#include "../../csrc/kernels.h"
 #include "kernel_cases.h"
+#include "kernels.h"
 
 using namespace kernel_cases;
 
 namespace {
 
-constexpr double kUlps = 0.5001;  // csrc/angle.h, of results below float64
+constexpr double kUlps = 0.5001;  // csrc/math/angle.h, of results below float64
 constexpr double kUlpsFloat64 = 1;
 constexpr int64_t kAxes = 3;
 

@@ -2,8 +2,8 @@
 // of the rotation, those of what it has left in the cache, or the float8 nearest to their quotient.
 #include <numeric>
 
-#include "../../csrc/kernels.h"
 #include "kernel_cases.h"
+#include "kernels.h"
 
 using namespace kernel_cases;
 

@@ -1,8 +1,8 @@
 // The CPU kernels of RMSNorm with rotation and of its gradients, as test_kernels.cpp, against long
 // double: a result has to be the rounding of a number that the roundings of its arithmetic can lead
 // to. How many these are is counted below, at the most.
-#include "../../csrc/kernels.h"
 #include "kernel_cases.h"
+#include "kernels.h"
 
 using namespace kernel_cases;
 

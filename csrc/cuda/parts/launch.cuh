@@ -1,0 +1,60 @@
+// Launching a kernel, with its error check.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/parts/geometry.h"
+
+namespace rope::cuda {
+
+inline void check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("rope::") + op +
+                           ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// With so many bytes of shared memory. The error is that of the launch itself; what goes wrong
+// inside the kernel shows at a later call.
+template <class... Args>
+void launch_with(size_t shared_bytes, const char* op, void (*kernel)(Args...), Grid grid,
+                 uint32_t block_threads, void* stream, const Args&... args) {
+  kernel<<<dim3(grid.x, grid.y, grid.z), block_threads, shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError(), op);
+}
+
+template <class... Args>
+void launch(const char* op, void (*kernel)(Args...), Grid grid, uint32_t block_threads,
+            void* stream, const Args&... args) {
+  launch_with(0, op, kernel, grid, block_threads, stream, args...);
+}
+
+// Kernels count heads, the channels of a head, sequences and tokens of a sequence in 32 bits.
+inline void check_counts(const char* op, int64_t heads, int64_t head_dim, int64_t batch,
+                         int64_t seq) {
+  constexpr int64_t kMost = int64_t{1} << 30, kMostRows = int64_t{0xffffffff};
+  if (heads <= kMost && head_dim <= kMost && batch <= kMostRows && seq <= kMostRows) return;
+  throw std::runtime_error(std::string("rope::") + op +
+                           ": on CUDA expected at most 2^30 heads and channels, and a batch and "
+                           "sequence below 2^32, got " +
+                           std::to_string(heads) + " heads of " + std::to_string(head_dim) +
+                           " channels, batch " + std::to_string(batch) + ", sequence " +
+                           std::to_string(seq));
+}
+
+// Multiprocessors of the current device.
+inline int sm_count(const char* op) {
+  int device, count;
+  check(cudaGetDevice(&device), op);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op);
+  return count;
+}
+
+__device__ __forceinline__ int64_t block_index() {
+  return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+}
+
+}  // namespace rope::cuda

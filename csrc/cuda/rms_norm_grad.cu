@@ -1,0 +1,260 @@
+// Gradients of RMSNorm and rotation on CUDA: those to q and k, and partial sums of those to the
+// weights, in one launch; then the sums of these. The reciprocals of the root mean squares are
+// computed again: x is read anyway, for its gradient.
+#include "cuda/parts/norm_rows.cuh"
+#include "kernels.h"
+
+namespace rope::cuda {
+
+namespace {
+
+// Blocks that a multiprocessor should hold at a time: one is enough, 0 leaves it to the compiler.
+// That would spill where it wants two on older architectures, and where it is told one on sm_120.
+constexpr int resident_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// A block has the rows of q or of k of one chunk of tokens. N == 1: pairs in any order, in grad and
+// in x.
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+__global__ void __launch_bounds__(kMostLanes, resident_blocks())
+    rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const RowPlan plan) {
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
+  using UnitOfX = UnitOf<E, N, kInterleavedOut, kMixed>;
+  using C = typename UnitOfX::C;
+  constexpr int kPairs = UnitOfX::kPairs, kChannels = UnitOfX::kChannels;
+  __shared__ C of_warps[kMostLanes / kWarpThreads];
+  // Of the gradient to the weights of each thread's first unit: as registers they would be too
+  // many.
+  __shared__ C sums[kChannels][kMostLanes];
+
+  const RotaryArgs& rotary = args.rotary;
+  const bool all_heads = args.norm.all_heads;
+  const int64_t chunk = block_index() / 2;
+  const bool is_q = block_index() % 2 == 0;
+  const uint32_t heads = static_cast<uint32_t>(is_q ? rotary.q.heads : rotary.k.heads);
+  if (chunk >= args.chunks || (is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
+  C* const partial = static_cast<C*>(args.partial) + chunk * args.columns +
+                     (is_q ? 0 : args.q_columns) + rotary.rotary_offset;
+  const uint32_t group = threadIdx.x / plan.lanes;
+  const uint32_t lane = threadIdx.x - group * plan.lanes;
+  const uint32_t units = plan.units * (all_heads ? heads : 1);
+  const int64_t first_token = chunk * args.chunk_tokens;
+  const int64_t tokens = min(args.chunk_tokens, rotary.batch * rotary.seq - first_token);
+  const uint32_t rows = static_cast<uint32_t>(tokens) * (all_heads ? min(heads, 1u) : heads);
+  const RotatedHeads &q = rotary.q, &k = rotary.k;
+
+  // Where unit `index` of a row is: its head, and among the channels of grad and of x.
+  struct Unit {
+    uint32_t head, unit;
+    Spot grad, x;
+  };
+  const auto unit_at = [&](uint32_t first_head, uint32_t index) {
+    const uint32_t head = index / plan.units, unit = index - head * plan.units;
+    const Spot of_x = spot_of<UnitOfX, N>(rotary, plan.rotary, plan.rotary.out, unit);
+    if constexpr (!kMixed && N > 1) return Unit{first_head + head, unit, of_x, of_x};
+    return Unit{first_head + head, unit,
+                spot_of<UnitOfGrad, N>(rotary, plan.rotary, plan.rotary.in, unit), of_x};
+  };
+  // x, its weights and the gradient turned back, in x's order.
+  const auto load_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t b, uint32_t s,
+                             const Unit& at) {
+    const Heads<const void*>&xq = args.q, &xk = args.k;
+    const E* from_x =
+        static_cast<const E*>(is_q ? xq.data : xk.data) + b * (is_q ? xq.stride_b : xk.stride_b) +
+        s * (is_q ? xq.stride_s : xk.stride_s) + at.head * (is_q ? xq.stride_h : xk.stride_h);
+    const E* from_grad = static_cast<const E*>(is_q ? q.in.data : k.in.data) +
+                         b * (is_q ? q.in.stride_b : k.in.stride_b) +
+                         s * (is_q ? q.in.stride_s : k.in.stride_s) +
+                         at.head * (is_q ? q.in.stride_h : k.in.stride_h);
+    load_channels<UnitOfX, N>(x, from_x, at.x);
+    load_channels<UnitOfGrad, N>(g, from_grad, at.grad);
+    if (!at.grad.rotates) return;
+    TurnsOf<UnitOfGrad, kFullWidth> turns;
+    load_turns<UnitOfGrad, kMixed, kFullWidth>(turns, rotary, plan.rotary, Place{b, s, 0}, at.unit);
+    C g1[kPairs], g2[kPairs];
+    UnitOfGrad::split(g, g1, g2);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) rotate(turns.at(j), g1[j], g2[j]);
+    UnitOfX::join(g1, g2, g);
+  };
+  const auto column_of = [&](const Unit& at, int i) {
+    const int64_t of_head = all_heads ? at.head * rotary.head_dim : 0;
+    return of_head + at.x.channel + i / UnitOfX::kLength * at.x.second + i % UnitOfX::kLength;
+  };
+  const auto channels_of = [&](const Unit& at) { return at.x.rotates ? kChannels : N; };
+
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < rows; first += plan.groups) {
+    const bool inside = first + group < rows;
+    const uint32_t row = inside ? first + group : 0;
+    const uint32_t token_of_chunk = all_heads ? row : row / heads;
+    const uint32_t first_head = all_heads ? 0 : row - token_of_chunk * heads;
+    const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
+    const uint32_t b = token / static_cast<uint32_t>(rotary.seq);
+    const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
+
+    // x, g: of the thread's first unit, until the row has its sums.
+    C x[kChannels] = {}, g[kChannels] = {};
+    C squares = 0, products = 0;
+    const auto add_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t index) {
+      const Unit at = unit_at(first_head, index);
+      C w[kChannels];
+      load_unit(x, g, b, s, at);
+      load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
+      squares += sum_of_squares(x);
+      C product = 0;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) product += g[i] * w[i] * x[i];
+      products += product;
+    };
+    const uint32_t past = inside ? units : 0;
+    if (lane < past) add_unit(x, g, lane);
+#pragma unroll 1
+    for (uint32_t index = lane + plan.lanes; index < past; index += plan.lanes) {
+      C other_x[kChannels], other_g[kChannels];
+      add_unit(other_x, other_g, index);
+    }
+    squares = sum_over_lanes(squares, plan.lanes, of_warps);
+    products = sum_over_lanes(products, plan.lanes, of_warps);
+    const C channels = static_cast<C>((all_heads ? heads : 1) * rotary.head_dim);
+    const C inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
+    const C mean = products * inverse_rms / channels;
+
+#pragma unroll 1
+    for (uint32_t index = lane; index < past;) {
+      const Unit at = unit_at(first_head, index);
+      C w[kChannels];
+      load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
+      C to_x[kChannels];
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        const C n = x[i] * inverse_rms;
+        to_x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
+        g[i] *= n;
+      }
+      E* to = static_cast<E*>(is_q ? q.out.data : k.out.data) +
+              b * (is_q ? q.out.stride_b : k.out.stride_b) +
+              s * (is_q ? q.out.stride_s : k.out.stride_s) +
+              at.head * (is_q ? q.out.stride_h : k.out.stride_h);
+      store_channels<UnitOfX, N>(to_x, to, at.x);
+      if (index == lane) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
+      } else {  // rows of more units than lanes have the block for themselves, and its sums
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) {
+          if (i >= channels_of(at)) continue;
+          C& sum = partial[column_of(at, i)];
+          sum = first == 0 ? g[i] : sum + g[i];
+        }
+      }
+      index += plan.lanes;
+      if (index < past) load_unit(x, g, b, s, unit_at(first_head, index));
+    }
+  }
+
+  __syncthreads();
+  if (group > 0) return;
+  C total[kChannels] = {};  // of the groups, in order
+#pragma unroll 1
+  for (uint32_t each = 0; each < plan.groups; ++each) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) total[i] += sums[i][each * plan.lanes + lane];
+  }
+#pragma unroll 1
+  for (uint32_t index = lane; index < units; index += plan.lanes) {
+    const Unit at = unit_at(0, index);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      if (i < channels_of(at) && (index == lane || rows == 0)) partial[column_of(at, i)] = total[i];
+    }
+  }
+}
+
+constexpr uint32_t kColumns = 32, kColumnLanes = kBlockThreads / kColumns;
+
+// The sums of the partial sums: each lane of a column adds every kColumnLanes-th chunk, and then
+// the first of them what the lanes have.
+template <class C>
+__global__ void __launch_bounds__(kBlockThreads)
+    rms_norm_rotary_grad_sum_kernel(const RmsNormRotaryGradArgs args) {
+  __shared__ C shared[kColumnLanes][kColumns];
+  const uint32_t lane = threadIdx.x / kColumns, in_block = threadIdx.x % kColumns;
+  const int64_t column = block_index() * kColumns + in_block;
+  const C* const partial = static_cast<const C*>(args.partial);
+  C sum = 0;
+  if (column < args.columns) {
+#pragma unroll 4
+    for (int64_t chunk = lane; chunk < args.chunks; chunk += kColumnLanes) {
+      sum += __ldg(partial + chunk * args.columns + column);
+    }
+  }
+  shared[lane][in_block] = sum;
+  __syncthreads();
+  if (lane > 0 || column >= args.columns) return;
+#pragma unroll
+  for (uint32_t other = 1; other < kColumnLanes; ++other) sum += shared[other][in_block];
+  const bool of_q = column < args.q_columns;
+  dispatch(args.norm.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    S* const to = static_cast<S*>(of_q ? args.grad_q_weight : args.grad_k_weight);
+    to[of_q ? column : column - args.q_columns] = narrow<S>(sum);
+  });
+}
+
+template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+void launch_units(const RmsNormRotaryGradArgs& args, void* stream) {
+  constexpr bool kMixed = kInterleaved != kInterleavedOut;
+  using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
+  using UnitOfX = UnitOf<E, N, kInterleavedOut, kMixed>;
+  const RotaryArgs& rotary = args.rotary;
+  const int64_t heads = std::max<int64_t>({rotary.q.heads, rotary.k.heads, 1});
+  const RowPlan plan = row_plan<UnitOfGrad, UnitOfX, N>(rotary, args.norm, heads);
+  launch(rotary.op, rms_norm_rotary_grad_kernel<E, N, kInterleaved, kInterleavedOut, kFullWidth>,
+         grid_of(2 * args.chunks), plan.groups * plan.lanes, stream, args, plan);
+}
+
+template <class E>
+void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
+  const RotaryArgs& rotary = args.rotary;
+  Alignment alignment(sizeof(E));
+  const auto add = [&](const RotatedHeads& x, const Heads<const void*>& forward) {
+    if (x.heads == 0) return;
+    alignment.add(x.in, rotary.batch, rotary.seq, x.heads);
+    alignment.add(x.out, rotary.batch, rotary.seq, x.heads);
+    alignment.add(forward, rotary.batch, rotary.seq, x.heads);
+  };
+  add(rotary.q, args.q);
+  add(rotary.k, args.k);
+  dispatch_units<E>(rotary, alignment, [&](auto shape) {
+    using S = decltype(shape);
+    launch_units<E, S::kN, S::kIn, S::kOut, S::kFullWidth>(args, stream);
+  });
+}
+
+}  // namespace
+
+void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream) {
+  const RotaryArgs& rotary = args.rotary;
+  if (args.chunks > 0) {
+    check_rows(rotary);
+    dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
+  }
+  if (args.columns == 0) return;
+  const Grid grid = grid_of(ceil_div(args.columns, kColumns));
+  if (rotary.dtype == DType::Float64) {
+    launch(rotary.op, rms_norm_rotary_grad_sum_kernel<double>, grid, kBlockThreads, stream, args);
+  } else {
+    launch(rotary.op, rms_norm_rotary_grad_sum_kernel<float>, grid, kBlockThreads, stream, args);
+  }
+}
+
+}  // namespace rope::cuda

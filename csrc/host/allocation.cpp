@@ -1,0 +1,98 @@
+// The stable ABI tells that a call has failed, not why. Programs that try again with less, such as
+// accelerate's find_executable_batch_size, look for torch.OutOfMemoryError and for PyTorch's words.
+// So where an allocation has failed, the same memory is asked for once more by a C++ function of
+// libtorch, whose exception nobody catches on its way to the caller.
+#include "host/allocation.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+// Of PyTorch 2.13 and later, else null.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace rope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// at::Tensor: one pointer, with a destructor.
+struct NewTensor {
+  ~NewTensor() {}
+  void* impl;
+};
+
+// c10::Device
+struct TypeAndIndex {
+  int8_t type, index;
+};
+
+// at::_ops::new_empty::call. Not of the stable ABI, so it is looked up by name when this library is
+// loaded, and null in a PyTorch that has none with these parameters: the name holds their types. A
+// size as SymInt is the number itself.
+using NewEmpty = NewTensor(const void* like, Sizes sizes, std::optional<ScalarType> dtype,
+                           std::optional<int8_t> layout, std::optional<TypeAndIndex> device,
+                           std::optional<bool> pin_memory);
+__attribute__((weak)) NewEmpty torch_new_empty __asm__(
+    "_ZN2at4_ops9new_empty4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEESt8optionalINS5_"
+    "10ScalarTypeEES9_INS5_6LayoutEES9_INS5_6DeviceEES9_IbE");
+
+namespace {
+
+// Throws what PyTorch throws where it can't allocate such a tensor; nothing if by now it can.
+void throw_as_torch(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
+  if (torch_new_empty != nullptr) {
+    auto* const made = new NewTensor(
+        torch_new_empty(like.get(), sizes, dtype, std::nullopt, std::nullopt, std::nullopt));
+    aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(made));
+  } else if (torch_exception_get_what_without_backtrace != nullptr) {
+    throw std::runtime_error(torch_exception_get_what_without_backtrace());
+  }
+}
+
+// What aten::`name` makes of the arguments that stack() puts up, a tensor of these sizes and dtype.
+template <class Stack>
+Tensor call(const char* name, const Stack& stack, const Tensor& like, Sizes sizes,
+            std::optional<ScalarType> dtype = std::nullopt) {
+  auto values = stack();
+  if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    throw_as_torch(like, sizes, dtype);
+    values = stack();  // the call has taken those before
+    if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+      const auto what = torch_exception_get_what_without_backtrace;
+      throw std::runtime_error(what ? what() : std::string(name) + " of PyTorch failed");
+    }
+  }
+  return torch::stable::detail::to<Tensor>(values[0]);
+}
+
+}  // namespace
+
+Tensor allocate_like(const Tensor& x) {
+  const auto stack = [&] {
+    const StableIValue none = from(std::nullopt);
+    return std::array<StableIValue, 6>{from(x), none, none, none, none, none};
+  };
+  return call("aten::empty_like", stack, x, x.sizes());
+}
+
+Tensor allocate(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
+  const auto stack = [&] {
+    const StableIValue none = from(std::nullopt);
+    return std::array<StableIValue, 6>{from(like), from(sizes), from(dtype), none, none, none};
+  };
+  return call("aten::new_empty", stack, like, sizes, dtype);
+}
+
+Tensor allocate_contiguous(const Tensor& x) {
+  const auto stack = [&] {
+    return std::array<StableIValue, 2>{from(x), from(torch::headeronly::MemoryFormat::Contiguous)};
+  };
+  return call("aten::contiguous", stack, x, x.sizes());
+}
+
+}  // namespace rope

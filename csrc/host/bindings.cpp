@@ -1,0 +1,92 @@
+// rope_ext._C: what this build is, for people and for tests, and which tensors share memory, for
+// checks in Python. The operators need no binding, but to be registered (ops.cpp).
+//
+// The ROPE_EXT_* macros come from setup.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check/overlap.h"
+#include "cpu/capability.h"
+#include "host/compiler.h"
+#include "operators.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string stable_abi_target() {
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;  // one byte each: major, minor, ...
+  return std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = ROPE_EXT_VERSION;
+#ifdef ROPE_EXT_CUDA
+  info["cuda"] = true;
+  info["cuda_version"] = ROPE_EXT_CUDA_VERSION;
+  info["cuda_archs"] = py::str(ROPE_EXT_CUDA_ARCHS).attr("split")();
+  info["cudart"] = ROPE_EXT_CUDART;
+  info["no_cuda_reason"] = py::none();
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::list();
+  info["cudart"] = py::none();
+  info["no_cuda_reason"] = ROPE_EXT_NO_CUDA_REASON;
+#endif
+  info["cpu_capability"] = rope::cpu::name(rope::cpu::capability());
+  info["stable_abi_target"] = stable_abi_target();
+  info["compiler"] = ROPE_COMPILER;
+  return info;
+}
+
+void set_cpu_capability(const std::string& name) {
+  const auto wanted = rope::cpu::find_capability(name);
+  if (!wanted) {
+    throw py::value_error("set_cpu_capability: expected 'portable' or 'avx2', got '" + name + "'");
+  }
+  if (!rope::cpu::set_capability(*wanted)) {
+    throw std::runtime_error("set_cpu_capability: this processor does not support '" + name + "'");
+  }
+}
+
+// A tensor with elements: its address, bytes of an element, sizes, and strides in elements.
+using Place = std::tuple<uintptr_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+
+rope::Footprint footprint_of(const Place& place) {
+  const auto& [address, bytes, sizes, strides] = place;
+  if (sizes.size() > rope::Footprint::kMaxDims || sizes.size() != strides.size()) {
+    throw py::value_error("overlap: expected at most 4 sizes, and a stride for each");
+  }
+  rope::Footprint out(reinterpret_cast<const void*>(address), bytes);
+  for (size_t d = 0; d < sizes.size(); ++d) out.add_dim(sizes[d], strides[d] * bytes);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  // A wrong ROPE_EXT_CPU_CAPABILITY is refused at import, not at the first call.
+  rope::cpu::capability();
+  m.def("register_operators", &rope::register_operators,
+        "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
+  m.def("build_info", &build_info,
+        "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
+  m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
+        "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
+  m.def(
+      "overlap",
+      [](const Place& a, const Place& b) {
+        return rope::overlap(footprint_of(a), footprint_of(b));
+      },
+      "Whether two tensors (address, bytes of an element, sizes, strides) share a byte.");
+  m.def(
+      "overlaps_itself", [](const Place& a) { return rope::overlaps_itself(footprint_of(a)); },
+      "Whether two indices of a tensor, as for overlap, may lead to one element.");
+}
