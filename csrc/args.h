@@ -1,7 +1,7 @@
 // What a kernel needs to know, as plain data: pointers, sizes and strides.
 //
-// checks.cpp fills these structs from tensors after validating everything; kernels trust them, but
-// not the values of indices, which may change after the checks (index.h).
+// The families fill these structs from tensors after all checks. Kernels trust them, but
+// not the values of indices, which may change after the checks (math/index.h).
 // Strides are in elements, never bytes. Sizes are in the words of the field: B batch, S sequence,
 // H heads, D head_dim, R rotary_dim, P = R / 2 pairs, L rows of a table, W columns of a table.
 // A packed batch [T, H, D] is B = 1, S = T.

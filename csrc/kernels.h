@@ -1,5 +1,8 @@
-// The kernels, one set a device. Each takes one plain struct of args.h and trusts it.
+// The kernels, and a table of them for each device. Each takes one plain struct of args.h and
+// trusts it; the type of the struct tells which kernel a call needs.
 #pragma once
+
+#include <tuple>
 
 #include "args.h"
 
@@ -14,6 +17,10 @@ void cos_sin_grad(const CosSinGradArgs& args);
 void apply_rotary_append(const AppendArgs& args);
 void rms_norm_rotary(const RmsNormRotaryArgs& args);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
+
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,     &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,        &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_grad};
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -26,6 +33,16 @@ void cos_sin_grad(const CosSinGradArgs& args, void* stream);
 void apply_rotary_append(const AppendArgs& args, void* stream);
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream);
+
+#if defined(ROPE_EXT_CUDA)
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,     &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,        &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_grad};
+#else
+constexpr std::tuple<> kKernels;  // a build without CUDA
+#endif
 }  // namespace cuda
+
+constexpr bool kBuiltWithCuda = std::tuple_size_v<decltype(cuda::kKernels)> > 0;
 
 }  // namespace rope

@@ -1,74 +1,98 @@
-// The operators that rotate in place and write to a paged cache: checks, pointers, kernel.
-#include "checks.h"
+// apply_rotary_qk_append_kv_: rotation in place, and k and v to a paged cache.
+#include "check/cache.h"
+#include "check/rotation.h"
+#include "check/written.h"
 #include "host/device.h"
-#include "operators.h"
+#include "host/outputs.h"
+#include "registration.h"
 
 namespace rope {
 
 namespace {
 
-// What is written has its place only now: a copy-on-write tensor moves.
-void set_cache(StoredHeads& stored, const Tensor& cache, int64_t first_channel) {
-  char* const data = static_cast<char*>(cache.mutable_data_ptr());
-  const int64_t bytes = first_channel * static_cast<int64_t>(cache.element_size());
-  stored.cache = data == nullptr ? nullptr : data + bytes;
+struct Inputs {
+  RotaryInputs rotary;                         // q and k
+  TensorView v;                                // of k's shape
+  TensorView k_cache, v_cache;                 // [blocks, block_size, Hk, D]
+  TensorView slot_mapping;                     // [B, S], [B * S] or [T], the last two or shorter
+  std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
+};
+
+// Everything but what is written.
+AppendArgs check(const Inputs& in) {
+  const char* const op = in.rotary.op;
+  const TensorView &q = in.rotary.q, &k = *in.rotary.k;
+  AppendArgs args{};
+  args.rotary = check_apply_rotary(in.rotary);
+  check_sizes_like(op, "v", in.v, "k", k);
+  check_dtype_like(op, "v", in.v, "k", k);
+  check_device(op, "v", in.v, "q", q);
+  check_last_stride(op, "v", in.v);
+
+  const int64_t heads = args.rotary.k.heads, channels = args.rotary.head_dim;
+  args.cache_dtype = check_cache_dtype(op, "k_cache", in.k_cache, q);
+  check_cache(op, "k_cache", in.k_cache, q, {heads, channels});
+  check_dtype_like(op, "v_cache", in.v_cache, "k_cache", in.k_cache);
+  check_sizes_like(op, "v_cache", in.v_cache, "k_cache", in.k_cache);
+  check_device(op, "v_cache", in.v_cache, "q", q);
+  check_last_stride(op, "v_cache", in.v_cache);
+  args.blocks = in.k_cache.size(0);
+  args.block_size = in.k_cache.size(1);
+  const auto stored = [&](const TensorView& x, const TensorView& cache) {
+    StoredHeads out{};
+    out.in = heads_of(x.strides(), x.const_data_ptr(), args.rotary.dtype, 0);
+    out.heads = heads;
+    out.channels = channels;
+    out.stride_block = cache.stride(0);
+    out.stride_offset = cache.stride(1);
+    out.stride_h = cache.stride(2);
+    return out;
+  };
+  args.k = stored(k, in.k_cache);
+  args.v = stored(in.v, in.v_cache);
+  check_scale(op, "k_scale", in.k_scale, in.k_cache, q, args, args.k);
+  check_scale(op, "v_scale", in.v_scale, in.v_cache, q, args, args.v);
+  check_slots(op, in.slot_mapping, q, args);
+  return args;
 }
 
-void rotate_and_append(const TensorView& where, const AppendArgs& args) {
-  run(where, args, &cpu::apply_rotary_append, &cuda::apply_rotary_append);
+void check_memory(const Inputs& in) {
+  const RotaryInputs& rotary = in.rotary;
+  const Named written[] = {
+      {"q", rotary.q}, {"k", rotary.k}, {"k_cache", in.k_cache}, {"v_cache", in.v_cache}};
+  const Named read[] = {{"v", in.v},
+                        {"slot_mapping", in.slot_mapping},
+                        {"cos", rotary.cos},
+                        {"sin", rotary.sin},
+                        {"position_ids", rotary.position_ids},
+                        {"k_scale", in.k_scale},
+                        {"v_scale", in.v_scale}};
+  check_written(rotary.op, written, read);
 }
-
-}  // namespace
 
 void apply_rotary_qk_append_kv_(const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& k_cache, const Tensor& v_cache,
-                                const Tensor& slot_mapping, const Tensor& cos, const Tensor& sin,
-                                const OptionalTensor& position_ids, const OptionalTensor& k_scale,
-                                const OptionalTensor& v_scale, OptionalInt rotary_dim,
-                                int64_t rotary_offset, bool interleaved, bool inverse) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, std::nullopt, inverse};
-  const AppendInputs in{{"apply_rotary_qk_append_kv_", q, k, cos, sin, view(position_ids), options},
-                        v,
-                        k_cache,
-                        v_cache,
-                        slot_mapping,
-                        view(k_scale),
-                        view(v_scale)};
-  check_device_supported(in.rotary.op, in.rotary.q);
-  AppendArgs args = check_append(in);
-  check_append_written(in);
+                                const Tensor& slot_mapping, const Rows& rows,
+                                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                const RotationOfKv& rotation) {
+  const char* const op = "apply_rotary_qk_append_kv_";
+  const Inputs in{
+      {op, q, &k, rows, rotation}, v, k_cache, v_cache, slot_mapping, view(k_scale), view(v_scale)};
+  check_device_supported(op, in.rotary.q);
+  AppendArgs args = check(in);
+  check_memory(in);
   set_in_place(args.rotary, args.rotary.q, q);
   set_in_place(args.rotary, args.rotary.k, k);
   args.k.in.data = k.mutable_data_ptr();
   set_cache(args.k, k_cache, 0);
   set_cache(args.v, v_cache, 0);
-  rotate_and_append(in.rotary.q, args);
+  run(in.rotary.q, args);
 }
 
-void apply_rotary_mla_append_(const Tensor& q, const Tensor& k_pe, const Tensor& kv_c,
-                              const Tensor& kv_cache, const Tensor& slot_mapping, const Tensor& cos,
-                              const Tensor& sin, const OptionalTensor& position_ids,
-                              const OptionalTensor& scale, bool interleaved,
-                              OptionalBool interleaved_out) {
-  const RotaryOptions options{std::nullopt, 0, interleaved, interleaved_out, false};
-  const LatentInputs in{
-      {"apply_rotary_mla_append_", q, std::nullopt, cos, sin, view(position_ids), options, "q"},
-      k_pe,
-      kv_c,
-      kv_cache,
-      slot_mapping,
-      view(scale)};
-  check_device_supported(in.rotary.op, in.rotary.q);
-  AppendArgs args = check_append(in);
-  check_append_written(in);
-  set_in_place(args.rotary, args.rotary.q, q);
-  const Heads<const void*>& k = args.k.in;
-  void* const k_data = k_pe.mutable_data_ptr();
-  args.rotary.k.in.data = args.k.in.data = k_data;
-  args.rotary.k.out = {k_data, k.stride_b, k.stride_s, k.stride_h};
-  set_cache(args.v, kv_cache, 0);
-  set_cache(args.k, kv_cache, args.v.channels);
-  rotate_and_append(in.rotary.q, args);
+}  // namespace
+
+std::vector<Operator> kv_cache_operators() {
+  return {boxed<&apply_rotary_qk_append_kv_>("apply_rotary_qk_append_kv_")};
 }
 
 }  // namespace rope

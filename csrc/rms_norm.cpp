@@ -1,57 +1,155 @@
-// The operators that normalise q and k and rotate them, forward and backward: checks, outputs,
-// kernel.
+// rms_norm_rotary_qk: q and k normalised by RMSNorm, then rotated; forward and backward.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "check/heads.h"
+#include "check/rotation.h"
 #include "host/allocation.h"
 #include "host/device.h"
 #include "host/outputs.h"
-#include "operators.h"
+#include "registration.h"
 
 namespace rope {
 
 namespace {
 
-// grad, where there is a gradient, else zeros.
-Tensor zeros_unless(bool given, Tensor grad) { return given ? grad : torch::stable::zero_(grad); }
+struct Inputs {
+  Inputs(const char* op, const Tensor& q, const Tensor& k, const NormWeights& weights,
+         const Rows& rows, const NormOptions& norm, const Rotation& rotation)
+      : rotary(op, q, &k, rows, rotation),
+        q_weight(weights.q_weight),
+        k_weight(weights.k_weight),
+        norm(norm) {}
 
-}  // namespace
+  RotaryInputs rotary;
+  TensorView q_weight, k_weight;  // [D], or [H, D] and [Hk, D]
+  NormOptions norm;
+};
+
+// weight: [D], or [H, D] for the H heads of x. Sets dtype, and returns the pointer to the first
+// channel that rotates.
+const void* check_weight(const char* op, const char* name, const TensorView& weight,
+                         const char* x_name, const TensorView& x, const RotaryArgs& rotary,
+                         DType& dtype) {
+  const int64_t heads = x.size(x.dim() - 2), rank = weight.dim();
+  const bool fits = (rank == 1 || (rank == 2 && weight.size(0) == heads)) &&
+                    weight.size(rank - 1) == rotary.head_dim;
+  if (!fits) {
+    refuse(op,
+           text(name, " to have shape [", rotary.head_dim, "] or [", heads, ", ", rotary.head_dim,
+                "], the heads and head_dim of ", x_name),
+           shape_text(weight));
+  }
+  if (weight.scalar_type() != x.scalar_type() && weight.scalar_type() != ScalarType::Float) {
+    const std::string of_x = dtype_text(x.scalar_type());
+    refuse(op,
+           x.scalar_type() == ScalarType::Float
+               ? text(name, " of ", x_name, "'s dtype ", of_x)
+               : text(name, " of ", x_name, "'s dtype ", of_x, " or float32"),
+           dtype_text(weight.scalar_type()));
+  }
+  check_device(op, name, weight, x_name, x);
+  check_last_stride(op, name, weight);
+  dtype = *dtype_of(weight.scalar_type());
+  const auto* const data = static_cast<const char*>(weight.const_data_ptr());
+  return data == nullptr ? nullptr : data + rotary.rotary_offset * size_of(dtype);
+}
+
+RmsNorm check_norm(const Inputs& in, const RotaryArgs& rotary) {
+  const char* const op = in.rotary.op;
+  const TensorView &q = in.rotary.q, &k = *in.rotary.k;
+  RmsNorm norm{};
+  norm.q_weight = check_weight(op, "q_weight", in.q_weight, "q", q, rotary, norm.dtype);
+  norm.k_weight = check_weight(op, "k_weight", in.k_weight, "k", k, rotary, norm.dtype);
+  check_dtype_like(op, "k_weight", in.k_weight, "q_weight", in.q_weight);
+  norm.all_heads = in.q_weight.dim() == 2;
+  if (in.k_weight.dim() != in.q_weight.dim()) {
+    refuse(op,
+           text("k_weight to have ", in.q_weight.dim(), " dimension", norm.all_heads ? "s" : "",
+                ", as q_weight has"),
+           shape_text(in.k_weight));
+  }
+  if (norm.all_heads) {
+    norm.q_stride_h = in.q_weight.stride(0);
+    norm.k_stride_h = in.k_weight.stride(0);
+  }
+  norm.eps = in.norm.eps;
+  norm.unit_offset = in.norm.unit_offset;
+  if (!(in.norm.eps >= 0)) refuse(op, "eps to be at least 0", std::to_string(in.norm.eps));
+  return norm;
+}
+
+// Makes it the transposed rotation, for gradients: this reads the pairs in the order of the result.
+// The columns of the table keep their order.
+void transpose(RotaryArgs& rotary) {
+  std::swap(rotary.interleaved, rotary.interleaved_out);
+  rotary.inverse = !rotary.inverse;
+}
 
 std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const Tensor& q, const Tensor& k,
-                                              const Tensor& q_weight, const Tensor& k_weight,
-                                              const Tensor& cos, const Tensor& sin,
-                                              const OptionalTensor& position_ids, double eps,
-                                              bool unit_offset, OptionalInt rotary_dim,
-                                              int64_t rotary_offset, bool interleaved,
-                                              OptionalBool interleaved_out, bool inverse) {
-  const char* const op = "rms_norm_rotary_qk";
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  RmsNormRotaryArgs args = check_rms_norm_rotary(
-      {{op, q, k, cos, sin, view(position_ids), options}, q_weight, k_weight, eps, unit_offset});
+                                              const NormWeights& weights, const Rows& rows,
+                                              const NormOptions& options,
+                                              const AnyRotation& rotation) {
+  const Inputs in("rms_norm_rotary_qk", q, k, weights, rows, options, rotation);
+  check_device_supported(in.rotary.op, in.rotary.q);
+  RmsNormRotaryArgs args{};
+  args.rotary = check_apply_rotary(in.rotary);
+  args.norm = check_norm(in, args.rotary);
   Tensor out_q = dense_like(q), out_k = dense_like(k);
   set_output(args.rotary, args.rotary.q, out_q);
   set_output(args.rotary, args.rotary.k, out_k);
-  run(q, args, &cpu::rms_norm_rotary, &cuda::rms_norm_rotary);
-  return {out_q, out_k};
+  run(in.rotary.q, args);
+  return {std::move(out_q), std::move(out_k)};
 }
+
+// grad_q, grad_k: of the shape of q and k; one may be absent. Everything but the outputs and the
+// workspace.
+RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorView>& grad_q,
+                                 const std::optional<TensorView>& grad_k) {
+  const char* const op = in.rotary.op;
+  if (!grad_q && !grad_k) refuse(op, "grad_q or grad_k", "neither");
+  RmsNormRotaryGradArgs args{};
+  args.rotary = check_apply_rotary(in.rotary);
+  args.norm = check_norm(in, args.rotary);
+  args.q = args.rotary.q.in;
+  args.k = args.rotary.k.in;
+  const auto set_grad = [&](const char* name, const std::optional<TensorView>& grad,
+                            const char* x_name, const TensorView& x, RotatedHeads& heads) {
+    heads.heads = grad ? heads.heads : 0;
+    if (!grad) return;
+    check_like(op, name, *grad, x_name, x);
+    heads.in = heads_of(*grad, args.rotary.dtype, args.rotary.rotary_offset);
+  };
+  set_grad("grad_q", grad_q, "q", in.rotary.q, args.rotary.q);
+  set_grad("grad_k", grad_k, "k", *in.rotary.k, args.rotary.k);
+  transpose(args.rotary);
+
+  // At most so many partial sums, each of at least so many tokens: they are small beside the
+  // gradients, also where a sum has as many columns as q and k have channels.
+  const int64_t tokens = args.rotary.batch * args.rotary.seq;
+  const int64_t most = args.norm.all_heads ? 256 : 512, least = args.norm.all_heads ? 8 : 1;
+  args.chunk_tokens = std::max((tokens + most - 1) / most, least);
+  args.chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
+  args.q_columns = grad_q ? in.q_weight.numel() : 0;
+  args.columns = args.q_columns + (grad_k ? in.k_weight.numel() : 0);
+  return args;
+}
+
+// grad, where there is a gradient, else zeros.
+Tensor zeros_unless(bool given, Tensor grad) { return given ? grad : torch::stable::zero_(grad); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
     const OptionalTensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const Tensor& k,
-    const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
-    const OptionalTensor& position_ids, double eps, bool unit_offset, OptionalInt rotary_dim,
-    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out, bool inverse) {
-  const char* const op = "rms_norm_rotary_qk_backward";
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  RmsNormRotaryGradArgs args = check_rms_norm_rotary_grad(
-      {{op, q, k, cos, sin, view(position_ids), options}, q_weight, k_weight, eps, unit_offset},
-      view(grad_q), view(grad_k));
+    const NormWeights& weights, const Rows& rows, const NormOptions& options,
+    const AnyRotation& rotation) {
+  const Inputs in("rms_norm_rotary_qk_backward", q, k, weights, rows, options, rotation);
+  check_device_supported(in.rotary.op, in.rotary.q);
+  RmsNormRotaryGradArgs args = check_grad(in, view(grad_q), view(grad_k));
   Tensor to_q = dense_like(q), to_k = dense_like(k);
-  Tensor to_q_weight = allocate(q_weight, q_weight.sizes());
-  Tensor to_k_weight = allocate(k_weight, k_weight.sizes());
+  Tensor to_q_weight = allocate(weights.q_weight, weights.q_weight.sizes());
+  Tensor to_k_weight = allocate(weights.k_weight, weights.k_weight.sizes());
   const std::vector<int64_t> partial_shape{args.chunks, args.columns};
   Tensor partial =
       allocate(q, partial_shape,
@@ -61,10 +159,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
   args.partial = partial.mutable_data_ptr();
   args.grad_q_weight = to_q_weight.mutable_data_ptr();
   args.grad_k_weight = to_k_weight.mutable_data_ptr();
-  run(q, args, &cpu::rms_norm_rotary_grad, &cuda::rms_norm_rotary_grad);
+  run(in.rotary.q, args);
   return {zeros_unless(grad_q.has_value(), to_q), zeros_unless(grad_k.has_value(), to_k),
           zeros_unless(grad_q.has_value(), to_q_weight),
           zeros_unless(grad_k.has_value(), to_k_weight)};
+}
+
+}  // namespace
+
+std::vector<Operator> rms_norm_operators() {
+  return {boxed<&rms_norm_rotary_qk>("rms_norm_rotary_qk"),
+          boxed<&rms_norm_rotary_qk_backward>("rms_norm_rotary_qk_backward")};
 }
 
 }  // namespace rope

@@ -1,118 +1,104 @@
-// The operators that rotate, and their gradient to cos and sin: checks, outputs, kernel.
-#include "checks.h"
-#include "host/allocation.h"
+// apply_rotary and apply_rotary_qk: new, in place, and into given tensors.
+#include "check/rotation.h"
+
+#include "check/written.h"
 #include "host/device.h"
 #include "host/outputs.h"
-#include "operators.h"
+#include "registration.h"
 
 namespace rope {
 
 namespace {
 
-RotaryArgs check(const RotaryInputs& in) {
-  check_device_supported(in.op, in.q);
-  return check_apply_rotary(in);
+// A call of one of the operators, checked; k is null for those on one tensor.
+struct Call {
+  Call(const char* op, const Tensor& q, const Tensor* k, const Rows& rows, const Rotation& rotation)
+      : in(op, q, k, rows, rotation) {
+    check_device_supported(op, in.q);
+    args = check_apply_rotary(in);
+  }
+
+  void run() const { rope::run(in.q, args); }
+
+  RotaryInputs in;
+  RotaryArgs args;
+};
+
+void rotate_in_place(Call call) {
+  const RotaryInputs& in = call.in;
+  check_order_stays(in.op, in.rotation);
+  const Named written[] = {{in.q_name, in.q}, {"k", in.k}};
+  const Named read[] = {{"cos", in.cos}, {"sin", in.sin}, {"position_ids", in.position_ids}};
+  check_written(in.op, written, read);
+  set_in_place(call.args, call.args.q, in.q.tensor());
+  if (in.k) set_in_place(call.args, call.args.k, in.k->tensor());
+  call.run();
 }
 
-void rotate(const RotaryInputs& in, const RotaryArgs& args) {
-  run(in.q, args, &cpu::apply_rotary, &cuda::apply_rotary);
+// out_k is null for the operator on one tensor.
+void rotate_into(Call call, const Tensor& out_q, const Tensor* out_k) {
+  const RotaryInputs& in = call.in;
+  const TensorView q_result(out_q);
+  const auto k_result = out_k ? std::optional<TensorView>(*out_k) : std::nullopt;
+  const char* const q_result_name = in.k ? "out_q" : "out";
+  check_like(in.op, q_result_name, q_result, in.q_name, in.q);
+  if (in.k) check_like(in.op, "out_k", *k_result, "k", *in.k);
+  const Named written[] = {{q_result_name, q_result}, {"out_k", k_result}};
+  const Named read[] = {{in.q_name, in.q},
+                        {"k", in.k},
+                        {"cos", in.cos},
+                        {"sin", in.sin},
+                        {"position_ids", in.position_ids}};
+  check_written(in.op, written, read);
+  set_output(call.args, call.args.q, out_q);
+  if (out_k != nullptr) set_output(call.args, call.args.k, *out_k);
+  call.run();
+}
+
+Tensor apply_rotary(const Tensor& x, const Rows& rows, const AnyRotation& rotation) {
+  Call call("apply_rotary", x, nullptr, rows, rotation);
+  Tensor out = new_output(call.args, call.args.q, x);
+  call.run();
+  return out;
+}
+
+std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Rows& rows,
+                                           const AnyRotation& rotation) {
+  Call call("apply_rotary_qk", q, &k, rows, rotation);
+  Tensor out_q = new_output(call.args, call.args.q, q);
+  Tensor out_k = new_output(call.args, call.args.k, k);
+  call.run();
+  return {std::move(out_q), std::move(out_k)};
+}
+
+void apply_rotary_(const Tensor& x, const Rows& rows, const AnyRotation& rotation) {
+  rotate_in_place({"apply_rotary_", x, nullptr, rows, rotation});
+}
+
+void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Rows& rows,
+                      const AnyRotation& rotation) {
+  rotate_in_place({"apply_rotary_qk_", q, &k, rows, rotation});
+}
+
+void apply_rotary_out(const Tensor& x, const Rows& rows, const AnyRotation& rotation,
+                      const Tensor& out) {
+  rotate_into({"apply_rotary.out", x, nullptr, rows, rotation}, out, nullptr);
+}
+
+void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Rows& rows,
+                         const AnyRotation& rotation, const Tensor& out_q, const Tensor& out_k) {
+  rotate_into({"apply_rotary_qk.out", q, &k, rows, rotation}, out_q, &out_k);
 }
 
 }  // namespace
 
-Tensor apply_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                    const OptionalTensor& position_ids, OptionalInt rotary_dim,
-                    int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-                    bool inverse) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary", x, std::nullopt, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  Tensor out = new_output(args, args.q, x);
-  rotate(in, args);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos,
-                                           const Tensor& sin, const OptionalTensor& position_ids,
-                                           OptionalInt rotary_dim, int64_t rotary_offset,
-                                           bool interleaved, OptionalBool interleaved_out,
-                                           bool inverse) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary_qk", q, k, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  Tensor out_q = new_output(args, args.q, q);
-  Tensor out_k = new_output(args, args.k, k);
-  rotate(in, args);
-  return {out_q, out_k};
-}
-
-void apply_rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                   const OptionalTensor& position_ids, OptionalInt rotary_dim,
-                   int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-                   bool inverse) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary_", x, std::nullopt, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  check_in_place(in);
-  set_in_place(args, args.q, x);
-  rotate(in, args);
-}
-
-void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
-                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-                      bool inverse) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary_qk_", q, k, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  check_in_place(in);
-  set_in_place(args, args.q, q);
-  set_in_place(args, args.k, k);
-  rotate(in, args);
-}
-
-void apply_rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                      const OptionalTensor& position_ids, OptionalInt rotary_dim,
-                      int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-                      bool inverse, const Tensor& out) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary.out", x, std::nullopt, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  check_out(in, out, nullptr);
-  set_output(args, args.q, out);
-  rotate(in, args);
-}
-
-void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                         const OptionalTensor& position_ids, OptionalInt rotary_dim,
-                         int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-                         bool inverse, const Tensor& out_q, const Tensor& out_k) {
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  const RotaryInputs in{"apply_rotary_qk.out", q, k, cos, sin, view(position_ids), options};
-  RotaryArgs args = check(in);
-  const TensorView view_of_out_k(out_k);
-  check_out(in, out_q, &view_of_out_k);
-  set_output(args, args.q, out_q);
-  set_output(args, args.k, out_k);
-  rotate(in, args);
-}
-
-std::tuple<Tensor, Tensor> apply_rotary_table_backward(
-    const Tensor& grad_q, const Tensor& q, const OptionalTensor& grad_k, const OptionalTensor& k,
-    const Tensor& cos, const OptionalTensor& token_order, const OptionalTensor& row_offsets,
-    OptionalInt rotary_dim, int64_t rotary_offset, bool interleaved, OptionalBool interleaved_out,
-    bool inverse) {
-  const char* const op = "apply_rotary_table_backward";
-  const RotaryOptions options{rotary_dim, rotary_offset, interleaved, interleaved_out, inverse};
-  check_device_supported(op, q);
-  RotaryTableGradArgs args = check_table_grad(
-      {op, grad_q, q, view(grad_k), view(k), cos, view(token_order), view(row_offsets), options});
-  Tensor grad_cos = allocate(cos, cos.sizes());
-  Tensor grad_sin = allocate(cos, cos.sizes());
-  args.grad_cos = grad_cos.mutable_data_ptr();
-  args.grad_sin = grad_sin.mutable_data_ptr();
-  run(q, args, &cpu::rotary_table_grad, &cuda::rotary_table_grad);
-  return {grad_cos, grad_sin};
+std::vector<Operator> rotation_operators() {
+  return {boxed<&apply_rotary>("apply_rotary"),
+          boxed<&apply_rotary_qk>("apply_rotary_qk"),
+          boxed<&apply_rotary_>("apply_rotary_"),
+          boxed<&apply_rotary_qk_>("apply_rotary_qk_"),
+          boxed<&apply_rotary_out>("apply_rotary.out"),
+          boxed<&apply_rotary_qk_out>("apply_rotary_qk.out")};
 }
 
 }  // namespace rope

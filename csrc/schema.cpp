@@ -1,4 +1,7 @@
-// The whole surface of torch.ops.rope, on one screen.
+// All of torch.ops.rope, on one screen. What stands in braces is text of packs.h:
+//
+//   {rows}      Tensor cos, Tensor sin, Tensor? position_ids=None
+//   {rotation}  int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, ...
 //
 //   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16;
 //                  any strides with the last one 1
@@ -23,129 +26,101 @@
 
 #include <deque>
 #include <stdexcept>
+#include <string>
 
-#include "operators.h"
+#include "packs.h"
+#include "registration.h"
+
+namespace rope {
 
 namespace {
+
+constexpr const char* kSchemas[] = {
+    // -> x rotated, of x's shape, dtype and order of dimensions
+    "apply_rotary(Tensor x, {rows}, *, {rotation}) -> Tensor",
+    "apply_rotary_qk(Tensor q, Tensor k, {rows}, *, {rotation}) -> (Tensor, Tensor)",
+    "apply_rotary_(Tensor(a!) x, {rows}, *, {rotation}) -> ()",
+    "apply_rotary_qk_(Tensor(a!) q, Tensor(b!) k, {rows}, *, {rotation}) -> ()",
+    // into tensors like x, or like q and k, that share no memory with what is read
+    "apply_rotary.out(Tensor x, {rows}, *, {rotation}, Tensor(a!) out) -> ()",
+    "apply_rotary_qk.out(Tensor q, Tensor k, {rows}, *, {rotation}, Tensor(a!) out_q, "
+    "Tensor(b!) out_k) -> ()",
+
+    // Rotates q and k in place, and writes the rotated k and v [.., Hk, D] to the caches; float8:
+    // divided by a scale, float32 of one element or [Hk]
+    "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
+    "Tensor(d!) v_cache, Tensor slot_mapping, {rows}, *, Tensor? k_scale=None, "
+    "Tensor? v_scale=None, {rotation_of_kv}) -> ()",
+    // Rotates the last R channels of q, and k_pe [B, S, R] or [T, R] (or with one head), in place,
+    // and writes kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one
+    // element
+    "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
+    "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {pair_order}) -> ()",
+
+    // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
+    // position_ids: floating too; with axes [A, ...], which gives [..., P]
+    "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, {table}) -> (Tensor, Tensor)",
+    "cos_sin(Tensor inv_freq, Tensor position_ids, Tensor? axes=None, *, {table}) -> (Tensor, "
+    "Tensor)",
+
+    // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
+    // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
+    // positions were given (int64 [B * S], [L + 1])
+    "apply_rotary_table_backward(Tensor grad_q, Tensor q, Tensor? grad_k, Tensor? k, Tensor cos, "
+    "Tensor? token_order=None, Tensor? row_offsets=None, *, {rotation}) -> (Tensor, Tensor)",
+    // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
+    "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, {angles}, *, SymInt start=0, "
+    "float attention_scaling=1.0) -> Tensor",
+
+    // -> q and k rotated as by apply_rotary_qk with the rows of cos_sin, without storing the rows;
+    // position_ids: of any value, floating too, with axes a leading A; None: 0, 1, 2, ...
+    "apply_rotary_qk_at(Tensor q, Tensor k, {angles}, *, float attention_scaling=1.0, "
+    "{rotation_by_angles}) -> (Tensor, Tensor)",
+    "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, {angles}, *, float attention_scaling=1.0, "
+    "{rotation_by_angles}) -> ()",
+
+    // -> q and k normalised by RMSNorm, then rotated
+    "rms_norm_rotary_qk(Tensor q, Tensor k, {weights}, {rows}, *, {norm}, {rotation}) -> (Tensor, "
+    "Tensor)",
+    // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; if one of
+    // these is None, zeros for its tensor and weight
+    "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, {weights}, "
+    "{rows}, *, {norm}, {rotation}) -> (Tensor, Tensor, Tensor, Tensor)",
+};
+
+// The schema with the text of packs.h in place of the braces.
+std::string filled_in(std::string schema) {
+  static const std::pair<std::string, std::string> packs[] = {
+      {"{rows}", Rows::schema()},
+      {"{rotation}", AnyRotation::schema()},
+      {"{rotation_of_kv}", RotationOfKv::schema()},
+      {"{pair_order}", PairOrder::schema()},
+      {"{rotation_by_angles}", RotationByAngles::schema()},
+      {"{angles}", AngleSource::schema()},
+      {"{table}", TableOptions::schema()},
+      {"{weights}", NormWeights::schema()},
+      {"{norm}", NormOptions::schema()},
+  };
+  for (const auto& [name, parameters] : packs) {
+    const size_t at = schema.find(name);
+    if (at != std::string::npos) schema.replace(at, name.size(), parameters);
+  }
+  return schema;
+}
 
 using torch::stable::detail::StableLibrary;
 using torch::stable::detail::StableTorchLibraryInit;
 
 void define(StableLibrary& m) {
-  // -> x rotated, of x's shape, dtype and order of dimensions
-  m.def(
-      "apply_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False) -> Tensor");
-  m.def(
-      "apply_rotary_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
-  m.def(
-      "apply_rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False) -> ()");
-  m.def(
-      "apply_rotary_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, "
-      "Tensor? position_ids=None, *, int? rotary_dim=None, int rotary_offset=0, "
-      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
-  // into tensors like x, or like q and k, that share no memory with what is read
-  m.def(
-      "apply_rotary.out(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out) -> ()");
-  m.def(
-      "apply_rotary_qk.out(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids=None, "
-      "*, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
-
-  // In place, and k as it is then, and v [.., Hk, D], to the caches; float8: divided by a scale,
-  // float32 of one element or [Hk]
-  m.def(
-      "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
-      "Tensor(d!) v_cache, Tensor slot_mapping, Tensor cos, Tensor sin, "
-      "Tensor? position_ids=None, *, Tensor? k_scale=None, Tensor? v_scale=None, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, bool inverse=False) "
-      "-> ()");
-  // The last R channels of q and k_pe [B, S, R] or [T, R] (or with one head) in place, and
-  // kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one element
-  m.def(
-      "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
-      "Tensor slot_mapping, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "Tensor? scale=None, bool interleaved=False, bool? interleaved_out=None) -> ()");
-
-  // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
-  // position_ids: floating too; with axes [A, ...], which gives [..., P]
-  m.def(
-      "cos_sin_cache(Tensor inv_freq, SymInt length, *, SymInt start=0, "
-      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
-  m.def(
-      "cos_sin(Tensor inv_freq, Tensor position_ids, Tensor? axes=None, *, "
-      "float attention_scaling=1.0, ScalarType? dtype=None) -> (Tensor, Tensor)");
-
-  // Gradients that autograd calls. -> grad of cos and sin, of cos's shape and dtype, from the
-  // gradient of the rotated q (and k); token_order, row_offsets: the tokens of each row, where
-  // positions were given (int64 [B * S], [L + 1])
-  m.def(
-      "apply_rotary_table_backward(Tensor grad_q, Tensor q, Tensor? grad_k, Tensor? k, Tensor cos, "
-      "Tensor? token_order=None, Tensor? row_offsets=None, *, int? rotary_dim=None, "
-      "int rotary_offset=0, bool interleaved=False, bool? interleaved_out=None, "
-      "bool inverse=False) -> (Tensor, Tensor)");
-  // -> grad of inv_freq [P], from grad_cos, grad_sin [*, P]
-  m.def(
-      "cos_sin_backward(Tensor grad_cos, Tensor grad_sin, Tensor inv_freq, "
-      "Tensor? position_ids=None, Tensor? axes=None, *, SymInt start=0, "
-      "float attention_scaling=1.0) -> Tensor");
-
-  // -> q and k rotated by apply_rotary_qk with the rows of cos_sin, which are computed as it goes;
-  // position_ids: of any value, floating too, with axes a leading A; None: 0, 1, 2, ...
-  m.def(
-      "apply_rotary_qk_at(Tensor q, Tensor k, Tensor inv_freq, Tensor? position_ids=None, "
-      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
-      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> (Tensor, "
-      "Tensor)");
-  m.def(
-      "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, Tensor inv_freq, Tensor? position_ids=None, "
-      "Tensor? axes=None, *, float attention_scaling=1.0, int rotary_offset=0, "
-      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) -> ()");
-
-  // -> q and k normalised by RMSNorm, then rotated
-  m.def(
-      "rms_norm_rotary_qk(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, "
-      "Tensor sin, Tensor? position_ids=None, *, float eps=1e-6, bool unit_offset=False, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
-      "bool? interleaved_out=None, bool inverse=False) -> (Tensor, Tensor)");
-  // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; without one of
-  // these, zeros for its tensor and weight
-  m.def(
-      "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, "
-      "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? position_ids=None, *, "
-      "float eps=1e-6, bool unit_offset=False, int? rotary_dim=None, int rotary_offset=0, "
-      "bool interleaved=False, bool? interleaved_out=None, bool inverse=False) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+  for (const char* schema : kSchemas) m.def(filled_in(schema).c_str());
 }
 
 // Each function works on every device, and refuses those that this build has no kernels for.
 void implement(StableLibrary& m) {
-  m.impl("apply_rotary", TORCH_BOX(&rope::apply_rotary));
-  m.impl("apply_rotary_qk", TORCH_BOX(&rope::apply_rotary_qk));
-  m.impl("apply_rotary_", TORCH_BOX(&rope::apply_rotary_));
-  m.impl("apply_rotary_qk_", TORCH_BOX(&rope::apply_rotary_qk_));
-  m.impl("apply_rotary.out", TORCH_BOX(&rope::apply_rotary_out));
-  m.impl("apply_rotary_qk.out", TORCH_BOX(&rope::apply_rotary_qk_out));
-  m.impl("apply_rotary_qk_append_kv_", TORCH_BOX(&rope::apply_rotary_qk_append_kv_));
-  m.impl("apply_rotary_mla_append_", TORCH_BOX(&rope::apply_rotary_mla_append_));
-  m.impl("cos_sin_cache", TORCH_BOX(&rope::cos_sin_cache));
-  m.impl("cos_sin", TORCH_BOX(&rope::cos_sin));
-  m.impl("apply_rotary_table_backward", TORCH_BOX(&rope::apply_rotary_table_backward));
-  m.impl("cos_sin_backward", TORCH_BOX(&rope::cos_sin_backward));
-  m.impl("apply_rotary_qk_at", TORCH_BOX(&rope::apply_rotary_qk_at));
-  m.impl("apply_rotary_qk_at_", TORCH_BOX(&rope::apply_rotary_qk_at_));
-  m.impl("rms_norm_rotary_qk", TORCH_BOX(&rope::rms_norm_rotary_qk));
-  m.impl("rms_norm_rotary_qk_backward", TORCH_BOX(&rope::rms_norm_rotary_qk_backward));
+  for (const Operator& op : operators()) m.impl(op.name, op.function);
 }
 
-// StableLibrary does not look whether it got the namespace, and crashes without.
+// StableLibrary does not check that it got the namespace, and crashes if it did not.
 void check_namespace_is_free() {
   TorchLibraryHandle handle;
   if (aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle) != TORCH_SUCCESS) {
@@ -156,18 +131,33 @@ void check_namespace_is_free() {
 
 }  // namespace
 
-// Not by initializers of static variables, as STABLE_TORCH_LIBRARY has it: what is thrown there
-// ends the process.
-bool rope::register_operators() {
+const std::vector<Operator>& operators() {
+  static const std::vector<Operator> all = [] {
+    std::vector<Operator> out;
+    for (const auto family :
+         {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
+          kv_cache_operators, latent_cache_operators, rms_norm_operators}) {
+      const std::vector<Operator> its = family();
+      out.insert(out.end(), its.begin(), its.end());
+    }
+    return out;
+  }();
+  return all;
+}
+
+// Not by the static initializers of STABLE_TORCH_LIBRARY: an exception in one ends the process.
+bool register_operators() {
   static bool registered = false;
   if (registered) return false;
   check_namespace_is_free();
   using Kind = StableLibrary::Kind;
   static std::deque<StableTorchLibraryInit> libraries;  // registered for as long as they live
   libraries.emplace_back(Kind::DEF, &define, "rope", nullptr, __FILE__, __LINE__);
-  // Quantized tensors: refused by name, as any dtype but those above.
+  // Quantized tensors too, so that the check of their dtype refuses them.
   for (const char* key : {"CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA"}) {
     libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
   }
   return registered = true;
 }
+
+}  // namespace rope

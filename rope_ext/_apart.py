@@ -54,7 +54,7 @@ def _check_like(name: str, x: Tensor, of: str, other: Tensor, *, shape: bool = T
 
 def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
     """No element may be written twice, or read when it may have been written: what
-    checks_written.cpp sees to within one operator.
+    csrc/check/written.h sees to within one operator.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return

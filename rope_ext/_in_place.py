@@ -30,7 +30,7 @@ def is_transformed() -> bool:
 def check_order_stays(
     function: str, interleaved: bool, interleaved_out: bool | None, inplace: object = True
 ) -> None:
-    """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
+    """As check_order_stays in csrc, for graphs as well, which rotate out of place."""
     if inplace is not True:
         raise TypeError(
             f"rope_ext.{function}: expected inplace to be a bool, got {describe(inplace)}"

@@ -156,9 +156,9 @@ def test_systems_of_manylinux_2_28_have_every_symbol(elf):
     assert {name: max(n) for name, n in needed.items() if n and max(n) > newest[name]} == {}
 
 
-def test_what_older_systems_lack_is_kept_inside(elf):
-    """csrc/host/older_systems.cpp: no other library may take these symbols from here."""
-    source = (REPOSITORY / "csrc" / "host" / "older_systems.cpp").read_text()
+def test_what_glibc_compatibility_lack_is_kept_inside(elf):
+    """csrc/host/glibc_compatibility.cpp: no other library may take these symbols from here."""
+    source = (REPOSITORY / "csrc" / "host" / "glibc_compatibility.cpp").read_text()
     inside = set(re.findall(r'__asm__\(\s*"(\w+)"', source))
     assert len(inside) == 4
     dynamic = elf.get_section_by_name(".dynsym").iter_symbols()

@@ -1,4 +1,4 @@
-// The tensors that rotate, checked: q and k, and which of their channels turn.
+// Checks of q and k, the tensors that rotate, and of which of their channels do.
 #pragma once
 
 #include <optional>
@@ -34,8 +34,8 @@ inline void check_k(const char* op, const TensorView& q, const TensorView& k) {
   check_device(op, "k", k, "q", q);
 }
 
-// rotary_dim R: 2 W, where W is the length of `of`, or as given. is_table: `of` is of a table,
-// which has W == R columns if it holds one angle a channel.
+// rotary_dim R: as given, or 2 W. W is the width of a table or the length of inv_freq, and `of`
+// says which. A table, but no inv_freq, may hold one angle a channel, W == R.
 inline int64_t check_rotary_dim(const char* op, std::optional<int64_t> given, int64_t width,
                                 const char* of, int64_t head_dim, bool is_table) {
   const int64_t rotary_dim = given.value_or(2 * width);

@@ -1,4 +1,4 @@
-// What every check is made of. Each names the operator and the argument when it refuses.
+// Checks of one tensor, or of one beside another, of which those of the families are made.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -69,6 +69,15 @@ inline void check_sizes_like(const char* op, const char* name, const TensorView&
   }
 }
 
+// t: of the other's shape, dtype and device, last stride 1.
+inline void check_like(const char* op, const char* name, const TensorView& t,
+                       const char* other_name, const TensorView& other) {
+  check_sizes_like(op, name, t, other_name, other);
+  check_dtype_like(op, name, t, other_name, other);
+  check_device(op, name, t, other_name, other);
+  check_last_stride(op, name, t);
+}
+
 inline void check_int(const char* op, const char* name, const TensorView& t) {
   if (t.scalar_type() != torch::headeronly::ScalarType::Int &&
       t.scalar_type() != torch::headeronly::ScalarType::Long) {
@@ -87,8 +96,8 @@ inline Sizes sizes_of(const TensorView& x) {
   return {x.size(0), x.size(1), x.size(3), false};
 }
 
-// x [B, S, H, D] or [T, H, D] of these strides, whose elements begin at `data`, from channel
-// `first` of its heads on.
+// x [B, S, H, D] or [T, H, D] with these strides and its elements at `data`, from channel `first`
+// of its heads on.
 template <class Pointer>
 Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype, int64_t first) {
   using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
@@ -97,13 +106,13 @@ Heads<Pointer> heads_of(TensorView::Sizes strides, Pointer data, DType dtype, in
   return {data, strides[0], strides[1], strides[2]};
 }
 
-// Values on CUDA are looked at on the host only on demand: it waits for the device.
+// Values on CUDA are checked only on demand, as the host has to wait for the device.
 inline bool checks_on_device() {
   const char* value = std::getenv("ROPE_EXT_CHECK");
   return value != nullptr && value[0] == '1';
 }
 
-// Calls look(t) with t in host memory, if its values are to be looked at.
+// Calls look(t) with t in host memory, if its values are to be checked.
 template <class Look>
 void look_at_values(const TensorView& t, const Look& look) {
   if (t.is_cpu()) {

@@ -1,4 +1,4 @@
-// How a refusal reads, and the words for shapes, dtypes and devices in it.
+// The errors of the operators, and the text of shapes, dtypes and devices in them.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,8 @@
 
 namespace rope {
 
-// Strings and integers, one after the other. Without streams: where a process holds more than one
-// libstdc++, as with some builds of PyTorch, theirs may be put together of parts of both, and
-// crash.
+// Strings and integers, one after the other. Not by a stream: some builds of PyTorch bring a second
+// libstdc++ into the process, and a stream made of parts of both crashes.
 template <class... Parts>
 std::string text(const Parts&... parts) {
   std::string out;
@@ -38,7 +37,7 @@ inline std::string shape_text(const TensorView& t) {
   return t.is_none() ? "None" : shape_text(t.sizes());
 }
 
-// As Python names it: mostly C++'s name in small letters.
+// Its name in Python, which is mostly that of C++ in lower case.
 inline std::string dtype_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   if (type == kNewerDtype) return "a dtype that this build does not know";
@@ -71,7 +70,7 @@ inline std::string device_text(const TensorView& t) {
 }
 
 // rope::apply_rotary_qk: expected cos to have shape [L, 64], got [128, 32]
-// advice: what to do, where the numbers are those of a known mistake; else empty.
+// advice: what to do, where the mistake is a known one; else empty.
 [[noreturn]] inline void refuse(const char* op, const std::string& expected, const std::string& got,
                                 const std::string& advice = "") {
   throw std::runtime_error(text("rope::", op, ": expected ", expected, ", got ", got,

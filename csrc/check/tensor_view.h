@@ -1,24 +1,25 @@
 // A tensor as the checks see it, with everything read once: through the stable ABI each question is
-// a call into libtorch, and the checks of one small rotation ask a hundred.
+// a call into libtorch, and the checks of a small rotation ask about a hundred.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <exception>
+#include <optional>
 
 namespace rope {
 
-// Any dtype that PyTorch has got since this was built: the first of them has the number that
-// Undefined, the last one, has here.
+// Stands for every dtype that PyTorch added after this was built. The first of them has the number
+// of Undefined here, which was the last dtype.
 inline constexpr auto kNewerDtype = static_cast<torch::headeronly::ScalarType>(-1);
 
 class TensorView {
  public:
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-  // Valid for as long as t is. PyTorch makes an undefined tensor of a None: it has no dimensions
-  // and lies on the CPU here, so that a check of its dtype or its shape refuses it.
+  // Valid for as long as t is. PyTorch passes None as an undefined tensor. Here that has no
+  // dimensions and is on the CPU, so that the check of its dtype or shape refuses it.
   TensorView(const torch::stable::Tensor& t) : tensor_(&t), dtype_(dtype_of(t)) {
     if (is_none()) {
       device_type_ = aoti_torch_device_type_cpu();
@@ -58,7 +59,7 @@ class TensorView {
   }
 
  private:
-  // The stable ABI throws for dtypes that it does not name: these are taken by their number, and
+  // scalar_type() throws for dtypes that the stable ABI does not name. They are read by number, and
   // every check refuses them.
   static torch::headeronly::ScalarType dtype_of(const torch::stable::Tensor& t) {
     using torch::headeronly::ScalarType;
@@ -80,5 +81,10 @@ class TensorView {
   torch::headeronly::ScalarType dtype_;
   int32_t device_index_ = -1, device_type_;
 };
+
+// A view of an argument that may be absent.
+inline std::optional<TensorView> view(const std::optional<torch::stable::Tensor>& t) {
+  return t ? std::optional<TensorView>(*t) : std::nullopt;
+}
 
 }  // namespace rope

@@ -1,5 +1,5 @@
 // rope_ext._C: what this build is, for people and for tests, and which tensors share memory, for
-// checks in Python. The operators need no binding, but to be registered (ops.cpp).
+// checks in Python. The operators need no binding, but have to be registered (schema.cpp).
 //
 // The ROPE_EXT_* macros come from setup.py.
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@
 #include "check/overlap.h"
 #include "cpu/capability.h"
 #include "host/compiler.h"
-#include "operators.h"
+#include "registration.h"
 
 namespace py = pybind11;
 

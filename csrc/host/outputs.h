@@ -1,7 +1,7 @@
-// New tensors for results.
+// The tensors that results are written to: new ones, given ones, or the inputs themselves.
 #pragma once
 
-#include "checks.h"
+#include "check/parts.h"
 #include "host/allocation.h"
 
 namespace rope {
@@ -14,7 +14,27 @@ inline torch::stable::Tensor dense_like(const torch::stable::Tensor& x) {
   return out;
 }
 
-// A new tensor like x as the result for `heads`.
+// The result for `heads`, q or k of checked arguments, goes to `out`, a tensor of its shape.
+inline void set_output(const RotaryArgs& args, RotatedHeads& heads,
+                       const torch::stable::Tensor& out) {
+  heads.out = heads_of(out.strides(), out.mutable_data_ptr(), args.dtype, args.rotary_offset);
+}
+
+inline void set_in_place(const RotaryArgs& args, RotatedHeads& heads,
+                         const torch::stable::Tensor& x) {
+  set_output(args, heads, x);
+  heads.in.data = heads.out.data;  // mutable_data_ptr moves the memory of a copy-on-write tensor
+}
+
+// `stored` goes to this cache, from a channel on.
+inline void set_cache(StoredHeads& stored, const torch::stable::Tensor& cache,
+                      int64_t first_channel) {
+  char* const data = static_cast<char*>(cache.mutable_data_ptr());
+  const int64_t bytes = first_channel * static_cast<int64_t>(cache.element_size());
+  stored.cache = data == nullptr ? nullptr : data + bytes;
+}
+
+// The result for `heads` in a new tensor like x.
 inline torch::stable::Tensor new_output(RotaryArgs& args, RotatedHeads& heads,
                                         const torch::stable::Tensor& x) {
   torch::stable::Tensor out = dense_like(x);

@@ -1,9 +1,8 @@
+#include "check/angles.h"
+
 #include "check/parts.h"
-#include "checks.h"
 
 namespace rope {
-
-using torch::headeronly::ScalarType;
 
 namespace {
 
@@ -71,59 +70,6 @@ Angles check_angles(const AngleInputs& in) {
     angles.axes.int64 = in.axes->scalar_type() == ScalarType::Long;
   }
   return angles;
-}
-
-int64_t check_length(const AngleInputs& in, int64_t length) {
-  if (in.position_ids) return in.position_ids->numel() / (in.axes ? in.position_ids->size(0) : 1);
-  constexpr int64_t kPositions = int64_t{1} << 53;
-  if (length < 0) refuse(in.op, "length to be at least 0", text(length));
-  if (in.start <= -kPositions || in.start > kPositions - length) {
-    refuse(in.op, "start and start + length within +-2^53", text("start ", in.start));
-  }
-  return length;
-}
-
-ScalarType check_table_dtype(const char* op, const TensorView& inv_freq,
-                             std::optional<ScalarType> asked) {
-  if (!asked) {
-    return inv_freq.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  }
-  switch (*asked) {
-    case ScalarType::Double:
-    case ScalarType::Float:
-    case ScalarType::Half:
-    case ScalarType::BFloat16: return *asked;
-    default: refuse(op, "dtype to be float64, float32, float16 or bfloat16", dtype_text(*asked));
-  }
-}
-
-CosSinGradArgs check_cos_sin_grad(const AngleInputs& in, const TensorView& grad_cos,
-                                  const TensorView& grad_sin) {
-  const char* const op = in.op;
-  CosSinGradArgs args{};
-  args.grad_dtype = check_floating(op, "grad_cos", grad_cos);
-  check_dtype_like(op, "grad_sin", grad_sin, "grad_cos", grad_cos);
-  check_sizes_like(op, "grad_sin", grad_sin, "grad_cos", grad_cos);
-  check_device(op, "grad_cos", grad_cos, "inv_freq", in.inv_freq);
-  check_device(op, "grad_sin", grad_sin, "inv_freq", in.inv_freq);
-  const auto sizes = grad_cos.sizes();
-  args.angles = check_angles(in);
-  args.tokens = check_length(in, sizes.size() > 0 ? sizes[0] : 0);
-
-  bool fits;
-  std::string expected = "[length, P]";
-  if (in.position_ids) {
-    const auto ids = in.position_ids->sizes();
-    const size_t first = in.axes ? 1 : 0, dims = ids.size() - first;
-    fits = sizes.size() == dims + 1 && std::equal(ids.begin() + first, ids.end(), sizes.begin()) &&
-           sizes[dims] == args.angles.pairs;
-    expected =
-        text("[*", shape_text(*in.position_ids), in.axes ? "[1:], " : ", ", args.angles.pairs, "]");
-  } else {
-    fits = sizes.size() == 2 && sizes[1] == args.angles.pairs;
-  }
-  if (!fits) refuse(op, text("grad_cos to have shape ", expected), shape_text(grad_cos));
-  return args;
 }
 
 }  // namespace rope

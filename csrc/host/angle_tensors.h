@@ -1,33 +1,37 @@
-// The tensors that angles are made of, as kernels read them: for as long as this lives.
+// The tensors that angles are made of, with contiguous memory, which the kernels need.
 #pragma once
 
 #include "args.h"
 #include "host/allocation.h"
-#include "operators.h"
+#include "packs.h"
 
 namespace rope {
 
-// Small beside what is made of it: copied where its elements do not lie one after the other.
-inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : allocate_contiguous(t); }
+// t itself, or a copy, which is small beside the tables or rotations that are made of it.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : allocate_contiguous(t);
+}
 
+// The pointers that it sets are valid for as long as it lives.
 class AngleTensors {
  public:
   AngleTensors(const Tensor& inv_freq, const OptionalTensor& axes)
-      : inv_freq_(packed(inv_freq)), axes_(axes ? OptionalTensor(packed(*axes)) : std::nullopt) {}
+      : inv_freq_(as_contiguous(inv_freq)),
+        axes_(axes ? OptionalTensor(as_contiguous(*axes)) : std::nullopt) {}
 
-  // Of checked angles. The positions are given already, or none.
+  // Sets inv_freq and axes of checked angles.
   void set(Angles& angles) const {
     angles.inv_freq = inv_freq_.const_data_ptr();
     if (axes_) angles.axes.data = axes_->const_data_ptr();
   }
 
-  // Of the tokens of any positions, as one sequence.
+  // Sets the positions as well: of all tokens as one sequence.
   void set(Angles& angles, const OptionalTensor& position_ids, int64_t tokens) {
     set(angles);
     angles.positions.stride_s = 1;
     angles.positions.stride_axis = tokens;
     if (!position_ids) return;
-    position_ids_ = packed(*position_ids);
+    position_ids_ = as_contiguous(*position_ids);
     angles.positions.data = position_ids_->const_data_ptr();
   }
 

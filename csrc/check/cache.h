@@ -1,0 +1,29 @@
+// Checks of paged caches: dtype, shape, scales and slots.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+
+#include "args.h"
+#include "check/tensor_view.h"
+
+namespace rope {
+
+// q's dtype, or float8.
+CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
+                             const TensorView& q);
+
+// cache: [blocks, block_size, *of_token]
+void check_cache(const char* op, const char* name, const TensorView& cache, const TensorView& q,
+                 std::initializer_list<int64_t> of_token);
+
+// Sets the scale of `stored`: one, or one a head, float32. args has its cache_dtype.
+void check_scale(const char* op, const char* name, const std::optional<TensorView>& scale,
+                 const TensorView& cache, const TensorView& q, const AppendArgs& args,
+                 StoredHeads& stored);
+
+// Sets the slots of args, which has everything else. slots: [B, S], [B * S] or [T], the last two
+// may be shorter.
+void check_slots(const char* op, const TensorView& slots, const TensorView& q, AppendArgs& args);
+
+}  // namespace rope
