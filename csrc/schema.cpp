@@ -1,7 +1,5 @@
-// All of torch.ops.rope, on one screen. What stands in braces is text of packs.h:
-//
-//   {rows}      Tensor cos, Tensor sin, Tensor? position_ids=None
-//   {rotation}  int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, ...
+// All operators of torch.ops.rope. A name in braces stands for parameters that several operators
+// have: their text is in packs.h.
 //
 //   x, q, k        [B, S, H, D] or packed [T, H, D]: float64, float32, float16 or bfloat16;
 //                  any strides with the last one 1

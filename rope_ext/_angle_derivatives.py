@@ -36,7 +36,7 @@ def register_angle_derivatives() -> None:
 
 
 def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """As check_table_dtype in checks_cos_sin.cpp."""
+    """As check_table_dtype in csrc/angles.cpp."""
     if dtype is not None:
         return dtype
     return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32

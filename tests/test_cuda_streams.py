@@ -142,6 +142,8 @@ def test_failed_launch_raises_and_names_the_operator(name, found):
 def test_sources_call_nothing_that_waits():
     """But for ROPE_EXT_CHECK=1, which copies the positions to the host through PyTorch."""
     waits = re.compile(r"\bcuda(\w*Synchronize|Memcpy\w*|Memset|Malloc\w*|Free\w*|StreamQuery)\b")
-    sources = [path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".inl")]
+    sources = [
+        path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".inl")
+    ]
     assert len(sources) > 20
     assert [(p.name, m[0]) for p in sources for m in waits.finditer(p.read_text())] == []

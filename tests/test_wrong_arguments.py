@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import assert_same_bits, random, random_positions, random_table
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, positions
@@ -269,6 +270,16 @@ def test_dtype_of_a_table_that_pytorch_can_not_pass_on():
             )
             with pytest.raises(RuntimeError, match=message):
                 function(*args, dtype=dtype)
+
+
+def test_tensors_are_released_where_a_dtype_can_not_be_passed_on():
+    """The stable ABI throws for it while the other arguments wait to be taken."""
+    inv_freq, position_ids = torch.ones(P), torch.arange(3)
+    given = [StorageWeakRef(t.untyped_storage()) for t in (inv_freq, position_ids)]
+    with pytest.raises(RuntimeError, match="Not yet supported ScalarType"):
+        torch.ops.rope.cos_sin(inv_freq, position_ids, dtype=torch.float8_e8m0fnu)
+    del inv_freq, position_ids
+    assert all(tensor.expired() for tensor in given)
 
 
 # ---- positions, frequencies, models

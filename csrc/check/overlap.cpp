@@ -17,13 +17,13 @@ void Footprint::add_dim(int64_t dim_size, int64_t dim_stride_bytes) {
 }
 
 int64_t Footprint::extent() const {
-  int64_t bytes = run;
-  for (int d = 0; d < dims; ++d) bytes += (size[d] - 1) * stride[d];
-  return bytes;
+  int64_t extent_bytes = bytes;
+  for (int d = 0; d < dims; ++d) extent_bytes += (size[d] - 1) * stride[d];
+  return extent_bytes;
 }
 
 bool overlaps_itself(const Footprint& a) {
-  int64_t extent = a.run;
+  int64_t extent = a.bytes;
   for (int d = 0; d < a.dims; ++d) {
     if (a.stride[d] < extent) return true;
     extent += (a.size[d] - 1) * a.stride[d];
@@ -43,7 +43,7 @@ struct Search {
   int count = 0;
   int steps_left = 10000;
 
-  // Keeps the terms by falling stride, and merges those of one stride.
+  // Keeps the terms in order of falling stride, and merges terms of one stride.
   void add(int64_t stride, int64_t low, int64_t high) {
     if (stride == 0) return;
     int at = 0;
@@ -67,7 +67,7 @@ struct Search {
       rest_high += terms[i].high * terms[i].stride;
     }
     const Term& term = terms[first];
-    // Multiples outside of [low - rest_high, high - rest_low] can't be made good by the rest.
+    // Multiples outside of [low - rest_high, high - rest_low] can't be balanced by the other terms.
     const double stride = static_cast<double>(term.stride);
     const int64_t from = std::max(term.low, static_cast<int64_t>((low - rest_high) / stride) - 1);
     const int64_t to = std::min(term.high, static_cast<int64_t>((high - rest_low) / stride) + 1);
@@ -83,11 +83,12 @@ struct Search {
 bool overlap(const Footprint& a, const Footprint& b) {
   const int64_t distance = b.base - a.base;
   if (distance >= a.extent() || -distance >= b.extent()) return false;
-  // A byte of both: a.base + multiples + i == b.base + multiples + j, with i < a.run and j < b.run.
+  // A byte of both: a.base + multiples + i == b.base + multiples + j, with i < a.bytes and j <
+  // b.bytes.
   Search search;
   for (int d = 0; d < a.dims; ++d) search.add(a.stride[d], 0, a.size[d] - 1);
   for (int d = 0; d < b.dims; ++d) search.add(b.stride[d], 1 - b.size[d], 0);
-  return search.reaches(0, distance - (a.run - 1), distance + (b.run - 1));
+  return search.reaches(0, distance - (a.bytes - 1), distance + (b.bytes - 1));
 }
 
 }  // namespace rope

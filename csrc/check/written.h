@@ -25,9 +25,9 @@ inline Footprint footprint_of(const TensorView& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t bytes = t.element_size();
   const size_t last = sizes.size() - 1;
-  const bool runs = strides[last] == 1 || sizes[last] == 1;
-  Footprint out(t.const_data_ptr(), bytes * (runs ? sizes[last] : 1));
-  for (size_t d = 0; d < sizes.size() - (runs ? 1 : 0); ++d) {
+  const bool dense = strides[last] == 1 || sizes[last] == 1;
+  Footprint out(t.const_data_ptr(), bytes * (dense ? sizes[last] : 1));
+  for (size_t d = 0; d < sizes.size() - (dense ? 1 : 0); ++d) {
     out.add_dim(sizes[d], strides[d] * bytes);
   }
   return out;

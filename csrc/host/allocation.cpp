@@ -1,7 +1,7 @@
-// The stable ABI tells that a call has failed, not why. Programs that try again with less, such as
-// accelerate's find_executable_batch_size, look for torch.OutOfMemoryError and for PyTorch's words.
-// So where an allocation has failed, the same memory is asked for once more by a C++ function of
-// libtorch, whose exception nobody catches on its way to the caller.
+// The stable ABI reports that a call has failed, but not why. Programs that retry with less, such
+// as accelerate's find_executable_batch_size, look for torch.OutOfMemoryError and for PyTorch's
+// message. So after a failed allocation the same memory is requested once more from a C++ function
+// of libtorch, whose exception reaches the caller.
 #include "host/allocation.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-// Of PyTorch 2.13 and later, else null.
+// Since PyTorch 2.13, else null.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rope {
@@ -31,9 +31,9 @@ struct TypeAndIndex {
   int8_t type, index;
 };
 
-// at::_ops::new_empty::call. Not of the stable ABI, so it is looked up by name when this library is
-// loaded, and null in a PyTorch that has none with these parameters: the name holds their types. A
-// size as SymInt is the number itself.
+// at::_ops::new_empty::call. It is not part of the stable ABI: the loader looks up its name, which
+// holds the types of its parameters, and leaves it null in a PyTorch without it. A size as SymInt
+// is the number itself.
 using NewEmpty = NewTensor(const void* like, Sizes sizes, std::optional<ScalarType> dtype,
                            std::optional<int8_t> layout, std::optional<TypeAndIndex> device,
                            std::optional<bool> pin_memory);
@@ -43,7 +43,7 @@ __attribute__((weak)) NewEmpty torch_new_empty __asm__(
 
 namespace {
 
-// Throws what PyTorch throws where it can't allocate such a tensor; nothing if by now it can.
+// Throws PyTorch's own exception if it can't allocate such a tensor; returns if by now it can.
 void throw_as_torch(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
   if (torch_new_empty != nullptr) {
     auto* const made = new NewTensor(
@@ -54,14 +54,15 @@ void throw_as_torch(const Tensor& like, Sizes sizes, std::optional<ScalarType> d
   }
 }
 
-// What aten::`name` makes of the arguments that stack() puts up, a tensor of these sizes and dtype.
+// The result of aten::`name` for the arguments that stack() returns: a tensor of these sizes and
+// dtype.
 template <class Stack>
 Tensor call(const char* name, const Stack& stack, const Tensor& like, Sizes sizes,
             std::optional<ScalarType> dtype = std::nullopt) {
   auto values = stack();
   if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw_as_torch(like, sizes, dtype);
-    values = stack();  // the call has taken those before
+    values = stack();  // the call owns the values before
     if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
       const auto what = torch_exception_get_what_without_backtrace;
       throw std::runtime_error(what ? what() : std::string(name) + " of PyTorch failed");

@@ -1,5 +1,5 @@
-// New tensors, as empty_like, new_empty and contiguous of torch::stable make them, with PyTorch's
-// own exception where memory runs out.
+// empty_like, new_empty and contiguous of torch::stable, with PyTorch's own exception when memory
+// runs out.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

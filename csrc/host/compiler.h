@@ -34,8 +34,8 @@
 #define ROPE_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
-// Loads a value that another thread may write exactly once, as a compiler may repeat an ordinary
-// load. On CUDA for memory that no thread of the kernel writes: __ldg is a volatile instruction.
+// One load of a value that another thread may write; a compiler may repeat an ordinary load. On
+// CUDA for memory that no thread of the kernel writes: __ldg is a volatile instruction.
 template <class T>
 ROPE_HOST_DEVICE T read_once(const T* from) {
 #if defined(__CUDA_ARCH__)
