@@ -89,31 +89,27 @@ ROPE_HOST_DEVICE void unroll(const F& f) {
   unroll(f, std::make_integer_sequence<int, kCount>());
 }
 
-// A sum over channels is 128 bytes of partial sums, which are added up at the end. Channel i of
-// each whole block of as many channels is added to partial sum i; after the last whole block,
-// channel i of each quarter of a block is. So the order of the additions does not depend on the
-// vectors' width.
+// A sum over channels is 128 bytes of partial sums, which are added up at the end. Channels are
+// added in steps of kPartialSums, channel i of a step to partial sum i; what remains, in steps of a
+// quarter of that. So the order of the additions does not depend on the width of the vectors.
 template <class A>
-struct SumBlock {
-  static constexpr int kChannels = 128 / sizeof(A), kQuarter = kChannels / 4;
-};
+constexpr int kPartialSums = 128 / sizeof(A);
 
 template <class V>
 struct PartialSums {
   using A = LaneOf<V>;
-  using Block = SumBlock<A>;
-  static constexpr int kChains = Block::kChannels / kLanesOf<V>;
+  static constexpr int kChains = kPartialSums<A> / kLanesOf<V>, kQuarter = kPartialSums<A> / 4;
 
   V chain[kChains] = {};  // of additions, which do not wait for one another
 
   ROPE_HOST_DEVICE A total() const {
-    A sums[Block::kChannels];
+    A sums[kPartialSums<A>];
     unroll<kChains>([&](auto i) ROPE_ALWAYS_INLINE { write(sums + i * kLanesOf<V>, chain[i]); });
     const auto quarter = [&](int i) ROPE_ALWAYS_INLINE {
-      return read<Vec<A, Block::kQuarter>>(sums + i * Block::kQuarter);
+      return read<Vec<A, kQuarter>>(sums + i * kQuarter);
     };
     write(sums, (quarter(0) + quarter(1)) + (quarter(2) + quarter(3)));
-    for (int half = Block::kQuarter / 2; half > 0; half /= 2) {
+    for (int half = kQuarter / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     }
     return sums[0];
@@ -125,11 +121,10 @@ struct PartialSums {
 // PartialSums::chain.
 template <class V, class Work>
 ROPE_HOST_DEVICE void for_vectors(int64_t channels, const Work& work) {
-  using Block = SumBlock<LaneOf<V>>;
-  constexpr int64_t kLanes = kLanesOf<V>, kBlock = Block::kChannels, kQuarter = Block::kQuarter;
+  constexpr int64_t kLanes = kLanesOf<V>, kStep = kPartialSums<LaneOf<V>>, kQuarter = kStep / 4;
   int64_t i = 0;
-  for (; i + kBlock <= channels; i += kBlock) {
-    unroll<kBlock / kLanes>([&](auto chain) ROPE_ALWAYS_INLINE {
+  for (; i + kStep <= channels; i += kStep) {
+    unroll<kStep / kLanes>([&](auto chain) ROPE_ALWAYS_INLINE {
       work(std::true_type(), chain, i + chain * kLanes, kLanes);
     });
   }

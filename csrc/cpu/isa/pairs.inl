@@ -14,8 +14,9 @@ ROPE_HOST_DEVICE void dispatch_orders(const Args& args, const F& f) {
 }
 
 // kLanes pairs: `first` and `second` point at the first and the second channels of the pairs;
-// interleaved, `first` points at the 2 * kLanes channels and `second` is not used.
-template <class T, bool kInterleaved>
+// interleaved, `first` points at the 2 * kLanes channels and `second` is not used. kIn128Bits: in
+// the order of in_128_bits.
+template <class T, bool kInterleaved, bool kIn128Bits = false>
 struct Pairs {
   using L = Lanes<T>;
   using Vector = typename L::Vector;
@@ -24,7 +25,7 @@ struct Pairs {
       Vector a, b;
       L::load(first, a);
       L::load(first + L::kLanes, b);
-      deinterleave(a, b, x1, x2);
+      deinterleave<kIn128Bits>(a, b, x1, x2);
     } else {
       L::load(first, x1);
       L::load(second, x2);
@@ -34,7 +35,7 @@ struct Pairs {
   static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
     if constexpr (kInterleaved) {
       Vector a, b;
-      interleave(x1, x2, a, b);
+      interleave<kIn128Bits>(x1, x2, a, b);
       L::template store<kStream>(first, a);
       L::template store<kStream>(first + L::kLanes, b);
     } else {
@@ -55,7 +56,7 @@ constexpr int alternate_lane(int i, int n, int) { return i % 2 == 0 ? i : n + i;
 // The lower half of each word from `low`, the upper half from `high`.
 ROPE_HOST_DEVICE Vec<uint16_t> blend_halves(const U32& low, const U32& high) {
   using Words = Vec<uint16_t>;
-  return shuffle<alternate_lane>(bit_cast<Words>(low), bit_cast<Words>(high));
+  return shuffle<alternate_lane, kFloats>(bit_cast<Words>(low), bit_cast<Words>(high));
 }
 
 // Rounds both floats of each word and packs them. A NaN must have a lower half of zero, and stays
@@ -140,28 +141,8 @@ struct EvenOddPairs {
   }
 };
 
-// Interleaved pairs of other types, in block order (vectors.inl).
-template <class T>
-struct InBlockPairs {
-  using L = Lanes<T>;
-  using Vector = typename L::Vector;
-  static ROPE_HOST_DEVICE void load(const T* first, const T*, Vector& x1, Vector& x2) {
-    Vector a, b;
-    L::load(first, a);
-    L::load(first + L::kLanes, b);
-    deinterleave_in_blocks(a, b, x1, x2);
-  }
-  template <bool kStream>
-  static ROPE_HOST_DEVICE void store(T* first, T*, const Vector& x1, const Vector& x2) {
-    Vector a, b;
-    interleave_in_blocks(x1, x2, a, b);
-    L::template store<kStream>(first, a);
-    L::template store<kStream>(first + L::kLanes, b);
-  }
-};
-
 // The order of the pairs in a vector, and so of the entries of a row of the table.
-enum class PairOrder { Natural, EvenOdd, InBlock };
+enum class PairOrder { Natural, EvenOdd, In128Bits };
 
 // The pairs as the rotation loads and stores them. kWide: bfloat16 that are or become half-split
 // are rotated two vectors at a time.
@@ -170,13 +151,12 @@ struct RotationPairs {
   static constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
   static constexpr bool kBothInterleaved = kInterleaved && kInterleavedOut;
   static constexpr PairOrder kOrder = kBFloat16 && kWide && !kBothInterleaved ? PairOrder::EvenOdd
-                                      : !kBFloat16 && kBothInterleaved        ? PairOrder::InBlock
+                                      : !kBFloat16 && kBothInterleaved        ? PairOrder::In128Bits
                                                                               : PairOrder::Natural;
   static constexpr bool kEvenOdd = kOrder == PairOrder::EvenOdd;
   template <bool kIsInterleaved>
-  using InOrder = std::conditional_t<
-      kEvenOdd, EvenOddPairs<kIsInterleaved>,
-      std::conditional_t<kOrder == PairOrder::InBlock, InBlockPairs<T>, Pairs<T, kIsInterleaved>>>;
+  using InOrder = std::conditional_t<kEvenOdd, EvenOddPairs<kIsInterleaved>,
+                                     Pairs<T, kIsInterleaved, kOrder == PairOrder::In128Bits>>;
   using Vector = std::conditional_t<kEvenOdd, EvenOdd, typename Lanes<T>::Vector>;
   static constexpr int64_t kLanes = (kEvenOdd ? 2 : 1) * Lanes<T>::kLanes;
   static constexpr int64_t kStepIn = kInterleaved ? 2 : 1;  // channels between neighbouring pairs

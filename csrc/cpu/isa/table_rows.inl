@@ -150,8 +150,8 @@ struct TableRows {
         deinterleave(checked<V>(row + i), checked<V>(row + i + kLanes / 2), even, odd);
         write(row + i, even);
         write(row + i + kLanes / 2, odd);
-      } else if constexpr (kOrder == PairOrder::InBlock) {
-        write(row + i, block_order(checked<V>(row + i)));
+      } else if constexpr (kOrder == PairOrder::In128Bits) {
+        write(row + i, in_128_bits(checked<V>(row + i)));
       } else {
         write(row + i, checked<V>(row + i));
       }

@@ -5,10 +5,10 @@
 //   kVectorBytes   the bytes of a vector
 //   kNativeBytes   the bytes of the processor's own vectors, if these are narrower
 // and followed there by what has instructions of its own:
-//   F32 float_of_half(const U16&)          float16 to float32
-//   U16 half_of_float(const F32&)          and back: to nearest, ties to even; NaN stays NaN
-//   void stream(void* to, const V&)        stores past the caches, at a multiple of the vector's
-//   size void finish_streaming()                before another thread may read that
+//   F32 float_of_half(const U16&)      float16 to float32
+//   U16 half_of_float(const F32&)      and back: to nearest, ties to even; NaN stays NaN
+//   void stream(void* to, const V&)    stores past the caches, at a multiple of the vector's size
+//   void finish_streaming()            makes the stored data visible to other threads
 
 template <class T, int kLanes>
 struct VectorOf {
@@ -27,7 +27,6 @@ using F32 = Vec<float>;
 using I32 = Vec<int32_t>;
 using U32 = Vec<uint32_t>;
 using U16 = Vec<uint16_t, kFloats>;  // as many lanes as F32
-using F64 = Vec<double>;
 
 template <class To, class From>
 ROPE_HOST_DEVICE To bit_cast(const From& from) {
@@ -93,34 +92,54 @@ ROPE_HOST_DEVICE U32 where_less(const I32& a, const I32& b, const U32& yes, cons
 
 // ---------------------------------------------------------------------------------------- shuffles
 
-// Lane i of the result is lane kFrom(i, n, block) of the 2n lanes of (a, b), where a block is the
-// lanes of 128 bits.
-using From = int (*)(int i, int n, int block);
+// Lane i of the result is lane kFrom(i, n, group) of the 2n lanes of (a, b). group: as many lanes
+// as kFrom works within.
+using From = int (*)(int i, int n, int group);
 
-template <From kFrom, class V, int... i>
+template <From kFrom, int kGroup, class V, int... i>
 ROPE_HOST_DEVICE V shuffle(const V& a, const V& b, std::integer_sequence<int, i...>) {
-  constexpr int kLanes = kLanesOf<V>, kBlock = 16 / sizeof(LaneOf<V>);
   using Int = std::conditional_t<sizeof(LaneOf<V>) == 8, int64_t,
                                  std::conditional_t<sizeof(LaneOf<V>) == 4, int32_t, int16_t>>;
-  using Index = typename VectorOf<Int, kLanes>::Type;
-  return ROPE_SHUFFLE(Index, a, b, std::integral_constant<Int, kFrom(i, kLanes, kBlock)>::value...);
+  using Index = typename VectorOf<Int, kLanesOf<V>>::Type;
+  return ROPE_SHUFFLE(Index, a, b,
+                      std::integral_constant<Int, kFrom(i, kLanesOf<V>, kGroup)>::value...);
 }
-template <From kFrom, class V>
+template <From kFrom, int kGroup, class V>
 ROPE_HOST_DEVICE V shuffle(const V& a, const V& b) {
-  return shuffle<kFrom>(a, b, std::make_integer_sequence<int, kLanesOf<V>>());
+  return shuffle<kFrom, kGroup>(a, b, std::make_integer_sequence<int, kLanesOf<V>>());
 }
 
-constexpr int even_lane(int i, int, int) { return 2 * i; }
-constexpr int odd_lane(int i, int, int) { return 2 * i + 1; }
-constexpr int alternate_low(int i, int n, int) { return i / 2 + i % 2 * n; }
-constexpr int alternate_high(int i, int n, int) { return n / 2 + alternate_low(i, n, 0); }
+// The even lanes of a group of a, then those of the same group of b.
+constexpr int even_lane(int i, int n, int group) {
+  const int lane = i % group, half = group / 2;
+  return i - lane + (lane < half ? 2 * lane : n + 2 * (lane - half));
+}
+constexpr int odd_lane(int i, int n, int group) { return even_lane(i, n, group) + 1; }
+// Lanes of a and b in turn, from the lower half of each group; from the upper half.
+constexpr int alternate_low(int i, int n, int group) {
+  const int lane = i % group;
+  return i - lane + lane / 2 + lane % 2 * n;
+}
+constexpr int alternate_high(int i, int n, int group) {
+  return alternate_low(i, n, group) + group / 2;
+}
+// Where even_lane puts the lanes of even index, counted among these.
+constexpr int even_order(int i, int n, int group) {
+  const int from = even_lane(i, n, group);
+  return from < n ? from / 2 : n / 2 + (from - n) / 2;
+}
 
-// deinterleave: even lanes of (a, b) to x1, odd ones to x2; interleave: the inverse.
-template <class V>
+// Lanes that are shuffled together: the whole vector or, which takes fewer instructions, 128 bits.
+template <class V, bool kIn128Bits>
+constexpr int kGroupOf = kIn128Bits ? 16 / sizeof(LaneOf<V>) : kLanesOf<V>;
+
+// deinterleave: even lanes of (a, b) to x1, odd lanes to x2; interleave: the inverse. With
+// kIn128Bits, x1 and x2 are in the order in which in_128_bits puts a vector.
+template <bool kIn128Bits = false, class V>
 ROPE_HOST_DEVICE void deinterleave(const V& a, const V& b, V& x1, V& x2) {
   if constexpr (kIsNative<V>) {
-    x1 = shuffle<even_lane>(a, b);
-    x2 = shuffle<odd_lane>(a, b);
+    x1 = shuffle<even_lane, kGroupOf<V, kIn128Bits>>(a, b);
+    x2 = shuffle<odd_lane, kGroupOf<V, kIn128Bits>>(a, b);
   } else {
     Halves<V> h1, h2;
     deinterleave(split(a).low, split(a).high, h1.low, h2.low);
@@ -129,11 +148,11 @@ ROPE_HOST_DEVICE void deinterleave(const V& a, const V& b, V& x1, V& x2) {
     x2 = bit_cast<V>(h2);
   }
 }
-template <class V>
+template <bool kIn128Bits = false, class V>
 ROPE_HOST_DEVICE void interleave(const V& x1, const V& x2, V& a, V& b) {
   if constexpr (kIsNative<V>) {
-    a = shuffle<alternate_low>(x1, x2);
-    b = shuffle<alternate_high>(x1, x2);
+    a = shuffle<alternate_low, kGroupOf<V, kIn128Bits>>(x1, x2);
+    b = shuffle<alternate_high, kGroupOf<V, kIn128Bits>>(x1, x2);
   } else {
     Halves<V> of_a, of_b;
     interleave(split(x1).low, split(x2).low, of_a.low, of_a.high);
@@ -142,48 +161,10 @@ ROPE_HOST_DEVICE void interleave(const V& x1, const V& x2, V& a, V& b) {
     b = bit_cast<V>(of_b);
   }
 }
-
-// The same within each block of 128 bits, which takes fewer instructions: half a block of x1 and x2
-// comes from a, the other half from b. block_order puts a vector of natural order into this one.
-constexpr int even_in_block(int i, int n, int block) {
-  const int lane = i % block, half = block / 2;
-  return i - lane + (lane < half ? 2 * lane : n + 2 * (lane - half));
-}
-constexpr int odd_in_block(int i, int n, int block) { return even_in_block(i, n, block) + 1; }
-constexpr int alternate_low_in_block(int i, int n, int block) {
-  const int lane = i % block;
-  return i - lane + alternate_low(lane, n, 0);
-}
-constexpr int alternate_high_in_block(int i, int n, int block) {
-  return alternate_low_in_block(i, n, block) + block / 2;
-}
-constexpr int natural_lane(int i, int n, int block) {
-  const int lane = i % block, half = block / 2;
-  return (i - lane) / 2 + (lane < half ? lane : n / 2 + lane - half);
-}
-
 template <class V>
-ROPE_HOST_DEVICE void deinterleave_in_blocks(const V& a, const V& b, V& x1, V& x2) {
+ROPE_HOST_DEVICE V in_128_bits(const V& v) {
   if constexpr (kIsNative<V>) {
-    x1 = shuffle<even_in_block>(a, b);
-    x2 = shuffle<odd_in_block>(a, b);
-  } else {
-    deinterleave(a, b, x1, x2);
-  }
-}
-template <class V>
-ROPE_HOST_DEVICE void interleave_in_blocks(const V& x1, const V& x2, V& a, V& b) {
-  if constexpr (kIsNative<V>) {
-    a = shuffle<alternate_low_in_block>(x1, x2);
-    b = shuffle<alternate_high_in_block>(x1, x2);
-  } else {
-    interleave(x1, x2, a, b);
-  }
-}
-template <class V>
-ROPE_HOST_DEVICE V block_order(const V& v) {
-  if constexpr (kIsNative<V>) {
-    return shuffle<natural_lane>(v, v);
+    return shuffle<even_order, kGroupOf<V, true>>(v, v);
   } else {
     return v;
   }
