@@ -1,4 +1,4 @@
-// Tables of cos and sin on the CPU, and their gradient to inv_freq: tokens spread over threads.
+// cos_sin on the CPU, and its gradient to inv_freq: tokens are divided among threads.
 #include <algorithm>
 
 #include "cpu/isa/isa.h"
@@ -11,14 +11,14 @@ void cos_sin(const CosSinArgs& args) {
   constexpr int64_t kGrainAngles = 2048;  // some 20 microseconds
   if (args.angles.pairs == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrainAngles / args.angles.pairs);
-  const auto& kernel = isa().cos_sin;
+  const auto& kernel = isa().kernels.cos_sin;
   parallel_for(args.tokens, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void cos_sin_grad(const CosSinGradArgs& args) {
-  const auto& kernel = isa().cos_sin_grad;
+  const auto& kernel = isa().kernels.cos_sin_grad;
   parallel_for(args.chunks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  isa().cos_sin_grad_sum(args);
+  isa().kernels.cos_sin_grad_sum(args);
 }
 
 }  // namespace rope::cpu

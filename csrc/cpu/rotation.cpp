@@ -1,4 +1,5 @@
-// apply_rotary and apply_rotary_at on the CPU: how the work is cut and spread over threads.
+// apply_rotary, apply_rotary_at and the gradient to the table on the CPU: how the work is divided
+// among threads.
 #include <algorithm>
 
 #include "cpu/isa/isa.h"
@@ -9,21 +10,19 @@ namespace rope::cpu {
 
 namespace {
 
-// A thread gets at least this many channels: below that, waking it costs more than it saves.
-constexpr int64_t kGrainChannels = 16384;
-
-// Results from this size on are written past the caches: what reads them next would not find them
-// there anyway. Not where their memory is new: its lines are in the caches, just cleared.
+// Results from this size on are stored past the caches, which could not hold them for the next
+// reader anyway. New memory is not: its lines are in the caches, as they have just been cleared.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
-// Where heads lie further apart than tokens ([B, H, S, D] in memory), a block of several tokens is
-// walked head by head, so that memory is read in long runs; otherwise token by token.
+// If heads lie further apart than tokens ([B, H, S, D] in memory), a block has several tokens, and
+// each head is rotated for all of them, so that memory is read in sequence.
 int64_t block_tokens(const RotaryArgs& args) {
   const RotatedHeads& x = args.q.heads > 0 ? args.q : args.k;
   const bool head_major = x.heads > 1 && x.in.stride_h > x.in.stride_s;
   return head_major ? std::min(kMaxBlockTokens, args.seq) : 1;
 }
 
+// Whether every head of the result begins at a multiple of a vector.
 bool aligned(const RotaryArgs& args, const RotatedHeads& x) {
   if (x.heads == 0) return true;
   const int64_t size = size_of(args.dtype);
@@ -31,40 +30,50 @@ bool aligned(const RotaryArgs& args, const RotatedHeads& x) {
   for (const int64_t elements : {x.out.stride_b, x.out.stride_s, x.out.stride_h}) {
     bits |= elements * size;
   }
-  return bits % kStreamAlignment == 0;
+  return bits % isa().vector_bytes == 0;
 }
 
-// Writing past the caches saves reading each line before it is overwritten, and costs whoever reads
-// the result from the caches: it wins where that is too large for them. Whole heads of whole
-// vectors only, so that lines are written whole.
+// A store past the caches does not read the line first, but the next reader does not find it in a
+// cache: it is faster for results that are too large for the caches. Only for whole heads of whole
+// vectors, so that whole lines are written.
 bool streams(const RotaryArgs& args) {
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t bytes = args.batch * args.seq * heads * args.head_dim * size_of(args.dtype);
-  const auto elsewhere = [](const RotatedHeads& x) {
+  const auto out_of_place = [](const RotatedHeads& x) {
     return x.heads == 0 || x.in.data != x.out.data;
   };
   return bytes >= kStreamBytes && !args.new_outputs && args.rotary_dim == args.head_dim &&
-         args.rotary_dim / 2 * size_of(args.dtype) % kStreamAlignment == 0 && elsewhere(args.q) &&
-         elsewhere(args.k) && aligned(args, args.q) && aligned(args, args.k);
+         args.rotary_dim / 2 * size_of(args.dtype) % isa().vector_bytes == 0 &&
+         out_of_place(args.q) && out_of_place(args.k) && aligned(args, args.q) &&
+         aligned(args, args.k);
 }
 
 template <class Args>
-void run(const Args& args, void (*kernel)(const Args&, const RotaryPlan&, int64_t, int64_t)) {
+void rotate(const Args& args, void (*kernel)(const Args&, const RotaryBlocks&, int64_t, int64_t)) {
   const int64_t heads = args.q.heads + args.k.heads;
   if (args.batch == 0 || args.seq == 0 || heads == 0) return;
-  RotaryPlan plan;
-  plan.block_tokens = block_tokens(args);
-  plan.blocks_a_batch_row = (args.seq + plan.block_tokens - 1) / plan.block_tokens;
-  plan.stream = streams(args);
-  const int64_t items = args.batch * plan.blocks_a_batch_row * heads;
-  const int64_t grain = std::max<int64_t>(1, kGrainChannels / (plan.block_tokens * args.head_dim));
-  parallel_for(items, grain, [&](int64_t begin, int64_t end) { kernel(args, plan, begin, end); });
+  RotaryBlocks blocks;
+  blocks.tokens = block_tokens(args);
+  blocks.per_sequence = (args.seq + blocks.tokens - 1) / blocks.tokens;
+  blocks.stream = streams(args);
+  parallel_for(args.batch * blocks.per_sequence * heads, grain_of(blocks.tokens * args.head_dim),
+               [&](int64_t begin, int64_t end) { kernel(args, blocks, begin, end); });
 }
 
 }  // namespace
 
-void apply_rotary(const RotaryArgs& args) { run(args, isa().apply_rotary); }
+void apply_rotary(const RotaryArgs& args) { rotate(args, isa().kernels.apply_rotary); }
 
-void apply_rotary_at(const RotaryAtArgs& args) { run(args, isa().apply_rotary_at); }
+void apply_rotary_at(const RotaryAtArgs& args) { rotate(args, isa().kernels.apply_rotary_at); }
+
+// One thread sums a row, in one order, so that the result does not depend on the number of threads.
+void rotary_table_grad(const RotaryTableGradArgs& args) {
+  const int64_t rows = args.grad_batch * args.rows;
+  if (rows == 0) return;
+  const int64_t channels = args.batch * args.seq * (args.q.heads + args.k.heads) * args.rotary_dim;
+  const auto& kernel = isa().kernels.rotary_table_grad;
+  parallel_for(rows, grain_of(channels / rows),
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
 
 }  // namespace rope::cpu

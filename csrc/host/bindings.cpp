@@ -40,20 +40,10 @@ py::dict build_info() {
   info["cudart"] = py::none();
   info["no_cuda_reason"] = ROPE_EXT_NO_CUDA_REASON;
 #endif
-  info["cpu_capability"] = rope::cpu::name(rope::cpu::capability());
+  info["cpu_capability"] = rope::cpu::capability();
   info["stable_abi_target"] = stable_abi_target();
   info["compiler"] = ROPE_COMPILER;
   return info;
-}
-
-void set_cpu_capability(const std::string& name) {
-  const auto wanted = rope::cpu::find_capability(name);
-  if (!wanted) {
-    throw py::value_error("set_cpu_capability: expected 'portable' or 'avx2', got '" + name + "'");
-  }
-  if (!rope::cpu::set_capability(*wanted)) {
-    throw std::runtime_error("set_cpu_capability: this processor does not support '" + name + "'");
-  }
 }
 
 // A tensor with elements: its address, bytes of an element, sizes, and strides in elements.
@@ -78,7 +68,7 @@ PYBIND11_MODULE(_C, m) {
         "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
-  m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
+  m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),
         "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
   m.def(
       "overlap",

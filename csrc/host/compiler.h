@@ -16,14 +16,16 @@
 #define ROPE_X86 0
 #endif
 
-// Functions between BEGIN and END are compiled for AVX2, FMA and F16C, whatever the flags.
+// Functions between BEGIN and END are compiled for these features of the processor, such as
+// "avx2,fma", whatever the flags.
+#define ROPE_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define ROPE_BEGIN_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to=function)")
-#define ROPE_END_AVX2 _Pragma("clang attribute pop")
+#define ROPE_BEGIN_TARGET(features) \
+  ROPE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define ROPE_END_TARGET ROPE_PRAGMA(clang attribute pop)
 #else
-#define ROPE_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
-#define ROPE_END_AVX2 _Pragma("GCC pop_options")
+#define ROPE_BEGIN_TARGET(features) ROPE_PRAGMA(GCC push_options) ROPE_PRAGMA(GCC target(features))
+#define ROPE_END_TARGET ROPE_PRAGMA(GCC pop_options)
 #endif
 
 // Lanes of two vectors by index: 0 .. N-1 are those of `a`, N .. 2N-1 those of `b`.

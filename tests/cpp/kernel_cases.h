@@ -6,11 +6,11 @@
 
 namespace kernel_cases {
 
-// Below, between and above whole vectors of 4, 8 and 16 pairs; 72 and 100 end in part of one.
+// Below, between and above whole vectors of 4 to 32 pairs; 72 and 100 end in part of one.
 constexpr int64_t kPairs[] = {1, 3, 7, 8, 12, 15, 16, 17, 40, 64, 72, 100};
 constexpr DType kDTypes[] = {DType::Float64, DType::Float32, DType::Float16, DType::BFloat16};
-constexpr int64_t kManyPairs = 1100;      // rows of the table in more than one piece
-constexpr int64_t kManyChannels = 40000;  // so many are spread over threads
+constexpr int64_t kManyPairs = 1100;      // more than the kernels hold rows of the table for
+constexpr int64_t kManyChannels = 40000;  // divided among threads
 
 // Which row of the table a token uses.
 enum class Rows { Index, PerToken, Int32, Int64 };
@@ -22,9 +22,9 @@ struct Case {
   Rows rows;
   bool interleaved, interleaved_out, full_width, table_interleaved, inverse;
   bool in_place, head_major;
-  bool any_bits;    // NaN, infinities, subnormals and all else
-  bool outside;     // some indices, as if they had changed after they were checked
-  const char* why;  // these sizes, where they are those of a table
+  bool any_bits;    // NaN, infinities and subnormals too
+  bool outside;     // some indices are outside, as if they had changed after the checks
+  const char* why;  // if the sizes come from a table: why these
   int64_t rank;     // channels of a latent
 
   int64_t dim() const { return before + 2 * pairs + after; }
@@ -46,7 +46,7 @@ inline std::string text(const Case& c) {  // [B, S, q + k, before + R + after]
 
 // ----------------------------------------------------------------------------------------- tensors
 
-// Sizes of a case that take code of their own, or that a model has.
+// Sizes that take a path of their own through the code, or that a model has.
 struct Sizes {
   const char* why;
   int64_t batch, seq, heads_q, heads_k, before, pairs, after;
@@ -62,13 +62,13 @@ struct Tensor {
     return guard + b * stride_b + s * stride_s + h * stride_h + channel;
   }
   template <class Pointer>
-  Heads<Pointer> heads(const Case& c) {  // as of a tensor of torch: nullptr where there are none
+  Heads<Pointer> heads(const Case& c) {  // without elements nullptr, as in torch
     Pointer first = memory.count() > 0 ? memory.data(guard + c.before) : nullptr;
     return {first, stride_b, stride_s, stride_h};
   }
 };
 
-// guard: of what is written. What is only read has none.
+// guard: 0 for tensors that are only read.
 inline Tensor random_tensor(const Case& c, int64_t heads, int64_t guard, Random& random) {
   const int64_t head = c.dim() + random.below(3);
   const int64_t inner = (c.head_major ? c.seq : heads) * head + random.below(9);
@@ -94,17 +94,17 @@ struct View {
   }
 };
 
-// Views as a projection leaves them, one after the other in each token or, head-major, in each
-// batch row: with gaps, and in turn the last before the guard or the end.
+// Views of one projection, one after the other in each token or, head-major, in each sequence: with
+// gaps. Any of them may be the last, before the guard or the end.
 struct Packed {
   std::vector<View> views;
   Memory memory;
 };
 inline Packed random_packed(const Case& c, std::vector<View> views, int64_t guard, Random& random) {
-  const int64_t count = static_cast<int64_t>(views.size()), turn = random.below(count);
-  int64_t width = 0, past = 0;  // of a token, or of a batch row
+  const int64_t count = static_cast<int64_t>(views.size()), start = random.below(count);
+  int64_t width = 0, past = 0;  // of a token, or of a sequence
   for (int64_t i = 0; i < count; ++i) {
-    View& view = views[(turn + i) % count];
+    View& view = views[(start + i) % count];
     const int64_t head = view.channels + random.below(3);
     view.first = guard + width;
     view.stride_h = c.head_major ? c.seq * head : head;
@@ -123,7 +123,7 @@ inline Packed random_packed(const Case& c, std::vector<View> views, int64_t guar
 
 // ---------------------------------------------------------------------------------------- rotation
 
-// cos or sin: rows for all, or for each batch row.
+// cos or sin: rows for all sequences, or for each.
 struct TableSide {
   Memory memory;
   int64_t stride_b, stride_row;
@@ -137,7 +137,7 @@ inline TableSide random_table(const Case& c, int64_t rows, Random& random) {
           per_token ? rows * row : 0, row};
 }
 
-// Not in [0, count): beside it, or as far as the type goes.
+// Not in [0, count): next to it, or at the limits of the type.
 inline int64_t index_outside(int64_t count, bool int64, Random& random) {
   const int64_t outside[] = {-1, count, int64 ? INT64_MIN : INT32_MIN,
                              int64 ? INT64_MAX : INT32_MAX};
@@ -167,15 +167,15 @@ struct Positions {
   }
 };
 
-// Where the two channels of pair i lie among those that rotate, or its two columns in a table.
-struct Places {
+// The two channels of pair i, counted from the first that rotates, or its two columns in a table.
+struct Pair {
   int64_t first, second;
 };
-inline Places places(bool interleaved, int64_t pairs, int64_t i) {
-  return interleaved ? Places{2 * i, 2 * i + 1} : Places{i, i + pairs};
+inline Pair channels(bool interleaved, int64_t pairs, int64_t i) {
+  return interleaved ? Pair{2 * i, 2 * i + 1} : Pair{i, i + pairs};
 }
-inline Places columns(const Case& c, int64_t i) {
-  return c.full_width ? places(c.table_interleaved, c.pairs, i) : Places{i, i};
+inline Pair columns(const Case& c, int64_t i) {
+  return c.full_width ? channels(c.table_interleaved, c.pairs, i) : Pair{i, i};
 }
 
 // cos and sin of the two channels of a pair.
@@ -195,7 +195,7 @@ struct Rotation {
         sin(random_table(c, rows, random)),
         positions(c, rows, random) {}
 
-  RotaryArgs args(const Case& c) const {  // but for q and k
+  RotaryArgs args(const Case& c) const {  // without q and k
     RotaryArgs args{};
     args.op = c.op;
     args.dtype = c.dtype;
@@ -209,11 +209,11 @@ struct Rotation {
     args.inverse = c.inverse;
     return args;
   }
-  // As the kernels compute with it: NaN where there is no such row.
+  // In the type that the kernels compute in; NaN for a position outside the table.
   Turn turn(const Case& c, int64_t b, int64_t s, int64_t pair) const {
     const int64_t row = positions.wide[b * c.seq + s];
     if (row < 0 || row >= rows) return {NAN, NAN, NAN, NAN};
-    const Places column = columns(c, pair);
+    const Pair column = columns(c, pair);
     const auto entry = [&](const TableSide& side, int64_t at) {
       return scalar::computed(c.dtype,
                               side.memory.value(b * side.stride_b + row * side.stride_row + at));
@@ -224,7 +224,7 @@ struct Rotation {
   }
 };
 
-// The bits that one head of token (b, s), at in[from], has rotated, to out[to].
+// Rotates one head of token (b, s), from in[from] to out[to]: the exact bits.
 inline void rotate_head(const Case& c, const Rotation& rotation, int64_t b, int64_t s,
                         const Memory& in, int64_t from, Memory& out, int64_t to) {
   const auto rounded = [&](double value) { return scalar::computed(c.dtype, value); };
@@ -233,7 +233,8 @@ inline void rotate_head(const Case& c, const Rotation& rotation, int64_t b, int6
     if (!rotates) out.set(to + i, in.bits(from + i));
   }
   for (int64_t i = 0; i < c.pairs; ++i) {
-    const Places x = places(c.interleaved, c.pairs, i), y = places(c.interleaved_out, c.pairs, i);
+    const Pair x = channels(c.interleaved, c.pairs, i);
+    const Pair y = channels(c.interleaved_out, c.pairs, i);
     const double x1 = in.value(from + c.before + x.first);
     const double x2 = in.value(from + c.before + x.second);
     const Turn turn = rotation.turn(c, b, s, i);
@@ -244,8 +245,8 @@ inline void rotate_head(const Case& c, const Rotation& rotation, int64_t b, int6
 
 // ------------------------------------------------------------------------------------------- cases
 
-// Everything that can be combined is drawn at random, but for what picks another piece of code: the
-// dtype, and with the bits of `which` the orders of the pairs and the width of the table.
+// What can be combined is drawn at random, except what selects other code: the dtype and, by the
+// bits of `which`, the orders of the pairs and the width of the table.
 inline Case random_case(const char* op, DType dtype, int which, Random& random) {
   Case c{};
   c.op = op;
@@ -284,7 +285,7 @@ void for_each_case(const char* op, Random& random, const Test& test) {
   }
 }
 
-// The same of given sizes.
+// The same with the sizes of a table.
 template <size_t kCount, class Test>
 void for_each_size(const char* op, const Sizes (&table)[kCount], Random& random, const Test& test) {
   for (const Sizes& sizes : table) {
@@ -302,7 +303,7 @@ void for_each_size(const char* op, const Sizes (&table)[kCount], Random& random,
   }
 }
 
-// All cases of a file, test_kernels_*.cpp.
+// The cases of test_kernels_angles.cpp, test_kernels_append.cpp and test_kernels_rms_norm.cpp.
 void test_angles(Random& random);
 void test_append(Random& random);
 void test_rms_norm(Random& random);

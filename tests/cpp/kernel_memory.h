@@ -1,4 +1,4 @@
-// Memory that the kernels read and write, and how a result that is wrong is reported.
+// Memory that the kernels read and write, and reports of wrong results.
 #pragma once
 
 #include <atomic>
@@ -40,8 +40,8 @@ inline const char* name(DType dtype) {
   }
 }
 
-// Memory aligned to whole vectors, and not a byte more than is asked for: sanitizers see what is
-// read or written beside it.
+// Memory aligned to whole vectors, of exactly the size asked for: sanitizers see a read or write
+// outside it.
 template <class T>
 struct Aligned {
   using value_type = T;
@@ -53,7 +53,7 @@ struct Aligned {
   bool operator!=(const Aligned&) const { return false; }
 };
 
-// Elements of a dtype, at first all random.
+// Elements of a dtype, random at first.
 class Memory {
  public:
   Memory(DType dtype, int64_t count, bool any_bits, Random& random)
@@ -78,7 +78,7 @@ class Memory {
   std::vector<char, Aligned<char>> bytes_;
 };
 
-// The same bits everywhere, also in guards; a NaN may be any.
+// The same bits everywhere, guards included; any NaN equals any other.
 inline void expect_same(const Memory& expected, const Memory& got, const std::string& what) {
   const DType dtype = got.dtype();
   for (int64_t i = 0; i < got.count(); ++i) {

@@ -1,5 +1,5 @@
-// The numbers of the storage types, one at a time and by their definition: what the vectors of the
-// kernels are tested against.
+// The storage types one number at a time, by their definitions: the kernels' vectors are tested
+// against these.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace scalar {
 
 using rope::DType;
 
-// IEEE 754 binary interchange formats: a sign, exponent bits, mantissa bits. bfloat16 is one more.
+// IEEE 754 binary interchange formats, and bfloat16: a sign, exponent bits, mantissa bits.
 struct Format {
   int exponent_bits, mantissa_bits;
 
@@ -92,17 +92,18 @@ inline void write_bits(DType dtype, void* data, int64_t at, uint64_t bits) {
   std::memcpy(static_cast<char*>(data) + at * size, &bits, size);
 }
 
-// What the kernels compute in: float64 for float64, float32 for all others. Each operation in
-// double and rounded again is that operation in float32: 53 bits are more than 2 * 24 + 1.
+// Rounds to the type that the kernels compute in: float64 for float64, otherwise float32. An
+// operation in double, rounded again, is that operation in float32: 53 bits are more than 2 * 24
+// + 1.
 inline double computed(DType dtype, double value) {
   return dtype == DType::Float64 ? value : static_cast<double>(static_cast<float>(value));
 }
 
-// One of the eight-bit floats of caches, csrc/math/float8.h: `largest` are the bits of its largest
+// One of the eight-bit formats of caches, csrc/math/float8.h. largest: the bits of its largest
 // value.
-class Float8 {
+class Float8Format {
  public:
-  Float8(int mantissa_bits, int largest) {
+  Float8Format(int mantissa_bits, int largest) {
     const Format format{7 - mantissa_bits, mantissa_bits};
     for (int bits = 0; bits <= largest; ++bits) {
       const int exponent = bits >> mantissa_bits, mantissa = bits % (1 << mantissa_bits);
@@ -111,10 +112,10 @@ class Float8 {
       values_.push_back(std::ldexp(leading + mantissa, unit));
     }
   }
-  // Halfway between two neighbours, of which there are so many.
+  // The values halfway between two neighbours.
   int64_t ties() const { return static_cast<int64_t>(values_.size()) - 1; }
   double tie(int64_t at) const { return (values_[at] + values_[at + 1]) / 2; }
-  // The nearest, a tie to even bits; the largest for all that is larger.
+  // The nearest, ties to even bits; saturating.
   uint8_t bits_of(double value) const {
     const double magnitude = std::fabs(value);
     const auto above = std::lower_bound(values_.begin(), values_.end() - 1, magnitude);
@@ -131,7 +132,7 @@ class Float8 {
   std::vector<double> values_;  // of the bits 0, 1, 2, ...
 };
 
-// The same numbers on every machine.
+// Random numbers, the same on every machine.
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}

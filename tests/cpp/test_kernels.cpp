@@ -1,8 +1,8 @@
-// The CPU kernels alone, without libtorch, against scalar arithmetic: also for a processor of which
-// there is an emulator and no libtorch.
+// The CPU kernels without libtorch, against scalar arithmetic: also for a processor that is
+// emulated and for which there is no libtorch.
 //
-//   test_kernels [CALLERS]    so many threads at once, each through all cases, with other random
-//   numbers
+//   test_kernels [CALLERS]    CALLERS threads at once (1) go through all cases, each with its own
+//                             random numbers
 //
 // Rotations and their gradients must have the exact bits. The kernels of angles, of caches and of
 // RMSNorm have files of their own.
@@ -17,7 +17,7 @@
 
 using namespace kernel_cases;
 
-// Calls f(0), ..., f(count - 1), each in a thread of its own, and nothing else orders them.
+// Calls f(0), ..., f(count - 1), each in a thread of its own.
 template <class F>
 void in_threads(int64_t count, const F& f) {
   std::vector<std::thread> threads;
@@ -25,7 +25,7 @@ void in_threads(int64_t count, const F& f) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// In place of libtorch's: the last range first, and ranges that begin in the middle of a token.
+// Replaces libtorch's: the last range comes first, and ranges begin in the middle of a token.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc func,
                                   void* context) {
   constexpr int64_t kThreads = 3;
@@ -42,7 +42,7 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, Par
 
 namespace {
 
-constexpr int64_t kLargeBytes = 33 << 20;  // written past the caches
+constexpr int64_t kLargeBytes = 33 << 20;  // stored past the caches
 
 // ---------------------------------------------------------------------------------- apply_rotary
 
@@ -75,7 +75,7 @@ void test_apply_rotary(const Case& c, Random& random) {
     expect_same(expected[x], out[x].memory, text(c) + (x == 0 ? ", q" : ", k"));
 }
 
-// Results too large for the caches are written past them, with the bits of those that are not.
+// Results too large for the caches are stored past them, with the same bits.
 void test_streaming(Random& random) {
   constexpr int64_t kDim = 128, kHeads = 3, kRows = 64, kSpare = 64;
   const auto random_bytes = [&](int64_t bytes) {
@@ -89,8 +89,8 @@ void test_streaming(Random& random) {
     std::vector<int32_t> ids;
     for (int64_t s = 0; s < seq; ++s) ids.push_back(static_cast<int32_t>(random.below(kRows)));
     for (int orders = 0; orders < 4; ++orders) {
-      // The portable code has no such stores and takes the same way: once a dtype.
-      const bool sample = cpu::capability() == cpu::Capability::Portable;
+      // The portable code has no such stores: one sample for each dtype.
+      const bool sample = cpu::capability() == std::string("portable");
       if (sample && orders != static_cast<int>(dtype)) continue;
       ++cases;
       RotaryArgs args{};
@@ -167,8 +167,8 @@ void test_table_grad(const Case& c, Random& random) {
   const auto rounded = [&](double value) { return scalar::computed(c.dtype, value); };
   for (int64_t row = 0; row < grad_batch * rows; ++row) {
     for (int64_t i = 0; i < c.pairs; ++i) {
-      const Places in = places(c.interleaved, c.pairs, i), column = columns(c, i);
-      const Places out = places(c.interleaved_out, c.pairs, i);
+      const Pair in = channels(c.interleaved, c.pairs, i), column = columns(c, i);
+      const Pair out = channels(c.interleaved_out, c.pairs, i);
       double sum11 = 0, sum12 = 0, sum21 = 0, sum22 = 0;  // of g1 x1, g1 x2, g2 x1, g2 x2
       const auto add = [&](double& sum, double g, double value) {
         sum = rounded(sum + rounded(g * value));
@@ -217,7 +217,7 @@ int main(int argc, char** argv) {
   });
   Random random(20210420);
   test_streaming(random);
-  std::printf("%s: %" PRId64 " cases, %d failures\n", cpu::name(cpu::capability()), cases.load(),
+  std::printf("%s: %" PRId64 " cases, %d failures\n", cpu::capability(), cases.load(),
               failures.load());
   return failures == 0 ? 0 : 1;
 }

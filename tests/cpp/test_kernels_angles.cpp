@@ -1,6 +1,6 @@
-// The CPU kernels that compute angles, as test_kernels.cpp: tables of cos and sin and their
-// gradient against long double, the rotation by angles against that by the rows of a table, bit by
-// bit.
+// The CPU kernels that compute angles, part of test_kernels.cpp: tables of cos and sin and their
+// gradient against long double; the rotation by angles must have the bits of the rotation by a
+// table.
 #include "kernel_cases.h"
 #include "kernels.h"
 
@@ -8,11 +8,11 @@ using namespace kernel_cases;
 
 namespace {
 
-constexpr double kUlps = 0.5001;  // csrc/math/angle.h, of results below float64
+constexpr double kUlps = 0.5001;  // csrc/math/angle.h, for results narrower than float64
 constexpr double kUlpsFloat64 = 1;
 constexpr int64_t kAxes = 3;
 
-// The kinds of positions: 0, 1, 2, ... from some start, or a tensor of integers, or of fractions.
+// Positions: counted from a start, or a tensor of integers or of floating-point numbers.
 enum class Kind { Counted, Int32, Int64, Floating };
 constexpr Kind kKinds[] = {Kind::Counted, Kind::Int32, Kind::Int64, Kind::Floating};
 
@@ -25,7 +25,7 @@ const char* name_of(Kind kind, DType dtype) {
   }
 }
 
-// inv_freq in float32, positions of at most 31 bits: their product is exact in long double.
+// inv_freq in float32, positions of at most 31 bits: their products are exact in long double.
 struct AngleCase {
   int64_t axes_count;
   Memory inv_freq, floating;
@@ -36,7 +36,7 @@ struct AngleCase {
   std::vector<int64_t> axes;
   Angles angles{};
 
-  // dtype: of floating positions. Positions that are given may be those of three axes.
+  // dtype: of floating positions. A tensor of positions may have three axes.
   AngleCase(int64_t pairs, int64_t tokens, Kind kind, DType dtype, double scaling, Random& random)
       : axes_count(kind != Kind::Counted && random.coin() ? kAxes : 1),
         inv_freq(DType::Float32, pairs, false, random),
@@ -85,7 +85,7 @@ struct AngleCase {
       angles.positions.type = static_cast<PositionType>(kFirst + static_cast<int>(dtype));
     }
   }
-  double position_of(int64_t token, int64_t pair) const {  // NaN where there is no such axis
+  double position_of(int64_t token, int64_t pair) const {  // NaN for an axis that does not exist
     if (axes[pair] < 0 || axes[pair] >= axes_count) return NAN;
     return position[axes[pair] * angles.positions.stride_axis + token];
   }
@@ -99,7 +99,7 @@ void test_cos_sin(Random& random) {
   for (const DType dtype : kDTypes) {
     for (const Kind kind : kKinds) {
       ++cases;
-      // Scaled by a power of two a float64 result is not rounded again.
+      // A power of two: a float64 result is not rounded again.
       const double scaling = dtype == DType::Float64 ? 0.5 : 1.1875;
       const int64_t pairs = kind == Kind::Counted ? 130 : 7,
                     tokens = kind == Kind::Counted ? 20 : 301;
@@ -161,7 +161,7 @@ void test_cos_sin_grad(Random& random) {
           want += of_sin - of_cos;
           terms += std::fabs(of_sin) + std::fabs(of_cos);
         }
-        // The terms and their sum in float64, some roundings each; the result in float32.
+        // The terms and their sum have some roundings in float64, the result one in float32.
         const long double most = terms * 0x1p-46L + std::fabs(want) * 0x1p-24L;
         if (std::fabs(grad.value(pair) - want) <= most) continue;
         if (std::isnan(want) && std::isnan(grad.value(pair))) continue;
@@ -177,7 +177,7 @@ void test_cos_sin_grad(Random& random) {
 
 // ------------------------------------------------------------------------------- apply_rotary_at
 
-// The bits of apply_rotary by rows that cos_sin has made.
+// The bits of apply_rotary with rows that cos_sin has computed.
 void test_apply_rotary_at(const Case& c, Random& random) {
   if (c.full_width) return;
   ++cases;
@@ -206,7 +206,7 @@ void test_apply_rotary_at(const Case& c, Random& random) {
   const Tensor in[] = {random_tensor(c, c.heads_q, kGuard, random),
                        random_tensor(c, c.heads_k, kGuard, random)};
   Tensor by_rows[] = {in[0], in[1]}, at[] = {in[0], in[1]};
-  const auto rotate = [&](Tensor(&out)[2], const auto& run) {
+  const auto rotate = [&](Tensor(&out)[2], const auto& kernel) {
     args.q = {out[0].heads<const void*>(c), out[0].heads<void*>(c), c.heads_q};
     args.k = {out[1].heads<const void*>(c), out[1].heads<void*>(c), c.heads_k};
     Tensor from[] = {in[0], in[1]};
@@ -214,7 +214,7 @@ void test_apply_rotary_at(const Case& c, Random& random) {
       args.q.in = from[0].heads<const void*>(c);
       args.k.in = from[1].heads<const void*>(c);
     }
-    run();
+    kernel();
   };
   rotate(by_rows, [&] { cpu::apply_rotary(args); });
   rotate(at, [&] { cpu::apply_rotary_at(args); });
@@ -223,7 +223,7 @@ void test_apply_rotary_at(const Case& c, Random& random) {
   expect_same(by_rows[1].memory, at[1].memory, what + ", k");
 }
 
-// No token, which the random cases don't have.
+// No tokens and no heads, which the random cases do not have.
 constexpr Sizes kNothing[] = {
     // B, S, heads of q, of k; channels before, pairs, channels after
     {"no token", 2, 0, 3, 1, 0, 16, 0},

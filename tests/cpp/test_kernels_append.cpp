@@ -1,5 +1,5 @@
-// The CPU kernels that rotate in place and append to a paged cache, as test_kernels.cpp: the bits
-// of the rotation, those of what it has left in the cache, or the float8 nearest to their quotient.
+// The CPU kernels that rotate in place and append to a paged cache, part of test_kernels.cpp: the
+// rotation and the cache must have the exact bits, or those of the float8 nearest to the quotient.
 #include <numeric>
 
 #include "kernel_cases.h"
@@ -14,9 +14,9 @@ constexpr Sizes kKeysAndValues[] = {
     {"decoding", 3, 1, 4, 2, 0, 64, 0},
     {"less than a vector", 2, 3, 3, 1, 1, 1, 0},
     {"parts of vectors", 1, 7, 2, 3, 5, 17, 9},
-    {"float8 in more than one piece of 256 channels", 1, 2, 1, 2, 3, 150, 0},
-    {"rows of the table in more than one piece", 2, 2, 1, 1, 0, kManyPairs, 0},
-    {"spread over threads", 2, 60, 4, 2, 0, 33, 4},
+    {"float8 of more than 256 channels", 1, 2, 1, 2, 3, 150, 0},
+    {"more pairs than rows of the table are held for", 2, 2, 1, 1, 0, kManyPairs, 0},
+    {"divided among threads", 2, 60, 4, 2, 0, 33, 4},
     {"keys alone", 2, 3, 0, 2, 0, 16, 0},
     {"queries alone", 2, 3, 2, 0, 0, 16, 0},
     {"no token", 2, 0, 3, 1, 0, 16, 0},
@@ -30,7 +30,7 @@ constexpr Sizes kLatents[] = {
     {"parts of vectors", 1, 7, 2, 1, 5, 17, 0, 21},
     {"more heads than there is room for copies of", 1, 2, 70, 1, 3, 32, 0, 40},
     {"as many channels as may change their order", 2, 2, 9, 1, 0, kMostReordered / 2, 0, 24},
-    {"spread over threads", 2, 40, 6, 1, 8, 33, 0, 70},
+    {"divided among threads", 2, 40, 6, 1, 8, 33, 0, 70},
     {"no latent", 1, 5, 2, 1, 4, 12, 0, 0},
     {"no query", 2, 3, 0, 1, 0, 16, 0, 48},
     {"no token", 2, 0, 3, 1, 0, 16, 0, 8},
@@ -39,10 +39,10 @@ constexpr Sizes kLatents[] = {
 
 constexpr int64_t kNegative = 3;  // slots from -3 on
 
-// One a slot of a cache and none twice, [B, S], some negative, or outside of the cache: those
-// tokens are not stored.
+// A slot of the cache for each token, [B, S], each slot at most once. Some are negative or outside
+// the cache: those tokens are not stored.
 struct Slots {
-  int64_t capacity, stride;  // stride: what lies between would store nothing
+  int64_t capacity, stride;  // the entries between would store nothing
   bool int64;
   std::vector<int32_t> narrow;
   std::vector<int64_t> wide;
@@ -73,8 +73,8 @@ struct Slots {
   }
 };
 
-// Of k and v in one memory. [blocks, block_size, ...]: in each block the keys, then the values, by
-// token or by head; latent: in each token the latent, then the key. With gaps.
+// A cache of k and v in one memory, with gaps, [blocks, block_size, ...]: in each block the keys,
+// then the values, by token or by head; latent: for each token the latent, then the key.
 struct Cache {
   int64_t blocks, block_size, element;  // element: its bytes
   int64_t stride_block, stride_offset, stride_h, first_k, first_v;
@@ -91,7 +91,7 @@ struct Cache {
     stride_h = by_head ? block_size * row : row;
     const int64_t part = with_gap(block_size * rows * row);
     stride_block = with_gap(latent ? part : 2 * part);
-    const int64_t guard = kGuard + kNegative * stride_block;  // finds those that are stored
+    const int64_t guard = kGuard + kNegative * stride_block;  // finds tokens stored there
     first_k = guard + (latent ? v.channels : 0);
     first_v = guard + (latent ? 0 : part);
     bytes.resize((2 * guard + blocks * stride_block) * element);
@@ -114,7 +114,7 @@ struct Cache {
   }
 };
 
-// One of each head, or of all. The quotients lie below, in and above the range of a float8.
+// One scale for each head, or for all. The quotients lie below, in and above the range of float8.
 struct Scales {
   std::vector<float> values;
   bool given, of_each;
@@ -140,7 +140,7 @@ void test(const Case& c, bool latent, Random& random) {
   const auto cache_dtype = static_cast<CacheDType>(random.below(3));
   const bool float8 = cache_dtype != CacheDType::OfModel;
   const bool e5m2 = cache_dtype == CacheDType::Float8E5M2;
-  const scalar::Float8 format(e5m2 ? 2 : 3, e5m2 ? 0x7b : 0x7e);
+  const scalar::Float8Format format(e5m2 ? 2 : 3, e5m2 ? 0x7b : 0x7e);
   const int64_t channels = latent ? 2 * c.pairs : c.dim();
   Packed x = random_packed(
       c, {{c.heads_q, c.dim()}, {c.heads_k, channels}, {c.heads_k, latent ? c.rank : channels}},
@@ -152,7 +152,7 @@ void test(const Case& c, bool latent, Random& random) {
   const Scales k_scales(latent ? 1 : k.heads, random);
   const Scales v_scales = latent ? k_scales : Scales(v.heads, random);
   const Rotation rotation(c, random);
-  // Some of the quotients lie halfway between two float8, or where float64 alone is beside that.
+  // Some quotients lie halfway between two float8, or next to that by less than float32 can tell.
   for (int64_t i = 0; i < tokens * v.heads * v.channels; ++i) {
     if (random.below(4) > 0) continue;
     const int64_t token = i / (v.heads * v.channels), h = i / v.channels % v.heads;
@@ -162,7 +162,7 @@ void test(const Case& c, bool latent, Random& random) {
                        quotient * v_scales.of(h));
   }
 
-  Case of_k = c;  // latent: without channels that stay
+  Case of_k = c;  // latent: all channels of k rotate
   if (latent) of_k.before = of_k.after = 0;
   Memory expected = x.memory;
   for (int64_t token = 0; token < tokens; ++token) {
@@ -193,7 +193,7 @@ void test(const Case& c, bool latent, Random& random) {
   cpu::apply_rotary_append(args);
   expect_same(expected, x.memory, text(c));
 
-  // What is stored is what k and v are now.
+  // k is stored as it is after the rotation.
   const auto store = [&](const View& view, int64_t first, const Scales& scales, int64_t token) {
     for (int64_t h = 0; h < view.heads; ++h) {
       for (int64_t i = 0; i < view.channels; ++i) {

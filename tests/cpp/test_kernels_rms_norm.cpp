@@ -1,6 +1,6 @@
-// The CPU kernels of RMSNorm with rotation and of its gradients, as test_kernels.cpp, against long
-// double: a result has to be the rounding of a number that the roundings of its arithmetic can lead
-// to. How many these are is counted below, at the most.
+// The CPU kernels of RMSNorm with rotation and of its gradients, part of test_kernels.cpp, against
+// long double: the error of a result must be within what the roundings of its arithmetic can add up
+// to. These are counted below.
 #include "kernel_cases.h"
 #include "kernels.h"
 
@@ -14,9 +14,9 @@ constexpr Sizes kSizes[] = {
     {"decoding", 3, 1, 4, 2, 0, 64, 0},
     {"less than a vector", 2, 3, 3, 1, 1, 1, 0},
     {"parts of vectors", 1, 7, 2, 3, 5, 17, 9},
-    {"vectors by four, one and a part", 2, 2, 2, 1, 43, 43, 47},
-    {"more than a piece of 512 pairs, of 1,024 channels", 1, 2, 1, 2, 1030, 520, 1027},
-    {"spread over threads", 2, 60, 4, 2, 3, 20, 6},
+    {"whole blocks of vectors, single vectors and a tail", 2, 2, 2, 1, 43, 43, 47},
+    {"more than one piece, of 512 pairs or 1,024 channels", 1, 2, 1, 2, 1030, 520, 1027},
+    {"divided among threads", 2, 60, 4, 2, 3, 20, 6},
     {"queries alone", 2, 3, 2, 0, 2, 16, 0},
     {"no token", 2, 0, 3, 1, 0, 16, 2},
     {"no sequence", 0, 3, 3, 1, 5, 16, 0},
@@ -24,25 +24,25 @@ constexpr Sizes kSizes[] = {
 
 // ------------------------------------------------------------------------------------- tolerances
 
-// How many roundings of the arithmetic there are, at the most, in what a row of some heads gives.
+// The most roundings that a result has gone through, for some heads normalised together.
 struct Roundings {
-  double
-      chain;  // additions to one lane; each run of channels, of which a head has 4, may end in one
+  double chain;  // additions to one partial sum: at most one for each quarter of the partial sums
 
   Roundings(const Case& c, int64_t heads) {
-    const int64_t lanes = c.dtype == DType::Float64 ? 4 : 8;
-    chain = static_cast<double>(heads * (c.dim() / lanes + 4));
+    const int64_t quarter = c.dtype == DType::Float64 ? 4 : 8;
+    constexpr int64_t kSpans = 4;  // of the channels of a head: each may end in part of a quarter
+    chain = static_cast<double>(heads * (c.dim() / quarter + kSpans));
   }
-  // Over a row: of 4 chains to one, and of 8 lanes.
+  // Of the quarters to one, and of its 8 partial sums.
   double sum() const { return chain + 5; }
-  // Square, mean and eps, of which the root leaves half; root and reciprocal.
+  // Square, mean and eps, whose error the root halves; root and reciprocal.
   double inverse_rms() const { return (sum() + 3) / 2 + 2; }
   double normed() const { return inverse_rms() + 1; }
   // The weight and 1, its product, rotation.
   double result() const { return normed() + 2 + kRotation; }
   // The mean m of n g w: g, the weight and 1, two products; times inverse_rms, by the channels.
   double mean() const { return kRotation + 3 + sum() + inverse_rms() + 2; }
-  // (g w - n m) / rms by its second term, which has more: product, difference, product.
+  // (g w - n m) / rms, by its second term, which has more: product, difference, product.
   double grad() const { return normed() + mean() + 3 + inverse_rms(); }
   double grad_weight(int64_t additions) const {
     return kRotation + normed() + 1 + static_cast<double>(additions);
@@ -51,7 +51,7 @@ struct Roundings {
   static constexpr double kRotation = 2;  // product and sum
 };
 
-// A sum, and that of the magnitudes of its terms.
+// A sum, and the sum of the magnitudes of its terms.
 struct Sum {
   long double value = 0, size = 0;
 
@@ -61,12 +61,12 @@ struct Sum {
   }
 };
 
-// What memory may hold: the rounding of anything between two numbers, or else what it has held.
+// What memory may hold: a rounded number between two bounds or, where none are set, what it held.
 class Bounds {
  public:
   explicit Bounds(const Memory& before) : least_(before), most_(before) {}
 
-  // The sum, each of whose terms has gone through so many roundings.
+  // A sum each of whose terms has gone through `roundings` roundings.
   void set(int64_t at, const Sum& sum, double roundings, DType dtype) {
     const long double error = std::ldexp(roundings * sum.size, dtype == DType::Float64 ? -53 : -24);
     least_.set_value(at, static_cast<double>(sum.value - error));
@@ -89,9 +89,9 @@ class Bounds {
 
 // ------------------------------------------------------------------------------------------ inputs
 
-// q and k, [0] and [1] of all that there are two of, and what normalises and rotates them.
+// q and k (index 0 and 1), their weights and their rotation.
 struct Inputs {
-  Packed x;  // with values, as a projection leaves them
+  Packed x;  // q, k and v
   RmsNorm norm{};
   std::vector<Memory> weights;
   Rotation rotation;
@@ -101,7 +101,7 @@ struct Inputs {
                         random)),
         rotation(c, random) {
     norm.dtype = random.coin() ? c.dtype : DType::Float32;
-    norm.eps = random.coin() ? 0.25 : 1e-6;  // a large part of the mean, or what models have
+    norm.eps = random.coin() ? 0.25 : 1e-6;  // a large part of the mean, or as in models
     norm.unit_offset = random.coin();
     norm.all_heads = random.coin();
     for (int which = 0; which < 2; ++which) {
@@ -112,7 +112,7 @@ struct Inputs {
     }
     norm.q_weight = weights[0].data(c.before);
     norm.k_weight = weights[1].data(c.before);
-    const bool zeros = c.batch * c.seq > 0 && random.coin();  // of which eps alone is left
+    const bool zeros = c.batch * c.seq > 0 && random.coin();  // a head whose mean is eps alone
     for (int64_t i = 0; zeros && i < c.dim(); ++i) x.memory.set(x.views[0].index(0, 0, 0, i), 0);
   }
 
@@ -133,9 +133,9 @@ struct Inputs {
     }
     return 1 / std::sqrt(squares / (heads * c.dim()) + norm.eps);
   }
-  // work(b, s, first head, heads) for each row that is normalised.
+  // work(b, s, first head, heads) for the heads that are normalised together.
   template <class Work>
-  void for_each_row(const Case& c, int which, const Work& work) const {
+  void for_each_group(const Case& c, int which, const Work& work) const {
     const int64_t all = x.views[which].heads, heads = norm.all_heads ? all : 1;
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t s = 0; s < c.seq; ++s) {
@@ -145,7 +145,7 @@ struct Inputs {
   }
 };
 
-// A head of token (b, s) rotated, of which channel i is head(i).
+// Rotates a head of token (b, s) whose channel i is head(i).
 template <class Head>
 std::vector<Sum> rotated(const Case& c, const Rotation& rotation, int64_t b, int64_t s,
                          const Head& head) {
@@ -154,7 +154,8 @@ std::vector<Sum> rotated(const Case& c, const Rotation& rotation, int64_t b, int
     if (i < c.before || i >= c.before + 2 * c.pairs) out[i].add(head(i));
   }
   for (int64_t i = 0; i < c.pairs; ++i) {
-    const Places x = places(c.interleaved, c.pairs, i), y = places(c.interleaved_out, c.pairs, i);
+    const Pair x = channels(c.interleaved, c.pairs, i);
+    const Pair y = channels(c.interleaved_out, c.pairs, i);
     const long double x1 = head(c.before + x.first), x2 = head(c.before + x.second);
     const Turn turn = rotation.turn(c, b, s, i);
     Sum &y1 = out[c.before + y.first], &y2 = out[c.before + y.second];
@@ -182,7 +183,7 @@ void test_forward(const Case& c, Random& random) {
     const View& x = in.x.views[which];
     out.push_back(random_tensor(c, x.heads, kGuard, random));
     bounds.emplace_back(out[which].memory);
-    in.for_each_row(c, which, [&](int64_t b, int64_t s, int64_t first_head, int64_t heads) {
+    in.for_each_group(c, which, [&](int64_t b, int64_t s, int64_t first_head, int64_t heads) {
       const long double inverse_rms = in.inverse_rms(c, which, b, s, first_head, heads);
       for (int64_t h = first_head; h < first_head + heads; ++h) {
         const auto y = rotated(c, in.rotation, b, s, [&](int64_t i) {
@@ -203,8 +204,8 @@ void test_forward(const Case& c, Random& random) {
   }
 }
 
-// With n = x / rms and m = mean(n g w), where g is the gradient turned back: (g w - n m) / rms to
-// x, the sum of n g to the weight.
+// With n = x / rms, g the gradient rotated back and m = mean(n g w): the gradient to x is
+// (g w - n m) / rms, the gradient to the weight is the sum of n g.
 void test_backward(const Case& c, Random& random) {
   ++cases;
   Inputs in(c, random);
@@ -244,9 +245,9 @@ void test_backward(const Case& c, Random& random) {
     if (which == 0) args.q_columns = columns;
 
     std::vector<Sum> sums(columns);
-    in.for_each_row(c, which, [&](int64_t b, int64_t s, int64_t first_head, int64_t row_heads) {
-      const long double inverse_rms = in.inverse_rms(c, which, b, s, first_head, row_heads);
-      const int64_t channels = row_heads * c.dim();
+    in.for_each_group(c, which, [&](int64_t b, int64_t s, int64_t first_head, int64_t group_heads) {
+      const long double inverse_rms = in.inverse_rms(c, which, b, s, first_head, group_heads);
+      const int64_t channels = group_heads * c.dim();
       std::vector<Sum> g;
       Sum mean;
       for (int64_t j = 0; j < channels; ++j) {
@@ -267,7 +268,7 @@ void test_backward(const Case& c, Random& random) {
         Sum to_x;
         to_x.add(g[j], in.weight(which, h, i) * inverse_rms);
         to_x.add(mean, -n * inverse_rms);
-        bounds[which].set(out[which].index(b, s, h, i), to_x, Roundings(c, row_heads).grad(),
+        bounds[which].set(out[which].index(b, s, h, i), to_x, Roundings(c, group_heads).grad(),
                           c.dtype);
         sums[in.norm.all_heads ? j : i].add(g[j], n);
       }

@@ -1,14 +1,13 @@
-// apply_rotary_append inside one thread. Included by isa_body.h, in the namespace of an instruction
-// set.
+// apply_rotary_append: rotation in place, and the append to a paged cache.
 
-// Elements divided by `scale` and rounded once to a float8.
+// Divides elements by `scale` and rounds once, to float8.
 template <class Format, class T>
 void quantise(const T* from, uint8_t* to, int64_t count, float scale) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr int64_t kChunk = 256;
-  alignas(64) A wide[kChunk];
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int64_t n = std::min(count - first, kChunk);
+  using A = ArithmeticOf<T>;
+  constexpr int64_t kStep = 256;
+  alignas(64) A wide[kStep];
+  for (int64_t first = 0; first < count; first += kStep) {
+    const int64_t n = std::min(count - first, kStep);
     convert<A, T>(from, first, n, wide);
     for (int64_t i = 0; i < n; ++i) {
       to[first + i] = float8_of<Format>(round_to_odd(wide[i] / static_cast<A>(scale)));
@@ -16,7 +15,7 @@ void quantise(const T* from, uint8_t* to, int64_t count, float scale) {
   }
 }
 
-// The heads of one token to its slot of the cache.
+// Stores the heads of one token in its slot of the cache.
 template <class T>
 void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_t s, int64_t slot) {
   const int64_t block = slot / args.block_size;
@@ -41,26 +40,26 @@ void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_
   }
 }
 
-// Token s of sequence b rotated in place where the pairs change their order: from copies of its
-// heads, as many at a time as there is room for.
+// Rotates token s of sequence b in place where the pairs change their order: from copies of its
+// heads, as many at a time as the buffer holds.
 template <class T>
-void rotate_token_from_copies(const RotaryArgs& args, const RotaryPlan& plan, int64_t b,
+void rotate_token_from_copies(const RotaryArgs& args, const RotaryBlocks& blocks, int64_t b,
                               int64_t s) {
-  constexpr int64_t kRoom = 4096;  // channels
-  static_assert(kRoom >= kMostReordered, "at least one head");
-  alignas(64) T copies[kRoom];
+  constexpr int64_t kChannels = 4096;
+  static_assert(kChannels >= kMostReordered, "at least one head");
+  alignas(64) T copies[kChannels];
   const int64_t dim = args.rotary_dim, heads = args.q.heads + args.k.heads;
   const int64_t first_item = (b * args.seq + s) * heads;
   for (const RotatedHeads* x : {&args.q, &args.k}) {
     const T* const from =
         static_cast<const T*>(x->in.data) + b * x->in.stride_b + s * x->in.stride_s;
-    const int64_t most = kRoom / dim;
+    const int64_t most = kChannels / dim;
     for (int64_t head = 0; head < x->heads; head += most) {
       const int64_t count = std::min(x->heads - head, most);
       for (int64_t i = 0; i < count; ++i) {
         memcpy(copies + i * dim, from + (head + i) * x->in.stride_h, dim * sizeof(T));
       }
-      // These heads as the only ones of q, which begins at the first of them.
+      // The copied heads alone, as heads of q.
       RotaryArgs part = args;
       part.head_dim = dim;
       part.rotary_offset = 0;
@@ -69,7 +68,7 @@ void rotate_token_from_copies(const RotaryArgs& args, const RotaryPlan& plan, in
       part.q.in = {copies, 0, 0, dim};
       part.q.out = x->out;
       part.q.out.data = static_cast<T*>(x->out.data) + head * x->out.stride_h;
-      apply_rotary(part, plan, first_item, first_item + count);
+      apply_rotary(part, blocks, first_item, first_item + count);
     }
   }
 }
@@ -77,16 +76,16 @@ void rotate_token_from_copies(const RotaryArgs& args, const RotaryPlan& plan, in
 template <class T>
 void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t end) {
   const RotaryArgs& rotary = args.rotary;
-  const RotaryPlan plan{1, rotary.seq, false};
+  const RotaryBlocks blocks{1, rotary.seq, false};
   const int64_t heads = rotary.q.heads + rotary.k.heads;
   const bool reorders = rotary.interleaved != rotary.interleaved_out;
   const int64_t capacity = args.blocks * args.block_size;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
     if (reorders) {
-      rotate_token_from_copies<T>(rotary, plan, b, s);
+      rotate_token_from_copies<T>(rotary, blocks, b, s);
     } else if (heads > 0) {
-      apply_rotary(rotary, plan, token * heads, (token + 1) * heads);
+      apply_rotary(rotary, blocks, token * heads, (token + 1) * heads);
     }
     if (token >= args.slot_count) continue;
     const int64_t slot = entry_of(args.slots, b, s);

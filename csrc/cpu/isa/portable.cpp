@@ -1,11 +1,4 @@
 // The CPU kernels for any processor: SSE2, NEON or whatever the compiler's baseline offers.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <type_traits>
-
 #include "cpu/isa/isa.h"
 #include "math/angle.h"
 #include "math/float8.h"
@@ -13,12 +6,24 @@
 
 namespace rope::cpu {
 namespace {
-#include "cpu/isa/isa_body.h"
+
+constexpr int kVectorBytes = 32, kNativeBytes = 16;
+
+#include "cpu/isa/vectors.inl"
+// The conversions of float16, by integer arithmetic.
+#include "cpu/isa/float16.inl"
+
+// Not every processor has stores past the caches: these are ordinary ones.
+template <class V>
+ROPE_HOST_DEVICE void stream(void* to, const V& v) {
+  memcpy(to, &v, sizeof(v));
+}
+ROPE_HOST_DEVICE void finish_streaming() {}
+
+#include "cpu/isa/kernels.inl"
+
 }  // namespace
 
-const Isa kPortable{
-    apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
-    cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, rms_norm_rotary,
-    rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
+constexpr Isa kPortable{"portable", [] { return true; }, kVectorBytes, kKernels};
 
 }  // namespace rope::cpu

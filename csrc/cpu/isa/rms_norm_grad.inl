@@ -1,80 +1,79 @@
-// Gradients of rms_norm_rotary, inside one thread. Included by isa_body.h, in the namespace of an
-// instruction set.
+// The gradients of rms_norm_rotary.
 //
-// With n = x / rms(x), g the gradient of the result turned back, and m = mean(n g w) over the row:
+// With n = x / rms(x), g the gradient of the result rotated back, and m = mean(n g w) over the
+// heads that are normalised together:
 //   to x       (g w - n m) / rms(x)
 //   to w       the sum of n g over tokens, and over heads that share it
 
-// The gradients of one row, those to the weight added to `sums` of its columns.
+// The gradients of one group of heads. Those to the weight are added to `sums`.
 template <class T>
-void norm_grad_row(const RotaryArgs& args, const NormedHeads<T>& of, const NormRow& row, int64_t b,
-                   int64_t s, ArithmeticOf<T>* sums, NormScratch<T>& scratch) {
+void norm_grad(const RotaryArgs& args, const NormedHeads<T>& of, const NormGroup& group, int64_t b,
+               int64_t s, ArithmeticOf<T>* sums, NormScratch<T>& scratch) {
   using A = ArithmeticOf<T>;
   using V = typename Lanes<T>::Vector;
-  constexpr int64_t kLanes = NormScratch<T>::kLanes;
   const Pieces pieces(args, args.interleaved_out);
 
-  // The gradient of one piece turned back, to scratch.values.
-  const auto turn_back = [&](int64_t h, const Piece& piece) {
+  // Rotates the gradient of one piece back, into scratch.values.
+  const auto rotate_back = [&](int64_t h, const Piece& piece) {
     const T* const grad = of.in + h * of.in_stride_h;
     if (piece.rotates) {
       rotate_piece(args, grad + (args.interleaved ? 2 : 1) * piece.first, args.rotary_dim / 2,
                    scratch.values, kPiecePairs, piece.pairs, scratch.row_of(b, s, piece));
     } else {
-      for_lanes<kLanes>(piece.channels,
-                        [&](auto whole, auto, int64_t i, int64_t count) ROPE_ALWAYS_INLINE {
-                          const V v = load_lanes<whole>(grad + piece.channel[0] + i, count);
-                          store_lanes<whole>(scratch.values + i, v, count);
-                        });
+      for_vectors<V>(piece.channels,
+                     [&](auto whole, auto, int64_t i, int64_t count) ROPE_ALWAYS_INLINE {
+                       const V v = load_lanes<whole>(grad + piece.channel[0] + i, count);
+                       store_lanes<whole>(scratch.values + i, v, count);
+                     });
     }
   };
-  // work(whole, turn, channel, count, x, g, w) for the vectors of a piece.
-  const auto for_vectors = [&](int64_t h, const Piece& piece, const auto& work) ROPE_ALWAYS_INLINE {
+  // work(whole, chain, channel, count, x, g, w) for the vectors of a piece.
+  const auto for_piece = [&](int64_t h, const Piece& piece, const auto& work) ROPE_ALWAYS_INLINE {
     const T* const x = of.x + h * of.x_stride_h;
     const A* const weights = scratch.weight_of(of.weight, h * of.weight_stride_h, piece);
-    for (int64_t j = 0; j < piece.runs; ++j) {
+    for (int64_t j = 0; j < piece.spans; ++j) {
       const int64_t at = j * kPiecePairs, channel = piece.channel[j];
-      for_lanes<kLanes>(
-          piece.channels, [&](auto whole, auto turn, int64_t i, int64_t count) ROPE_ALWAYS_INLINE {
-            work(whole, turn, channel + i, count, load_lanes<whole>(x + channel + i, count),
+      for_vectors<V>(
+          piece.channels, [&](auto whole, auto chain, int64_t i, int64_t count) ROPE_ALWAYS_INLINE {
+            work(whole, chain, channel + i, count, load_lanes<whole>(x + channel + i, count),
                  load_lanes<whole>(scratch.values + at + i, count),
                  load_lanes<whole>(weights + at + i, count));
           });
     }
   };
 
-  LaneSums<V> squares, products;
-  for (int64_t h = row.first_head; h < row.first_head + row.heads; ++h) {
+  PartialSums<V> squares, products;
+  for (int64_t h = group.first_head; h < group.first_head + group.heads; ++h) {
     for (int64_t index = 0; index < pieces.count(); ++index) {
       const Piece piece = pieces.at(index);
-      turn_back(h, piece);
-      for_vectors(h, piece,
-                  [&](auto, auto turn, int64_t, int64_t, const V& x, const V& g, const V& w)
-                      ROPE_ALWAYS_INLINE {
-                        squares.chain[turn] += x * x;
-                        products.chain[turn] += g * w * x;
-                      });
+      rotate_back(h, piece);
+      for_piece(h, piece,
+                [&](auto, auto chain, int64_t, int64_t, const V& x, const V& g, const V& w)
+                    ROPE_ALWAYS_INLINE {
+                      squares.chain[chain] += x * x;
+                      products.chain[chain] += g * w * x;
+                    });
     }
   }
-  const A inverse_rms = scratch.inverse_rms_of(squares.total(), row.heads);
-  const A mean = products.total() * inverse_rms / scratch.channels_of(row.heads);
+  const A inverse_rms = scratch.inverse_rms_of(squares.total(), group.heads);
+  const A mean = products.total() * inverse_rms / scratch.channels_of(group.heads);
 
-  const bool still_there = row.heads == 1 && pieces.count() == 1;
-  for (int64_t h = row.first_head; h < row.first_head + row.heads; ++h) {
+  const bool kept = group.heads == 1 && pieces.count() == 1;
+  for (int64_t h = group.first_head; h < group.first_head + group.heads; ++h) {
     T* const out = of.out + h * of.out_stride_h;
-    // Of [H, D], a head has columns of its own.
-    A* const columns = sums + args.rotary_offset + (row.heads > 1 ? h * args.head_dim : 0);
+    // A weight [H, D] has columns for each head.
+    A* const columns = sums + args.rotary_offset + (group.heads > 1 ? h * args.head_dim : 0);
     for (int64_t index = 0; index < pieces.count(); ++index) {
       const Piece piece = pieces.at(index);
-      if (!still_there) turn_back(h, piece);
-      for_vectors(h, piece,
-                  [&](auto whole, auto, int64_t channel, int64_t count, const V& x, const V& g,
-                      const V& w) ROPE_ALWAYS_INLINE {
-                    const V n = x * inverse_rms;
-                    store_lanes<whole>(out + channel, (g * w - n * mean) * inverse_rms, count);
-                    const V sum = load_lanes<whole>(columns + channel, count);
-                    store_lanes<whole>(columns + channel, sum + g * n, count);
-                  });
+      if (!kept) rotate_back(h, piece);
+      for_piece(h, piece,
+                [&](auto whole, auto, int64_t channel, int64_t count, const V& x, const V& g,
+                    const V& w) ROPE_ALWAYS_INLINE {
+                  const V n = x * inverse_rms;
+                  store_lanes<whole>(out + channel, (g * w - n * mean) * inverse_rms, count);
+                  const V sum = load_lanes<whole>(columns + channel, count);
+                  store_lanes<whole>(columns + channel, sum + g * n, count);
+                });
     }
   }
 }
@@ -98,9 +97,9 @@ void rms_norm_rotary_grad_range(const RmsNormRotaryGradArgs& args, int64_t begin
           normed_heads<T>(rotary.k, args.k, b, s, norm.k_weight, norm.k_stride_h)};
       for (int which = 0; which < 2; ++which) {
         const NormedHeads<T>& each = tensors[which];
-        for (int64_t i = 0; i < rows_of(norm, each.heads); ++i) {
-          norm_grad_row(rotary, each, row_at(norm, each.heads, i), b, s,
-                        sums + (which == 0 ? 0 : args.q_columns), scratch);
+        for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
+          norm_grad(rotary, each, group_at(norm, each.heads, i), b, s,
+                    sums + (which == 0 ? 0 : args.q_columns), scratch);
         }
       }
     }
@@ -112,7 +111,7 @@ void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, int64_t begin, int6
            [&](auto storage) { rms_norm_rotary_grad_range<decltype(storage)>(args, begin, end); });
 }
 
-// The partial sums of columns [begin, end), in order.
+// Adds the partial sums of columns [begin, end), in order.
 template <class A>
 void rms_norm_rotary_grad_columns(const RmsNormRotaryGradArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 64;
@@ -127,8 +126,8 @@ void rms_norm_rotary_grad_columns(const RmsNormRotaryGradArgs& args, int64_t beg
     for (int64_t i = 0; i < count; ++i) {
       const int64_t column = first + i;
       const bool of_q = column < args.q_columns;
-      write_entry(of_q ? args.grad_q_weight : args.grad_k_weight, args.norm.dtype,
-                  of_q ? column : column - args.q_columns, sums[i]);
+      write_element(of_q ? args.grad_q_weight : args.grad_k_weight, args.norm.dtype,
+                    of_q ? column : column - args.q_columns, sums[i]);
     }
   }
 }

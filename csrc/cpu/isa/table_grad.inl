@@ -1,5 +1,4 @@
-// Gradient of apply_rotary to its table, inside one thread. Included by isa_*.cpp, in the namespace
-// of an instruction set.
+// The gradient of apply_rotary to its table.
 
 // Adds the products of pairs [first, first + pairs) of one head: grad, x [R].
 template <class T, bool kInterleaved, bool kInterleavedOut, class A>
@@ -8,7 +7,7 @@ ROPE_HOST_DEVICE void accumulate_head(const T* grad, const T* x, int64_t half, i
   using PairsOfX = Pairs<T, kInterleaved>;
   using PairsOfGrad = Pairs<T, kInterleavedOut>;
   using V = typename Lanes<T>::Vector;
-  constexpr int64_t kLanes = sizeof(V) / sizeof(A);
+  constexpr int64_t kLanes = Lanes<T>::kLanes;
   constexpr int64_t kStepX = kInterleaved ? 2 : 1, kStepGrad = kInterleavedOut ? 2 : 1;
   const int64_t second_x = kInterleaved ? 0 : half, second_grad = kInterleavedOut ? 0 : half;
   x += kStepX * first;
@@ -33,18 +32,18 @@ ROPE_HOST_DEVICE void accumulate_head(const T* grad, const T* x, int64_t half, i
   }
   if (i < pairs) {
     const int64_t rest = pairs - i;
-    T g_ends[2 * kLanes] = {}, x_ends[2 * kLanes] = {};
-    memcpy(g_ends, grad + kStepGrad * i, kStepGrad * rest * sizeof(T));
-    memcpy(x_ends, x + kStepX * i, kStepX * rest * sizeof(T));
+    T g_tail[2 * kLanes] = {}, x_tail[2 * kLanes] = {};
+    memcpy(g_tail, grad + kStepGrad * i, kStepGrad * rest * sizeof(T));
+    memcpy(x_tail, x + kStepX * i, kStepX * rest * sizeof(T));
     if constexpr (!kInterleavedOut) {
-      memcpy(g_ends + kLanes, grad + second_grad + i, rest * sizeof(T));
+      memcpy(g_tail + kLanes, grad + second_grad + i, rest * sizeof(T));
     }
-    if constexpr (!kInterleaved) memcpy(x_ends + kLanes, x + second_x + i, rest * sizeof(T));
-    add(i, g_ends, g_ends + kLanes, x_ends, x_ends + kLanes);
+    if constexpr (!kInterleaved) memcpy(x_tail + kLanes, x + second_x + i, rest * sizeof(T));
+    add(i, g_tail, g_tail + kLanes, x_tail, x_tail + kLanes);
   }
 }
 
-// The heads of q and k of one token.
+// Adds the products of the heads of q and k of one token.
 template <class T, bool kInterleaved, bool kInterleavedOut, class A>
 ROPE_HOST_DEVICE void accumulate_token(const RotaryTableGradArgs& args, int64_t b, int64_t s,
                                        int64_t first, int64_t pairs, const TurnGrad<A*>& sums) {
@@ -61,6 +60,7 @@ ROPE_HOST_DEVICE void accumulate_token(const RotaryTableGradArgs& args, int64_t 
   }
 }
 
+// Writes pairs [first, first + pairs) of one row of the gradient.
 template <class A>
 void write_row(const RotaryTableGradArgs& args, int64_t row, int64_t first, int64_t pairs,
                const TurnGrad<A*>& sums) {
@@ -73,29 +73,29 @@ void write_row(const RotaryTableGradArgs& args, int64_t row, int64_t first, int6
     if (args.full_width) {
       const int64_t at1 = row * width + (args.table_interleaved ? 2 * pair : pair);
       const int64_t at2 = at1 + (args.table_interleaved ? 1 : half);
-      write_entry(args.grad_cos, args.table_dtype, at1, turn.c1);
-      write_entry(args.grad_cos, args.table_dtype, at2, turn.c2);
-      write_entry(args.grad_sin, args.table_dtype, at1, turn.s1);
-      write_entry(args.grad_sin, args.table_dtype, at2, turn.s2);
+      write_element(args.grad_cos, args.table_dtype, at1, turn.c1);
+      write_element(args.grad_cos, args.table_dtype, at2, turn.c2);
+      write_element(args.grad_sin, args.table_dtype, at1, turn.s1);
+      write_element(args.grad_sin, args.table_dtype, at2, turn.s2);
     } else {
-      write_entry(args.grad_cos, args.table_dtype, row * width + pair, turn.c1 + turn.c2);
-      write_entry(args.grad_sin, args.table_dtype, row * width + pair, turn.s1 + turn.s2);
+      write_element(args.grad_cos, args.table_dtype, row * width + pair, turn.c1 + turn.c2);
+      write_element(args.grad_sin, args.table_dtype, row * width + pair, turn.s1 + turn.s2);
     }
   }
 }
 
 template <class T, bool kInterleaved, bool kInterleavedOut>
 void rotary_table_grad_range(const RotaryTableGradArgs& args, int64_t begin, int64_t end) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr int64_t kChunk = 256;
+  using A = ArithmeticOf<T>;
+  constexpr int64_t kPairs = 256;  // whose sums are held at a time
   const int64_t half = args.rotary_dim / 2;
 
   for (int64_t row = begin; row < end; ++row) {
     const int64_t grad_b = row / args.rows;
     const int64_t index = row - grad_b * args.rows;
-    for (int64_t first = 0; first < half; first += kChunk) {
-      const int64_t pairs = half - first < kChunk ? half - first : kChunk;
-      alignas(64) A g1x1[kChunk] = {}, g1x2[kChunk] = {}, g2x1[kChunk] = {}, g2x2[kChunk] = {};
+    for (int64_t first = 0; first < half; first += kPairs) {
+      const int64_t pairs = std::min(half - first, kPairs);
+      alignas(64) A g1x1[kPairs] = {}, g1x2[kPairs] = {}, g2x1[kPairs] = {}, g2x2[kPairs] = {};
       const TurnGrad<A*> sums{g1x1, g1x2, g2x1, g2x2};
       const TokenRange tokens = tokens_of(args, grad_b, index);
       for (int64_t i = tokens.begin; i < tokens.end; ++i) {

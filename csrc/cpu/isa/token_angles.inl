@@ -1,22 +1,9 @@
-// sin and cos of the angles of a token. Included by isa_body.h, in the namespace of an instruction
-// set.
+// sin and cos of the angles of a token, for some of its pairs.
 
-// Pairs worked on at a time: sin and cos stay in the first cache.
-constexpr int64_t kAngleChunk = 128;
+// Pairs whose angles are held at a time: their sin and cos stay in the L1 cache.
+constexpr int64_t kAnglePairs = 128;
 
-template <class T>
-ROPE_HOST_DEVICE double as_double(const T& value) {
-  if constexpr (std::is_arithmetic_v<T>) {
-    return static_cast<double>(value);
-  } else {
-    const T padded[8] = {value};
-    Float8 lanes;
-    Lanes<T>::load(padded, lanes);
-    return lanes[0];
-  }
-}
-
-// Calls f with the data as what they are.
+// Calls f with a pointer of the type of the positions.
 template <class F>
 ROPE_HOST_DEVICE void dispatch(const TokenPositions& positions, const F& f) {
   switch (positions.type) {
@@ -36,7 +23,7 @@ ROPE_HOST_DEVICE double position_at(const TokenPositions& positions, int64_t at)
   return position;
 }
 
-// One number for all pairs, or one for each.
+// The value for pair i: one for all pairs, or one for each.
 ROPE_HOST_DEVICE double of_pair(double all, int64_t) { return all; }
 ROPE_HOST_DEVICE double of_pair(const double* each, int64_t i) { return each[i]; }
 
@@ -50,37 +37,38 @@ ROPE_HOST_DEVICE void sin_cos_of(Position position, const double* inv_freq, int6
   }
 }
 
-// Pairs [first, first + pairs) of angles, for one token after the other.
-struct AngleChunk {
+// Pairs [first, first + pairs) of the angles, of one token after the other.
+struct TokenAngles {
   const Angles& angles;
-  const int64_t pairs;  // at most kAngleChunk
-  alignas(64) double inv_freq[kAngleChunk], sin[kAngleChunk], cos[kAngleChunk];
-  alignas(64) double position[kAngleChunk], scale[kAngleChunk];  // used where there are axes
-  int64_t axis_at[kAngleChunk];                                  // among the positions
+  const int64_t pairs;  // at most kAnglePairs
+  alignas(64) double inv_freq[kAnglePairs], sin[kAnglePairs], cos[kAnglePairs];
+  alignas(64) double position[kAnglePairs], scale[kAnglePairs];  // used where there are axes
+  int64_t axis_at[kAnglePairs];  // where the positions of its axis begin
 
-  // A pair whose axis is not there turns by NaN.
-  ROPE_HOST_DEVICE AngleChunk(const Angles& of, int64_t first, int64_t count)
+  // A pair whose axis does not exist gets NaN.
+  ROPE_HOST_DEVICE TokenAngles(const Angles& of, int64_t first, int64_t count)
       : angles(of), pairs(count) {
     convert(angles.inv_freq_dtype, angles.inv_freq, first, pairs, inv_freq);
     const Axes& axes = angles.axes;
     if (axes.data == nullptr) return;
     const int64_t axis_count = angles.positions.axes, stride = angles.positions.stride_axis;
-    const auto place = [&](const auto* axis_of) ROPE_ALWAYS_INLINE {
+    const auto find_axes = [&](const auto* axis_of) ROPE_ALWAYS_INLINE {
       for (int64_t i = 0; i < pairs; ++i) {
         int64_t axis = read_once(axis_of + first + i);
         if (!is_inside(axis, axis_count)) axis = 0, inv_freq[i] = NAN;
         axis_at[i] = axis * stride;
       }
     };
-    axes.int64 ? place(static_cast<const int64_t*>(axes.data))
-               : place(static_cast<const int32_t*>(axes.data));
+    axes.int64 ? find_axes(static_cast<const int64_t*>(axes.data))
+               : find_axes(static_cast<const int32_t*>(axes.data));
   }
 
-  // sin and cos of token (b, s), times attention_scaling; kSlope: and times the position, as
+  // Sets sin and cos to those of token (b, s), times attention_scaling; kSlope: and times the
+  // position, as
   //   d cos / d inv_freq = -position scaling sin(angle)
   //   d sin / d inv_freq =  position scaling cos(angle)
   template <bool kDouble, bool kSlope = false>
-  ROPE_HOST_DEVICE void turn(int64_t b, int64_t s) {
+  ROPE_HOST_DEVICE void compute(int64_t b, int64_t s) {
     const TokenPositions& positions = angles.positions;
     const int64_t at = b * positions.stride_b + s * positions.stride_s;
     const double scaling = angles.attention_scaling;

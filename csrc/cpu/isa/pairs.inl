@@ -1,0 +1,173 @@
+// Pairs (x1, x2) of a head as the rotation uses them, in one order or another.
+
+// Calls f with the orders of the pairs as types: std::bool_constant of interleaved, and of
+// interleaved_out.
+template <class Args, class F>
+ROPE_HOST_DEVICE void dispatch_orders(const Args& args, const F& f) {
+  if (args.interleaved) {
+    args.interleaved_out ? f(std::true_type(), std::true_type())
+                         : f(std::true_type(), std::false_type());
+  } else {
+    args.interleaved_out ? f(std::false_type(), std::true_type())
+                         : f(std::false_type(), std::false_type());
+  }
+}
+
+// kLanes pairs: `first` and `second` point at the first and the second channels of the pairs;
+// interleaved, `first` points at the 2 * kLanes channels and `second` is not used. kIn128Bits: in
+// the order of in_128_bits.
+template <class T, bool kInterleaved, bool kIn128Bits = false>
+struct Pairs {
+  using L = Lanes<T>;
+  using Vector = typename L::Vector;
+  static ROPE_HOST_DEVICE void load(const T* first, const T* second, Vector& x1, Vector& x2) {
+    if constexpr (kInterleaved) {
+      Vector a, b;
+      L::load(first, a);
+      L::load(first + L::kLanes, b);
+      deinterleave<kIn128Bits>(a, b, x1, x2);
+    } else {
+      L::load(first, x1);
+      L::load(second, x2);
+    }
+  }
+  template <bool kStream>
+  static ROPE_HOST_DEVICE void store(T* first, T* second, const Vector& x1, const Vector& x2) {
+    if constexpr (kInterleaved) {
+      Vector a, b;
+      interleave<kIn128Bits>(x1, x2, a, b);
+      L::template store<kStream>(first, a);
+      L::template store<kStream>(first + L::kLanes, b);
+    } else {
+      L::template store<kStream>(first, x1);
+      L::template store<kStream>(second, x2);
+    }
+  }
+};
+
+// Two bfloat16 in each 32-bit word: they become floats, and words again, without moving a lane.
+ROPE_HOST_DEVICE void unpack(const U32& words, F32& low, F32& high) {
+  low = bit_cast<F32>(words << 16);
+  high = bit_cast<F32>(words & 0xffff0000u);
+}
+
+constexpr int alternate_lane(int i, int n, int) { return i % 2 == 0 ? i : n + i; }
+
+// The lower half of each word from `low`, the upper half from `high`.
+ROPE_HOST_DEVICE Vec<uint16_t> blend_halves(const U32& low, const U32& high) {
+  using Words = Vec<uint16_t>;
+  return shuffle<alternate_lane, kFloats>(bit_cast<Words>(low), bit_cast<Words>(high));
+}
+
+// Rounds both floats of each word and packs them. A NaN must have a lower half of zero, and stays
+// NaN: the NaNs of a rotation have one where x is bfloat16 and the table has no other NaN.
+ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
+  if constexpr (kIsNative<U32>) {
+    // Both floats at once, in lanes of 16 bits: the half that stays is one more where the half that
+    // goes is more than half a unit, or is half a unit and the one that stays is odd.
+    const U32 a = bit_cast<U32>(low), b = bit_cast<U32>(high);
+    const Vec<uint16_t> stays = blend_halves(a >> 16, b);
+    const Vec<uint16_t> goes = blend_halves(a, b << 16);
+    using Signed = Vec<int16_t>;
+    const Signed above_half = bit_cast<Signed>(goes ^ uint16_t{0x8000});  // if > 0
+    const Signed odd = bit_cast<Signed>(stays & uint16_t{1});
+    return bit_cast<U32>(stays - bit_cast<Vec<uint16_t>>(above_half > -odd));
+  } else {
+    // In lanes of 32 bits, where there is no blend of 16-bit lanes.
+    return (nearest_bfloat16(low) >> 16) | (nearest_bfloat16(high) & 0xffff0000u);
+  }
+}
+
+// An interleaved pair is one word, x1 below x2.
+template <>
+struct Pairs<BFloat16, true> {
+  using Vector = F32;
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16*, F32& x1, F32& x2) {
+    unpack(read<U32>(first), x1, x2);
+  }
+  template <bool kStream>
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16*, const F32& x1, const F32& x2) {
+    write<kStream>(first, pack(x1, x2));
+  }
+};
+
+// Consecutive channels as those of even and those of odd index: twice the lanes of F32.
+struct EvenOdd {
+  F32 even, odd;
+};
+template <>
+ROPE_HOST_DEVICE EvenOdd read<EvenOdd>(const void* from) {  // whole vectors: GCC copies by 16 bytes
+  return {read<F32>(from), read<F32>(static_cast<const float*>(from) + kFloats)};
+}
+ROPE_HOST_DEVICE EvenOdd operator*(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even * b.even, a.odd * b.odd};
+}
+ROPE_HOST_DEVICE EvenOdd operator+(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even + b.even, a.odd + b.odd};
+}
+ROPE_HOST_DEVICE EvenOdd operator-(const EvenOdd& a, const EvenOdd& b) {
+  return {a.even - b.even, a.odd - b.odd};
+}
+
+// Pairs of bfloat16, twice the lanes of F32, even and odd by the index of the pair: half-split, no
+// lane moves; interleaved, whole words do.
+template <bool kInterleaved>
+struct EvenOddPairs {
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, EvenOdd& x1,
+                                    EvenOdd& x2) {
+    if constexpr (kInterleaved) {
+      F32 even, odd;
+      deinterleave(read<F32>(first), read<F32>(first + 2 * kFloats), even, odd);
+      unpack(bit_cast<U32>(even), x1.even, x2.even);
+      unpack(bit_cast<U32>(odd), x1.odd, x2.odd);
+    } else {
+      unpack(read<U32>(first), x1.even, x1.odd);
+      unpack(read<U32>(second), x2.even, x2.odd);
+    }
+  }
+  template <bool kStream>
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const EvenOdd& x1,
+                                     const EvenOdd& x2) {
+    if constexpr (kInterleaved) {
+      F32 low, high;
+      interleave(bit_cast<F32>(pack(x1.even, x2.even)), bit_cast<F32>(pack(x1.odd, x2.odd)), low,
+                 high);
+      write<kStream>(first, low);
+      write<kStream>(first + 2 * kFloats, high);
+    } else {
+      write<kStream>(first, pack(x1.even, x1.odd));
+      write<kStream>(second, pack(x2.even, x2.odd));
+    }
+  }
+};
+
+// The order of the pairs in a vector, and so of the entries of a row of the table.
+enum class PairOrder { Natural, EvenOdd, In128Bits };
+
+// The pairs as the rotation loads and stores them. kWide: bfloat16 that are or become half-split
+// are rotated two vectors at a time.
+template <class T, bool kInterleaved, bool kInterleavedOut, bool kWide>
+struct RotationPairs {
+  static constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
+  static constexpr bool kBothInterleaved = kInterleaved && kInterleavedOut;
+  static constexpr PairOrder kOrder = kBFloat16 && kWide && !kBothInterleaved ? PairOrder::EvenOdd
+                                      : !kBFloat16 && kBothInterleaved        ? PairOrder::In128Bits
+                                                                              : PairOrder::Natural;
+  static constexpr bool kEvenOdd = kOrder == PairOrder::EvenOdd;
+  template <bool kIsInterleaved>
+  using InOrder = std::conditional_t<kEvenOdd, EvenOddPairs<kIsInterleaved>,
+                                     Pairs<T, kIsInterleaved, kOrder == PairOrder::In128Bits>>;
+  using Vector = std::conditional_t<kEvenOdd, EvenOdd, typename Lanes<T>::Vector>;
+  static constexpr int64_t kLanes = (kEvenOdd ? 2 : 1) * Lanes<T>::kLanes;
+  static constexpr int64_t kStepIn = kInterleaved ? 2 : 1;  // channels between neighbouring pairs
+  static constexpr int64_t kStepOut = kInterleavedOut ? 2 : 1;
+
+  // half: channels between the two of a half-split pair.
+  static ROPE_HOST_DEVICE void load(const T* in, int64_t half, Vector& x1, Vector& x2) {
+    InOrder<kInterleaved>::load(in, in + half, x1, x2);
+  }
+  template <bool kStream = false>
+  static ROPE_HOST_DEVICE void store(T* out, int64_t half, const Vector& x1, const Vector& x2) {
+    InOrder<kInterleavedOut>::template store<kStream>(out, out + half, x1, x2);
+  }
+};
