@@ -5,13 +5,16 @@ Knobs (environment variables):
 | knob                 | values         | default | meaning                                        |
 |----------------------|----------------|---------|------------------------------------------------|
 | ROPE_EXT_CUDA        | auto, on, off  | auto    | CUDA kernels; auto: if nvcc works; on: or fail |
-| TORCH_CUDA_ARCH_LIST | 8.0 9.0+PTX    | see (1) | GPU architectures, with space, , or ; between  |
+| TORCH_CUDA_ARCH_LIST | 8.0 9.0+PTX    | see (1) | GPU architectures, with space, , or ; between; |
+|                      | all            |         | or those that a release is built for (2)       |
 | ROPE_EXT_CUDART      | static, shared | static  | how the CUDA runtime is linked                 |
 | ROPE_EXT_WERROR      | 0, 1           | 0       | 1: compiler warnings are errors                |
 | MAX_JOBS             | 1, 2, ...      | cores   | files compiled at the same time                |
 | DEBUG                | 0, 1           | 0       | 1: -O0 -g; print each kernel's registers       |
 
-(1) 7.5 8.0 9.0 10.0 12.0+PTX, as far as nvcc knows them: the code for 8.0 is that of 8.6 and 8.9.
+(1) Those of the GPUs that nvidia-smi finds on this machine, and PTX of the newest, as torch's own
+extensions are built. Without a GPU, or with CUDA_VISIBLE_DEVICES="" or -1: all.
+(2) 7.5 8.0 9.0 10.0 12.0+PTX, as far as nvcc knows them: 8.6 and 8.9 run the code for 8.0.
 
 nvcc is looked for in CUDA_HOME (or CUDA_PATH), in PATH, and in /usr/local/cuda. Which torch is
 installed plays no part: the kernels include none of its headers, and everything else uses its
@@ -48,7 +51,7 @@ except ImportError as error:
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_STANDARD = "-std=c++17"
 
-DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # those that nvcc knows, + PTX
+ALL_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # those that nvcc knows, + PTX
 OLDEST_CUDA = (12, 0)
 
 CSRC = Path("csrc")
@@ -88,6 +91,7 @@ class Cuda:
     nvcc: str
     version: str  # "13.0"
     archs: list[str]  # "9.0", "12.0+PTX"
+    archs_reason: str  # why these
     cudart: str  # static, shared
     library_dirs: list[str]
 
@@ -111,24 +115,50 @@ def find_nvcc() -> str:
     raise Missing("nvcc was not found when rope_ext was built")
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or the default; refuses what this nvcc does not know."""
+def by_number(arch: str) -> tuple[int, ...]:
+    return tuple(map(int, arch.split(".")))
+
+
+def gpus_of_this_machine() -> list[str]:
+    """Compute capabilities such as "9.0", from nvidia-smi: torch would initialise CUDA."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^\s*(\d+\.\d+)\s*$", result.stdout, re.MULTILINE)
+
+
+def cuda_archs(nvcc: str) -> tuple[list[str], str]:
+    """GPU architectures to build for, and why these; refuses what this nvcc does not know."""
     known = re.findall(r"compute_(\d+)(\d)\b", output_of(nvcc, "--list-gpu-arch"))
     known = [f"{major}.{minor}" for major, minor in known]
-    archs = re.split(r"[\s,;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;"))
-    if archs == [""]:
-        archs = [arch for arch in DEFAULT_ARCHS if arch in known]
-        if not archs:
-            raise SystemExit(f"rope_ext: {nvcc} knows none of {' '.join(DEFAULT_ARCHS)}")
-        archs[-1] += "+PTX"
-    for arch in archs:
-        match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
-        if not match or match[1] not in known:
-            raise SystemExit(
-                "rope_ext: expected TORCH_CUDA_ARCH_LIST to hold architectures such as '9.0' or "
-                f"'9.0+PTX' among those of {nvcc} ({' '.join(known)}), got {arch!r}"
-            )
-    return archs
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;")
+    if listed not in ("", "all"):
+        archs = re.split(r"[\s,;]+", listed)
+        for arch in archs:
+            match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
+            if not match or match[1] not in known:
+                raise SystemExit(
+                    "rope_ext: expected TORCH_CUDA_ARCH_LIST to be all, or architectures such as "
+                    f"'9.0' or '9.0+PTX' among those of {nvcc} ({' '.join(known)}), got {arch!r}"
+                )
+        return archs, "TORCH_CUDA_ARCH_LIST"
+
+    # A GPU newer than nvcc runs the PTX of an older one.
+    gpus = [] if listed else gpus_of_this_machine()
+    older = [[arch for arch in known if by_number(arch) <= by_number(gpu)] for gpu in gpus]
+    archs = sorted({max(each, key=by_number) for each in older if each}, key=by_number)
+    reason = "the GPUs of this machine"
+    if not archs:
+        archs = [arch for arch in ALL_ARCHS if arch in known]
+        reason = "TORCH_CUDA_ARCH_LIST=all" if listed else "no GPU found"
+    if not archs:
+        raise SystemExit(f"rope_ext: {nvcc} knows none of {' '.join(ALL_ARCHS)}")
+    archs[-1] += "+PTX"
+    return archs, reason
 
 
 def gencode(arch: str) -> list[str]:
@@ -147,7 +177,7 @@ def find_cuda(cudart: str) -> Cuda:
         raise Missing(f"{nvcc} --version names no release")
     if tuple(map(int, release.groups())) < OLDEST_CUDA:
         raise Missing(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than 12.0")
-    archs = cuda_archs(nvcc)
+    archs, reason = cuda_archs(nvcc)
 
     # Try it: the headers, the host compiler and the runtime library are all there, or not.
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +191,7 @@ def find_cuda(cudart: str) -> Cuda:
     folders = [flag.removeprefix("-L") for line in searched for flag in shlex.split(line)]
     library = "libcudart_static.a" if cudart == "static" else "libcudart.so"
     library_dirs = [folder for folder in folders if Path(folder, library).exists()]
-    return Cuda(nvcc, f"{release[1]}.{release[2]}", archs, cudart, library_dirs)
+    return Cuda(nvcc, f"{release[1]}.{release[2]}", archs, reason, cudart, library_dirs)
 
 
 # --------------------------------------------------------------------------------------- build
@@ -243,7 +273,7 @@ class BuildRope(BuildExtension):
             return None
         print(
             f"rope_ext: building CUDA kernels with {cuda.nvcc} (CUDA {cuda.version}) "
-            f"for {' '.join(cuda.archs)}, cudart {cuda.cudart}",
+            f"for {' '.join(cuda.archs)} ({cuda.archs_reason}), cudart {cuda.cudart}",
             flush=True,
         )
         return cuda

@@ -37,19 +37,21 @@ MOST_REGISTERS_WITH_FOUR_VALUES = 64
 MOST_REGISTERS_FROM_ORDER_TO_ORDER = 80
 # With a cache beside q and k, eight half-split pairs take more: the first of these that fits.
 MOST_REGISTERS_OF_APPEND = {
-    "8, false, false, rope::cuda::KeyValueCache<true, true>": 96,
-    "8, false, false, rope::cuda::KeyValueCache<true": 80,
-    "8, false, false, rope::cuda::LatentCache": 80,
-    "8, true, false, rope::cuda::LatentCache": 80,
-    "8, false, true, rope::cuda::LatentCache": 80,
+    "8, HalfSplit, KeyValueCache, true, true": 96,
+    "8, HalfSplit, KeyValueCache, true": 80,
+    "8, HalfSplit, LatentCache": 80,
+    "8, Converted, LatentCache": 80,
 }
 MOST_REGISTERS_OF_ANGLE_GRADIENTS = 80
-MOST_REGISTERS_OF = {("80", "8, false, false, false"): 48}
+MOST_REGISTERS_OF = {("80", "8, HalfSplit, false"): 48}
 # A row that is normalised stays in registers until its sums are known: eight channels a thread, and
 # their factors and turns, and for gradients as many of the gradient. Blocks have up to 512 threads:
 # with up to 128 registers one of them is resident, with 64 two.
 MOST_REGISTERS_OF_NORMS = {"rms_norm_rotary_kernel": 96, "rms_norm_rotary_grad_kernel": 128}
 MOST_REGISTERS_OF_16_BIT_NORMS = 64  # half-split, one angle a pair
+
+ORDERS = ("HalfSplit", "Interleaved", "Converted", "Any")  # enum Order of fragment.cuh
+WRAPPERS = ("Traits", "Fragment")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at")
 
@@ -105,10 +107,13 @@ def run(*command: str) -> str:
 
 
 def demangled(name: str) -> str:
+    """The kernel and what its traits are made of, such as kernel<__half, 8, HalfSplit, true>."""
     text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    return re.sub(
-        r".*?(\w+(<.*?>)?)\(.*", r"\1", text.replace("(anonymous namespace)::", "").strip()
-    )
+    text = re.sub(r"\(anonymous namespace\)::|rope::cuda::", "", text.strip())
+    text = re.sub(r"\(Order\)(\d)", lambda order: ORDERS[int(order[1])], text)
+    kernel, arguments = re.fullmatch(r".*?(\w+)(<.*>)?\(.*", text).groups()
+    words = [word for word in re.findall(r"\w+", arguments or "") if not word.endswith(WRAPPERS)]
+    return f"{kernel}<{', '.join(words)}>" if words else kernel
 
 
 def loops_of(lines: list[tuple[int, str]]) -> list[list[str]]:
@@ -193,14 +198,14 @@ def most_registers(k: Kernel) -> int:
     variant = k.name.partition(", ")[2].rstrip(">")
     kernel = k.name.partition("<")[0]
     plain_16_bit = "rms_norm_rotary_kernel<__half, 4", "rms_norm_rotary_kernel<__nv_bfloat16, 4"
-    if k.name.startswith(plain_16_bit) and variant == "4, false, false, false":
+    if k.name.startswith(plain_16_bit) and variant == "4, HalfSplit, false":
         return MOST_REGISTERS_OF_16_BIT_NORMS
     if kernel in MOST_REGISTERS_OF_NORMS:
         return MOST_REGISTERS_OF_NORMS[kernel]
     for beginning, most in MOST_REGISTERS_OF_APPEND.items():
         if k.appends and variant.startswith(beginning):
             return most
-    if variant.startswith(("8, true, false", "8, false, true")):
+    if variant.startswith("8, Converted"):
         return MOST_REGISTERS_FROM_ORDER_TO_ORDER
     if k.name.startswith("cos_sin_grad_kernel"):
         return MOST_REGISTERS_OF_ANGLE_GRADIENTS
@@ -222,9 +227,9 @@ def test_channels_move_in_16_byte_instructions(kernels):
         for k in kernels
         if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
     ]
-    assert len({k.name for k in wide}) == 36
+    assert len({k.name for k in wide}) == 28
     appending = [k for k in kernels if k.appends and ", 1, " not in k.name]
-    assert len({k.name for k in appending}) == 30
+    assert len({k.name for k in appending}) == 27
     for k in wide + appending:
         assert any(op.startswith("LDG.E.128") for op in k.opcodes), (k.arch, k.name)
         assert any(op.startswith("STG.E.128") for op in k.opcodes), (k.arch, k.name)

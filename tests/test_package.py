@@ -5,12 +5,14 @@ import importlib
 import importlib.resources
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from elftools.elf.elffile import ELFFile
 
@@ -187,6 +189,46 @@ def test_build_info_says_what_was_built():
     else:
         assert (info["cuda_version"], info["cudart"], info["cuda_archs"]) == (None, None, [])
         assert info["no_cuda_reason"]
+
+
+# --------------------------------------------------------------------- GPUs that are built for
+
+ALL_ARCHS = ["8.0", "9.0", "10.0+PTX"]  # of those of a release, what the tests' nvcc knows
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "archs"),
+    [
+        (["9.0"], {}, ["9.0+PTX"]),
+        (["9.0", "8.0", "9.0"], {}, ["8.0", "9.0+PTX"]),
+        (["12.1", "8.7"], {}, ["8.6", "10.3+PTX"]),  # between and after those that nvcc knows
+        (["6.1"], {}, ALL_ARCHS),  # before all of them
+        (["No devices were found"], {}, ALL_ARCHS),
+        ([], {}, ALL_ARCHS),  # no nvidia-smi
+        (["9.0"], {"CUDA_VISIBLE_DEVICES": ""}, ALL_ARCHS),
+        (["9.0"], {"TORCH_CUDA_ARCH_LIST": "all"}, ALL_ARCHS),
+        (["9.0"], {"TORCH_CUDA_ARCH_LIST": "8.0, 8.6+PTX"}, ["8.0", "8.6+PTX"]),
+    ],
+)
+def test_a_build_is_for_the_gpus_of_the_machine(gpus, environment, archs, tmp_path, monkeypatch):
+    def program(name, *lines):
+        (tmp_path / name).write_text(
+            "\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines)])
+        )
+        (tmp_path / name).chmod(0o755)
+
+    program("nvcc", *(f"compute_{arch}" for arch in (80, 86, 90, 100, 103)))
+    if gpus:
+        program("nvidia-smi", *gpus)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(tmp_path)
+    build = runpy.run_path(str(REPOSITORY / "setup.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert build["cuda_archs"](str(tmp_path / "nvcc"))[0] == archs
 
 
 # ------------------------------------------------------------------------------ CPU capability

@@ -8,50 +8,59 @@ namespace rope::cuda {
 namespace {
 
 // One entry of a table [rows, columns].
-struct Entry {
+struct TableEntry {
   int64_t row;
-  int64_t column;  // the first of the thread's: it steps by column_lanes
+  int64_t column;  // the thread's first: it steps by column_lanes
   bool inside;
 };
 
-__device__ __forceinline__ Entry entry_of(const EntryGeometry& g, int64_t rows) {
+__device__ __forceinline__ TableEntry table_entry(const EntryGeometry& g, int64_t rows) {
   const int lane = static_cast<int>(threadIdx.x) / g.column_lanes;
   const int64_t row = block_index() * g.rows_per_block + lane;
   const int column = static_cast<int>(threadIdx.x) - lane * g.column_lanes;
   return {row, column, lane < g.rows_per_block && row < rows};
 }
 
-// kAxes: pairs have positions of their own.
-template <class E, bool kAxes>
+// kDouble: cos and sin are float64.
+template <bool kDouble>
 __global__ void __launch_bounds__(kBlockThreads)
     cos_sin_kernel(const CosSinArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
-  const Entry entry = entry_of(g, args.tokens);
+  const TableEntry entry = table_entry(g, args.tokens);
   if (!entry.inside) return;
   const int64_t token = token_at(angles.positions, 0, entry.row);
-  double position = kAxes ? 0 : position_at(angles.positions, token);
+  const bool has_axes = angles.axes.data != nullptr;
+  const double of_all = has_axes ? 0 : position_at(angles.positions, token);
 #pragma unroll 1
   for (int64_t pair = entry.column; pair < angles.pairs; pair += g.column_lanes) {
     const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, pair);
-    if constexpr (kAxes) position = position_of_pair(angles, token, pair);
-    const SinCos value = sin_cos<std::is_same_v<E, double>>(position, inv_freq);
+    const double position = has_axes ? position_of_pair(angles, token, pair) : of_all;
+    const SinCos value = sin_cos<kDouble>(position, inv_freq);
     const int64_t at = entry.row * angles.pairs + pair;
-    static_cast<E*>(args.cos)[at] = narrow<E>(value.cos * angles.attention_scaling);
-    static_cast<E*>(args.sin)[at] = narrow<E>(value.sin * angles.attention_scaling);
+    const auto store_as = [&](auto storage) {
+      using S = decltype(storage);
+      static_cast<S*>(args.cos)[at] = narrow<S>(value.cos * angles.attention_scaling);
+      static_cast<S*>(args.sin)[at] = narrow<S>(value.sin * angles.attention_scaling);
+    };
+    if constexpr (kDouble) {
+      store_as(double{});
+    } else {
+      dispatch(args.dtype, store_as);
+    }
   }
 }
 
 // partial [chunks, P]: row i is the sum, in order, of chunk_tokens tokens from i * chunk_tokens on.
 //   d cos / d inv_freq = -position scale sin(angle)
 //   d sin / d inv_freq =  position scale cos(angle)
-template <bool kAxes>
 __global__ void __launch_bounds__(kBlockThreads, 768 / kBlockThreads)
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
-  const Entry entry = entry_of(g, args.chunks);
+  const TableEntry entry = table_entry(g, args.chunks);
   if (!entry.inside) return;
   const int64_t begin = entry.row * args.chunk_tokens;
   const int64_t end = min(begin + args.chunk_tokens, args.tokens);
+  const bool has_axes = angles.axes.data != nullptr;
 #pragma unroll 1
   for (int64_t pair = entry.column; pair < angles.pairs; pair += g.column_lanes) {
     const double inv_freq = value_at(angles.inv_freq, angles.inv_freq_dtype, pair);
@@ -60,7 +69,7 @@ __global__ void __launch_bounds__(kBlockThreads, 768 / kBlockThreads)
     for (int64_t row = begin; row < end; ++row) {
       const int64_t token = token_at(angles.positions, 0, row);
       const double position =
-          kAxes ? position_of_pair(angles, token, pair) : position_at(angles.positions, token);
+          has_axes ? position_of_pair(angles, token, pair) : position_at(angles.positions, token);
       const SinCos value = sin_cos<true>(position, inv_freq);
       const double scale = position * angles.attention_scaling;
       const int64_t at = row * angles.pairs + pair;
@@ -95,11 +104,8 @@ void cos_sin(const CosSinArgs& args, void* stream) {
   const Angles& angles = args.angles;
   if (args.tokens == 0 || angles.pairs == 0) return;
   const EntryGeometry g = entry_geometry(angles.pairs, args.tokens);
-  dispatch(args.dtype, [&](auto storage) {
-    using E = decltype(storage);
-    const auto kernel = angles.axes.data ? cos_sin_kernel<E, true> : cos_sin_kernel<E, false>;
-    launch(angles.op, kernel, g.grid, g.block_threads, stream, args, g);
-  });
+  const auto kernel = args.dtype == DType::Float64 ? cos_sin_kernel<true> : cos_sin_kernel<false>;
+  launch(angles.op, kernel, g.grid, g.block_threads, stream, args, g);
 }
 
 void cos_sin_grad(const CosSinGradArgs& args, void* stream) {
@@ -108,9 +114,7 @@ void cos_sin_grad(const CosSinGradArgs& args, void* stream) {
   if (pairs == 0) return;
   if (args.chunks > 0) {
     const EntryGeometry g = entry_geometry(pairs, args.chunks);
-    const auto kernel =
-        args.angles.axes.data ? cos_sin_grad_kernel<true> : cos_sin_grad_kernel<false>;
-    launch(op, kernel, g.grid, g.block_threads, stream, args, g);
+    launch(op, cos_sin_grad_kernel, g.grid, g.block_threads, stream, args, g);
   }
   const int64_t threads = std::min<int64_t>(whole_warps(pairs), kBlockThreads);
   launch(op, cos_sin_grad_sum_kernel, grid_of(ceil_div(pairs, threads)),

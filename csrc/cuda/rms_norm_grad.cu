@@ -1,7 +1,7 @@
 // Gradients of RMSNorm and rotation on CUDA: those to q and k, and partial sums of those to the
 // weights, in one launch; then the sums of these. The reciprocals of the root mean squares are
 // computed again: x is read anyway, for its gradient.
-#include "cuda/parts/norm_rows.cuh"
+#include "cuda/parts/norm_row.cuh"
 #include "kernels.h"
 
 namespace rope::cuda {
@@ -18,18 +18,16 @@ constexpr int resident_blocks() {
 #endif
 }
 
-// A block has the rows of q or of k of one chunk of tokens. N == 1: pairs in any order, in grad and
-// in x.
-template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
+// A block has the norm rows of q or of k of one chunk of tokens.
+template <class Traits>
 __global__ void __launch_bounds__(kMostLanes, resident_blocks())
-    rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const RowPlan plan) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
-  using UnitOfX = UnitOf<E, N, kInterleavedOut, kMixed>;
-  using C = typename UnitOfX::C;
-  constexpr int kPairs = UnitOfX::kPairs, kChannels = UnitOfX::kChannels;
+    rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
+  using F = typename Traits::F;
+  using E = typename F::E;
+  using C = typename F::C;
+  constexpr int kChannels = F::kChannels;
   __shared__ C of_warps[kMostLanes / kWarpThreads];
-  // Of the gradient to the weights of each thread's first unit: as registers they would be too
+  // Of the gradient to the weights of each thread's first fragment: as registers they would be too
   // many.
   __shared__ C sums[kChannels][kMostLanes];
 
@@ -43,51 +41,39 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
                      (is_q ? 0 : args.q_columns) + rotary.rotary_offset;
   const uint32_t group = threadIdx.x / plan.lanes;
   const uint32_t lane = threadIdx.x - group * plan.lanes;
-  const uint32_t units = plan.units * (all_heads ? heads : 1);
+  const uint32_t fragments = plan.fragments * (all_heads ? heads : 1);
   const int64_t first_token = chunk * args.chunk_tokens;
   const int64_t tokens = min(args.chunk_tokens, rotary.batch * rotary.seq - first_token);
   const uint32_t rows = static_cast<uint32_t>(tokens) * (all_heads ? min(heads, 1u) : heads);
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
-  // Where unit `index` of a row is: its head, and among the channels of grad and of x.
-  struct Unit {
-    uint32_t head, unit;
-    Spot grad, x;
+  // Where fragment `index` of a norm row is: its head, and among the channels of grad and of x.
+  struct Place {
+    uint32_t head, in_head;
+    NormFragment grad, x;
   };
-  const auto unit_at = [&](uint32_t first_head, uint32_t index) {
-    const uint32_t head = index / plan.units, unit = index - head * plan.units;
-    const Spot of_x = spot_of<UnitOfX, N>(rotary, plan.rotary, plan.rotary.out, unit);
-    if constexpr (!kMixed && N > 1) return Unit{first_head + head, unit, of_x, of_x};
-    return Unit{first_head + head, unit,
-                spot_of<UnitOfGrad, N>(rotary, plan.rotary, plan.rotary.in, unit), of_x};
+  const auto place_at = [&](uint32_t first_head, uint32_t index) {
+    const uint32_t head = index / plan.fragments, in_head = index - head * plan.fragments;
+    constexpr bool kSame = F::kOrder == Order::HalfSplit || F::kOrder == Order::Interleaved;
+    const NormFragment x = norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head);
+    return Place{first_head + head, in_head,
+                 kSame ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head), x};
   };
-  // x, its weights and the gradient turned back, in x's order.
-  const auto load_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t b, uint32_t s,
-                             const Unit& at) {
-    const Heads<const void*>&xq = args.q, &xk = args.k;
-    const E* from_x =
-        static_cast<const E*>(is_q ? xq.data : xk.data) + b * (is_q ? xq.stride_b : xk.stride_b) +
-        s * (is_q ? xq.stride_s : xk.stride_s) + at.head * (is_q ? xq.stride_h : xk.stride_h);
-    const E* from_grad = static_cast<const E*>(is_q ? q.in.data : k.in.data) +
-                         b * (is_q ? q.in.stride_b : k.in.stride_b) +
-                         s * (is_q ? q.in.stride_s : k.in.stride_s) +
-                         at.head * (is_q ? q.in.stride_h : k.in.stride_h);
-    load_channels<UnitOfX, N>(x, from_x, at.x);
-    load_channels<UnitOfGrad, N>(g, from_grad, at.grad);
+  // x and the gradient to its rotation, rotated back, in x's order.
+  const auto load_fragments = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t b, uint32_t s,
+                                  const Place& at) {
+    load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0), at.x);
+    load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0), at.grad);
     if (!at.grad.rotates) return;
-    TurnsOf<UnitOfGrad, kFullWidth> turns;
-    load_turns<UnitOfGrad, kMixed, kFullWidth>(turns, rotary, plan.rotary, Place{b, s, 0}, at.unit);
-    C g1[kPairs], g2[kPairs];
-    UnitOfGrad::split(g, g1, g2);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) rotate(turns.at(j), g1[j], g2[j]);
-    UnitOfX::join(g1, g2, g);
+    TableValues<F, Traits::kFullWidth> values;
+    load_table(values, rotary, plan.rotary.table, b, s, at.in_head);
+    rotate_channels<F>(g, values, rotary.interleaved);
   };
-  const auto column_of = [&](const Unit& at, int i) {
+  const auto column_of = [&](const Place& at, int i) {
     const int64_t of_head = all_heads ? at.head * rotary.head_dim : 0;
-    return of_head + at.x.channel + i / UnitOfX::kLength * at.x.second + i % UnitOfX::kLength;
+    return of_head + at.x.at.first + i / F::N * at.x.at.second + i % F::N;
   };
-  const auto channels_of = [&](const Unit& at) { return at.x.rotates ? kChannels : N; };
+  const auto channels_of = [&](const Place& at) { return at.x.rotates ? kChannels : F::N; };
 
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] = 0;
@@ -100,27 +86,28 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
     const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
     const uint32_t b = token / static_cast<uint32_t>(rotary.seq);
     const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
+    const uint32_t past = inside ? fragments : 0;
 
-    // x, g: of the thread's first unit, until the row has its sums.
+    // x, g: of the thread's first fragment, until the norm row has its sums.
     C x[kChannels] = {}, g[kChannels] = {};
     C squares = 0, products = 0;
-    const auto add_unit = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t index) {
-      const Unit at = unit_at(first_head, index);
-      C w[kChannels];
-      load_unit(x, g, b, s, at);
-      load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
-      squares += sum_of_squares(x);
+#pragma unroll 1
+    for (uint32_t index = lane; index < past; index += plan.lanes) {
+      const Place at = place_at(first_head, index);
+      C each_x[kChannels], each_g[kChannels], w[kChannels];
+      load_fragments(each_x, each_g, b, s, at);
+      load_factors<F>(w, args.norm, is_q, at.head, at.x);
+      squares += sum_of_squares(each_x);
       C product = 0;
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) product += g[i] * w[i] * x[i];
+      for (int i = 0; i < kChannels; ++i) product += each_g[i] * w[i] * each_x[i];
       products += product;
-    };
-    const uint32_t past = inside ? units : 0;
-    if (lane < past) add_unit(x, g, lane);
-#pragma unroll 1
-    for (uint32_t index = lane + plan.lanes; index < past; index += plan.lanes) {
-      C other_x[kChannels], other_g[kChannels];
-      add_unit(other_x, other_g, index);
+      if (index != lane) continue;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        x[i] = each_x[i];
+        g[i] = each_g[i];
+      }
     }
     squares = sum_over_lanes(squares, plan.lanes, of_warps);
     products = sum_over_lanes(products, plan.lanes, of_warps);
@@ -130,9 +117,9 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
 
 #pragma unroll 1
     for (uint32_t index = lane; index < past;) {
-      const Unit at = unit_at(first_head, index);
+      const Place at = place_at(first_head, index);
       C w[kChannels];
-      load_factors<UnitOfX, N, E>(w, args.norm, is_q, at.head, at.x, plan.weights_aligned);
+      load_factors<F>(w, args.norm, is_q, at.head, at.x);
       C to_x[kChannels];
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
@@ -140,15 +127,12 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
         to_x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
         g[i] *= n;
       }
-      E* to = static_cast<E*>(is_q ? q.out.data : k.out.data) +
-              b * (is_q ? q.out.stride_b : k.out.stride_b) +
-              s * (is_q ? q.out.stride_s : k.out.stride_s) +
-              at.head * (is_q ? q.out.stride_h : k.out.stride_h);
-      store_channels<UnitOfX, N>(to_x, to, at.x);
+      store_channels<F>(to_x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0), at.x);
       if (index == lane) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
-      } else {  // rows of more units than lanes have the block for themselves, and its sums
+      } else {  // norm rows of more fragments than lanes have the block for themselves, and its
+                // sums
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) {
           if (i >= channels_of(at)) continue;
@@ -157,7 +141,7 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
         }
       }
       index += plan.lanes;
-      if (index < past) load_unit(x, g, b, s, unit_at(first_head, index));
+      if (index < past) load_fragments(x, g, b, s, place_at(first_head, index));
     }
   }
 
@@ -170,8 +154,8 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
     for (int i = 0; i < kChannels; ++i) total[i] += sums[i][each * plan.lanes + lane];
   }
 #pragma unroll 1
-  for (uint32_t index = lane; index < units; index += plan.lanes) {
-    const Unit at = unit_at(0, index);
+  for (uint32_t index = lane; index < fragments; index += plan.lanes) {
+    const Place at = place_at(0, index);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       if (i < channels_of(at) && (index == lane || rows == 0)) partial[column_of(at, i)] = total[i];
@@ -210,16 +194,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   });
 }
 
-template <class E, int N, bool kInterleaved, bool kInterleavedOut, bool kFullWidth>
-void launch_units(const RmsNormRotaryGradArgs& args, void* stream) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using UnitOfGrad = UnitOf<E, N, kInterleaved, kMixed>;
-  using UnitOfX = UnitOf<E, N, kInterleavedOut, kMixed>;
+template <class Traits>
+void launch_kernel(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = std::max<int64_t>({rotary.q.heads, rotary.k.heads, 1});
-  const RowPlan plan = row_plan<UnitOfGrad, UnitOfX, N>(rotary, args.norm, heads);
-  launch(rotary.op, rms_norm_rotary_grad_kernel<E, N, kInterleaved, kInterleavedOut, kFullWidth>,
-         grid_of(2 * args.chunks), plan.groups * plan.lanes, stream, args, plan);
+  const NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, heads);
+  launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(2 * args.chunks),
+         plan.groups * plan.lanes, stream, args, plan);
 }
 
 template <class E>
@@ -234,10 +215,8 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
   };
   add(rotary.q, args.q);
   add(rotary.k, args.k);
-  dispatch_units<E>(rotary, alignment, [&](auto shape) {
-    using S = decltype(shape);
-    launch_units<E, S::kN, S::kIn, S::kOut, S::kFullWidth>(args, stream);
-  });
+  dispatch_traits<E>(rotary, args.norm, alignment,
+                     [&](auto traits) { launch_kernel<decltype(traits)>(args, stream); });
 }
 
 }  // namespace

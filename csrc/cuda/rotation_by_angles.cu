@@ -1,5 +1,5 @@
-// apply_rotary_at on CUDA: the angles of a token are computed by the threads of its group together,
-// once for all of its heads, into shared memory, from where each thread takes those of its unit.
+// apply_rotary_at on CUDA: the threads of a token compute its angles together, once for all of its
+// heads, into shared memory. Each thread then takes those of its fragment.
 #include "cuda/parts/angles.cuh"
 #include "cuda/parts/rotate_heads.cuh"
 #include "kernels.h"
@@ -8,12 +8,27 @@ namespace rope::cuda {
 
 namespace {
 
-// Computes those of pairs first, first + step, ... before last of a token's angles, as a table has
-// them, into cos and sin, which begin with pair `begin`.
+// 16-byte vectors, or fragments of one pair: the same kernels copy the channels that do not rotate,
+// and vectors of 8 bytes are moved as single elements, as each further variant takes as long to
+// compile.
+template <class E, int N, Order kOrder>
+struct RotationByAnglesTraits {
+  using F = Fragment<E, N, kOrder>;
+
+  // Blocks that a multiprocessor should hold at a time: 64 registers, and 80 for eight pairs whose
+  // order changes.
+  static constexpr int resident_blocks() {
+    return (kOrder == Order::Converted && N == 8 ? 768 : 1024) / kBlockThreads;
+  }
+};
+
+// Computes cos and sin of pairs first, first + step, ... below last of a token, scaled and rounded
+// as in a table. cos, sin: of pair `begin` and those after it.
 template <class C>
-__device__ __forceinline__ void fill(C* cos, C* sin, const Angles& angles, const Place& place,
-                                     uint32_t begin, uint32_t first, uint32_t last, uint32_t step) {
-  const int64_t token = token_at(angles.positions, place.b, place.s);
+__device__ __forceinline__ void compute_angles(C* cos, C* sin, const Angles& angles,
+                                               const ThreadWork& work, uint32_t begin,
+                                               uint32_t first, uint32_t last, uint32_t step) {
+  const int64_t token = token_at(angles.positions, work.b, work.s);
   const bool has_axes = angles.axes.data != nullptr;
   const double of_all = has_axes ? 0 : position_at(angles.positions, token);
 #pragma unroll 1
@@ -26,86 +41,74 @@ __device__ __forceinline__ void fill(C* cos, C* sin, const Angles& angles, const
   }
 }
 
-// 64 registers, as for kernels with four values a pair; 80 for eight pairs from order to order.
-template <int N, bool kInterleaved, bool kInterleavedOut>
-constexpr int resident_blocks() {
-  return (kInterleaved != kInterleavedOut && N == 8 ? 768 : 1024) / kBlockThreads;
-}
-
-// Units of whole 16-byte vectors, or of one pair in any order (N == 1): channels that do not rotate
-// are copied by the same kernel, and vectors of 8 bytes moved as single elements, as each variant
-// more takes as long to compile.
-template <class E, int N, bool kInterleaved, bool kInterleavedOut>
-__global__ void __launch_bounds__(kBlockThreads,
-                                  (resident_blocks<N, kInterleaved, kInterleavedOut>()))
-    apply_rotary_at_kernel(const RotaryAtArgs args, const Plan plan) {
-  using In = UnitOf<E, N, kInterleaved, kInterleaved != kInterleavedOut>;
-  using C = typename In::C;
-  constexpr int kPairs = In::kPairs;
-  extern __shared__ double shared_memory[];  // cos, sin: [groups_per_block, unit_lanes, kPairs]
+// args.k: as with_one_head_index has it.
+template <class Traits>
+__global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
+    apply_rotary_at_kernel(const RotaryAtArgs args, const RotaryPlan plan) {
+  using F = typename Traits::F;
+  using C = typename F::C;
+  constexpr int kPairs = F::kPairs;
+  extern __shared__ double shared_memory[];  // cos, sin: [groups_per_block, fragment_lanes, kPairs]
   const RotaryGeometry& g = plan.geometry;
-  const uint32_t lanes = g.unit_lanes * g.head_lanes;
+  const uint32_t lanes = g.fragment_lanes * g.head_lanes;
   const uint32_t group = threadIdx.x / lanes, lane = threadIdx.x - group * lanes;
-  const uint32_t head_lane = lane / g.unit_lanes, unit_lane = lane - head_lane * g.unit_lanes;
-  const uint32_t at = (group * g.unit_lanes + unit_lane) * kPairs;  // of the unit's pairs
+  const uint32_t head_lane = lane / g.fragment_lanes;
+  const uint32_t fragment_lane = lane - head_lane * g.fragment_lanes;
+  const uint32_t at = (group * g.fragment_lanes + fragment_lane) * kPairs;
   C* const cos = reinterpret_cast<C*>(shared_memory) + at;
-  C* const sin = cos + g.groups_per_block * g.unit_lanes * kPairs;
+  C* const sin = cos + g.groups_per_block * g.fragment_lanes * kPairs;
 
-  uint32_t unit;
-  Place place;
-  const bool works = find_place(args, plan, place, unit);
-  if (works && unit < plan.rotate_units) {  // the threads of a unit share its pairs
-    const uint32_t first = unit * kPairs;
-    fill(cos, sin, args.angles, place, first, first + head_lane, first + kPairs, g.head_lanes);
+  ThreadWork work;
+  const bool works = find_work(args, plan, work);
+  if (works && work.fragment < plan.rotated_fragments) {
+    // The threads that have this fragment of different heads share its pairs.
+    const uint32_t first = work.fragment * kPairs;
+    compute_angles(cos, sin, args.angles, work, first, first + head_lane, first + kPairs,
+                   g.head_lanes);
   }
   __syncthreads();
   if (!works) return;
-  turn_heads<E, N, kInterleaved, kInterleavedOut, false, true>(
-      args, plan, place, unit, [&](auto& turns) {
+  rotate_heads<F, false, true>(args, plan, work, [&](auto& values) {
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-          const Turn<C> turn{cos[j], sin[j], cos[j], sin[j]};
-          turns.set(j, args.inverse ? inverse_of(turn) : turn);
-        }
-      });
+    for (int j = 0; j < kPairs; ++j) values.set(j, {cos[j], sin[j], cos[j], sin[j]});
+    if (args.inverse) values.invert();
+  });
 }
 
-template <class E, int N, bool kInterleaved, bool kInterleavedOut>
-void launch_units(RotaryAtArgs args, Plan plan, void* stream) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using In = UnitOf<E, N, kInterleaved, kMixed>;
-  using Out = UnitOf<E, N, kInterleavedOut, kMixed>;
-  if (!cut_into_units<In, Out, N>(plan, args)) return;
-  args.k.in = counted_on(args.k.in, args.q.heads, sizeof(E));
-  args.k.out = counted_on(args.k.out, args.q.heads, sizeof(E));
+template <class E, int N, Order kOrder>
+void launch_kernel(const RotaryAtArgs& given, void* stream) {
+  using Traits = RotationByAnglesTraits<E, N, kOrder>;
+  using F = typename Traits::F;
+  const int64_t heads = given.q.heads + given.k.heads;
+  const RotaryPlan plan = rotary_plan<F>(given, heads, copied_channels(given));
+  if (is_empty(plan)) return;
+  RotaryAtArgs args = given;
+  static_cast<RotaryArgs&>(args) = with_one_head_index(given);
   const RotaryGeometry& g = plan.geometry;
   // At most 16 KiB: 256 threads of 8 pairs.
   const size_t bytes =
-      size_t{2} * g.groups_per_block * g.unit_lanes * In::kPairs * sizeof(typename In::C);
-  launch_with(bytes, args.op, apply_rotary_at_kernel<E, N, kInterleaved, kInterleavedOut>, g.grid,
-              g.block_threads, stream, args, plan);
+      size_t{2} * g.groups_per_block * g.fragment_lanes * F::kPairs * sizeof(typename F::C);
+  launch_with(bytes, args.op, apply_rotary_at_kernel<Traits>, g.grid, g.block_threads, stream, args,
+              plan);
 }
 
 template <class E>
 void launch_element(const RotaryAtArgs& args, void* stream) {
-  constexpr int kWhole = 16 / sizeof(E);
-  int64_t widest;
-  const Plan plan = plan_of<E>(args, widest);
-  if (widest < 16) {
-    launch_units<E, 1, false, false>(args, plan, stream);
-  } else if (args.interleaved) {
-    args.interleaved_out ? launch_units<E, kWhole, true, true>(args, plan, stream)
-                         : launch_units<E, kWhole, true, false>(args, plan, stream);
-  } else {
-    args.interleaved_out ? launch_units<E, kWhole, false, true>(args, plan, stream)
-                         : launch_units<E, kWhole, false, false>(args, plan, stream);
+  constexpr int kWide = 16 / sizeof(E);
+  Alignment alignment = alignment_of(args);
+  alignment.add_channels(args, copied_channels(args) > 0);
+  if (!alignment.allows(16)) return launch_kernel<E, 1, Order::Any>(args, stream);
+  switch (order_of(args.interleaved, args.interleaved_out)) {
+    case Order::HalfSplit: return launch_kernel<E, kWide, Order::HalfSplit>(args, stream);
+    case Order::Interleaved: return launch_kernel<E, kWide, Order::Interleaved>(args, stream);
+    default: return launch_kernel<E, kWide, Order::Converted>(args, stream);
   }
 }
 
 }  // namespace
 
 void apply_rotary_at(const RotaryAtArgs& args, void* stream) {
-  for_slices(args, [&](const RotaryAtArgs& slice) {
+  for_slices(args, args, args.q.heads + args.k.heads, [&](const RotaryAtArgs& slice) {
     dispatch(args.dtype, [&](auto storage) { launch_element<decltype(storage)>(slice, stream); });
   });
 }

@@ -1,6 +1,8 @@
 // Gradient of apply_rotary to its cos and sin on CUDA: one block sums one row, in a fixed order.
+#include "cuda/parts/alignment.h"
+#include "cuda/parts/fragment.cuh"
+#include "cuda/parts/heads.cuh"
 #include "cuda/parts/launch.cuh"
-#include "cuda/parts/unit.cuh"
 #include "kernels.h"
 #include "math/index.h"
 
@@ -8,48 +10,36 @@ namespace rope::cuda {
 
 namespace {
 
-struct Plan {
+struct TableGradPlan {
   TableGradGeometry geometry;
-  UnitLayout x, grad;
-  uint32_t units;  // of one head
-  uint32_t heads;  // of q and k together
+  FragmentLayout x, grad;
+  uint32_t fragments;  // of one head
+  uint32_t heads;      // of q and k
 };
 
-// Adds what the thread's heads of one token give, of q and k counted together; the channels are the
-// first of the units.
-template <class UnitOfX, class UnitOfGrad, class E>
-__device__ __forceinline__ void add_token(TurnGrad<typename UnitOfX::C> (&sums)[UnitOfX::kPairs],
-                                          const RotaryTableGradArgs& args, const Plan& plan,
-                                          uint32_t b, uint32_t s, uint32_t head_lane,
-                                          uint32_t channel_x, uint32_t channel_grad) {
-  using C = typename UnitOfX::C;
-  constexpr int kPairs = UnitOfX::kPairs;
-  const auto offset = [&](uint32_t head, int64_t stride_b, int64_t stride_s, int64_t stride_h,
-                          uint32_t channel) {
-    return b * stride_b + s * stride_s + head * stride_h + channel;
-  };
+// Adds the thread's heads of one token, of q and k by one head index; x_at, grad_at: where their
+// fragments begin.
+template <class F>
+__device__ __forceinline__ void add_token(TurnGrad<typename F::C> (&sums)[F::kPairs],
+                                          const RotaryTableGradArgs& args,
+                                          const TableGradPlan& plan, uint32_t b, uint32_t s,
+                                          uint32_t head_lane, Offsets x_at, Offsets grad_at) {
+  using E = typename F::E;
+  using C = typename F::C;
 #pragma unroll 1
   for (uint32_t head = head_lane; head < plan.heads; head += plan.geometry.head_lanes) {
-    // Field by field: a choice between whole structs would put them into local memory.
     const bool is_q = head < static_cast<uint32_t>(args.q.heads);
-    const GradHeads &q = args.q, &k = args.k;
-    const E* grad = static_cast<const E*>(is_q ? q.grad.data : k.grad.data) +
-                    offset(head, is_q ? q.grad.stride_b : k.grad.stride_b,
-                           is_q ? q.grad.stride_s : k.grad.stride_s,
-                           is_q ? q.grad.stride_h : k.grad.stride_h, channel_grad);
-    const E* x =
-        static_cast<const E*>(is_q ? q.x.data : k.x.data) +
-        offset(head, is_q ? q.x.stride_b : k.x.stride_b, is_q ? q.x.stride_s : k.x.stride_s,
-               is_q ? q.x.stride_h : k.x.stride_h, channel_x);
-    UnitOfGrad grad_unit;
-    UnitOfX x_unit;
-    grad_unit.load_from(grad, plan.grad.second);
-    x_unit.load_from(x, plan.x.second);
-    C g1[kPairs], g2[kPairs], x1[kPairs], x2[kPairs];
-    grad_unit.unpack_to(g1, g2);
-    x_unit.unpack_to(x1, x2);
+    F grad, x;
+    grad.load_from(channel_of<E>(is_q, args.q.grad, args.k.grad, b, s, head, grad_at.first),
+                   grad_at.second);
+    x.load_from(channel_of<E>(is_q, args.q.x, args.k.x, b, s, head, x_at.first), x_at.second);
+    C channels[F::kChannels], g1[F::kPairs], g2[F::kPairs], x1[F::kPairs], x2[F::kPairs];
+    grad.unpack_to(channels);
+    split_pairs<F>(channels, args.interleaved_out, g1, g2);
+    x.unpack_to(channels);
+    split_pairs<F>(channels, args.interleaved, x1, x2);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) accumulate(sums[j], g1[j], g2[j], x1[j], x2[j]);
+    for (int j = 0; j < F::kPairs; ++j) accumulate(sums[j], g1[j], g2[j], x1[j], x2[j]);
   }
 }
 
@@ -76,23 +66,19 @@ __device__ __forceinline__ void write_pair(const RotaryTableGradArgs& args, int6
   });
 }
 
-// args.k.*.data point as far before k that heads can be counted on from those of q. N == 1: pairs
-// in any order, in x and in grad.
-template <class E, int N, bool kInterleaved, bool kInterleavedOut>
+// args.k: as indexed_after_q has it.
+template <class F>
 __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
-    rotary_table_grad_kernel(const RotaryTableGradArgs args, const Plan plan) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using UnitOfX = UnitOf<E, N, kInterleaved, kMixed>;
-  using UnitOfGrad = UnitOf<E, N, kInterleavedOut, kMixed>;
-  using C = typename UnitOfX::C;
-  constexpr int kPairs = UnitOfX::kPairs;
+    rotary_table_grad_kernel(const RotaryTableGradArgs args, const TableGradPlan plan) {
+  using C = typename F::C;
+  constexpr int kPairs = F::kPairs;
   __shared__ C shared[4 * kPairs][kBlockThreads];  // the four sums of each pair, a column a thread
 
   const int64_t row = block_index();  // of grad_batch * rows
   if (row >= args.grad_batch * args.rows) return;
   const TableGradGeometry& g = plan.geometry;
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread / g.unit_lanes;
+  const int lane = thread / g.fragment_lanes;
   const int head_lane = lane % g.head_lanes;
   const int token_lane = lane / g.head_lanes;
   const int lanes = g.head_lanes * g.token_lanes;
@@ -100,19 +86,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
   const TokenRange tokens = tokens_of(args, grad_b, row_of_table);
 
 #pragma unroll 1
-  for (uint32_t first = 0; first < plan.units; first += g.unit_lanes) {
-    const uint32_t unit = first + thread - lane * g.unit_lanes;
+  for (uint32_t first = 0; first < plan.fragments; first += g.fragment_lanes) {
+    const uint32_t fragment = first + thread - lane * g.fragment_lanes;
     TurnGrad<C> sums[kPairs] = {};
-    if (unit < plan.units && lane < lanes) {
-      const uint32_t channel_x = UnitOfX::channel_of(unit, plan.x);
-      const uint32_t channel_grad = UnitOfGrad::channel_of(unit, plan.grad);
+    if (fragment < plan.fragments && lane < lanes) {
+      const Offsets x_at = F::offsets(fragment, plan.x), grad_at = F::offsets(fragment, plan.grad);
 #pragma unroll 1
       for (int64_t i = tokens.begin + token_lane; i < tokens.end; i += g.token_lanes) {
         int64_t b, s;
         if (!find_token(args, row_of_table, i, b, s)) continue;
-        add_token<UnitOfX, UnitOfGrad, E>(sums, args, plan, static_cast<uint32_t>(b),
-                                          static_cast<uint32_t>(s), head_lane, channel_x,
-                                          channel_grad);
+        add_token<F>(sums, args, plan, static_cast<uint32_t>(b), static_cast<uint32_t>(s),
+                     head_lane, x_at, grad_at);
       }
     }
 
@@ -130,16 +114,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
       if (lane < half) {
 #pragma unroll
         for (int i = 0; i < 4 * kPairs; ++i) {
-          shared[i][thread] += shared[i][thread + half * g.unit_lanes];
+          shared[i][thread] += shared[i][thread + half * g.fragment_lanes];
         }
       }
       __syncthreads();
     }
 
     // Neighbouring threads write neighbouring pairs.
-    const int units = static_cast<int>(min(plan.units - first, g.unit_lanes));
+    const int fragments = static_cast<int>(min(plan.fragments - first, g.fragment_lanes));
 #pragma unroll 1
-    for (int pair = thread; pair < units * kPairs; pair += static_cast<int>(blockDim.x)) {
+    for (int pair = thread; pair < fragments * kPairs; pair += static_cast<int>(blockDim.x)) {
       const int column = pair / kPairs, at = 4 * (pair % kPairs);
       const TurnGrad<C> sum{shared[at][column], shared[at + 1][column], shared[at + 2][column],
                             shared[at + 3][column]};
@@ -150,24 +134,22 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
   }
 }
 
-template <class E, int N, bool kInterleaved, bool kInterleavedOut>
-void launch_units(RotaryTableGradArgs args, void* stream) {
-  constexpr bool kMixed = kInterleaved != kInterleavedOut;
-  using UnitOfX = UnitOf<E, N, kInterleaved, kMixed>;
-  using UnitOfGrad = UnitOf<E, N, kInterleavedOut, kMixed>;
-  const int64_t units = args.rotary_dim / 2 / UnitOfX::kPairs;
+template <class F>
+void launch_kernel(RotaryTableGradArgs args, void* stream) {
+  const int64_t fragments = args.rotary_dim / 2 / F::kPairs;
   const int64_t rows = args.grad_batch * args.rows;
-  const int64_t tokens = args.batch * args.seq;
-  Plan plan;
-  plan.x = UnitOfX::layout(args.rotary_dim, args.interleaved);
-  plan.grad = UnitOfGrad::layout(args.rotary_dim, args.interleaved_out);
-  plan.units = static_cast<uint32_t>(units);
-  plan.heads = static_cast<uint32_t>(args.q.heads + args.k.heads);
-  plan.geometry = table_grad_geometry(units, std::max<int64_t>(plan.heads, 1), tokens / rows, rows);
-  args.k.grad = counted_on(args.k.grad, args.q.heads, sizeof(E));
-  args.k.x = counted_on(args.k.x, args.q.heads, sizeof(E));
-  launch(args.op, rotary_table_grad_kernel<E, N, kInterleaved, kInterleavedOut>, plan.geometry.grid,
-         plan.geometry.block_threads, stream, args, plan);
+  const int64_t heads = args.q.heads + args.k.heads;
+  TableGradPlan plan;
+  plan.x = F::layout(args.rotary_dim, args.interleaved);
+  plan.grad = F::layout(args.rotary_dim, args.interleaved_out);
+  plan.fragments = static_cast<uint32_t>(fragments);
+  plan.heads = static_cast<uint32_t>(heads);
+  plan.geometry = table_grad_geometry(fragments, std::max<int64_t>(heads, 1),
+                                      args.batch * args.seq / rows, rows);
+  args.k.grad = indexed_after_q(args.k.grad, args.q.heads, size_of(args.dtype));
+  args.k.x = indexed_after_q(args.k.x, args.q.heads, size_of(args.dtype));
+  launch(args.op, rotary_table_grad_kernel<F>, plan.geometry.grid, plan.geometry.block_threads,
+         stream, args, plan);
 }
 
 template <class E>
@@ -178,21 +160,18 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
     alignment.add(x->grad, args.batch, args.seq, x->heads);
     alignment.add(x->x, args.batch, args.seq, x->heads);
   }
-  const bool all_interleaved = args.interleaved && args.interleaved_out;
-  alignment.add_elements(all_interleaved ? args.rotary_dim : args.rotary_dim / 2);
+  const Order order = order_of(args.interleaved, args.interleaved_out);
+  alignment.add_elements(order == Order::Interleaved ? args.rotary_dim : args.rotary_dim / 2);
   // At most four pairs a thread, with four sums each: more would take more than 64 registers.
   constexpr int kWhole = 16 / sizeof(E), kHalfSplit = kWhole < 4 ? kWhole : 4;
-  const bool mixed = args.interleaved != args.interleaved_out;
-  if (all_interleaved && alignment.allows(16)) {
-    launch_units<E, kWhole, true, true>(args, stream);
-  } else if (mixed && args.interleaved && alignment.allows(16)) {
-    launch_units<E, kHalfSplit, true, false>(args, stream);
-  } else if (mixed && alignment.allows(16)) {
-    launch_units<E, kHalfSplit, false, true>(args, stream);
-  } else if (!mixed && !all_interleaved && alignment.allows(kHalfSplit * sizeof(E))) {
-    launch_units<E, kHalfSplit, false, false>(args, stream);
+  if (!alignment.allows(order == Order::HalfSplit ? kHalfSplit * sizeof(E) : 16)) {
+    launch_kernel<Fragment<E, 1, Order::Any>>(args, stream);
+  } else if (order == Order::Interleaved) {
+    launch_kernel<Fragment<E, kWhole, Order::Interleaved>>(args, stream);
+  } else if (order == Order::Converted) {
+    launch_kernel<Fragment<E, kHalfSplit, Order::Converted>>(args, stream);
   } else {
-    launch_units<E, 1, false, false>(args, stream);
+    launch_kernel<Fragment<E, kHalfSplit, Order::HalfSplit>>(args, stream);
   }
 }
 

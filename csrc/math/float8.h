@@ -13,16 +13,32 @@
 
 namespace rope {
 
+// What rounding to a format needs, as bits of float32.
+struct Float8Format {
+  int dropped_bits;          // of the mantissa
+  uint32_t rebias, largest;  // added to the exponent; the largest finite value
+  uint32_t subnormal_unit;   // the float32 whose unit is that of subnormals
+  uint32_t nan;
+
+  // largest_code, nan_code: as the eight bits have them.
+  static constexpr Float8Format of(int mantissa_bits, uint32_t bias, uint32_t largest_code,
+                                   uint32_t nan_code) {
+    const int dropped = 23 - mantissa_bits;
+    const uint32_t rebias = (127 - bias) << 23;
+    // 2^(1 - bias - mantissa bits) is the unit of subnormals.
+    return {dropped, rebias, (largest_code << dropped) + rebias,
+            static_cast<uint32_t>(127 + 1 - bias + dropped) << 23, nan_code};
+  }
+};
+
 // 4 bits of exponent, 3 of mantissa, no infinity: up to 448.
 struct Float8E4M3 {
-  static constexpr int kMantissaBits = 3;
-  static constexpr uint32_t kBias = 7, kLargest = 0x7e, kNan = 0x7f;
+  static constexpr Float8Format kFormat = Float8Format::of(3, 7, 0x7e, 0x7f);
 };
 
 // 5 bits of exponent, 2 of mantissa, as IEEE 754 would have it: up to 57344.
 struct Float8E5M2 {
-  static constexpr int kMantissaBits = 2;
-  static constexpr uint32_t kBias = 15, kLargest = 0x7b, kNan = 0x7f;
+  static constexpr Float8Format kFormat = Float8Format::of(2, 15, 0x7b, 0x7f);
 };
 
 namespace float8_detail {
@@ -42,24 +58,25 @@ ROPE_HOST_DEVICE float float_of(uint32_t bits) {
 }  // namespace float8_detail
 
 // Without branches, so that a loop of it is compiled to vectors.
-template <class Format>
-ROPE_HOST_DEVICE uint8_t float8_of(float value) {
+ROPE_HOST_DEVICE uint8_t float8_of(const Float8Format& format, float value) {
   using namespace float8_detail;
-  constexpr int kDropped = 23 - Format::kMantissaBits;  // of the mantissa of a float32
-  constexpr uint32_t kRebias = (127 - Format::kBias) << 23;
-  constexpr uint32_t kLargest = (Format::kLargest << kDropped) + kRebias;
-  constexpr uint32_t kSmallestNormal = kRebias + (1u << 23);
-  // The float32 whose unit is that of subnormals, 2^(1 - bias - mantissa bits).
-  constexpr uint32_t kSameUnit = (127 + 1 - Format::kBias + kDropped) << 23;
   const uint32_t bits = bits_of(value);
   const uint32_t given = bits & 0x7fffffffu;
-  const uint32_t magnitude = given < kLargest ? given : kLargest;
-  const uint32_t half_and_odd = (1u << (kDropped - 1)) - 1 + ((magnitude >> kDropped) & 1u);
-  const uint32_t normal = (magnitude - kRebias + half_and_odd) >> kDropped;
-  const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kSameUnit)) - kSameUnit;
-  const uint32_t rounded = magnitude < kSmallestNormal ? subnormal : normal;
-  const uint32_t finite_or_nan = given > 0x7f800000u ? Format::kNan : rounded;
+  const uint32_t magnitude = given < format.largest ? given : format.largest;
+  const uint32_t below_half = (1u << (format.dropped_bits - 1)) - 1;
+  const uint32_t half_and_odd = below_half + ((magnitude >> format.dropped_bits) & 1u);
+  const uint32_t normal = (magnitude - format.rebias + half_and_odd) >> format.dropped_bits;
+  const uint32_t subnormal =
+      bits_of(float_of(magnitude) + float_of(format.subnormal_unit)) - format.subnormal_unit;
+  const uint32_t rounded = magnitude < format.rebias + (1u << 23) ? subnormal : normal;
+  const uint32_t finite_or_nan = given > 0x7f800000u ? format.nan : rounded;
   return static_cast<uint8_t>(finite_or_nan | ((bits >> 24) & 0x80u));
+}
+
+template <class Format>
+ROPE_HOST_DEVICE uint8_t float8_of(float value) {
+  constexpr Float8Format format = Format::kFormat;
+  return float8_of(format, value);
 }
 
 }  // namespace rope

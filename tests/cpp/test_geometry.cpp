@@ -42,11 +42,11 @@ void check_rotary(int64_t units, int64_t heads, int64_t batch, int64_t seq) {
                 static_cast<long long>(units), static_cast<long long>(heads),
                 static_cast<long long>(batch), static_cast<long long>(seq));
   check_limits(g.grid, g.block_threads, what);
-  const int64_t lanes = int64_t{g.unit_lanes} * g.head_lanes;
-  EXPECT(int64_t{g.unit_lanes} * g.unit_chunks >= units, "%s: units left out", what);
+  const int64_t lanes = int64_t{g.fragment_lanes} * g.head_lanes;
+  EXPECT(int64_t{g.fragment_lanes} * g.fragment_chunks >= units, "%s: units left out", what);
   EXPECT(g.splits >= 1 && int64_t{g.splits} * g.head_lanes <= heads + g.head_lanes - 1,
          "%s: a group without a head", what);
-  EXPECT(int64_t{g.parts} == int64_t{g.splits} * g.unit_chunks, "%s: parts", what);
+  EXPECT(int64_t{g.parts} == int64_t{g.splits} * g.fragment_chunks, "%s: parts", what);
   EXPECT(int64_t{g.groups} == seq * g.parts, "%s: groups wrapped", what);
   EXPECT(int64_t{g.groups_per_block} * lanes <= g.block_threads, "%s: block too small", what);
   EXPECT(int64_t{g.grid.x} * g.groups_per_block >= g.groups, "%s: groups left out", what);
@@ -64,7 +64,8 @@ void check_table_grad(int64_t units, int64_t heads, int64_t tokens_per_row, int6
   const int64_t workers = int64_t{g.head_lanes} * g.token_lanes;
   EXPECT(workers >= 1 && (workers & (workers - 1)) == 0, "workers %lld",
          static_cast<long long>(workers));
-  EXPECT(g.unit_lanes * workers <= g.block_threads && g.block_threads <= kBlockThreads, "threads");
+  EXPECT(g.fragment_lanes * workers <= g.block_threads && g.block_threads <= kBlockThreads,
+         "threads");
   EXPECT(int64_t{g.grid.x} * g.grid.y >= rows, "rows left out");
 }
 

@@ -29,21 +29,21 @@ inline int64_t whole_warps(int64_t threads) {
   return ceil_div(threads, kWarpThreads) * kWarpThreads;
 }
 
-// apply_rotary. A group of threads, about a warp, works on one token: unit_lanes of them lie along
-// a head, head_lanes such rows take one head each and step through the heads. Each thread keeps its
-// piece of the table row for all of its heads, so a group reads the row once.
+// apply_rotary. A group of threads, about a warp, works on one token: fragment_lanes of them lie
+// along a head, head_lanes such rows take one head each and step through the heads. Each thread
+// keeps its piece of the table row for all of its heads, so a group reads the row once.
 //
 // When tokens alone do not fill the GPU, `splits` groups share a token and its row is read that
 // many times: at most once for each head_lanes heads, and exactly once from
-// sm_count * kFullThreads / (unit_lanes * head_lanes) tokens on. A head longer than a block
-// (unit_chunks > 1) is cut as well, and its row with it. The groups of one token, `parts` in all,
-// are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
+// sm_count * kFullThreads / (fragment_lanes * head_lanes) tokens on. A head longer than a block
+// (fragment_chunks > 1) is cut as well, and its row with it. The groups of one token, `parts` in
+// all, are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
 //
 // A block stays within one sequence; sequence b is blockIdx.z * gridDim.y + blockIdx.y.
 struct RotaryGeometry {
-  uint32_t unit_lanes, head_lanes;
-  uint32_t splits, unit_chunks;
-  uint32_t parts;   // splits * unit_chunks
+  uint32_t fragment_lanes, head_lanes;
+  uint32_t splits, fragment_chunks;
+  uint32_t parts;   // splits * fragment_chunks
   uint32_t groups;  // of one sequence: seq * parts
   uint32_t groups_per_block;
   uint32_t block_threads;
@@ -61,17 +61,17 @@ inline int64_t most_tokens(int64_t units) {
 // units: threads' worth of work in one head. All sizes > 0; seq <= most_tokens(units).
 inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batch, int64_t seq,
                                       int64_t sm_count) {
-  const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
-  const int64_t unit_chunks = ceil_div(units, unit_lanes);
-  const int64_t head_lanes = std::min(std::max<int64_t>(kWarpThreads / unit_lanes, 1), heads);
-  const int64_t lanes = unit_lanes * head_lanes;
+  const int64_t fragment_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t fragment_chunks = ceil_div(units, fragment_lanes);
+  const int64_t head_lanes = std::min(std::max<int64_t>(kWarpThreads / fragment_lanes, 1), heads);
+  const int64_t lanes = fragment_lanes * head_lanes;
 
   const int64_t most_splits = ceil_div(heads, head_lanes);
-  const int64_t wanted = ceil_div(sm_count * kFullThreads, batch * seq * unit_chunks * lanes);
+  const int64_t wanted = ceil_div(sm_count * kFullThreads, batch * seq * fragment_chunks * lanes);
   const int64_t passes = ceil_div(most_splits, std::min(wanted, most_splits));
   const int64_t splits = ceil_div(most_splits, passes);
 
-  const int64_t parts = splits * unit_chunks;
+  const int64_t parts = splits * fragment_chunks;
   const int64_t groups = seq * parts;
   const int64_t share = batch * groups / (kWantedBlocks * sm_count);
   const int64_t most_groups = std::min(std::max<int64_t>(share, 1), kBlockThreads / lanes);
@@ -80,10 +80,10 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batc
 
   const int64_t grid_z = ceil_div(batch, kMaxGridY);
   const auto u32 = [](int64_t count) { return static_cast<uint32_t>(count); };
-  return {u32(unit_lanes),
+  return {u32(fragment_lanes),
           u32(head_lanes),
           u32(splits),
-          u32(unit_chunks),
+          u32(fragment_chunks),
           u32(parts),
           u32(groups),
           u32(groups_per_block),
@@ -91,11 +91,11 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batc
           Grid{u32(blocks), u32(ceil_div(batch, grid_z)), u32(grid_z)}};
 }
 
-// rotary_table_grad. One block for each row of the gradient: unit_lanes threads lie along a head,
-// head_lanes * token_lanes such rows (powers of two) share the heads and tokens that use the row.
-// Depends on shapes alone, so the order of the sum does too.
+// rotary_table_grad. One block for each row of the gradient: fragment_lanes threads lie along a
+// head, head_lanes * token_lanes such rows (powers of two) share the heads and tokens that use the
+// row. Depends on shapes alone, so the order of the sum does too.
 struct TableGradGeometry {
-  int unit_lanes, head_lanes, token_lanes;
+  int fragment_lanes, head_lanes, token_lanes;
   uint32_t block_threads;
   Grid grid;
 };
@@ -109,8 +109,8 @@ inline int64_t largest_power_of_two(int64_t limit) {
 // tokens_per_row: about how many tokens use one row.
 inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64_t tokens_per_row,
                                              int64_t rows) {
-  const int64_t unit_lanes = std::min<int64_t>(units, kBlockThreads);
-  const int64_t lanes = kBlockThreads / unit_lanes;
+  const int64_t fragment_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t lanes = kBlockThreads / fragment_lanes;
   // The most lanes that leave at most a fifth of them without a head in the last pass.
   int64_t head_lanes = largest_power_of_two(lanes);
   while (head_lanes > 1 && ceil_div(heads, head_lanes) * head_lanes * 4 > heads * 5) {
@@ -118,8 +118,9 @@ inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64
   }
   const int64_t token_lanes =
       largest_power_of_two(std::min(lanes / head_lanes, std::max<int64_t>(tokens_per_row, 1)));
-  return {static_cast<int>(unit_lanes), static_cast<int>(head_lanes), static_cast<int>(token_lanes),
-          static_cast<uint32_t>(whole_warps(unit_lanes * head_lanes * token_lanes)), grid_of(rows)};
+  return {
+      static_cast<int>(fragment_lanes), static_cast<int>(head_lanes), static_cast<int>(token_lanes),
+      static_cast<uint32_t>(whole_warps(fragment_lanes * head_lanes * token_lanes)), grid_of(rows)};
 }
 
 // Tables [rows, columns] with a thread for each entry: columns of one row side by side.

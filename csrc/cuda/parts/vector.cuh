@@ -147,12 +147,12 @@ __device__ __forceinline__ void pack(Vector<E, N>& v, const C* x) {
   }
 }
 
-// K consecutive values as C, in 16-byte steps or, if there is less, in one; `from` is aligned to
-// that where kAligned, else to an element.
-template <class C, int K, bool kAligned, class E>
+// K consecutive values as C, in steps of up to 16 bytes, to which `from` is aligned. Values of
+// float64 for float32 are read one by one, as vectors of them would take many registers.
+template <int K, class C, class E>
 __device__ __forceinline__ void load_values(C* x, const E* from) {
   constexpr int kWhole = K * sizeof(E) < 16 ? K : 16 / sizeof(E);
-  constexpr int kStep = kAligned ? kWhole : 1;
+  constexpr int kStep = sizeof(E) > sizeof(C) ? 1 : kWhole;
 #pragma unroll
   for (int j = 0; j < K; j += kStep) {
     Vector<E, kStep> v;

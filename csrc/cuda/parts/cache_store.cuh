@@ -1,0 +1,100 @@
+// Writing fragments to a paged cache: a token's slot, and the conversion to float8.
+#pragma once
+
+#include "cuda/parts/fragment.cuh"
+#include "math/float8.h"
+#include "math/index.h"
+
+namespace rope::cuda {
+
+struct Slot {
+  int64_t block, offset;
+  bool exists;  // else the token is not stored
+};
+
+__device__ __forceinline__ Slot slot_of(const AppendArgs& args, uint32_t b, uint32_t s) {
+  const int64_t token = int64_t{b} * args.slots_seq + s;
+  if (token >= args.slot_count) return {0, 0, false};
+  const int64_t slot = entry_of(args.slots, b, s);
+  const uint64_t index = static_cast<uint64_t>(slot), size = static_cast<uint64_t>(args.block_size);
+  if (index >= static_cast<uint64_t>(args.blocks) * size) return {0, 0, false};
+  // A division of 64 bits takes several times as long as one of 32.
+  const uint64_t block = (index | size) >> 32
+                             ? index / size
+                             : static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
+  return {static_cast<int64_t>(block), static_cast<int64_t>(index - block * size), true};
+}
+
+// k or v, field by field: a choice between whole structs would put them into local memory.
+__device__ __forceinline__ StoredHeads choose(bool first, const StoredHeads& a,
+                                              const StoredHeads& b) {
+  StoredHeads chosen{};
+  chosen.cache = first ? a.cache : b.cache;
+  chosen.stride_block = first ? a.stride_block : b.stride_block;
+  chosen.stride_offset = first ? a.stride_offset : b.stride_offset;
+  chosen.stride_h = first ? a.stride_h : b.stride_h;
+  chosen.scale = first ? a.scale : b.scale;
+  chosen.scale_stride_h = first ? a.scale_stride_h : b.scale_stride_h;
+  return chosen;
+}
+
+// Which vectors of a fragment exist.
+struct Present {
+  bool first, second;
+};
+
+template <class F>
+__device__ __forceinline__ void load_present(F& x, const typename F::E* from, uint32_t second,
+                                             Present present) {
+  if (present.first) load(x.vectors[0], from);
+  if constexpr (F::kVectors == 2) {
+    if (present.second) load(x.vectors[1], from + second);
+  }
+}
+
+template <class E, int N>
+__device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
+                                             const Float8Format& format, float scale) {
+  using C = ArithmeticOf<E>;
+  C x[N];
+  unpack(v, x);
+  uint8_t bytes[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const C divided = x[j] / static_cast<C>(scale);
+    if constexpr (std::is_same_v<C, double>) {
+      bytes[j] = float8_of(format, round_to_odd(divided));
+    } else {
+      bytes[j] = float8_of(format, divided);
+    }
+  }
+  Vector<uint8_t, N> out;
+  memcpy(&out.word, bytes, sizeof(bytes));
+  store(out, to);
+}
+
+// Writes x to the head `head` of a cache, from `channel` on. kFloat8: the cache may be of float8.
+template <bool kFloat8, class F>
+__device__ __forceinline__ void store_cached(const F& x, const StoredHeads& heads, CacheDType dtype,
+                                             const Float8Format& format, const Slot& slot,
+                                             uint32_t head, int32_t channel, uint32_t second,
+                                             Present present) {
+  const int64_t at = slot.block * heads.stride_block + slot.offset * heads.stride_offset +
+                     head * heads.stride_h + channel;
+  if (!kFloat8 || dtype == CacheDType::OfModel) {
+    typename F::E* const to = static_cast<typename F::E*>(heads.cache) + at;
+    if (present.first) store(x.vectors[0], to);
+    if constexpr (F::kVectors == 2) {
+      if (present.second) store(x.vectors[1], to + second);
+    }
+    return;
+  }
+  const float scale = heads.scale == nullptr ? 1 : __ldg(heads.scale + head * heads.scale_stride_h);
+  uint8_t* const to = static_cast<uint8_t*>(heads.cache) + at;
+  if (present.first) store_float8(x.vectors[0], to, format, scale);
+  if constexpr (F::kVectors == 2) {
+    if (present.second) store_float8(x.vectors[1], to + second, format, scale);
+  }
+}
+
+}  // namespace rope::cuda
