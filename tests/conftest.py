@@ -12,13 +12,7 @@ import works_with
 from rope_ext import _C
 from rope_ext.integrations.transformers import families
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ],
-)
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -169,8 +163,17 @@ def recording(request):
     )
 
 
+# How many of the selected tests wait for a GPU: counted by each process, printed by the first.
+WAITING = pytest.StashKey()
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k have selected
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        waiting = [item for item in items if item.get_closest_marker("cuda")]
+        config.stash[WAITING] = len(waiting)
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
     if (step := config.getoption("--every")) > 1:
         config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
         items[:] = items[::step]
@@ -180,3 +183,18 @@ def pytest_collection_modifyitems(config, items):
             for pattern, reason in NOT_EMULATED.items():
                 if re.search(pattern, item.nodeid):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["waiting"] = session.config.stash.get(WAITING, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[WAITING] = getattr(node, "workeroutput", {}).get("waiting", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if waiting := config.stash.get(WAITING, 0):
+        terminalreporter.write_line(f"{waiting} tests wait for a GPU: not run")

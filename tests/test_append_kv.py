@@ -35,7 +35,6 @@ rope = torch.ops.rope
 B, S, H, K, D, L = 2, 5, 4, 2, 16, 9
 BLOCKS, BLOCK_SIZE = 3, 8
 SLOTS = BLOCKS * BLOCK_SIZE  # for 10 tokens
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WRITTEN = ("q", "k", "k_cache", "v_cache")
 APPENDING = Appending(rope.apply_rotary_qk_append_kv_, reference.apply_rotary_qk_append_kv, WRITTEN)
 
@@ -586,7 +585,6 @@ def test_argument_on_another_device_is_refused(name):
 )  # fmt: skip
 @pytest.mark.parametrize("cache_dtype", [torch.float32, F8], ids=name_of)
 @pytest.mark.cuda
-@needs_cuda
 def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value, cache_dtype):
     given = arguments("cuda", cache_dtype=cache_dtype)
     slots = given["slot_mapping"].cpu()
@@ -601,7 +599,6 @@ def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value,
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
     monkeypatch.setenv("ROPE_EXT_CHECK", "1")
     for change, expected, got in VALUES.values():
@@ -613,7 +610,6 @@ def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_scale_of_0_gives_what_the_division_gives_on_cuda():
     given = arguments("cuda", cache_dtype=F8)
     given["v_scale"] = torch.zeros(1).cuda()
@@ -623,7 +619,6 @@ def test_scale_of_0_gives_what_the_division_gives_on_cuda():
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_position_outside_of_the_table_is_stored_as_nan_on_cuda():
     given = arguments("cuda")
     given["slot_mapping"] = torch.arange(B * S).cuda()

@@ -28,7 +28,6 @@ import rope_ext
 from rope_ext import reference
 
 rope = torch.ops.rope
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 B, S, H, L = 2, 5, 3, 9
 D, R, RANK = 24, 8, 32  # 16 channels of q stay
@@ -357,7 +356,6 @@ def test_argument_on_another_device_is_refused(name):
 
 
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("value", [SLOTS, 2**40, 2**63 - 1, -1])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, F8], ids=name_of)
 def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value, cache_dtype):
@@ -372,7 +370,6 @@ def test_token_with_a_slot_outside_of_the_cache_is_rotated_and_not_stored(value,
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
     monkeypatch.setenv("ROPE_EXT_CHECK", "1")
     for change, expected, got in VALUES.values():

@@ -438,7 +438,6 @@ def test_positions_at_both_ends_of_the_table_are_accepted(device):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(("value", "at", "dtype"), OUTSIDE)
 def test_position_outside_the_table_gives_a_nan_row_on_cuda(value, at, dtype, rotation):
@@ -461,7 +460,6 @@ def test_position_outside_the_table_gives_a_nan_row_on_cuda(value, at, dtype, ro
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(("value", "at", "dtype"), OUTSIDE[:4])
 def test_position_outside_raises_on_cuda_where_asked(value, at, dtype, rotation, monkeypatch):

@@ -16,10 +16,7 @@ fakegpu_torch = pytest.importorskip(
     "fakegpu_torch", reason="no emulator of the CUDA runtime: bytes can't be counted"
 )
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 SECTOR = 32  # bytes: what memory moves at least
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -19,10 +19,7 @@ from support import (
 
 import rope_ext
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 rope = torch.ops.rope
 B, S, H, K, D, L = 2, 7, 5, 2, 48, 11

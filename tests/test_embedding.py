@@ -327,7 +327,6 @@ def test_to_empty_of_a_module_that_is_not_on_meta_keeps_its_frequencies(device):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_table_follows_the_module_to_another_device():
     module = make()
     module(*q_and_k("cpu"))

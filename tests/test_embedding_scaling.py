@@ -281,7 +281,6 @@ def test_no_value_is_waited_for(name, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", SCALINGS)
 def test_captured_graph_follows_the_positions(name):
     module, eager = make(name, "cuda"), make(name, "cuda")

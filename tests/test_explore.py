@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from browser import Browser, program
+from browser import Browser, programs
 
 import rope_ext
 from rope_ext import frequencies
@@ -49,10 +49,9 @@ NAMED = {"slider": 7, "spinbutton": 2, "checkbox": 1, "combobox": 1}
 
 @pytest.fixture(scope="module")
 def browser():
-    path = program()
-    if path is None:
-        pytest.skip("no browser: install chromium, or name one in CHROMIUM")
-    browser = Browser(path)
+    if programs() is None:
+        pytest.skip("no browser: install chromium and chromium-driver")
+    browser = Browser()
     yield browser
     browser.close()
 
