@@ -1,0 +1,167 @@
+"""What each kernel moves at prefill and decode, beside what has to move at least.
+
+    python benchmarks/bytes_moved.py --out DIR [--quick]
+
+On a GPU, Nsight Compute (ncu) counts: bytes that DRAM reads and writes, bytes that the L2 cache is
+asked for, time, share of the DRAM's peak rate, occupancy. Caches are emptied before each kernel. What
+a kernel writes may stay in L2 after its end, so DRAM can show fewer bytes than were written. Under an
+emulator of the CUDA runtime (CONTRIBUTING.md) that counts instead: bytes of the 32-byte sectors that
+the threads ask for, and of the distinct ones. results/bytes_emulated.csv has its counts of all cases,
+which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md and .csv.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from operators_cuda import OperatorCase, cases
+
+try:
+    import fakegpu_torch
+except ImportError:
+    fakegpu_torch = None
+
+SECTOR = 32  # bytes
+MORE = 1.1  # times the least, or the emulator's count: above, a number is marked
+EMULATED = Path(__file__).parent / "results/bytes_emulated.csv"
+MARKER = "spin_kernel"  # of torch.cuda._sleep: launched before each case
+METRICS = {  # of Nsight Compute: our column, and what one unit is there
+    "gpu__time_duration.sum": ("microseconds", 1e-3),
+    "dram__bytes_read.sum": ("dram_read", 1),
+    "dram__bytes_write.sum": ("dram_write", 1),
+    "lts__t_sectors_srcunit_tex_op_read.sum": ("l2_read", SECTOR),
+    "lts__t_sectors_srcunit_tex_op_write.sum": ("l2_write", SECTOR),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("occupancy_percent", 1),
+    "launch__registers_per_thread": ("registers", 1),
+}
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "n": 1, "u": 1e3, "m": 1e6}  # of bytes, of seconds
+CASE = ("operator", "shape", "least", "kernel")
+MEASURED = tuple(column for column, _ in METRICS.values())
+COUNTED = ("asked_read", "asked_write", "distinct_read", "distinct_write")
+
+Row = dict[str, str | float]  # a launch: CASE, and MEASURED or COUNTED
+
+
+def kernel_name(text: str) -> str:
+    """Of `void rope::(anonymous namespace)::name<...>(...)`, the name."""
+    plain = re.match(r"[^<(]*", text.replace("(anonymous namespace)::", ""))
+    return re.split(r"::|\s", plain[0].strip())[-1] if plain else text
+
+
+def of_case(case: OperatorCase, kernel: str) -> Row:
+    return dict(zip(CASE, (case.name, case.shape_name, case.least_bytes, kernel), strict=True))
+
+
+# ---------------------------------------------------------------------------------------- counting
+
+
+def launch(chosen: list[OperatorCase]) -> None:
+    """What ncu runs: after a marker, each case once."""
+    for case in chosen:
+        (call,) = case.make(1)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        torch.cuda._sleep(1)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def profile(quick: bool, log: Path) -> str:
+    """The text of ncu, of all cases; without the metrics that it does not know."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise SystemExit("ncu is not in PATH: nothing to count the bytes with")
+    metrics = list(METRICS)
+    program = [sys.executable, __file__, "--launch", *(["--quick"] if quick else [])]
+    options = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
+    options += ["--profile-from-start", "off", "--kernel-name-base", "demangled"]
+    options += ["--kernel-name", f"regex:rope::|{MARKER}"]
+    while metrics:
+        command = [ncu, *options, "--log-file", str(log), "--metrics", ",".join(metrics), *program]
+        status = subprocess.run(command).returncode
+        text = log.read_text(errors="replace") if log.exists() else ""
+        errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+        if "ERR_NVGPUCTRPERM" in text:
+            raise SystemExit("ncu may not read the counters of this GPU (ERR_NVGPUCTRPERM)")
+        unknown = [metric for metric in metrics if any(metric in line for line in errors)]
+        if status == 0 and not unknown:
+            return text
+        if not unknown:
+            raise SystemExit("\n".join([*text.splitlines()[-10:], f"ncu: exit status {status}"]))
+        print(f"ncu does not know {', '.join(unknown)}")
+        metrics = [metric for metric in metrics if metric not in unknown]
+    raise SystemExit("ncu knows none of the metrics")
+
+
+def launches(text: str) -> Iterator[tuple[str, Row]]:
+    """Kernels and what ncu measured, from its page `raw` as CSV: names, a line of units, launches."""
+    table = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
+    units = next(table, {})
+    for line in table:
+        row: Row = {}
+        for metric, (column, factor) in METRICS.items():
+            value = (line.get(metric) or "").replace(",", "")
+            unit = re.match(r"([KMGnum]?)(?:byte|second|s\b)", units.get(metric) or "")
+            with_prefix = factor * UNITS[unit[1]] if unit else factor
+            row[column] = float(value) * with_prefix if re.match(r"[\d.]+$", value) else ""
+        yield kernel_name(line["Kernel Name"]), row
+
+
+def measured(text: str, chosen: list[OperatorCase]) -> list[Row]:
+    rows, current = [], -1
+    for kernel, row in launches(text):
+        if kernel == MARKER:
+            current += 1
+        else:
+            rows.append(of_case(chosen[current], kernel) | row)
+    return rows
+
+
+def counted(chosen: list[OperatorCase]) -> list[Row]:
+    """The same by the emulator, in one row for all launches of a kernel."""
+    rows = []
+    with fakegpu_torch.cpu_fallback():
+        for case in chosen:
+            (call,) = case.make(1)
+            fakegpu_torch.reset()
+            call()
+            for name, k in fakegpu_torch.stats()["kernels"].items():
+                if k["launches"] and "rope::" in name:
+                    sectors = (k["load_sectors"], k["store_sectors"])
+                    sectors += (k["load_unique_sectors"], k["store_unique_sectors"])
+                    counts = (SECTOR * n for n in sectors)
+                    rows.append(
+                        of_case(case, kernel_name(name)) | dict(zip(COUNTED, counts, strict=True))
+                    )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def beside(rows: list[Row], emulated: Iterable[Row]) -> list[Row]:
+    """With the emulator's counts of the same kernel in the same case."""
+    keys = ("operator", "shape", "kernel")
+    known = {tuple(row[k] for k in keys): row for row in emulated}
+    return [
+        row | {c: known.get(tuple(row[k] for k in keys), {}).get(c, "") for c in COUNTED}
+        for row in rows
+    ]
+
+
+def number(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+
+
+def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[number(row.get(column, "")) for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
