@@ -46,23 +46,19 @@ def planned_seconds(case: OperatorCase, quick: bool) -> float:
     return CASE_SECONDS + COMPILE_SECONDS * (case.compiled and not quick)
 
 
-def verify(case: OperatorCase) -> None:
-    """Raises WrongResult."""
+def verify(case: OperatorCase, way: Way | None = None) -> None:
+    """What the operator gives, or another way; raises WrongResult."""
     arguments = case.arguments()
     exact = case.exact(arguments)
-    got = case.results(arguments, case.call(arguments)())
+    call = case.call(arguments) if way is None else way.call(arguments)
+    got = case.results(arguments, call())
     for name, result, true in zip(case.result_names, got, exact, strict=True):
-        check_once_rounded(name, result, true, roundings=case.roundings)
-
-
-def verify_way(case: OperatorCase, way: Way) -> None:
-    arguments = case.arguments()
-    exact = case.exact(arguments)
-    got = case.results(arguments, way.call(arguments)())
-    last_position = FIRST_POSITION + case.tokens
-    slack = way.angle_roundings * last_position * torch.finfo(torch.float32).eps
-    for name, result, true in zip(case.result_names, got, exact, strict=True):
-        check_roughly(name, result, true, angle_slack=slack)
+        if way is None:
+            check_once_rounded(name, result, true, roundings=case.roundings)
+        else:
+            last_angle = FIRST_POSITION + case.tokens
+            slack = way.angle_roundings * last_angle * torch.finfo(torch.float32).eps
+            check_roughly(name, result, true, angle_slack=slack)
 
 
 def right_ways(
@@ -78,7 +74,7 @@ def right_ways(
     right = {}
     for name, way in ways.items():
         try:
-            verify_way(case, way)
+            verify(case, way)
             right[name] = way
         except Exception as error:  # one that fails must not stop the others
             left_out[name] = reason(error)

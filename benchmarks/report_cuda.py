@@ -8,7 +8,7 @@ from benchmark import FLOOR, OURS, PEER
 from measuring import Summary, ratio, summary
 from measuring_cuda import Times
 from operator_case import OperatorCase, operator_name
-from report import COLORS, number, row, times_cell
+from report import COLORS, MISSED, REACHED, number, row, times_cell
 
 COPY = "copy"  # the floor of each case: a device copy of as many bytes
 LAUNCH_SECONDS = 2e-6  # about what a launch takes in a graph
@@ -46,7 +46,7 @@ class Measured:
             return f"a launch takes {1e6 * LAUNCH_SECONDS:.0f} us"
         if not self.ways[OURS].graph:
             return "no graph"
-        return "**missed**" if self.over_expected(OURS).median > ALLOWED else "reached"
+        return MISSED if self.over_expected(OURS).median > ALLOWED else REACHED
 
     def kind(self, way: str) -> str:
         return {OURS: OURS, COPY: FLOOR}.get(way, PEER)
@@ -55,22 +55,22 @@ class Measured:
 def time_rows(result: Measured) -> list[str]:
     case, ours = result.case, result.ways[OURS]
     lines = []
-    for name, timed in result.ways.items():
-        rate = case.least_bytes / summary(timed.seconds).median
+    for name, times in result.ways.items():
+        rate = case.least_bytes / summary(times.seconds).median
         lines.append(
             row(
                 [
                     case.label if name == OURS else "",
                     name,
-                    times_cell(timed.graph) if timed.graph else "",
+                    times_cell(times.graph) if times.graph else "",
                     f"{1e-9 * rate:,.0f}",
-                    f"{100 * ratio(result.ways[COPY].seconds, timed.seconds).median:.0f}%",
-                    f"{number(1e6 * result.expected)}" if name == OURS else "",
+                    f"{100 * ratio(result.ways[COPY].seconds, times.seconds).median:.0f}%",
+                    number(1e6 * result.expected) if name == OURS else "",
                     f"{result.over_expected(name).median:.2f}",
                     result.verdict if name == OURS else "",
-                    times_cell(timed.eager),
-                    number(1e6 * summary(timed.host).median),
-                    f"{ratio(timed.seconds, ours.seconds).median:.2f}",
+                    times_cell(times.eager),
+                    number(1e6 * summary(times.host).median),
+                    f"{ratio(times.seconds, ours.seconds).median:.2f}",
                 ]
             )
         )
@@ -84,6 +84,7 @@ COLUMNS = (
 
 
 def explanation(copy_rate: float) -> str:
+    judged, launch = f"{1e6 * JUDGED_SECONDS:.0f} us", f"{1e6 * LAUNCH_SECONDS:.0f} us"
     return (
         "Microseconds a call and ratios: median of interleaved rounds (10th-90th percentile). "
         "`in a graph`: calls in a CUDA graph, without the cost of launches to the host; `eager`: "
@@ -91,15 +92,14 @@ def explanation(copy_rate: float) -> str:
         "times in a graph, or eager where there is none. GB/s counts the fewest bytes that the "
         f"operator must read and write, for everyone; `{COPY}` is a device copy of as many in the "
         "same rounds. `expected`: those bytes at the rate of a large copy, "
-        f"{1e-12 * copy_rate:.2f} TB/s; rope_ext reaches it within {ALLOWED - 1:.0%} or has "
-        "missed it. Where less than "
-        f"{1e6 * JUDGED_SECONDS:.0f} us are expected, a launch of about "
-        f"{1e6 * LAUNCH_SECONDS:.0f} us bounds the time, and the tensors stay in L2."
+        f"{1e-12 * copy_rate:.2f} TB/s, which rope_ext reaches within {ALLOWED - 1:.0%} or misses. "
+        f"Where less than {judged} are expected, a launch of about {launch} bounds the time, and "
+        "tensors of a few tokens stay in L2."
     )
 
 
 def markdown(results: list[Measured], setting: str, problems: list[str]) -> str:
-    """results in any order; problems: what makes the run a failure."""
+    """problems: what makes the run a failure."""
     timed = [result for result in results if result.failure is None]
     lines = [f"{setting}.", ""]
     if problems:
@@ -108,12 +108,10 @@ def markdown(results: list[Measured], setting: str, problems: list[str]) -> str:
         lines += [explanation(timed[0].copy_rate), "", COLUMNS, "|---" * 11 + "|"]
     for result in timed:
         lines += time_rows(result)
-    left_out = dict.fromkeys(
-        f"- {name}{why}"
-        for result in results
-        for name, why in with_case(result)
-    )  # fmt: skip
-    if left_out:
+    if missed := [result for result in timed if result.verdict == MISSED]:
+        lines += ["", "Missed:", ""]
+        lines += [f"- {r.case.label}: {r.over_expected(OURS).median:.2f}" for r in missed]
+    if left_out := left_out_lines(results):
         lines += ["", "Left out:", "", *left_out]
     return "\n".join(lines) + "\n"
 
