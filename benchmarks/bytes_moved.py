@@ -3,11 +3,12 @@
     python benchmarks/bytes_moved.py --out DIR [--quick]
 
 On a GPU, Nsight Compute (ncu) counts: bytes that DRAM reads and writes, bytes that the L2 cache is
-asked for, time, share of the DRAM's peak rate, occupancy. Caches are emptied before each kernel. What
-a kernel writes may stay in L2 after its end, so DRAM can show fewer bytes than were written. Under an
-emulator of the CUDA runtime (CONTRIBUTING.md) that counts instead: bytes of the 32-byte sectors that
-the threads ask for, and of the distinct ones. results/bytes_emulated.csv has its counts of all cases,
-which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md and .csv.
+asked for, time, share of the DRAM's peak rate, occupancy. Caches are emptied before each kernel.
+What a kernel writes may stay in L2 after its end, so DRAM can show fewer bytes than were written.
+Under an emulator of the CUDA runtime (CONTRIBUTING.md) that counts instead: bytes of the 32-byte
+sectors that the threads ask for, and of the distinct ones. results/bytes_emulated.csv has its
+counts of all cases, which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md and
+.csv.
 """
 
 import argparse
@@ -16,11 +17,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from operators_cuda import OperatorCase, cases
+from bench_cuda import emulation, slug
+from operator_case import OperatorCase
+from operators_cuda import cases
 
 try:
     import fakegpu_torch
@@ -42,7 +46,7 @@ METRICS = {  # of Nsight Compute: our column, and what one unit is there
     "launch__registers_per_thread": ("registers", 1),
 }
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "n": 1, "u": 1e3, "m": 1e6}  # of bytes, of seconds
-CASE = ("operator", "shape", "least", "kernel")
+CASE = ("case", "kernel", "least")
 MEASURED = tuple(column for column, _ in METRICS.values())
 COUNTED = ("asked_read", "asked_write", "distinct_read", "distinct_write")
 
@@ -50,13 +54,13 @@ Row = dict[str, str | float]  # a launch: CASE, and MEASURED or COUNTED
 
 
 def kernel_name(text: str) -> str:
-    """Of `void rope::(anonymous namespace)::name<...>(...)`, the name."""
-    plain = re.match(r"[^<(]*", text.replace("(anonymous namespace)::", ""))
+    """Of `void rope::(anonymous namespace)::name<...>(...)`, the name; NVIDIA has <unnamed>."""
+    plain = re.match(r"[^<(]*", re.sub(r"\(anonymous namespace\)::|<unnamed>::", "", text))
     return re.split(r"::|\s", plain[0].strip())[-1] if plain else text
 
 
 def of_case(case: OperatorCase, kernel: str) -> Row:
-    return dict(zip(CASE, (case.name, case.shape_name, case.least_bytes, kernel), strict=True))
+    return {"case": case.label, "kernel": kernel, "least": case.least_bytes}
 
 
 # ---------------------------------------------------------------------------------------- counting
@@ -82,8 +86,7 @@ def profile(quick: bool, log: Path) -> str:
     metrics = list(METRICS)
     program = [sys.executable, __file__, "--launch", *(["--quick"] if quick else [])]
     options = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
-    options += ["--profile-from-start", "off", "--kernel-name-base", "demangled"]
-    options += ["--kernel-name", f"regex:rope::|{MARKER}"]
+    options += ["--profile-from-start", "off"]
     while metrics:
         command = [ncu, *options, "--log-file", str(log), "--metrics", ",".join(metrics), *program]
         status = subprocess.run(command).returncode
@@ -102,16 +105,16 @@ def profile(quick: bool, log: Path) -> str:
 
 
 def launches(text: str) -> Iterator[tuple[str, Row]]:
-    """Kernels and what ncu measured, from its page `raw` as CSV: names, a line of units, launches."""
+    """Kernels and what ncu measured, from its page `raw` in CSV: names, units, a line a launch."""
     table = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
     units = next(table, {})
     for line in table:
         row: Row = {}
         for metric, (column, factor) in METRICS.items():
             value = (line.get(metric) or "").replace(",", "")
-            unit = re.match(r"([KMGnum]?)(?:byte|second|s\b)", units.get(metric) or "")
-            with_prefix = factor * UNITS[unit[1]] if unit else factor
-            row[column] = float(value) * with_prefix if re.match(r"[\d.]+$", value) else ""
+            unit = re.match(r"([KMGnum]?)(?:byte|second|s$)", units.get(metric) or "")
+            factor *= UNITS[unit[1]] if unit else 1
+            row[column] = float(value) * factor if value[:1].isdigit() else ""  # not: n/a
         yield kernel_name(line["Kernel Name"]), row
 
 
@@ -128,7 +131,7 @@ def measured(text: str, chosen: list[OperatorCase]) -> list[Row]:
 def counted(chosen: list[OperatorCase]) -> list[Row]:
     """The same by the emulator, in one row for all launches of a kernel."""
     rows = []
-    with fakegpu_torch.cpu_fallback():
+    with emulation():
         for case in chosen:
             (call,) = case.make(1)
             fakegpu_torch.reset()
@@ -149,19 +152,95 @@ def counted(chosen: list[OperatorCase]) -> list[Row]:
 
 def beside(rows: list[Row], emulated: Iterable[Row]) -> list[Row]:
     """With the emulator's counts of the same kernel in the same case."""
-    keys = ("operator", "shape", "kernel")
-    known = {tuple(row[k] for k in keys): row for row in emulated}
-    return [
-        row | {c: known.get(tuple(row[k] for k in keys), {}).get(c, "") for c in COUNTED}
-        for row in rows
-    ]
+    counts: dict[tuple, Row] = {(row["case"], row["kernel"]): row for row in emulated}
+    none = dict.fromkeys(COUNTED, "")
+    return [{**none, **counts.get((row["case"], row["kernel"]), {}), **row} for row in rows]
+
+
+def judged(rows: list[Row]) -> list[str]:
+    """Adds to the first row of each case what it moves over the least; -> what can't be so."""
+    moved: dict[str, float] = defaultdict(float)
+    for row in rows:
+        columns = (
+            ("l2_read", "l2_write") if "l2_read" in row else ("distinct_read", "distinct_write")
+        )
+        moved[row["case"]] += sum(row[column] or 0 for column in columns)
+    wrong = []
+    for case, total in moved.items():
+        first = next(row for row in rows if row["case"] == case)
+        over = total / first["least"]
+        first["over_least"] = f"**{over:.2f}**" if over > MORE else f"{over:.2f}"
+        if over < 1:
+            wrong.append(f"{case}: {total:,.0f} bytes are fewer than the least, {first['least']:,}")
+    return wrong
 
 
 def number(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
 
 
-def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
-    lines = [columns, ["---"] * len(columns)]
+def write(out: Path, rows: list[Row], columns: tuple[str, ...], about: str) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / f"{slug(torch.cuda.get_device_name())}-bytes.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [[column.replace("_", " ") for column in columns], ["---"] * len(columns)]
     lines += [[number(row.get(column, "")) for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = f"# Bytes that kernels move: {torch.cuda.get_device_name()}\n\n{about}\n\n{text}"
+    table.with_suffix(".md").write_text(text)
+    return [table.with_suffix(".md"), table]
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) if k in COUNTED else v for k, v in row.items()} for row in rows]
+
+
+ABOUT = (
+    "A row is a launch; numbers are bytes where the column does not say otherwise. least: what the "
+    "call has to move at least; over least: what its kernels move, of that, marked above "
+    f"{MORE}. asked, distinct: the 32-byte sectors that threads ask for, and those of them that "
+    "differ, counted by an emulator. "
+)
+ABOUT_GPU = ABOUT + (
+    "l2: what the L2 cache is asked for, between asked and distinct. dram: of empty caches; what "
+    "is written may stay in L2."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for the tables")
+    parser.add_argument("--quick", action="store_true", help="few tokens")
+    parser.add_argument("--launch", action="store_true", help="only launch: what ncu runs")
+    arguments = parser.parse_args()
+    chosen = cases(arguments.quick)
+    if arguments.launch:
+        launch(chosen)
+        return
+    if arguments.out is None:
+        parser.error("expected --out DIR")
+    if fakegpu_torch is not None:
+        rows = counted(chosen)
+        impossible = judged(rows)
+        paths = write(arguments.out, rows, (*CASE, "over_least", *COUNTED), ABOUT)
+    else:
+        rows = measured(profile(arguments.quick, arguments.out / "logs/ncu.log"), chosen)
+        rows = beside(rows, [] if arguments.quick else read(EMULATED))
+        impossible = judged(rows)
+        columns = (*CASE, "over_least", *MEASURED, *COUNTED)
+        paths = write(arguments.out, rows, columns, ABOUT_GPU)
+    without = {case.label for case in chosen} - {row["case"] for row in rows}
+    if problems := impossible + [f"{name}: no kernel was counted" for name in sorted(without)]:
+        raise SystemExit("\n".join(problems))
+    print(*paths, sep="\n")
+    more = sum(str(row.get("over_least", "")).startswith("**") for row in rows)
+    print(f"{len(rows)} launches of {len(chosen)} calls; {more} move over {MORE} times the least")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@ compute-sanitizer looks at, and an emulator of the CUDA runtime.
 
     python tests/attack/every_operator.py [CALLS]     # of each operator
 
-Fails where an operator has no call in calls.py, and under the emulator, which knows what was launched,
-also where a kernel of csrc/ was not.
+Fails where an operator has no call in calls.py, and under the emulator, which knows what was
+launched, also where a kernel of csrc/ was not.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from calls import CALLS, call_operator, registered  # noqa: E402
-from drawing import MANY, Arguments, Draw  # noqa: E402
+from calls import CALLS, call_operator, registered
+from drawing import MANY, Arguments, Draw
 
-import rope_ext  # noqa: E402, F401
+import rope_ext  # noqa: F401
 
 try:
     import fakegpu_torch
