@@ -153,8 +153,10 @@ def counted(chosen: list[OperatorCase]) -> list[Row]:
 def beside(rows: list[Row], emulated: Iterable[Row]) -> list[Row]:
     """With the emulator's counts of the same kernel in the same case."""
     counts: dict[tuple, Row] = {(row["case"], row["kernel"]): row for row in emulated}
-    none = dict.fromkeys(COUNTED, "")
-    return [{**none, **counts.get((row["case"], row["kernel"]), {}), **row} for row in rows]
+    return [
+        row | {c: counts.get((row["case"], row["kernel"]), {}).get(c, "") for c in COUNTED}
+        for row in rows
+    ]
 
 
 def judged(rows: list[Row]) -> list[str]:
