@@ -32,7 +32,7 @@ except ImportError:
     fakegpu_torch = None
 
 SECTOR = 32  # bytes
-MORE = 1.1  # times the least, or the emulator's count: above, a number is marked
+MORE, LARGE = 1.1, 1 << 20  # a ratio above is marked where it is of so many bytes
 EMULATED = Path(__file__).parent / "results/bytes_emulated.csv"
 MARKER = "spin_kernel"  # of torch.cuda._sleep: launched before each case
 METRICS = {  # of Nsight Compute: our column, and what one unit is there
@@ -150,31 +150,38 @@ def counted(chosen: list[OperatorCase]) -> list[Row]:
 # ---------------------------------------------------------------------------------------- report
 
 
-def beside(rows: list[Row], emulated: Iterable[Row]) -> list[Row]:
-    """With the emulator's counts of the same kernel in the same case."""
-    counts: dict[tuple, Row] = {(row["case"], row["kernel"]): row for row in emulated}
-    return [
-        row | {c: counts.get((row["case"], row["kernel"]), {}).get(c, "") for c in COUNTED}
-        for row in rows
-    ]
+def ratio(count: float, expected: float) -> str:
+    over = count / expected
+    return f"**{over:.2f}**" if over > MORE and expected >= LARGE else f"{over:.2f}"
 
 
-def judged(rows: list[Row]) -> list[str]:
-    """Adds to the first row of each case what it moves over the least; -> what can't be so."""
+def with_least(rows: list[Row]) -> list[str]:
+    """Adds the emulator's count over the least to the first row of each case; -> what can't be."""
     moved: dict[str, float] = defaultdict(float)
     for row in rows:
-        columns = (
-            ("l2_read", "l2_write") if "l2_read" in row else ("distinct_read", "distinct_write")
-        )
-        moved[row["case"]] += sum(row[column] or 0 for column in columns)
+        moved[row["case"]] += row["distinct_read"] + row["distinct_write"]
     wrong = []
     for case, total in moved.items():
         first = next(row for row in rows if row["case"] == case)
-        over = total / first["least"]
-        first["over_least"] = f"**{over:.2f}**" if over > MORE else f"{over:.2f}"
-        if over < 1:
-            wrong.append(f"{case}: {total:,.0f} bytes are fewer than the least, {first['least']:,}")
+        first["over_least"] = ratio(total, first["least"])
+        if total < first["least"]:
+            wrong.append(f"{case}: {total:,} bytes are fewer than the least, {first['least']:,}")
     return wrong
+
+
+def with_emulated(rows: list[Row], emulated: Iterable[Row]) -> None:
+    """Adds the emulator's counts of the same kernel in the same case, and the GPU's over them."""
+    known: dict[tuple, Row] = {(row["case"], row["kernel"]): row for row in emulated}
+    for row in rows:
+        counts = known.get((row["case"], row["kernel"]))
+        if counts is None:
+            continue
+        row |= {column: counts[column] for column in COUNTED}
+        if row["dram_read"] != "":
+            row["dram_over"] = ratio(row["dram_read"], row["distinct_read"])
+        if "" not in (row["l2_read"], row["l2_write"]):
+            asked = row["asked_read"] + row["asked_write"]
+            row["l2_over"] = ratio(row["l2_read"] + row["l2_write"], asked)
 
 
 def number(value: str | float) -> str:
@@ -204,13 +211,15 @@ def read(path: Path) -> list[Row]:
 
 ABOUT = (
     "A row is a launch; numbers are bytes where the column does not say otherwise. least: what the "
-    "call has to move at least; over least: what its kernels move, of that, marked above "
-    f"{MORE}. asked, distinct: the 32-byte sectors that threads ask for, and those of them that "
-    "differ, counted by an emulator. "
+    "call has to move at least. asked, distinct: the 32-byte sectors that threads ask for, and "
+    "those of them that differ, counted by an emulator. Ratios above "
+    f"{MORE} are marked where that is of a megabyte and more. "
 )
+ABOUT_EMULATED = ABOUT + "over least: the distinct sectors of all kernels of the call."
 ABOUT_GPU = ABOUT + (
-    "l2: what the L2 cache is asked for, between asked and distinct. dram: of empty caches; what "
-    "is written may stay in L2."
+    "dram over: what DRAM reads over the distinct sectors read, of empty caches; what is written "
+    "may stay in L2. l2 over: what the L2 cache is asked for over the sectors asked for; below 1 "
+    "where L1 has them."
 )
 
 
@@ -226,22 +235,22 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("expected --out DIR")
+    impossible = []
     if fakegpu_torch is not None:
         rows = counted(chosen)
-        impossible = judged(rows)
-        paths = write(arguments.out, rows, (*CASE, "over_least", *COUNTED), ABOUT)
+        impossible = with_least(rows)
+        columns = (*CASE, "over_least", *COUNTED)
     else:
-        rows = measured(profile(arguments.quick, arguments.out / "logs/ncu.log"), chosen)
-        rows = beside(rows, [] if arguments.quick else read(EMULATED))
-        impossible = judged(rows)
-        columns = (*CASE, "over_least", *MEASURED, *COUNTED)
-        paths = write(arguments.out, rows, columns, ABOUT_GPU)
+        rows = measured(profile(arguments.quick, arguments.out / "ncu.log"), chosen)
+        with_emulated(rows, [] if arguments.quick else read(EMULATED))
+        columns = (*CASE, *MEASURED, "dram_over", "l2_over", *COUNTED)
+    about = ABOUT_GPU if fakegpu_torch is None else ABOUT_EMULATED
+    print(*write(arguments.out, rows, columns, about), sep="\n")
     without = {case.label for case in chosen} - {row["case"] for row in rows}
     if problems := impossible + [f"{name}: no kernel was counted" for name in sorted(without)]:
         raise SystemExit("\n".join(problems))
-    print(*paths, sep="\n")
-    more = sum(str(row.get("over_least", "")).startswith("**") for row in rows)
-    print(f"{len(rows)} launches of {len(chosen)} calls; {more} move over {MORE} times the least")
+    marked = sum(any(str(v).startswith("**") for v in row.values()) for row in rows)
+    print(f"{len(rows)} launches of {len(chosen)} calls; {marked} with more bytes than expected")
 
 
 if __name__ == "__main__":

@@ -74,14 +74,31 @@ def test_units_other_than_the_base_are_reckoned_with():
     assert row["microseconds"] == pytest.approx(1.5)
 
 
-def test_a_case_is_marked_above_the_least_and_refused_below():
+def test_counts_of_the_emulator_are_held_against_the_least():
     def row(case, read, write):
-        return {"case": case, "least": 1000, "l2_read": read, "l2_write": write}
+        return {"case": case, "least": 2e6, "distinct_read": read, "distinct_write": write}
 
-    rows = [row("exact", 600, 400), row("more", 900, 90), row("more", 50, 80), row("few", 900, 90)]
-    wrong = bytes_moved.judged(rows)
-    assert [r.get("over_least") for r in rows] == ["1.00", "**1.12**", None, "0.99"]
-    assert wrong == ["few: 990 bytes are fewer than the least, 1,000"]
+    rows = [
+        row("exact", 1e6, 1e6),
+        row("more", 1e6, 1e6),
+        row("more", 1, 3e5),
+        row("few", 1e6, 9e5),
+    ]
+    wrong = bytes_moved.with_least(rows)
+    assert [r.get("over_least") for r in rows] == ["1.00", "**1.15**", None, "0.50"]
+    assert wrong == ["few: 1,000,000.0 bytes are fewer than the least, 2,000,000.0"]
+
+
+@pytest.mark.parametrize(
+    ("size", "dram_over", "l2_over"), [(1 << 21, "**1.20**", "0.90"), (1 << 11, "1.20", "0.90")]
+)
+def test_counts_of_a_gpu_are_held_against_the_emulator(size, dram_over, l2_over):
+    counts = dict.fromkeys(bytes_moved.COUNTED, size)
+    (known, new) = ({"case": "a", "kernel": k} for k in ("known", "new"))
+    got = {"dram_read": 1.2 * size, "l2_read": size, "l2_write": 0.8 * size}
+    rows = [known | got, new | got]
+    bytes_moved.with_emulated(rows, [known | counts])
+    assert rows == [known | got | counts | {"dram_over": dram_over, "l2_over": l2_over}, new | got]
 
 
 def test_the_emulator_has_counted_every_case():
