@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
+DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
 @dataclass(frozen=True)

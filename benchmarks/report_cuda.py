@@ -52,6 +52,13 @@ class Measured:
         return {OURS: OURS, COPY: FLOOR}.get(way, PEER)
 
 
+def over_expected_cell(result: Measured, way: str) -> str:
+    """Empty where a launch alone takes longer."""
+    if result.expected < LAUNCH_SECONDS:
+        return ""
+    return f"{result.over_expected(way).median:.2f}"
+
+
 def time_rows(result: Measured) -> list[str]:
     case, ours = result.case, result.ways[OURS]
     lines = []
@@ -66,7 +73,7 @@ def time_rows(result: Measured) -> list[str]:
                     f"{1e-9 * rate:,.0f}",
                     f"{100 * ratio(result.ways[COPY].seconds, times.seconds).median:.0f}%",
                     number(1e6 * result.expected) if name == OURS else "",
-                    f"{result.over_expected(name).median:.2f}",
+                    over_expected_cell(result, name),
                     result.verdict if name == OURS else "",
                     times_cell(times.eager),
                     number(1e6 * summary(times.host).median),
@@ -189,12 +196,15 @@ def chart(path: Path, results: list[Measured], setting: str) -> None:
     axis.set_yticks(range(len(results)), [result.case.label for result in results], fontsize=7)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="both", labelsize=8)
     axis.margins(y=0.01)
     axis.grid(axis="y", linewidth=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     launch = f"{1e6 * LAUNCH_SECONDS:.0f} us"
     axis.set_xlabel(f"time / expected time (at least {launch}); dashed: {ALLOWED:g} times")
-    axis.legend(fontsize=7, frameon=False)
+    figure.legend(fontsize=7, frameon=False, loc="outside upper right", ncols=len(markers))
     figure.suptitle(setting, fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)

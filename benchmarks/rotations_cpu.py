@@ -11,7 +11,7 @@ from dataclasses import replace
 import floors
 import torch
 from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
-from common import FIRST_POSITION, Case
+from common import DECODE_STRIDE, FIRST_POSITION, Case
 from rivals import Skip, reason
 from rivals_cpu import RIVALS, SLOW_TO_MAKE, Peer, Problem, angle_slack
 from torch import Tensor
@@ -20,7 +20,6 @@ from verify import OURS_SLACK, PEERS_SLACK, check_rotation, exact_rows
 import rope_ext
 
 QUICK_TOKENS = 4096  # --quick: more of them for rope_ext and transformers only
-DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
 def make_problem(shape: Case, dtype: torch.dtype, options: Options) -> Problem:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import FIRST_POSITION, Case
+from common import DECODE_STRIDE, FIRST_POSITION, Case
 from operator_case import (
     EAGER,
     POSITION_BYTES,
@@ -25,7 +25,6 @@ from rope_ext import reference
 
 rope = torch.ops.rope
 
-DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 AXES = 3  # of time, height and width
 
 
