@@ -7,6 +7,7 @@ import report
 import torch
 from benchmark import CpuCase, Options
 from cases_cpu import CPU_CASES
+from common import matching
 from measuring import machine, measure, settle_allocator
 from tqdm import tqdm
 from verify import WrongResult
@@ -14,13 +15,8 @@ from verify import WrongResult
 
 def chosen(patterns: list[str]) -> list[CpuCase]:
     """The cases whose name contains one of the patterns; all, if there are none."""
-    cases = [
-        case for case in CPU_CASES if not patterns or any(part in case.name for part in patterns)
-    ]
-    if not cases:
-        names = "\n  ".join(case.name for case in CPU_CASES)
-        raise SystemExit(f"no case has {' or '.join(patterns)} in its name:\n  {names}")
-    return cases
+    names = matching([case.name for case in CPU_CASES], patterns)
+    return [case for case in CPU_CASES if case.name in names]
 
 
 def time_case(case: CpuCase, options: Options, rounds: int, bar: tqdm) -> report.Result:

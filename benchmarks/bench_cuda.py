@@ -1,215 +1,192 @@
-"""Times the rotation of q and k on a GPU, out of L2; run as `bench_rope.py --device cuda`.
+"""Times every operator of torch.ops.rope on a GPU; run as `bench_rope.py --device cuda`.
 
-Each call works on the next of several buffer sets, together more than four times the L2 cache, and
-its result stays alive until its set comes round again: reads and writes go to memory. The tables
-are shared, as the layers of a model share them. Times are between CUDA events around several calls
-as Python makes them, so small shapes show the rate of launches. GB/s counts the fewest bytes that
-the rotation needs (q, k and a float32 table in, q and k out), for everyone; `copy` is a device copy
-of q and k in the same rounds.
+operators_cuda.py lists the cases, of which each is verified against float64 and then timed beside a
+device copy of as many bytes, the same in separate steps, and other libraries. Cases that take
+longest come last, and what there is of the report is written after each: a run that is cut off
+loses the least. The exit status is not 0 if a result is wrong, a call fails, or an operator has no
+case.
 """
 
-import itertools
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import contextlib
+import importlib.util
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import report_cuda
 import torch
-from common import FIRST_POSITION, Case, microseconds
-from rivals import RIVALS, Rotation, Skip, Tables
-from torch import Tensor
+from benchmark import OURS
+from common import DECODE_STRIDE, FIRST_POSITION, matching
+from measuring import summary
+from measuring_cuda import Timed, copies, copy_rate, measure, set_count, why_no_graphs
+from operator_case import EAGER, OperatorCase, Way
+from operators_cuda import cases, without_case
+from report_cuda import COPY, Measured
+from rivals import reason
+from verify import check_once_rounded, check_roughly
 
 import rope_ext
 
-ROUND_SECONDS = 0.005
-L2_MULTIPLE = 4
-IN_PLACE, OUT_OF_PLACE = "rope_ext, in place", "rope_ext"
-SECTOR = 32  # bytes: what memory moves at least
+RUN_SECONDS = 140  # torch.compile is left out, and rounds are few, when more are gone
+ROUNDS_SECONDS = 0.6  # of a case
+CASE_SECONDS, COMPILE_SECONDS = 1.2, 4.0  # planned: its rounds, verifying and capturing graphs
+QUICK_COPY_BYTES = 1 << 20
 
 
-@dataclass
-class BufferSet:
-    q: Tensor  # [B, S, Hq, D], in front of k in `both`
-    k: Tensor  # [B, S, Hk, D]
-    both: Tensor  # [B * S * H * D]
-    copy: Tensor  # as both
-    result: object = None  # of the last call
+def emulation() -> contextlib.AbstractContextManager[object]:
+    """Under an emulator of the CUDA runtime (CONTRIBUTING.md): PyTorch's own kernels on the CPU."""
+    if importlib.util.find_spec("fakegpu_torch") is None:
+        return contextlib.nullcontext()
+    import fakegpu_torch
+
+    return fakegpu_torch.cpu_fallback() if fakegpu_torch.active() else contextlib.nullcontext()
 
 
-def set_count(set_bytes: int, l2_bytes: int) -> int:
-    """Sets of which calls touch set_bytes each, in all above L2_MULTIPLE L2 caches; at least 2."""
-    return max(2, L2_MULTIPLE * l2_bytes // set_bytes + 1)
+def planned_seconds(case: OperatorCase, quick: bool) -> float:
+    return CASE_SECONDS + COMPILE_SECONDS * (case.compiled and not quick)
 
 
-def channel_bytes(case: Case, itemsize: int, in_place: bool) -> int:
-    """Of q and k: whole heads, or in place the sectors of their rotated channels."""
-    head = case.head_dim * itemsize
-    if in_place:
-        head = min(head, -(-case.rotary_dim * itemsize // SECTOR) * SECTOR)
-    return case.tokens * case.heads * head
+def verify(case: OperatorCase, way: Way | None = None) -> None:
+    """What the operator gives, or another way; raises WrongResult."""
+    arguments = case.arguments()
+    exact = case.exact(arguments)
+    call = case.call(arguments) if way is None else way.call(arguments)
+    got = case.results(arguments, call())
+    for name, result, true in zip(case.result_names, got, exact, strict=True):
+        if way is None:
+            check_once_rounded(name, result, true, roundings=case.roundings)
+        else:
+            between = DECODE_STRIDE if case.shape_name == "decode" else 1
+            last_angle = FIRST_POSITION + between * case.tokens
+            slack = way.angle_roundings * last_angle * torch.finfo(torch.float32).eps
+            check_roughly(name, result, true, angle_slack=slack)
 
 
-def needed_bytes(case: Case, itemsize: int, in_place: bool) -> int:
-    """Channels read and written, and a float32 table read."""
-    return 2 * channel_bytes(case, itemsize, in_place) + case.seq * case.rotary_dim * 4
-
-
-def call_count(seconds: float) -> int:
-    """Calls of that length that fill a round."""
-    return max(1, int(ROUND_SECONDS / max(seconds, 1e-7)))
-
-
-def buffer_sets(case: Case, dtype: torch.dtype, count: int) -> list[BufferSet]:
-    q_numel = case.tokens * case.q_heads * case.head_dim
-    numel = case.tokens * case.heads * case.head_dim
-    slab = torch.randn(count, numel, dtype=dtype, device="cuda")
-    copies = torch.empty_like(slab)
-    q_shape = (case.batch, case.seq, case.q_heads, case.head_dim)
-    k_shape = (case.batch, case.seq, case.k_heads, case.head_dim)
-    return [
-        BufferSet(both[:q_numel].view(q_shape), both[q_numel:].view(k_shape), both, copy)
-        for both, copy in zip(slab.unbind(0), copies.unbind(0), strict=True)
-    ]
-
-
-def tables_of(case: Case) -> Tables:
-    inv_freq, _ = rope_ext.frequencies.default(case.head_dim, rotary_dim=case.rotary_dim)
-    cos, sin = rope_ext.cos_sin_cache(inv_freq, case.seq, start=FIRST_POSITION)
-    positions = torch.arange(FIRST_POSITION, FIRST_POSITION + case.seq).double()
-    angles = (positions[:, None] * inv_freq.double()).float()
-    return Tables(cos.cuda(), sin.cuda(), angles.cuda())
-
-
-def check(case: Case, dtype: torch.dtype, tables: Tables, rotation: Rotation, slack: float) -> None:
-    """Raises ValueError where q or k differs from float64 by more than slack times its maximum."""
-    q, k = (
-        torch.randn(case.batch, case.seq, heads, case.head_dim, dtype=dtype, device="cuda")
-        for heads in (case.q_heads, case.k_heads)
-    )
-    exact = [
-        rope_ext.reference.apply_rotary(
-            x.double(), tables.cos.double(), tables.sin.double(), interleaved=case.interleaved
-        )
-        for x in (q, k)
-    ]
-    for name, got, expected in zip("qk", rotation(q, k), exact, strict=True):
-        error = (got - expected).abs().max().item()
-        allowed = slack * expected.abs().max().item()
-        if not error <= allowed:
-            raise ValueError(f"wrong {name}: error {error:.3g} above {allowed:.3g}")
-
-
-def ours(case: Case, tables: Tables) -> dict[str, Rotation]:
-    arguments = (tables.cos, tables.sin)
-    options = {"interleaved": case.interleaved}
-
-    def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        torch.ops.rope.apply_rotary_qk_(q, k, *arguments, **options)
-        return q, k
-
-    def out_of_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.rope.apply_rotary_qk(q, k, *arguments, **options)
-
-    return {IN_PLACE: in_place, OUT_OF_PLACE: out_of_place}
-
-
-def verified(case: Case, dtype: torch.dtype) -> tuple[dict[str, Rotation], list[str]]:
-    """The rotations that give the right result, by name; and why the others are left out."""
-    tables = tables_of(case)
-    eps = torch.finfo(dtype).eps
-    rotations = ours(case, tables)
-    for name, rotation in rotations.items():
+def right_ways(
+    case: OperatorCase, no_compiling: str | None
+) -> tuple[dict[str, Way], dict[str, str]]:
+    """Those that give the right result, and why the others are left out."""
+    ways, left_out = dict(case.ways), {}
+    if case.compiled:
+        if no_compiling is None:
+            ways[f"torch.compile of {EAGER}"] = ways[EAGER].compiled()
+        else:
+            left_out[f"torch.compile of {EAGER}"] = no_compiling
+    right = {}
+    for name, way in ways.items():
         try:
-            check(case, dtype, tables, rotation, 2 * eps)
-        except ValueError as error:
-            raise SystemExit(f"{case.label(dtype)}, {name}: {error}") from error
-    notes = []
-    for name, rival in RIVALS.items():
-        # Tables, products and sum rounded to the dtype: 1.5 eps of a pair's length, below sqrt(2)
-        # times the maximum; and an angle rounded to float32 with the sine computed from it.
-        slack = 3 * eps
-        if rival.takes_angles:
-            slack += (FIRST_POSITION + case.seq) * torch.finfo(torch.float32).eps
-        try:
-            rotation = rival.make(case, tables, dtype)
-            check(case, dtype, tables, rotation, slack)
-            rotations[name] = rotation
-        except ImportError as error:
-            notes.append(f"{name}: not importable ({error})")
-        except Skip as error:
-            notes.append(f"{name}, {case.label(dtype)}: {error}")
+            verify(case, way)
+            right[name] = way
         except Exception as error:  # one that fails must not stop the others
-            reason = (str(error).splitlines() or [""])[0]
-            notes.append(f"{name}, {case.label(dtype)}: {type(error).__name__}: {reason}")
-    return rotations, notes
+            left_out[name] = reason(error)
+    return right, left_out
 
 
-def seconds_a_call(
-    function: Callable[[BufferSet], object], ring: Iterator[BufferSet], calls: int
-) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        buffers = next(ring)
-        buffers.result = function(buffers)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / calls
+@dataclass(frozen=True)
+class Effort:
+    rounds: int
+    seconds: float  # of rounds of a case
+    l2_bytes: int  # of the cache to be avoided
+    graphs: bool
+    no_compiling: str | None = None  # the reason
 
 
-def measure(
-    functions: dict[str, Callable[[BufferSet], object]], sets: list[BufferSet], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds a call, [rounds] for each function, interleaved, after a pass over all sets."""
-    ring = itertools.cycle(sets)
-    calls = {}
-    for name, function in functions.items():
-        seconds_a_call(function, ring, len(sets))  # the allocator has its blocks after this
-        calls[name] = call_count(seconds_a_call(function, ring, min(len(sets), 20)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(seconds_a_call(function, ring, calls[name]))
-    return times
+def time_case(result: Measured, effort: Effort) -> None:
+    """Fills the result; raises what a call of rope_ext raises, and WrongResult."""
+    case = result.case
+    torch.cuda.empty_cache()  # of graphs that are gone
+    verify(case)
+    ways, result.left_out = right_ways(case, effort.no_compiling)
+    count = set_count(case.least_bytes, effort.l2_bytes)
+    sets = [case.arguments() for _ in range(count)]
+    timed = {
+        OURS: Timed([case.call(arguments) for arguments in sets], effort.graphs),
+        COPY: Timed(copies(case.least_bytes, count), effort.graphs),
+    }
+    for name, way in ways.items():
+        try:
+            timed[name] = Timed([way.call(arguments) for arguments in sets], effort.graphs)
+        except Exception as error:
+            result.left_out[name] = reason(error)
+    result.ways = measure(timed, effort.rounds, effort.seconds)
+    for name, way in timed.items():
+        if way.no_graph is not None:
+            result.left_out[f"{name} in a graph"] = way.no_graph
 
 
-def bench(case: Case, dtype: torch.dtype, rounds: int, l2_bytes: int) -> list[str]:
-    """Prints a row for each rotation, returns notes; l2_bytes: of the cache to be avoided."""
-    rotations, notes = verified(case, dtype)
-    least_touched = channel_bytes(case, dtype.itemsize, in_place=True)
-    sets = buffer_sets(case, dtype, set_count(least_touched, l2_bytes))
-    functions: dict[str, Callable[[BufferSet], object]] = {"copy": lambda b: b.copy.copy_(b.both)}
-    for name, rotation in rotations.items():
-        functions[name] = lambda b, rotation=rotation: rotation(b.q, b.k)
-    times = measure(functions, sets, rounds)
-
-    median = {name: statistics.median(t) for name, t in times.items()}
-    copy_rate = 2 * channel_bytes(case, dtype.itemsize, in_place=False) / median["copy"]
-    for name in functions:
-        in_place = name == IN_PLACE or (name in RIVALS and RIVALS[name].in_place)
-        rate, ratio = copy_rate, ""
-        if name != "copy":
-            rate = needed_bytes(case, dtype.itemsize, in_place) / median[name]
-            ratio = f"{median[name] / median[IN_PLACE if in_place else OUT_OF_PLACE]:.2f}"
-        share = f"{100 * rate / copy_rate:.0f}%"
-        cells = [case.label(dtype), name, microseconds(times[name]), f"{1e-9 * rate:.4g}"]
-        print("| " + " | ".join([*cells, share, ratio]) + " |", flush=True)
-    return notes
-
-
-def run(cases: list[Case], rounds: int, cold: bool) -> None:
-    """Prints the table; without `cold` two buffer sets do, whatever the size of the L2 cache."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    print(
+def setting(quick: bool, no_graphs: str | None) -> str:
+    device = torch.cuda.get_device_properties("cuda")
+    return (
         f"{device.name}, compute capability {device.major}.{device.minor}, "
-        f"L2 {device.L2_cache_size >> 20} MiB, CUDA {torch.version.cuda}"
+        f"L2 {device.L2_cache_size >> 20} MiB, CUDA {torch.version.cuda}; "
+        f"torch {torch.__version__}, rope_ext {rope_ext.__version__}; {time.strftime('%Y-%m-%d')}"
+        + (f"; no graphs: {no_graphs}" if no_graphs else "")
+        + "; few tokens, times mean nothing" * quick
     )
-    print("\nMicroseconds: median (10th-90th percentile).\n")
-    print("| case | way | microseconds | GB/s | share of copy | time / rope_ext |")
-    print("|---" * 6 + "|")
-    notes = []
-    with torch.no_grad():
-        for case in cases:
-            for dtype in (torch.float32, torch.bfloat16):
-                notes += bench(case, dtype, rounds, device.L2_cache_size if cold else 0)
-    if notes:
-        print("\nLeft out:\n\n" + "\n".join(f"- {note}" for note in dict.fromkeys(notes)))
+
+
+def slug(name: str) -> str:
+    """Of a device, for a file: nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def run(patterns: list[str], quick: bool, rounds: int, out: Path | None) -> None:
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # or a compiled backward runs once
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()), emulation():
+        problems = run_cases(patterns, quick, rounds, out)
+    if problems:
+        raise SystemExit("failed:\n  " + "\n  ".join(problems))
+
+
+def run_cases(patterns: list[str], quick: bool, rounds: int, out: Path | None) -> list[str]:
+    """-> what makes the run a failure."""
+    start, every, no_graphs = time.perf_counter(), cases(quick), why_no_graphs()
+    about, stem = setting(quick, no_graphs), slug(torch.cuda.get_device_name())
+    problems = [f"{name}: no case in operators_cuda.py" for name in without_case(every)]
+    names = matching([case.label for case in every], patterns)
+    plan = [case for case in every if case.label in names]
+    plan.sort(key=lambda case: planned_seconds(case, quick))
+    l2_bytes = 0 if quick else torch.cuda.get_device_properties("cuda").L2_cache_size
+    effort = Effort(
+        rounds, ROUNDS_SECONDS, l2_bytes, no_graphs is None, "--quick" if quick else None
+    )
+    rate = copy_rate(*(QUICK_COPY_BYTES,) * quick)
+    print(f"{about}.\nA copy of memory: {1e-12 * rate:.3g} TB/s, read and written.")
+    print(f"{len(plan)} cases, {sum(planned_seconds(case, quick) for case in plan):.0f} s planned:")
+    results: dict[str, Measured] = {}
+    for case in plan:
+        gone, planned = time.perf_counter() - start, planned_seconds(case, quick)
+        if gone + planned > RUN_SECONDS:
+            effort = replace(effort, seconds=0, no_compiling="no time left")
+        print(f"{gone:5.0f} s, {planned:.1f} planned  {case.label}", end="", flush=True)
+        result = results[case.label] = Measured(case, rate)
+        try:
+            time_case(result, effort)
+            took = 1e6 * summary(result.ways[OURS].seconds).median
+            print(f": {took:.4g} us, {1e6 * result.expected:.4g} expected, {result.verdict}")
+        except Exception as error:
+            result.failure = reason(error)
+            problems.append(f"{case.label}: {result.failure}")
+            print(f": FAILED, {result.failure}")
+        in_order = [results[c.label] for c in every if c.label in results]
+        if out is not None:
+            paths = report_cuda.write_tables(out, stem, in_order, about, problems)
+    print("\n" + report_cuda.markdown(in_order, about, problems))
+    if out is not None:
+        print("\n".join(map(str, [*paths, *chart_in(out, stem, in_order, about)])))
+    return problems
+
+
+def chart_in(out: Path, stem: str, results: list[Measured], about: str) -> list[Path]:
+    timed = [result for result in results if result.failure is None]
+    if not timed:
+        return []
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no chart: matplotlib is not installed")
+        return []
+    path = out / f"{stem}.png"
+    report_cuda.chart(path, timed, about)
+    return [path]

@@ -1,7 +1,7 @@
 """Times rope_ext against what moving the bytes takes, and against other libraries.
 
     python benchmarks/bench_rope.py [--quick] [--case NAME ...] [--out DIR]   # on the CPU
-    python benchmarks/bench_rope.py --device cuda                             # see bench_cuda.py
+    python benchmarks/bench_rope.py --device cuda [the same]                  # see bench_cuda.py
 
 Every result is verified against float64 before it is timed. On the CPU, each case has a goal: a
 ratio to a floor, which carries over between machines where times do not. cases_cpu.py lists cases
@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-import rope_ext
-
 ROUNDS, QUICK_ROUNDS = 30, 3
 
 
@@ -26,15 +24,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="about a minute: does everything run?")
-    parser.add_argument("--case", action="append", default=[], help="CPU: cases with this in them")
-    parser.add_argument("--out", type=Path, help="CPU: folder for bench_rope.md, .csv and .png")
+    parser.add_argument("--case", action="append", default=[], help="cases with this in their name")
+    parser.add_argument("--out", type=Path, help="folder for bench_rope.md or GPU.md, .csv, .png")
     parser.add_argument("--max-tokens", type=int, help="CPU: of a case; for tests")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     if arguments.device == "cuda":
-        run_cuda(arguments)
+        import bench_cuda
+
+        bench_cuda.run(arguments.case, arguments.quick, rounds, arguments.out)
         return
     import bench_cpu
     from benchmark import Options
@@ -42,20 +43,9 @@ def main() -> None:
     bench_cpu.run(
         bench_cpu.chosen(arguments.case),
         Options(arguments.quick, arguments.max_tokens),
-        arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS),
+        rounds,
         arguments.out,
     )
-
-
-def run_cuda(arguments: argparse.Namespace) -> None:
-    import bench_cuda
-    from common import GPU_CASES
-
-    cases = GPU_CASES
-    if arguments.quick:
-        cases = [case.with_few_tokens() for case in cases]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rope_ext.__version__}")
-    bench_cuda.run(cases, arguments.rounds or ROUNDS, cold=not arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The shapes that the benchmarks time and reckon with, and how they print times."""
+"""The shapes that the benchmarks time and reckon with, and how cases are chosen."""
 
-import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
+DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,6 @@ class Case:
     def heads(self) -> int:
         return self.q_heads + self.k_heads
 
-    def with_few_tokens(self) -> "Case":
-        return replace(self, batch=min(self.batch, 2), seq=min(self.seq, 4))
-
     def label(self, dtype: torch.dtype) -> str:
         return f"{self.name}, B={self.batch} S={self.seq}, {str(dtype).removeprefix('torch.')}"
 
@@ -50,8 +47,10 @@ GPU_CASES = [
 ]
 
 
-def microseconds(times: list[float]) -> str:
-    """The median and the 10th to 90th percentile of times in seconds."""
-    ordered = sorted(times)
-    low, high = (ordered[min(len(ordered) - 1, int(p * len(ordered)))] for p in (0.1, 0.9))
-    return f"{1e6 * statistics.median(times):.4g} ({1e6 * low:.4g}-{1e6 * high:.4g})"
+def matching(names: list[str], patterns: list[str]) -> list[str]:
+    """The names that contain one of the patterns; all, if there are none."""
+    found = [name for name in names if not patterns or any(part in name for part in patterns)]
+    if not found:
+        listed = "\n  ".join(names)
+        raise SystemExit(f"no case has {' or '.join(patterns)} in its name:\n  {listed}")
+    return found

@@ -11,16 +11,15 @@ from dataclasses import replace
 import floors
 import torch
 from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
-from common import FIRST_POSITION, Case
-from rivals import Skip
+from common import DECODE_STRIDE, FIRST_POSITION, Case
+from rivals import Skip, reason
 from rivals_cpu import RIVALS, SLOW_TO_MAKE, Peer, Problem, angle_slack
 from torch import Tensor
-from verify import OURS_SLACK, PEERS_SLACK, WrongResult, check_rotation, exact_rows
+from verify import OURS_SLACK, PEERS_SLACK, check_rotation, exact_rows
 
 import rope_ext
 
 QUICK_TOKENS = 4096  # --quick: more of them for rope_ext and transformers only
-DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
 def make_problem(shape: Case, dtype: torch.dtype, options: Options) -> Problem:
@@ -80,21 +79,12 @@ def add_peers(
         try:
             peer = make(problem)
             function = step(problem, peer)
-        except ImportError as error:
-            benchmark.left_out[name] = f"not importable ({first_line(error)})"
-        except (Skip, WrongResult) as error:
-            benchmark.left_out[name] = first_line(error)
         except Exception as error:  # one that fails must not stop the others
-            benchmark.left_out[name] = f"{type(error).__name__}: {first_line(error)}"
+            benchmark.left_out[name] = reason(error)
         else:
             other = peer.interleaved != problem.shape.interleaved
             kind = PEER_GIVEN_OUTPUTS if peer.given_outputs else PEER
             benchmark.add(kind, name + ", interleaved" * other, function)
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def forward(problem: Problem, peer: Peer) -> Callable[[], object]:

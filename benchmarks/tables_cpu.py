@@ -5,14 +5,14 @@ import functools
 import floors
 import torch
 from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
-from common import FIRST_POSITION
+from common import DECODE_STRIDE, FIRST_POSITION
 from torch import Tensor
 from verify import check_angles, check_table, exact_rows
 
 import rope_ext
 
 LENGTH, HEAD_DIM, BASE = 131072, 128, 500000.0
-DECODE_BATCH, DECODE_STRIDE = 64, 37
+DECODE_BATCH = 64
 ULPS = 1.0
 
 

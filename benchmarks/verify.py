@@ -9,6 +9,7 @@ from rope_ext import reference
 # rounded table 0.71, products 0.71 and a sum 0.5 are float32 in rope_ext, all in the dtype for
 # others: below 2 for float32, and 3 leaves others room for one more rounding.
 OURS_SLACK, PEERS_SLACK = 2.0, 3.0
+STEPS_SLACK = 8.0  # of several steps that each round to the dtype, relative to the largest result
 CHUNK = 256  # tokens turned in float64 at a time
 SAMPLE = 512  # tokens looked at where not all are
 
@@ -98,3 +99,39 @@ def check_angles(name: str, got: Tensor, exact: Tensor, *, slack: float) -> None
     error = (got.double() - exact).abs().max().item()
     if not error <= slack:
         raise WrongResult(f"{name} is wrong: error {error:.3g} above {slack:.3g}")
+
+
+def check_once_rounded(name: str, got: Tensor, exact: Tensor, *, roundings: int) -> None:
+    """Of rope_ext: one rounding of the result, and of numbers as large as the largest so many to
+    float32.
+    """
+    info = torch.finfo(got.dtype)
+    noise = roundings * torch.finfo(torch.float32).eps * largest(exact)
+    check_within(
+        name, got, exact, info.eps * wide(exact).abs() + noise + info.smallest_normal * info.eps
+    )
+
+
+def check_roughly(name: str, got: Tensor, exact: Tensor, *, angle_slack: float) -> None:
+    """Of others, which round on the way to a result; in units of the largest result."""
+    slack = STEPS_SLACK * torch.finfo(got.dtype).eps + angle_slack
+    check_within(name, got, exact, slack * largest(exact))
+
+
+def check_within(name: str, got: Tensor, exact: Tensor, allowed: Tensor | float) -> None:
+    if got.shape != exact.shape:
+        raise WrongResult(f"{name} is {list(got.shape)}, not {list(exact.shape)}")
+    error = (wide(got) - wide(exact)).abs()
+    if not (error <= allowed).all():
+        raise WrongResult(
+            f"{name} is wrong: error {error.max().item():.3g} of {largest(exact):.3g}"
+        )
+
+
+def largest(x: Tensor) -> float:
+    return wide(x).abs().max().item() if x.numel() else 0.0
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float8 too, which PyTorch computes little with."""
+    return x.float().double() if x.itemsize == 1 else x.double()

@@ -5,12 +5,18 @@ real GPU, there is nothing to count with.
 """
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import rope_ext
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import operators_cuda
 
 fakegpu_torch = pytest.importorskip(
     "fakegpu_torch", reason="no emulator of the CUDA runtime: bytes can't be counted"
@@ -344,3 +350,24 @@ def test_normalised_heads_are_read_once(all_heads):
     assert moved.load_sectors == channels + warps * (16 + (16 if all_heads else 8))
     assert moved.store_sectors == moved.store_unique_sectors == channels
     assert moved.store_efficiency == 1
+
+
+# ---- as the benchmark reckons
+
+# These write sums that a second launch reads.
+PARTIAL_SUMS = ("cos_sin_backward", "rms_norm_rotary_qk_backward")
+
+
+@pytest.mark.parametrize("case", operators_cuda.cases(quick=True), ids=lambda case: case.label)
+def test_the_benchmark_expects_the_bytes_that_an_operator_moves(case):
+    (call,) = case.make(1)
+    fakegpu_torch.reset()
+    call()
+    report = fakegpu_torch.stats()
+    assert report["errors"] == []
+    kernels = [kernel for name, kernel in report["kernels"].items() if "rope::" in name]
+    moved = SECTOR * sum(k["load_unique_sectors"] + k["store_unique_sectors"] for k in kernels)
+    if case.name.startswith(PARTIAL_SUMS):
+        assert moved > case.least_bytes
+    else:
+        assert moved == case.least_bytes

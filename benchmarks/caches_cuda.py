@@ -1,0 +1,237 @@
+"""GPU cases of the rotation that also writes to a paged cache: of k and v, and of latents."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Case
+from operator_case import (
+    EAGER,
+    POSITION_BYTES,
+    Arguments,
+    OperatorCase,
+    Way,
+    in_float64,
+    in_sectors,
+)
+from rotations_cuda import (
+    eager_arguments,
+    eager_rotation,
+    heads_of,
+    llama,
+    moved_bytes,
+    row_bytes,
+    rows_of,
+    step_of,
+)
+from torch import Tensor
+
+from rope_ext import reference
+
+rope = torch.ops.rope
+
+BLOCK_SIZE = 16  # tokens
+SCALE = 0.25  # of a float8 cache
+DEEPSEEK_HEADS, DEEPSEEK_HEAD_DIM, ROTATING, RANK = 128, 192, 64, 512  # DeepSeek-V3
+
+
+@functools.cache
+def slots_of(shape: Case) -> Tensor:
+    """A slot for each token, in any order, of twice as many: [B, S]."""
+    slots = torch.randperm(2 * shape.tokens)[: shape.tokens]
+    return slots.view(shape.batch, shape.seq).cuda()
+
+
+@functools.cache
+def scale() -> Tensor:
+    return torch.tensor([SCALE]).cuda()
+
+
+def cache_of(shape: Case, dtype: torch.dtype, *token: int) -> Tensor:
+    """[blocks, block_size, *token]."""
+    blocks = -(-2 * shape.tokens // BLOCK_SIZE)
+    cache = torch.randn(blocks, BLOCK_SIZE, *token, dtype=torch.bfloat16, device="cuda")
+    return cache.to(dtype)
+
+
+def slot_bytes(shape: Case) -> int:
+    return in_sectors(shape.tokens * POSITION_BYTES)
+
+
+def store(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+    """x [tokens, *token] to its slots, as PyTorch rounds to a float8."""
+    pages = cache.view(-1, *cache.shape[2:])
+    if scale is not None:
+        limit = torch.finfo(cache.dtype).max
+        x = (x.float() / scale).clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
+        pages = pages.view(torch.uint8)
+    pages.index_copy_(0, slots, x)
+
+
+# ---- keys and values
+
+KV_NAMES = ("v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale")
+
+
+def flat_slots(arguments: Arguments) -> Arguments:
+    return {**arguments, "slot_mapping": arguments["slot_mapping"].flatten()}
+
+
+def rotate_then_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **rows: Any,
+) -> None:
+    rope.apply_rotary_qk_(q, k, **rows)
+    store(k_cache, k.flatten(0, 1), slot_mapping, k_scale)
+    store(v_cache, v.flatten(0, 1), slot_mapping, v_scale)
+
+
+def eager_append_arguments(arguments: Arguments) -> Arguments:
+    rest = flat_slots(arguments)
+    return {**{n: rest.pop(n, None) for n in KV_NAMES}, **eager_arguments(rest)}
+
+
+def eager_append(
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    **rotated: Any,
+) -> tuple[Tensor, ...]:
+    q, k = eager_rotation(**rotated)
+    store(k_cache, k.flatten(0, 1), slot_mapping, k_scale)
+    store(v_cache, v.flatten(0, 1), slot_mapping, v_scale)
+    return q, k, k_cache, v_cache
+
+
+def append_kv(
+    form: str, step: str, tokens: int, dtype: torch.dtype, compiled: bool = False
+) -> OperatorCase:
+    """bfloat16 with a cache of dtype."""
+    shape, model = llama(step, tokens), torch.bfloat16
+
+    def arguments() -> Arguments:
+        q, k = heads_of(shape, model)
+        k_cache, v_cache = (cache_of(shape, dtype, *k.shape[2:]) for _ in "kv")
+        made = {"q": q, "k": k, "v": torch.randn_like(k), "k_cache": k_cache, "v_cache": v_cache}
+        made = {**made, "slot_mapping": slots_of(shape), **rows_of(shape)}
+        return made if dtype == model else {**made, "k_scale": scale(), "v_scale": scale()}
+
+    channels = shape.tokens * shape.k_heads * shape.head_dim
+    stored = channels * model.itemsize + 2 * channels * dtype.itemsize  # v read, k and v written
+    rotated = moved_bytes(shape, shape.heads, model.itemsize, in_place=True)
+    return OperatorCase(
+        rope.apply_rotary_qk_append_kv_.default,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        lambda a: reference.apply_rotary_qk_append_kv(**in_float64(a)),
+        rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 2),
+        {
+            "apply_rotary_qk_, two index_copy_": Way(rotate_then_store, flat_slots),
+            EAGER: Way(eager_append, eager_append_arguments),
+        },
+        compiled=compiled,
+    )
+
+
+def scale_bytes(dtype: torch.dtype, count: int) -> int:
+    """The two of a case are one tensor here, and in a model neighbours: one sector."""
+    return in_sectors(4 * count) if dtype.itemsize == 1 else 0
+
+
+# ---- latents
+
+
+def split_latent(arguments: Arguments) -> Arguments:
+    """q's rotating channels, and k_pe as one head; what the model does anyway."""
+    a = flat_slots(arguments)
+    return {**a, "k_pe": a["k_pe"].unsqueeze(-2), "scale": a.get("scale")}
+
+
+def latent_steps(rotate: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    def steps(
+        q: Tensor,
+        k_pe: Tensor,
+        kv_c: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        scale: Tensor | None,
+        **rows: Any,
+    ) -> tuple[Tensor, ...]:
+        q, k_pe = rotate(q, k_pe, **rows)
+        row = torch.cat((kv_c, k_pe.squeeze(-2)), -1)
+        store(kv_cache, row.flatten(0, 1), slot_mapping, scale)
+        return q, k_pe.squeeze(-2), kv_cache
+
+    return steps
+
+
+def rotate_latent(q: Tensor, k_pe: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
+    rope.apply_rotary_(q, rotary_offset=DEEPSEEK_HEAD_DIM - ROTATING, **rows)
+    rope.apply_rotary_(k_pe, **rows)
+    return q, k_pe
+
+
+def eager_latent(
+    q: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    stays, turns = q.split((DEEPSEEK_HEAD_DIM - ROTATING, ROTATING), -1)
+    turned, k_pe = eager_rotation([turns, k_pe], cos, sin, interleaved)
+    return torch.cat((stays, turned), -1), k_pe
+
+
+def eager_latent_arguments(arguments: Arguments) -> Arguments:
+    a = split_latent(arguments)
+    rows = eager_arguments({n: a.pop(n) for n in ("cos", "sin", "position_ids") if n in a} | {
+        "x": a["q"], "interleaved": a.pop("interleaved")})  # fmt: skip
+    rows.pop("xs")
+    return {**a, **rows}
+
+
+def mla_append(
+    form: str, step: str, tokens: int, dtype: torch.dtype, compiled: bool = False
+) -> OperatorCase:
+    """DeepSeek-V3 in bfloat16, interleaved, with a cache of dtype."""
+    batch, seq = (1, tokens) if step == "prefill" else (tokens, 1)
+    shape = Case("DeepSeek-V3", batch, seq, DEEPSEEK_HEADS, 1, DEEPSEEK_HEAD_DIM, ROTATING, True)
+    model = torch.bfloat16
+
+    def arguments() -> Arguments:
+        q = heads_of(shape, model)[0]
+        k_pe, kv_c = (
+            torch.randn(batch, seq, channels, dtype=model, device="cuda")
+            for channels in (ROTATING, RANK)
+        )
+        made = {"q": q, "k_pe": k_pe, "kv_c": kv_c}
+        made["kv_cache"] = cache_of(shape, dtype, RANK + ROTATING)
+        made = {**made, "slot_mapping": slots_of(shape), **rows_of(shape), "interleaved": True}
+        return made if dtype == model else {**made, "scale": scale()}
+
+    stored = tokens * (RANK * model.itemsize + (RANK + ROTATING) * dtype.itemsize)
+    rotated = moved_bytes(shape, shape.heads, model.itemsize, in_place=True)
+    return OperatorCase(
+        rope.apply_rotary_mla_append_.default,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        lambda a: reference.apply_rotary_mla_append(**in_float64(a)),
+        rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 1),
+        {
+            "two apply_rotary_, cat, index_copy_": Way(latent_steps(rotate_latent), split_latent),
+            EAGER: Way(latent_steps(eager_latent), eager_latent_arguments),
+        },
+        compiled=compiled,
+    )

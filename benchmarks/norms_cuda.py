@@ -1,0 +1,159 @@
+"""GPU cases of RMSNorm of q and k with their rotation, and of its backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from operator_case import EAGER, Arguments, Call, OperatorCase, Way, in_float64
+from rivals_cuda import NORM_RIVALS, norm_then_rotate
+from rotations_cuda import (
+    eager_arguments,
+    eager_rotation,
+    heads_of,
+    llama,
+    row_bytes,
+    rows_of,
+    step_of,
+)
+from torch import Tensor
+
+from rope_ext import reference
+
+rope = torch.ops.rope
+
+EPS = 1e-6
+GRADS = ("grad_q", "grad_k")
+LEAVES = ("q", "k", "q_weight", "k_weight")
+
+
+def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [B, S, H, D] of which each head is a row, or with a weight [H, D] all heads are."""
+    row = x.flatten(-weight.dim())
+    return torch.nn.functional.rms_norm(row, row.shape[-1:], weight.flatten(), eps).view_as(x)
+
+
+def norm_steps(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, **rows: Any) -> Any:
+    return norm_then_rotate(torch_norm, q, k, q_weight, k_weight, eps=EPS, **rows)
+
+
+def eager_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:
+    xs = [torch_norm(x, weight, EPS) for x, weight in ((q, q_weight), (k, k_weight))]
+    return eager_rotation(xs, cos, sin, interleaved)
+
+
+def without_eps(arguments: Arguments) -> Arguments:
+    return {name: value for name, value in arguments.items() if name != "eps"}
+
+
+def eager_norm_arguments(arguments: Arguments) -> Arguments:
+    rows = eager_arguments({n: v for n, v in without_eps(arguments).items() if n not in GRADS})
+    rows.pop("xs")
+    return {**{n: arguments[n] for n in (*GRADS, *LEAVES) if n in arguments}, **rows}
+
+
+def bytes_of(tokens_read: int, step: str, tokens: int, dtype: torch.dtype, weights: int) -> int:
+    """q and k so many times, weights once, or in a backward their gradients too."""
+    shape = llama(step, tokens)
+    channels = tokens * shape.heads * shape.head_dim * dtype.itemsize
+    return tokens_read * channels + weights + row_bytes(shape)
+
+
+def weights_of(all_heads: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Of q and of k, [D] or [H, D]."""
+    shape = llama("decode", 1)
+    return [
+        1
+        + torch.randn(*((heads,) if all_heads else ()), shape.head_dim, device="cuda").to(dtype) / 4
+        for heads in (shape.q_heads, shape.k_heads)
+    ]
+
+
+def weight_bytes(all_heads: bool, dtype: torch.dtype) -> int:
+    shape = llama("decode", 1)
+    return shape.head_dim * (shape.heads if all_heads else 2) * dtype.itemsize
+
+
+def norm(
+    form: str, step: str, tokens: int, all_heads: bool, compiled: bool = False
+) -> OperatorCase:
+    shape, dtype = llama(step, tokens), torch.bfloat16
+
+    def arguments() -> Arguments:
+        made = dict(
+            zip(LEAVES, (*heads_of(shape, dtype), *weights_of(all_heads, dtype)), strict=True)
+        )
+        return {**made, **rows_of(shape), "eps": EPS}
+
+    return OperatorCase(
+        rope.rms_norm_rotary_qk.default,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        lambda a: reference.rms_norm_rotary_qk(**in_float64(a)),
+        bytes_of(2, step, tokens, dtype, weight_bytes(all_heads, dtype)),
+        {
+            "two F.rms_norm, apply_rotary_qk": Way(norm_steps, without_eps),
+            EAGER: Way(eager_norm, eager_norm_arguments),
+            **NORM_RIVALS,
+        },
+        compiled=compiled,
+        roundings=16,
+    )
+
+
+# ---- backward
+
+
+def bind_backward(function: Callable[..., Any], arguments: Arguments) -> Call:
+    """The backward alone of a function, whose forward has run."""
+    a = dict(arguments)
+    grads = [a.pop(name) for name in GRADS]
+    leaves = {name: a.pop(name).detach().requires_grad_() for name in LEAVES}
+    with torch.enable_grad():
+        outputs = function(**leaves, **a)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+
+    return backward
+
+
+def exact_backward(arguments: Arguments) -> tuple[Tensor, ...]:
+    return tuple(bind_backward(reference.rms_norm_rotary_qk, in_float64(arguments))())
+
+
+def norm_backward(
+    form: str, step: str, tokens: int, all_heads: bool, compiled: bool = False
+) -> OperatorCase:
+    shape, dtype = llama(step, tokens), torch.bfloat16
+
+    def arguments() -> Arguments:
+        q, k = heads_of(shape, dtype)
+        tensors = (torch.randn_like(q), torch.randn_like(k), q, k, *weights_of(all_heads, dtype))
+        made = dict(zip((*GRADS, *LEAVES), tensors, strict=True))
+        return {**made, **rows_of(shape), "eps": EPS}
+
+    return OperatorCase(
+        rope.rms_norm_rotary_qk_backward.default,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        exact_backward,
+        bytes_of(3, step, tokens, dtype, 2 * weight_bytes(all_heads, dtype)),
+        {
+            "two F.rms_norm, apply_rotary_qk": Way(norm_steps, without_eps, bind_backward),
+            EAGER: Way(eager_norm, eager_norm_arguments, bind_backward),
+        },
+        compiled=compiled,
+        roundings=256,
+    )

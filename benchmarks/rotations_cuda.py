@@ -1,0 +1,241 @@
+"""GPU cases of the rotation, by a table and by angles."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import DECODE_STRIDE, FIRST_POSITION, Case
+from operator_case import (
+    EAGER,
+    POSITION_BYTES,
+    TABLE_BYTES,
+    Arguments,
+    OperatorCase,
+    Way,
+    in_float64,
+    in_sectors,
+)
+from rivals import eager, widened
+from rivals_cuda import rotation_rivals
+from torch import Tensor
+
+import rope_ext
+from rope_ext import reference
+
+rope = torch.ops.rope
+
+AXES = 3  # of time, height and width
+
+
+def llama(step: str, tokens: int, interleaved: bool = False) -> Case:
+    batch, seq = (1, tokens) if step == "prefill" else (tokens, 1)
+    return Case("Llama-3-8B", batch, seq, 32, 8, 128, 128, interleaved)
+
+
+def neox(tokens: int) -> Case:
+    return Case("GPT-NeoX-20B", 1, tokens, 64, 64, 96, 24)
+
+
+def step_of(shape: Case) -> str:
+    return "decode" if shape.seq == 1 else "prefill"
+
+
+@functools.cache
+def inv_freq_of(head_dim: int, rotary_dim: int) -> Tensor:
+    return rope_ext.frequencies.default(head_dim, rotary_dim=rotary_dim)[0].cuda()
+
+
+@functools.cache
+def rows_of(shape: Case) -> Arguments:
+    """A table from FIRST_POSITION on, without positions in prefill; each sequence's in decode."""
+    inv_freq = inv_freq_of(shape.head_dim, shape.rotary_dim).cpu()
+    length = shape.seq if step_of(shape) == "prefill" else DECODE_STRIDE * shape.batch
+    cos, sin = (t.cuda() for t in rope_ext.cos_sin_cache(inv_freq, length, start=FIRST_POSITION))
+    rows: Arguments = {"cos": cos, "sin": sin}
+    if step_of(shape) == "decode":
+        rows["position_ids"] = (DECODE_STRIDE * torch.arange(shape.batch)[:, None]).cuda()
+    return rows
+
+
+def row_bytes(shape: Case) -> int:
+    """Of the table and of the positions."""
+    table = 2 * shape.tokens * shape.rotary_dim // 2 * TABLE_BYTES
+    return table + (in_sectors(shape.tokens * POSITION_BYTES) if step_of(shape) == "decode" else 0)
+
+
+def heads_of(shape: Case, dtype: torch.dtype) -> list[Tensor]:
+    """q [B, S, Hq, D] and k [B, S, Hk, D]."""
+    return [
+        torch.randn(shape.batch, shape.seq, heads, shape.head_dim, dtype=dtype, device="cuda")
+        for heads in (shape.q_heads, shape.k_heads)
+    ]
+
+
+def moved_bytes(shape: Case, heads: int, itemsize: int, in_place: bool) -> int:
+    """Heads read and written; in place, the sectors of their rotated channels."""
+    channels = in_sectors(shape.rotary_dim * itemsize) if in_place else shape.head_dim * itemsize
+    return 2 * shape.tokens * heads * channels
+
+
+@functools.lru_cache(maxsize=8)
+def model_rows(
+    cos: Tensor, sin: Tensor, position_ids: Tensor | None, dtype: torch.dtype, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows of the step as a model makes them once for all layers: [1|B, S, 1, R]."""
+    rows = (t[None] if position_ids is None else t[position_ids] for t in (cos, sin))
+    cos, sin = (widened(t, interleaved).unsqueeze(-2).to(dtype) for t in rows)
+    return cos, sin
+
+
+def eager_arguments(arguments: Arguments) -> Arguments:
+    """The rows of the table in the dtype and width of a model, and the rest."""
+    rest = dict(arguments)
+    xs = [rest.pop(name) for name in ("x", "q", "k") if name in rest]
+    rows = rest.pop("cos"), rest.pop("sin"), rest.pop("position_ids", None)
+    interleaved = rest.pop("interleaved", False)
+    cos, sin = model_rows(*rows, xs[0].dtype, interleaved)
+    return {"xs": xs, "cos": cos, "sin": sin, "interleaved": interleaved}
+
+
+def eager_rotation(
+    xs: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, ...]:
+    return tuple(eager(x, cos, sin, interleaved) for x in xs)
+
+
+def rotation(
+    operator: Any, form: str, shape: Case, dtype: torch.dtype, compiled: bool = False
+) -> OperatorCase:
+    """Of apply_rotary and apply_rotary_qk, new, in place or out."""
+    names = [a.name for a in operator._schema.arguments]
+    both, given = "k" in names, [name for name in names if name.startswith("out")]
+    in_place = operator._schema.name.endswith("_")
+    heads = shape.heads if both else shape.q_heads
+
+    def arguments() -> Arguments:
+        xs = heads_of(shape, dtype)[: 1 + both]
+        made = dict(zip(("q", "k") if both else ("x",), xs, strict=True))
+        made.update(zip(given, map(torch.empty_like, xs), strict=False))
+        return {**made, **rows_of(shape), "interleaved": shape.interleaved}
+
+    def exact(arguments: Arguments) -> tuple[Tensor, ...]:
+        a = in_float64({n: v for n, v in arguments.items() if n not in given})
+        xs = [a.pop(name) for name in ("x", "q", "k") if name in a]
+        return tuple(reference.apply_rotary(x, **a) for x in xs)
+
+    ways = {EAGER: Way(eager_rotation, eager_arguments)}
+    if both and not given:
+        ways.update(rotation_rivals(in_place))
+    return OperatorCase(
+        operator,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        exact,
+        moved_bytes(shape, heads, dtype.itemsize, in_place) + row_bytes(shape),
+        ways,
+        compiled=compiled,
+    )
+
+
+# ---- by angles
+
+
+@functools.cache
+def positions_of(shape: Case, axes: bool) -> Tensor | None:
+    """None: 0, 1, 2, ..., the positions of a prefill; with axes [A, B, S]."""
+    if axes:
+        shifts = torch.arange(AXES)[:, None, None]
+        return (FIRST_POSITION + torch.arange(shape.seq) // (1 + shifts)).expand(
+            AXES, shape.batch, shape.seq
+        ).contiguous().cuda()  # fmt: skip
+    if step_of(shape) == "prefill":
+        return None
+    return (FIRST_POSITION + DECODE_STRIDE * torch.arange(shape.batch)[:, None]).cuda()
+
+
+@functools.cache
+def axes_of(pairs: int) -> Tensor:
+    """The axis of each pair, [P]."""
+    return (torch.arange(pairs) * AXES // pairs).cuda()
+
+
+def float32_angles(inv_freq: Tensor, positions: Tensor, axes: Tensor | None = None) -> Tensor:
+    """As model libraries make them: rounded to float32. [..., P]."""
+    if axes is None:
+        return positions[..., None].float() * inv_freq
+    return positions[axes].movedim(0, -1).float() * inv_freq
+
+
+def eager_at(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor,
+    position_ids: Tensor | None = None,
+    axes: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Tables of the dtype of q from angles in float32, and the rotation by them."""
+    if position_ids is None:
+        position_ids = torch.arange(q.shape[1], device=q.device)[None]
+    angles = float32_angles(inv_freq, position_ids, axes)
+    cos, sin = (widened(t, False).unsqueeze(-2).to(q.dtype) for t in (angles.cos(), angles.sin()))
+    return eager_rotation([q, k], cos, sin, False)
+
+
+def rows_then(rotate: Any) -> Callable[..., Any]:
+    """The rows of the step by rope_ext, then its rotation by them."""
+
+    def steps(
+        q: Tensor,
+        k: Tensor,
+        inv_freq: Tensor,
+        position_ids: Tensor | None = None,
+        axes: Tensor | None = None,
+    ) -> Any:
+        if position_ids is None:
+            return rotate(q, k, *rope.cos_sin_cache(inv_freq, q.shape[1]))
+        return rotate(q, k, *rope.cos_sin(inv_freq, position_ids, axes))
+
+    return steps
+
+
+def rotation_at(
+    operator: Any,
+    form: str,
+    shape: Case,
+    dtype: torch.dtype,
+    axes: bool = False,
+    compiled: bool = False,
+) -> OperatorCase:
+    in_place = operator._schema.name.endswith("_")
+    pairs = shape.rotary_dim // 2
+
+    def arguments() -> Arguments:
+        q, k = heads_of(shape, dtype)
+        made = {"q": q, "k": k, "inv_freq": inv_freq_of(shape.head_dim, shape.rotary_dim)}
+        if (positions := positions_of(shape, axes)) is not None:
+            made["position_ids"] = positions
+        return {**made, "axes": axes_of(pairs)} if axes else made
+
+    angle_bytes = in_sectors(pairs * TABLE_BYTES)
+    if axes:
+        angle_bytes += pairs * POSITION_BYTES
+    if axes or step_of(shape) == "decode":
+        angle_bytes += in_sectors((AXES if axes else 1) * shape.tokens * POSITION_BYTES)
+    rotate = rope.apply_rotary_qk_.default if in_place else rope.apply_rotary_qk.default
+    return OperatorCase(
+        operator,
+        form,
+        step_of(shape),
+        shape.tokens,
+        arguments,
+        lambda a: reference.apply_rotary_qk_at(**in_float64(a)),
+        moved_bytes(shape, shape.heads, dtype.itemsize, in_place) + angle_bytes,
+        {
+            "rows, then apply_rotary_qk" + "_" * in_place: Way(rows_then(rotate)),
+            EAGER: Way(eager_at, angle_roundings=2),
+        },
+        compiled=compiled,
+    )

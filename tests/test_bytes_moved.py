@@ -1,0 +1,107 @@
+"""The table of bytes that kernels move: what Nsight Compute prints is read right, and the
+emulator's counts are of all cases.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bytes_moved
+import operators_cuda
+
+CASES = operators_cuda.cases(quick=False)
+
+# Of `ncu --csv --page raw --print-units base`: names, units, and a line a launch.
+NCU = """==PROF== Connected to process 731 (/usr/bin/python3.12)
+==PROF== Profiling "spin_kernel" - 0: 0%....50%....100% - 4 passes
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
+"Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"launch__registers_per_thread","lts__t_sectors_srcunit_tex_op_read.sum",\
+"lts__t_sectors_srcunit_tex_op_write.sum","sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","","","","","","","","","","byte","byte","%","{time_unit}","register/thread","sector",\
+"sector","%"
+{launches}==PROF== Disconnected from process 731
+"""
+LAUNCH = (
+    '"0","731","python3.12","127.0.0.1","{kernel}","1","7","(256, 1, 1)","(40, 1, 1)","0","9.0",'
+    '"{read}","1,024","71.5","{time}","32","10","20","n/a"\n'
+)
+MARKER = "at::cuda::<unnamed>::spin_kernel(long)"
+APPEND = (
+    "void rope::cuda::<unnamed>::append_kernel<__nv_bfloat16, 8, false, rope::Paged<unsigned int>>"
+    "(rope::AppendArgs, rope::cuda::Plan)"
+)
+
+
+def printed(*launches, time_unit="ns"):
+    lines = (LAUNCH.format(kernel=k, read=read, time=time) for k, read, time in launches)
+    return NCU.format(launches="".join(lines), time_unit=time_unit)
+
+
+def test_launches_belong_to_the_case_before_which_the_marker_was():
+    text = printed(
+        (MARKER, "0", "900"),
+        (APPEND, "33,554,432", "12,288"),
+        (MARKER, "0", "900"),
+        ("void rope::cuda::(anonymous namespace)::a_kernel<float>(int)", "1", "1"),
+        ("b_kernel(int)", "2", "1"),
+    )
+    rows = bytes_moved.measured(text, CASES[:2])
+    names = [(row["case"], row["kernel"]) for row in rows]
+    first, second = (case.label for case in CASES[:2])
+    assert names == [(first, "append_kernel"), (second, "a_kernel"), (second, "b_kernel")]
+    assert rows[0] == {
+        "case": first,
+        "kernel": "append_kernel",
+        "least": CASES[0].least_bytes,
+        "microseconds": pytest.approx(12.288),
+        "dram_read": 33554432,
+        "dram_write": 1024,
+        "l2_read": 320,
+        "l2_write": 640,
+        "dram_percent": 71.5,
+        "occupancy_percent": "",  # n/a
+        "registers": 32,
+    }
+
+
+def test_units_other_than_the_base_are_reckoned_with():
+    ((_, row),) = bytes_moved.launches(printed((APPEND, "1", "1.5"), time_unit="us"))
+    assert row["microseconds"] == pytest.approx(1.5)
+
+
+def test_counts_of_the_emulator_are_held_against_the_least():
+    def row(case, read, write):
+        return {"case": case, "least": 2e6, "distinct_read": read, "distinct_write": write}
+
+    rows = [
+        row("exact", 1e6, 1e6),
+        row("more", 1e6, 1e6),
+        row("more", 1, 3e5),
+        row("few", 1e6, 9e5),
+    ]
+    wrong = bytes_moved.with_least(rows)
+    assert [r.get("over_least") for r in rows] == ["1.00", "**1.15**", None, "0.50"]
+    assert wrong == ["few: 1,000,000.0 bytes are fewer than the least, 2,000,000.0"]
+
+
+@pytest.mark.parametrize(
+    ("size", "dram_over", "l2_over"), [(1 << 21, "**1.20**", "0.90"), (1 << 11, "1.20", "0.90")]
+)
+def test_counts_of_a_gpu_are_held_against_the_emulator(size, dram_over, l2_over):
+    counts = dict.fromkeys(bytes_moved.COUNTED, size)
+    (known, new) = ({"case": "a", "kernel": k} for k in ("known", "new"))
+    got = {"dram_read": 1.2 * size, "l2_read": size, "l2_write": 0.8 * size}
+    rows = [known | got, new | got]
+    bytes_moved.with_emulated(rows, [known | counts])
+    assert rows == [known | got | counts | {"dram_over": dram_over, "l2_over": l2_over}, new | got]
+
+
+def test_the_emulator_has_counted_every_case():
+    """After a change of cases, bytes_moved.py under the emulator writes the file anew."""
+    rows = bytes_moved.read(bytes_moved.EMULATED)
+    assert {(r["case"], int(r["least"])) for r in rows} == {(c.label, c.least_bytes) for c in CASES}

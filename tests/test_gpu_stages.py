@@ -1,0 +1,97 @@
+"""What .ci/gpu is made of: time limits, a stand-in for ninja, what tests need."""
+
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CI = Path(__file__).parents[1] / ".ci"
+
+NINJA = """\
+ninja_required_version = 1.3
+cflags = -e 's/a/b$$/'
+rule copy
+  command = sed $cflags $in > $out
+  depfile = $out.d
+  deps = gcc
+
+build one.o: copy one$ file
+build two.o: copy two
+"""
+
+
+def load_gpu():
+    """.ci/gpu as a module."""
+    sys.path.insert(0, str(CI))
+    loader = importlib.machinery.SourceFileLoader("gpu", str(CI / "gpu"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
+    sys.modules["gpu"] = module  # a dataclass looks for its module
+    loader.exec_module(module)
+    return module
+
+
+gpu = load_gpu()
+limited = sys.modules["limited"]
+
+
+def run_all(tmp_path, seconds, *jobs):
+    return limited.run_all(
+        [limited.Job(name, ["bash", "-c", command]) for name, command in jobs],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        logs=tmp_path,
+        deadline=time.monotonic() + seconds,
+    )
+
+
+def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_children(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(limited, "GRACE", 0.5)
+    start = time.monotonic()
+    statuses = run_all(
+        tmp_path,
+        1.5,
+        ("quick", "echo done; exit 3"),
+        ("reports", "trap 'echo so far; exit 0' INT; while true; do sleep 0.05; done"),
+        ("stuck", "trap '' INT; sleep 60 & echo $!; while true; do sleep 0.05; done"),
+    )
+    assert time.monotonic() - start < 5
+    assert statuses == {"quick": 3, "reports": None, "stuck": None}
+    assert (tmp_path / "quick.log").read_text() == "done\n"
+    assert (tmp_path / "reports.log").read_text() == "so far\n"
+    child = Path("/proc", (tmp_path / "stuck.log").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_the_limits_on_a_gpu_are_nine_minutes_and_the_longest_is_last():
+    seconds = [on_gpu for on_gpu, _ in gpu.LIMITS.values()]
+    assert sum(seconds) <= 540
+    assert seconds[-1] == max(seconds)
+
+
+@pytest.mark.parametrize(("text", "status"), [("a", 0), (None, 1)])
+def test_the_stand_in_for_ninja_runs_every_command(text, status, tmp_path):
+    (tmp_path / "build.ninja").write_text(NINJA)
+    (tmp_path / "two").write_text("a")
+    if text is not None:
+        (tmp_path / "one file").write_text(text)
+    command = [sys.executable, CI / "stand_ins/ninja", "-v", "-C", tmp_path, "-j", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert min(done.returncode, 1) == status
+    assert (tmp_path / "two.o").read_text() == "b$"
+    assert "sed -e 's/a/b$/' two > two.o" in done.stdout
+
+
+def test_files_of_tests_without_their_imports_are_named(tmp_path):
+    (tmp_path / "helper.py").touch()
+    (tmp_path / "test_here.py").write_text(
+        "import os.path\nimport helper\nfrom rope_ext import _C\n"
+    )
+    (tmp_path / "test_gone.py").write_text("import nowhere.at_all\nfrom elsewhere import x\n")
+    assert gpu.missing_imports(tmp_path) == {"test_gone.py": "elsewhere, nowhere"}
