@@ -1,0 +1,61 @@
+"""Calls of the operators from Python: past autograd, where there is nothing to differentiate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+
+from rope_ext._engine.torch_private import (
+    below_versions,
+    in_forward_mode,
+    transforms_active,
+)
+from rope_ext._engine.writes import check_may_be_written
+
+
+def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
+    """operator(*args, **options), which writes the tensors `written`.
+
+    The kernels of autograd and of version counters are written in Python (autograd.py, writes.py),
+    and take longer than all else of a small call. Where nothing requires a gradient only versions
+    are left to count, and that is done here. Inference mode skips these kernels by itself, except
+    for writes where some tensor was made outside of it.
+    """
+    if is_compiling():  # first: a graph is not told the mode
+        return operator(*args, **options)
+    inference = torch.is_inference_mode_enabled()
+    if (
+        (inference and not written)
+        or in_forward_mode()
+        or transforms_active()
+        or (torch.is_grad_enabled() and _any_requires_grad(*args, *written, *options.values()))
+    ):
+        return operator(*args, **options)
+    if not inference and written:
+        check_may_be_written(operator, written)
+    with below_versions():
+        result = operator(*args, **options)
+    if written:
+        increment_version([x for x in written if not x.is_inference()])
+    return result
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return needs_grad or in_forward_mode()
+
+
+def is_transformed() -> bool:
+    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
+    by torch.func or forward-mode differentiation, which know more of copy_ than of a node of ours.
+    """
+    return is_compiling() or transforms_active() or in_forward_mode()
+
+
+def _any_requires_grad(*args: Any) -> bool:
+    for x in args:  # noqa: SIM110 (the generator of any() takes longer than all of this)
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
