@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from rope_ext._engine.torch_private import (
+    any_requires_grad,
     below_versions,
     in_forward_mode,
     transforms_active,
@@ -25,12 +25,12 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     """
     if is_compiling():  # first: a graph is not told the mode
         return operator(*args, **options)
-    inference = torch.is_inference_mode_enabled()
+    inference = is_inference_mode_enabled()
     if (
         (inference and not written)
         or in_forward_mode()
         or transforms_active()
-        or (torch.is_grad_enabled() and _any_requires_grad(*args, *written, *options.values()))
+        or (is_grad_enabled() and any_requires_grad(*args, *written, *options.values()))
     ):
         return operator(*args, **options)
     if not inference and written:
@@ -38,13 +38,18 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     with below_versions():
         result = operator(*args, **options)
     if written:
-        increment_version([x for x in written if not x.is_inference()])
+        counted = [x for x in written if not x.is_inference()] if inference else written
+        increment_version(counted)
     return result
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return needs_grad or in_forward_mode()
+    """In Python alone, as torch.compile has to trace it."""
+    if is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return in_forward_mode()
 
 
 def is_transformed() -> bool:
@@ -52,10 +57,3 @@ def is_transformed() -> bool:
     by torch.func or forward-mode differentiation, which know more of copy_ than of a node of ours.
     """
     return is_compiling() or transforms_active() or in_forward_mode()
-
-
-def _any_requires_grad(*args: Any) -> bool:
-    for x in args:  # noqa: SIM110 (the generator of any() takes longer than all of this)
-        if isinstance(x, Tensor) and x.requires_grad:
-            return True
-    return False

@@ -3,22 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rope_ext._engine.sharding import ShardingRule
-from rope_ext._engine.torch_private import name_of, schema_of
+from rope_ext._engine.torch_private import is_tensor, name_of, schema_of
 
 Given = dict[str, Any]  # every argument of a call by its name
 Grads = tuple[Tensor | None, ...]
 # (operator, number of samples, batched dimension of each argument, arguments)
 # -> results, their batched dimensions
 VmapRule = Callable[["Operator", int, dict[str, int | None], Given], tuple[Any, Any]]
-
-_OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
 
 class Derivative(NamedTuple):
@@ -85,7 +82,7 @@ class Operator:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        return tuple(a.name for a in self.arguments if a.type.isSubtypeOf(_OPTIONAL_TENSOR))
+        return tuple(a.name for a in self.arguments if is_tensor(a))
 
     @cached_property
     def written(self) -> tuple[str, ...]:
@@ -121,12 +118,8 @@ class Operator:
     @cached_property
     def written_tensors(self) -> Callable[[tuple[Any, ...], Given], tuple[Tensor, ...]]:
         """A function that picks what is written from a call's args and options."""
-        outs, places = self.outs, [self.positional.index(name) for name in self._in_place]
-        if not outs and places == list(range(len(places))):
-            first = itemgetter(slice(len(places)))
-            return lambda args, options: first(args)
+        outs, count = self.outs, len(self.written) - len(self.outs)
+        if self.written == self.positional[: len(self.written)]:
+            return lambda args, options: args[:count]
+        places = [self.positional.index(name) for name in self.written[:count]]
         return lambda args, options: (*[args[i] for i in places], *[options[x] for x in outs])
-
-    @property
-    def _in_place(self) -> tuple[str, ...]:
-        return tuple(name for name in self.written if name in self.positional)

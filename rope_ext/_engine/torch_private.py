@@ -29,6 +29,8 @@ unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
 
+_OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
+
 
 def in_forward_mode() -> bool:
     """Whether this is within forward_ad.dual_level()."""
@@ -47,6 +49,11 @@ def keys_after(dispatch_key: str) -> Any:
 
 def schema_of(overload: Any) -> Any:
     return overload._schema
+
+
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of a schema is a Tensor or a Tensor?."""
+    return argument.type.isSubtypeOf(_OPTIONAL_TENSOR)
 
 
 def name_of(operator: Any) -> str:

@@ -194,7 +194,7 @@ def _cos_sin_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[
         of_inv_freq = tangents[2] * _by_inv_freq(*_with_positions(inputs, options), scaling)
     if tangents[3] is not None:
         terms = _of_pairs(tangents[3], axes) * _by_position(*inputs, scaling)
-        terms = terms.flatten(0, -2).sum(0) if terms.dim() > 1 else terms
+        terms = terms.reshape(-1, terms.shape[-1]).sum(0) if terms.dim() > 1 else terms
         of_positions = terms.to(inv_freq.dtype)
     return sum_of(sum_of(of_grads, of_inv_freq), of_positions)
 
