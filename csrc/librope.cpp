@@ -14,7 +14,8 @@ using torch::stable::detail::StableTorchLibraryInit;
 
 // What PyTorch does for tensors that negate their elements as these are read, as those of
 // imag(conj(z)) do, needs a result to copy back to one that is written. Refused, before anything
-// is; in Python, rope_ext/_engine/negative_and_zero_tensors.py refuses those alone that are written.
+// is; in Python, rope_ext/_engine/negative_and_zero_tensors.py refuses those alone that are
+// written.
 template <const auto& kName, auto kFunction>
 struct WithNegative;
 
