@@ -19,7 +19,7 @@
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
-// (a!): written in place. What autograd has to know of that is in rope_ext/_writes.py.
+// (a!): written in place. What autograd has to know of that is in rope_ext/_engine/writes.py.
 #include <torch/csrc/stable/library.h>
 
 #include <deque>

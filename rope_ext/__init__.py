@@ -49,7 +49,7 @@ def _register_operators():
             f"registered operators of that name: {clash(_C.__file__)}. A process can have one of "
             "the two: import only one, or start a new process"
         ) from error
-    registering = {f"rope_ext.{name}" for name in ("_register", "_register_norm", "_sharding")}
+    registering = {"rope_ext._engine", "rope_ext._operators"}
     if not first and not registering <= sys.modules.keys():
         raise ImportError(
             f"rope_ext has been imported before in this process, with {_C.__file__}, and removed "
@@ -61,7 +61,7 @@ def _register_operators():
 _C = _load_compiled_part()
 _register_operators()
 
-from rope_ext import _register, _register_norm, _sharding, frequencies, positions, reference  # noqa: E402
+from rope_ext import _engine, _operators, frequencies, positions, reference  # noqa: E402
 from rope_ext.decompositions import lowering  # noqa: E402
 from rope_ext.embedding import RotaryEmbedding  # noqa: E402
 from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
@@ -69,9 +69,7 @@ from rope_ext.norm import rms_norm_rotary_qk  # noqa: E402
 from rope_ext.on_the_fly import apply_rotary_qk_at  # noqa: E402
 from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
 
-_register.register()
-_register_norm.register()
-_sharding.register()
+_engine.register(_operators.OPERATORS)
 
 __version__: str = _C.build_info()["version"]
 

@@ -1,38 +1,6 @@
-"""Calls of the operators from Python: past autograd, where there is nothing to differentiate."""
+"""The options of the rotation, as its operators are called with them."""
 
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
-
-
-def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
-    """operator(*args, **options), which writes the tensors `written`.
-
-    What autograd has of an operator is written in Python (_derivatives.py, _writes.py), and takes
-    longer than all else of a small call. Where nothing requires a gradient it has only the writes
-    to take note of, and that is done here. Inference mode goes past it by itself, but for writes
-    where some tensor was made outside of it.
-    """
-    if torch.compiler.is_compiling():  # first: a graph is not told the mode
-        return operator(*args, **options)
-    inference = torch.is_inference_mode_enabled()
-    if (
-        (inference and not written)
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and _any_requires_grad(*args, *written, *options.values()))
-    ):
-        return operator(*args, **options)
-    if not inference and written:
-        check_may_be_written(operator, written)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = operator(*args, **options)
-    if written:
-        increment_version([x for x in written if not x.is_inference()])
-    return result
 
 
 def rotation_options(
@@ -57,30 +25,3 @@ def rotation_options(
     if inverse:
         options["inverse"] = inverse
     return options
-
-
-def _any_requires_grad(*args: Any) -> bool:
-    for x in args:  # noqa: SIM110 (the generator of any() takes longer than all of this)
-        if isinstance(x, Tensor) and x.requires_grad:
-            return True
-    return False
-
-
-def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
-    try:
-        for x in written:
-            if x.is_inference():
-                raise RuntimeError(
-                    f"{name_of(operator)}: expected no inference tensor to be written outside of "
-                    "inference mode, got one"
-                )
-    except AttributeError:
-        return  # a None, which the operator refuses
-
-
-def name_of(operator: Any) -> str:
-    """rope::apply_rotary, rope::apply_rotary.out: of an overload, or of the only one."""
-    if isinstance(operator, torch._ops.OpOverloadPacket):
-        return operator._qualified_op_name
-    overload = operator._overloadname
-    return operator._schema.name + ("" if overload == "default" else "." + overload)

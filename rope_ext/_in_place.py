@@ -5,26 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rope_ext._derivatives import inverted, last_stride_one
+from rope_ext._engine.autograd import last_stride_one
 from rope_ext._explaining import describe
-
-
-def is_differentiated(*tensors: Tensor) -> bool:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return needs_grad or forward_ad._current_level >= 0
-
-
-def is_transformed() -> bool:
-    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
-    by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+from rope_ext._operators.rotation import inverted
 
 
 def check_order_stays(

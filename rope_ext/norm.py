@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rope_ext._calling import call, rotation_options
+from rope_ext._calling import rotation_options
+from rope_ext._engine.calls import call
 from rope_ext._explaining import explain
 from rope_ext._layouts import Layout, as_bshd, from_bshd
 

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rope_ext._calling import call, rotation_options
+from rope_ext._calling import rotation_options
+from rope_ext._engine.calls import call, is_differentiated, is_transformed
 from rope_ext._explaining import explain
 from rope_ext._in_place import (
     check_differentiable_in_place,
     check_order_stays,
     in_place_rotation,
-    is_differentiated,
-    is_transformed,
 )
 from rope_ext._layouts import Layout, as_bshd, from_bshd
 

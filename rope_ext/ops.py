@@ -8,15 +8,15 @@ from torch.compiler import is_compiling
 
 from rope_ext import decompositions
 from rope_ext._apart import check_apart
-from rope_ext._calling import call, check_may_be_written, rotation_options
+from rope_ext._calling import rotation_options
+from rope_ext._engine.calls import call, is_differentiated, is_transformed
+from rope_ext._engine.writes import check_may_be_written
 from rope_ext._explaining import explain
 from rope_ext._in_place import (
     check_differentiable_in_place,
     check_order_stays,
     check_tables_need_no_grad,
     in_place_rotation,
-    is_differentiated,
-    is_transformed,
 )
 from rope_ext._layouts import Layout, as_bshd, from_bshd
 

@@ -332,14 +332,3 @@ def test_checkpointing_recomputes_the_same(device):
     (got,) = torch.autograd.grad(y, q, seed)
     (expected,) = torch.autograd.grad(function(q), q, seed)
     assert_same_bits(got, expected)
-
-
-def test_operators_are_registered_for_cpu_and_cuda():
-    names = ["apply_rotary", "apply_rotary_", "apply_rotary_qk", "apply_rotary_qk_", "cos_sin",
-             "apply_rotary_qk_append_kv_", "apply_rotary_mla_append_", "cos_sin_cache",
-             "apply_rotary_table_backward", "cos_sin_backward", "apply_rotary_qk_at",
-             "apply_rotary_qk_at_"]  # fmt: skip
-    for name in names:
-        for key in ("CPU", "CUDA", "Meta"):
-            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"rope::{name}", key)
-            assert has_kernel, f"{name} has none for {key}"

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, positions
-from rope_ext._token_order import tokens_by_row
+from rope_ext._operators.token_order import tokens_by_row
 
 rope = torch.ops.rope
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rope_ext._calling import call
+from rope_ext._engine.calls import call
 
 
 class Pairs(NamedTuple):

@@ -1,8 +1,8 @@
-"""How the operands of an operator have to be placed, and what a rank then has of them.
+"""How the DTensors of a call have to be placed, and what a rank then has of them.
 
 Axes are named: operands that have an axis in common are sharded along it together. Where an operand
 is replicated and another one sharded along an axis of both, each rank takes its part of it; what
-would need a collective is refused by name, as only its caller knows where it is cheapest.
+would need a collective raises an error, as only the caller knows where it is cheapest.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-BATCH, SEQUENCE, HEADS, PAIRS = "batch", "sequence", "heads", "pairs"
-# q and k have heads of their own: one may be sharded along them and the other not.
-HEADS_OF = ("heads of q", "heads of k")
+from rope_ext._engine.sharding import BATCH, HEADS_OF, SEQUENCE, Axes, Result
+from rope_ext._engine.torch_private import allows_implicit_replication
 
 
 class Operand(NamedTuple):
     name: str
     tensor: Any  # a DTensor
-    axes: tuple[str | None, ...]  # of each dimension; None: it stays whole
+    axes: Axes
     linear: bool = False  # the result is linear in it, so that its sum may be pending
     written: bool = False
 
@@ -31,12 +30,16 @@ class Plan(NamedTuple):
     placements: list[tuple[Any, ...]]
     sharded: list[list[str]]
 
-    def place(self, axes: Sequence[str | None], otherwise: Any) -> list[Any]:
-        """Placements of a tensor with these axes; `otherwise` where another one is sharded."""
-        return [
-            (Shard(axes.index(on[0])) if on[0] in axes else otherwise) if on else Replicate()
-            for on in self.sharded
-        ]
+    def place(self, axes: Axes, summed: Sequence[str | None] = ()) -> list[Any]:
+        """Placements of a tensor with these axes, that is a sum over the others."""
+        return [_placement(axes, summed, on) for on in self.sharded]
+
+
+def _placement(axes: Axes, summed: Sequence[str | None], sharded: list[str]) -> Any:
+    own = next((axis for axis in sharded if axis in axes), None)
+    if own is not None:
+        return Shard(axes.index(own))
+    return Partial() if any(axis in summed for axis in sharded) else Replicate()
 
 
 def checked(op: str, *operands: Operand) -> list[Operand]:
@@ -49,7 +52,7 @@ def checked(op: str, *operands: Operand) -> list[Operand]:
     for operand in operands:
         name, tensor = operand.name, operand.tensor
         if not isinstance(tensor, DTensor):
-            if not getattr(DTensor._op_dispatcher, "_allow_implicit_replication", False):
+            if not allows_implicit_replication(DTensor):
                 raise RuntimeError(
                     f"{op}: expected {name} to be a DTensor, as others are, got a plain tensor: "
                     f"distribute_tensor({name}, mesh, [Replicate()]) makes it one"
@@ -111,6 +114,26 @@ def _plan_on(op: str, operands: list[Operand], mesh_dim: int) -> tuple[list[Any]
     return placements, list(by)
 
 
+def result_placements(op: str, result: Result, operands: list[Operand], plan: Plan) -> list[Any]:
+    """A sum that is pending in an operand passes through, where the result is linear in it."""
+    placements = plan.place(result.axes, result.summed)
+    in_terms = frozenset().union(*result.terms)
+    for mesh_dim in range(len(placements)):
+        pending = {o.name: o.tensor.placements[mesh_dim] for o in operands if o.name in in_terms}
+        pending = {name: p for name, p in pending.items() if type(p) is Partial}
+        if not pending:
+            continue
+        once_each = all(len(term & pending.keys()) == 1 for term in result.terms)
+        if not once_each or len({*pending.values()}) > 1:
+            raise RuntimeError(
+                f"{op}: expected on dimension {mesh_dim} of the mesh the same pending sum in each "
+                f"term of the result, once, got {pending}: redistribute before, as no collective "
+                "is inserted"
+            )
+        placements[mesh_dim] = next(iter(pending.values()))
+    return placements
+
+
 # Between DTensors and what a rank has
 
 
@@ -130,7 +153,7 @@ def distributed(
 ) -> Any:
     """A DTensor of this shape, with the dimensions in memory in the operator's order."""
     order = list(range(len(shape)))
-    if like is not None and like.stride(-1) == 1:  # as output_like in apply_rotary.cpp
+    if like is not None and like.stride(-1) == 1:  # results keep the order of x
         order.sort(key=like.stride, reverse=True)
     strides, step = [1] * len(shape), 1
     for dim in reversed(order):

@@ -1,34 +1,22 @@
-"""Derivatives of rms_norm_rotary_qk. The plain backward, to q, k and the weights, is an operator
-with kernels. All else is composed of differentiable PyTorch and the rotation: gradients to cos and
-sin, tangents, and that backward itself where it is to be differentiated in turn.
+"""RMSNorm of q and k and their rotation, and its backward.
+
+The plain backward, to q, k and the weights, is an operator with kernels. All else is composed of
+differentiable PyTorch and the rotation: gradients to cos and sin, tangents, and that backward
+itself where it is differentiated in turn.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rope_ext._copies import register_copies
-from rope_ext._derivatives import (
-    AUTOGRAD,
-    Grads,
-    inverted,
-    last_stride_one,
-    register_derivative,
-    rotary_tangent,
-    save_all,
-    table_grad,
-)
+from rope_ext._engine.autograd import last_stride_one, save_all
+from rope_ext._engine.record import Composed, Derivative, Given, Grads, Operator
+from rope_ext._engine.sharding import HEADS_OF, Result, Sharding, rotation_sharding
+from rope_ext._engine.vmap import one_by_one
+from rope_ext._operators.rotation import TWO, inverted, rotary_tangent, table_grad
 
 rope = torch.ops.rope
-
-
-def register_norm_derivatives() -> None:
-    register_derivative("rms_norm_rotary_qk", save_all, _backward, _tangent)
-    name, overload = "rms_norm_rotary_qk_backward", rope.rms_norm_rotary_qk_backward.default
-    AUTOGRAD.impl(name, _backward_kernel, "Autograd", with_keyset=True)
-    register_copies(AUTOGRAD, name, overload)
 
 
 def _split(options: dict[str, Any]) -> tuple[float, bool, dict[str, Any]]:
@@ -108,21 +96,6 @@ def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any
     return tuple(results)
 
 
-def _backward_kernel(keyset: Any, *args: Any, **options: Any) -> Any:
-    """The kernels; where more is differentiated they check, and PyTorch computes what it can
-    differentiate.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return _composed_backward(*args, **options)
-    with torch._C._AutoDispatchBelowAutograd():
-        overload = rope.rms_norm_rotary_qk_backward.default
-        grads = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    if needs_grad or forward_ad._current_level >= 0:
-        return _composed_backward(*args, **options)
-    return grads
-
-
 def _composed_backward(
     grad_q: Tensor | None,
     grad_k: Tensor | None,
@@ -151,3 +124,46 @@ def _composed_backward(
         others = tuple(range(x.dim() - weight.dim()))
         to_weights.append((back * norm.n).sum(others).to(weight.dtype))
     return *to_xs, *to_weights
+
+
+# Of DTensors batch and sequence shard freely, and heads where each is normalised by itself
+
+
+def _sharding(operator: Operator, given: Given) -> Sharding:
+    """Rows of [H, D], which are all heads of a token, are needed whole."""
+    heads = HEADS_OF if given["q_weight"].dim() == 1 else (None, None)
+    return rotation_sharding(operator, given, heads, is_linear=False)
+
+
+def _backward_sharding(operator: Operator, given: Given) -> Sharding:
+    """Gradients to q and k are placed as these; those to the weights are sums over the tokens and
+    heads that a rank has, to be added over ranks.
+    """
+    sharding = _sharding(operator, given)
+    sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in TWO}
+    sharding.results += tuple(
+        Result((), given[f"{name}_weight"].shape, summed=sharding.axes[name]) for name in TWO
+    )
+    return sharding
+
+
+# RMSNorm takes 4 operations a channel (a square, its sum, two products), its backward 12: the sums
+# of x x and of g w x (5), n (1), the gradient to x (4) and that to the weight (2).
+RMS_NORM = (
+    Operator(
+        "rms_norm_rotary_qk",
+        TWO,
+        derivative=Derivative(save_all, _backward, _tangent),
+        flops_channel=4,
+        sharding=_sharding,
+    ),
+    Operator(
+        "rms_norm_rotary_qk_backward",
+        TWO,
+        results=("q", "k", "q_weight", "k_weight"),
+        derivative=Composed(_composed_backward),
+        flops_channel=12,
+        vmap=one_by_one,
+        sharding=_backward_sharding,
+    ),
+)

@@ -1,8 +1,8 @@
-"""Derivatives of the operators that make angles: of cos and sin, and of the rotation by them.
+"""cos and sin of positions, as a table and as rows, and the gradient to their frequencies.
 
 An angle is position * inv_freq, and cos' = -inv_freq sin, sin' = inv_freq cos by the position, or
-with the position in the place of inv_freq. By positions, which seldom have gradients, they are
-composed of the operators in float64 and of PyTorch's own.
+with the position in the place of inv_freq. By positions, which seldom have gradients, derivatives
+are composed of the operators in float64 and of PyTorch's own.
 """
 
 from typing import Any
@@ -10,33 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_ext._derivatives import (
-    Grads,
-    both,
-    inverted,
-    last_stride_one,
-    register_derivative,
-    rotated_alone,
-    save_all,
-    sum_of,
-    zero_unless_given,
-)
+from rope_ext._engine.autograd import both, save_all, sum_of, zero_unless_given
+from rope_ext._engine.record import Derivative, Given, Grads, Operator
+from rope_ext._engine.sharding import PAIRS, Axes, PartOfRange, Result, Sharding
+from rope_ext._engine.vmap import one_by_one, samples_of
 
 rope = torch.ops.rope
 
 
-def register_angle_derivatives() -> None:
-    for name, save, backward, tangent in (
-        ("cos_sin_cache", save_all, _cos_sin_cache_backward, _cos_sin_cache_tangent),
-        ("cos_sin", save_all, _cos_sin_backward, _cos_sin_tangent),
-        ("cos_sin_backward", save_all, _cos_sin_backward_backward, _cos_sin_backward_tangent),
-        ("apply_rotary_qk_at", _save_at, _at_backward, _at_tangent),
-    ):
-        register_derivative(name, save, backward, tangent)
-
-
 def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """As check_table_dtype in csrc/angles.cpp."""
+    """The dtype of cos and sin."""
     if dtype is not None:
         return dtype
     return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
@@ -86,10 +69,10 @@ def _cos_sin_cache_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor 
 def _cos_sin_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
     grads = both(grad_cos, grad_sin)
     needed = ctx.needs_input_grad[:2]
-    return *_angle_grads(needed, *grads, *ctx.saved_tensors, ctx.options), None
+    return *angle_grads(needed, *grads, *ctx.saved_tensors, ctx.options), None
 
 
-def _angle_grads(
+def angle_grads(
     needed: tuple[bool, ...],
     grad_cos: Tensor,
     grad_sin: Tensor,
@@ -112,7 +95,7 @@ def _angle_grads(
     return to_inv_freq, to_positions
 
 
-def _cos_sin_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
+def cos_sin_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     inv_freq, position_ids, axes = inputs
     dtype = table_dtype(inv_freq, options["dtype"])
     turned = None
@@ -128,11 +111,11 @@ def _cos_sin_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]
 
 def _cos_sin_cache_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     inv_freq, length = inputs
-    position_ids = _consecutive(options["start"], length, inv_freq)
-    return _cos_sin_tangent([inv_freq, position_ids, None], (tangents[0], None), options)
+    position_ids = consecutive(options["start"], length, inv_freq)
+    return cos_sin_tangent([inv_freq, position_ids, None], (tangents[0], None), options)
 
 
-def _consecutive(start: int, length: int, like: Tensor) -> Tensor:
+def consecutive(start: int, length: int, like: Tensor) -> Tensor:
     return torch.arange(start, start + length, device=like.device)
 
 
@@ -173,7 +156,7 @@ def _with_positions(inputs: Any, options: dict[str, Any]) -> list[Any]:
     """grad_cos, grad_sin, inv_freq, position_ids (given, or start, start + 1, ...), axes."""
     grad_cos, grad_sin, inv_freq, position_ids, axes = inputs
     if position_ids is None:
-        position_ids = _consecutive(options["start"], grad_cos.shape[0], inv_freq)
+        position_ids = consecutive(options["start"], grad_cos.shape[0], inv_freq)
     return [grad_cos, grad_sin, inv_freq, position_ids, axes]
 
 
@@ -211,86 +194,132 @@ def _cos_sin_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[
         of_inv_freq = tangents[2] * _by_inv_freq(*_with_positions(inputs, options), scaling)
     if tangents[3] is not None:
         terms = _of_pairs(tangents[3], axes) * _by_position(*inputs, scaling)
-        terms = terms.flatten(0, -2).sum(0) if terms.dim() > 1 else terms
+        terms = terms.reshape(-1, terms.shape[-1]).sum(0) if terms.dim() > 1 else terms
         of_positions = terms.to(inv_freq.dtype)
     return sum_of(sum_of(of_grads, of_inv_freq), of_positions)
 
 
-# Of the rotation by angles: to q and k the inverse, to angles by way of the rows.
+# Results
 
 
-def _save_at(ctx: Any, args: list[Any]) -> None:
-    q, k, *angles = args
-    ctx.angles_need_grad = any(ctx.needs_input_grad[2:4])
-    xs = (q, k) if ctx.angles_need_grad else ()
-    ctx.save_for_backward(*angles, *xs)
+def _table_of(given: Given) -> tuple[Tensor, Tensor]:
+    return _empty_rows(given, (given["length"],))
 
 
-def _none_beside(x: Tensor) -> Tensor:
-    """A tensor without heads, for the operator on two where there is one."""
-    return x[..., :0, :]
+def _rows_of(given: Given) -> tuple[Tensor, Tensor]:
+    return _empty_rows(given, given["position_ids"].shape[0 if given["axes"] is None else 1 :])
 
 
-def _both_or_one(rotate: Any, q: Tensor | None, k: Tensor | None) -> Grads:
-    """rotate(q, k), of which one may be None."""
-    if q is None and k is None:
-        return None, None
-    to_q, to_k = rotate(_none_beside(k) if q is None else q, _none_beside(q) if k is None else k)
-    return None if q is None else to_q, None if k is None else to_k
+def _empty_rows(given: Given, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    inv_freq = given["inv_freq"]
+    shape, dtype = (*positions, inv_freq.shape[0]), table_dtype(inv_freq, given["dtype"])
+    return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
 
-def _at_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
-    *angles, xs = (*ctx.saved_tensors[:3], ctx.saved_tensors[3:])
-    grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
-    needed = ctx.needs_input_grad[:4]
-    back = inverted(ctx.options)
-    to_q, to_k = _both_or_one(
-        lambda q, k: rope.apply_rotary_qk_at(q, k, *angles, **back),
-        *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)),
-    )
-    if not ctx.angles_need_grad:
-        return to_q, to_k, None, None, None
-    terms = [pair for pair in zip(grads, xs, strict=True) if pair[0] is not None]
-    first, second = (*terms, (None, None))[:2]
-    with torch.no_grad():  # it is their shape alone that the gradient to rows depends on
-        cos, _ = _rows_of(first[1], *angles, ctx.options["attention_scaling"])
-    to_rows = rope.apply_rotary_table_backward(
-        *first, *second, cos, None, None, **_rotation_options(ctx.options)
-    )
-    to_angles = _angle_grads(needed[2:], *to_rows, *angles, ctx.options)
-    return to_q, to_k, *to_angles, None
+# Under vmap samples are positions, or vectors of frequencies one after the other
 
 
-def _rotation_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("rotary_offset", "interleaved", "interleaved_out", "inverse")
-    return {"rotary_dim": None, **{name: options[name] for name in names}}
+def cos_sin_of_samples(
+    operator: Operator, count: int, dims: dict[str, int | None], given: Given
+) -> Any:
+    """Of cos_sin and cos_sin_cache."""
+    axes = given.get("axes")
+    of_axes, of_positions = dims.get("axes"), dims.get("position_ids")
+    if dims["inv_freq"] is None and of_axes is None:
+        samples = given["position_ids"].movedim(of_positions, 0 if axes is None else 1)
+        return operator.overload(**{**given, "position_ids": samples}), (0, 0)
+    if of_positions is None and of_axes is None:  # one vector of frequencies for all
+        inv_freq = given["inv_freq"].movedim(dims["inv_freq"], 0)
+        arguments = {**given, "inv_freq": inv_freq.flatten()}
+        if axes is not None:
+            arguments["axes"] = axes.repeat(count)
+        tables = operator.overload(**arguments)
+        return tuple(t.unflatten(-1, inv_freq.shape) for t in tables), (-2, -2)
+    return one_by_one(operator, count, dims, given)
 
 
-def _rows_of(
-    x: Tensor,
-    inv_freq: Tensor,
-    position_ids: Tensor | None,
-    axes: Tensor | None,
-    attention_scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """The rows that x [.., H, D] turns by, without position_ids a table of them."""
-    options = {"attention_scaling": attention_scaling, "dtype": table_dtype(x, None)}
-    if position_ids is None:
-        return rope.cos_sin_cache(inv_freq, x.shape[-3], **options)
-    return rope.cos_sin(inv_freq, position_ids, axes, **options)
+def _cos_sin_backward_of_samples(
+    operator: Operator, count: int, dims: dict[str, int | None], given: Given
+) -> Any:
+    if dims["position_ids"] is not None or dims["axes"] is not None:
+        return one_by_one(operator, count, dims, given)
+    grads = {
+        name: samples_of(given[name], dims[name], count).movedim(0, -2).flatten(-2)
+        for name in ("grad_cos", "grad_sin")
+    }
+    inv_freq = samples_of(given["inv_freq"], dims["inv_freq"], count)
+    arguments = {**given, **grads, "inv_freq": inv_freq.flatten()}
+    if given["axes"] is not None:
+        arguments["axes"] = given["axes"].repeat(count)
+    return operator.overload(**arguments).view(inv_freq.shape), 0
 
 
-def _at_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    *xs, inv_freq, position_ids, axes = inputs
-    of_x: Grads = _both_or_one(
-        lambda q, k: rope.apply_rotary_qk_at(q, k, *inputs[2:], **options),
-        *(None if t is None else last_stride_one(t) for t in tangents[:2]),
-    )
-    if tangents[2] is None and tangents[3] is None:
-        return of_x
-    if position_ids is None:
-        position_ids = _consecutive(0, xs[0].shape[-3], inv_freq)
-    made = {"attention_scaling": options["attention_scaling"], "dtype": table_dtype(xs[0], None)}
-    rows = _cos_sin_tangent([inv_freq, position_ids, axes], tangents[2:4], made)
-    turned = (rotated_alone(x, *rows, None, _rotation_options(options)) for x in xs)
-    return tuple(sum_of(a, b) for a, b in zip(of_x, turned, strict=True))
+# Of DTensors rows are sharded as their positions, and pairs as the frequencies
+
+
+def _axes_of_any_positions(rank: int) -> Axes:
+    return tuple(f"dimension {dim} of the positions" for dim in range(rank))
+
+
+def _cos_sin_cache_sharding(operator: Operator, given: Given) -> Sharding:
+    table = Result((None, PAIRS), (given["length"], *given["inv_freq"].shape))
+    return Sharding({"inv_freq": (PAIRS,)}, (table, table))
+
+
+def _cos_sin_sharding(operator: Operator, given: Given) -> Sharding:
+    lead = () if given["axes"] is None else (None,)
+    shape = given["position_ids"].shape[len(lead) :]
+    of_rows = _axes_of_any_positions(len(shape))
+    axes = {"inv_freq": (PAIRS,), "position_ids": (*lead, *of_rows), "axes": (PAIRS,)}
+    rows = Result((*of_rows, PAIRS), (*shape, *given["inv_freq"].shape))
+    return Sharding(axes, (rows, rows))
+
+
+def _cos_sin_backward_sharding(operator: Operator, given: Given) -> Sharding:
+    of_rows = _axes_of_any_positions(given["grad_cos"].dim() - 1)
+    terms = (frozenset(("grad_cos",)), frozenset(("grad_sin",)))
+    grad = Result((PAIRS,), given["inv_freq"].shape, summed=of_rows, terms=terms)
+
+    def complete(arguments: Given, part_of_range: PartOfRange) -> None:
+        if given["position_ids"] is None:
+            length = given["grad_cos"].shape[0]
+            arguments["position_ids"] = part_of_range(given["start"], length, of_rows[0])
+
+    axes = {
+        "grad_cos": (*of_rows, PAIRS),
+        "grad_sin": (*of_rows, PAIRS),
+        "inv_freq": (PAIRS,),
+        "position_ids": (*(() if given["axes"] is None else (None,)), *of_rows),
+        "axes": (PAIRS,),
+    }
+    return Sharding(axes, (grad,), complete)
+
+
+COS_SIN_CACHE = Operator(
+    "cos_sin_cache",
+    pairs="inv_freq",
+    results=_table_of,
+    derivative=Derivative(save_all, _cos_sin_cache_backward, _cos_sin_cache_tangent),
+    vmap=cos_sin_of_samples,
+    sharding=_cos_sin_cache_sharding,
+)
+COS_SIN = Operator(
+    "cos_sin",
+    pairs="inv_freq",
+    results=_rows_of,
+    derivative=Derivative(save_all, _cos_sin_backward, cos_sin_tangent),
+    vmap=cos_sin_of_samples,
+    sharding=_cos_sin_sharding,
+)
+ANGLES = (
+    COS_SIN_CACHE,
+    COS_SIN,
+    Operator(
+        "cos_sin_backward",
+        pairs="inv_freq",
+        results=("inv_freq",),
+        derivative=Derivative(save_all, _cos_sin_backward_backward, _cos_sin_backward_tangent),
+        vmap=_cos_sin_backward_of_samples,
+        sharding=_cos_sin_backward_sharding,
+    ),
+)

@@ -1,179 +1,33 @@
-"""Derivatives of the operators, backward and forward, in every transform of torch.func.
+"""The rotation by rows of cos and sin, new, in place and into out, and its gradient to the rows.
 
-An operator gets one kernel for the dispatch key Autograd, as those of PyTorch have it: a node of
-the graph where something requires grad, the tangent where something has one, else nothing but the
-operator.
+It is linear in x, so its gradient is the transposed rotation; and linear in (cos, sin), so the
+gradient to them is bilinear, with rotations as its derivatives. Tangents are the operators
+themselves.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import pad
 
-from rope_ext._copies import register_copies
-from rope_ext._token_order import distributed_tokens_by_row, is_dtensor, tokens_by_row
+from rope_ext._engine.autograd import both, last_stride_one, save_all, sum_of, zero_unless_given
+from rope_ext._engine.record import Derivative, Given, Grads, Operator
+from rope_ext._engine.sharding import (
+    BATCH,
+    HEADS,
+    SEQUENCE,
+    PartOfRange,
+    Result,
+    Sharding,
+    axes_of_rows,
+    axes_of_x,
+    positions_in_table,
+)
+from rope_ext._engine.vmap import by_sequences, samples_of, sequences
+from rope_ext._operators.token_order import distributed_tokens_by_row, is_dtensor, tokens_by_row
 
 rope = torch.ops.rope
-
-# Of the one level that there is: unpack_dual asks a count that compiled graphs do not keep.
-_unpack_dual = torch._VF._unpack_dual
-
-Grads = tuple[Tensor | None, ...]
-
-AUTOGRAD = torch.library.Library("rope", "IMPL")
-
-
-def register_derivatives() -> None:
-    for name, save, backward, tangent in (
-        ("apply_rotary", _save_one, _apply_rotary_backward, _apply_rotary_tangent),
-        ("apply_rotary_qk", _save_two, _apply_rotary_qk_backward, _apply_rotary_qk_tangent),
-        (
-            "apply_rotary_table_backward",
-            save_all,
-            _table_backward_backward,
-            _table_backward_tangent,
-        ),
-    ):
-        register_derivative(name, save, backward, tangent)
-
-
-def register_derivative(
-    name: str,
-    save: Callable[..., None],
-    backward: Callable[..., Grads],
-    tangent: Callable[..., Any],
-) -> None:
-    """Of an operator: what it saves, its backward, its tangent."""
-    overload = getattr(rope, name).default
-    kernel = _autograd_kernel(overload, save, backward, tangent)
-    AUTOGRAD.impl(name, kernel, "Autograd", with_keyset=True)
-    register_copies(AUTOGRAD, name, overload)
-
-
-def is_dual(*tensors: Any) -> bool:
-    """Whether one of them carries a tangent, of forward-mode differentiation."""
-    return any(isinstance(t, Tensor) and _unpack_dual(t, 0)[1] is not None for t in tensors)
-
-
-def _autograd_kernel(
-    overload: Any,
-    save: Callable[..., None],
-    backward: Callable[..., Grads],
-    tangent: Callable[..., Any],
-) -> Callable[..., Any]:
-    """The kernel of an operator, of what it saves, its backward and its tangent.
-
-    torch.library.register_autograd would do without the tangent, and ends in an error in the
-    transforms of torch.func. Here each level of these comes in by itself, as it does for the
-    kernels of PyTorch: so the node is one of a single level.
-    """
-    positional = [a.default_value for a in overload._schema.arguments if not a.kwarg_only]
-    defaults = {a.name: a.default_value for a in overload._schema.arguments if a.kwarg_only}
-    after_autograd = torch._C._after_autograd_keyset
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        *args, call = inputs
-        with call.modes(), torch._C._AutoDispatchBelowAutograd():
-            output = overload.redispatch(call.keyset & after_autograd, *args, **call.options)
-        # Zeros would be work, and for DTensors no DTensors; forward mode can't do without.
-        ctx.set_materialize_grads(forward_ad._current_level >= 0)
-        ctx.options = {**defaults, **call.options}
-        save(ctx, args)
-        ctx.call, call.args = call, args
-        return output
-
-    def node_backward(ctx: Any, *grads: Tensor) -> Grads:
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        return *backward(ctx, *grads), None
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        # called in apply, when forward has returned
-        primals = [_unpack_dual(a, 0)[0] if isinstance(a, Tensor) else a for a in ctx.call.args]
-        with ctx.call.modes():
-            return tangent(primals, tangents[:-1], ctx.options)
-
-    functions = {"forward": forward, "backward": node_backward, "jvp": jvp}
-    node = type(
-        overload._schema.name.removeprefix("rope::").title().replace("_", ""),
-        (_SingleLevelFunction,),
-        {name: staticmethod(function) for name, function in functions.items()},
-    )
-
-    def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
-        if not (transformed or forward_ad._current_level >= 0) and not (
-            torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        ):
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload.redispatch(keyset & after_autograd, *args, **options)
-        args += tuple(positional[len(args) :])  # the dispatcher leaves out what is the default
-        call = _Call(keyset, options)
-        if not transformed:
-            output = node.apply(*args, call)
-        else:
-            call.modes = _Modes()
-            with enable_single_level_autograd_function():
-                output = node.apply(*args, call)
-        call.args = ()  # or the graph would keep them
-        return output
-
-    return kernel
-
-
-@dataclass
-class _Call:
-    """What a call of an operator has beside its arguments."""
-
-    keyset: Any
-    options: dict[str, Any]
-    modes: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-    args: Sequence[Any] = ()
-
-
-class _Modes:
-    """Puts the two modes of differentiation back to what they were when this was made: a node turns
-    them off, and the outer levels of torch.func, which come after, would take that for theirs.
-    """
-
-    def __init__(self) -> None:
-        self.backward = torch.is_grad_enabled()
-        self.forward = forward_ad._is_fwd_grad_enabled()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with torch.set_grad_enabled(self.backward), forward_ad._set_fwd_grad_enabled(self.forward):
-            yield
-
-
-def last_stride_one(grad: Tensor) -> Tensor:
-    """Gradients of other strides, such as the expanded ones of sum(), are laid out."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
-
-
-def zero_unless_given(tangent: Tensor | None, of: Tensor) -> Tensor:
-    return torch.zeros_like(of) if tangent is None else last_stride_one(tangent)
-
-
-def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def save_all(ctx: Any, args: list[Any]) -> None:
-    ctx.numbers = [None if isinstance(a, Tensor) else a for a in args]
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
-
-
-# Of the rotation. It is linear in x, so its gradient is the transposed rotation; and linear in
-# (cos, sin), so the gradient to them is bilinear, with rotations as its derivatives. Tangents are
-# the operators themselves.
 
 
 def _save(ctx: Any, args: list[Any], rotated: int) -> None:
@@ -350,7 +204,113 @@ def _table_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[st
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-def both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients to cos and sin, with zeros for one that nothing depends on."""
-    first = torch.zeros_like(second) if first is None else first
-    return first, torch.zeros_like(first) if second is None else second
+# The gradient to rows: under vmap, and of DTensors
+
+
+def _table_backward_of_samples(
+    operator: Operator, count: int, dims: dict[str, int | None], given: Given
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    xs_given = [(given[name], dims[name]) for name in ("grad_q", "q", "grad_k", "k")]
+    samples = [None if x is None else samples_of(x, dim, count) for x, dim in xs_given]
+    xs = [None if x is None else sequences(x) for x in samples]
+    cos = given["cos"]
+    shape = samples_of(cos, dims["cos"], count).shape[1:]
+    rows, width = shape[-2:]
+    batch, seq = 1 if samples[1].dim() == 4 else samples[1].shape[1], xs[1].shape[1]
+    options = {n: x for n, x in given.items() if n not in operator.positional}
+    if len(shape) == 3 and shape[0] == batch:  # a row a token: nothing to sum over tokens
+        grads = operator.overload(*xs, cos.new_empty(count * batch, rows, width), **options)
+        return tuple(g.view(count, *shape) for g in grads), (0, 0)
+
+    # One table of all, in which each sample has its part and a row more: that of the tokens after
+    # its last row's and before the first of the next sample's, which have positions outside.
+    tokens, device = batch * seq, cos.device
+    token_order, row_offsets = given["token_order"], given["row_offsets"]
+    if token_order is None:  # each row has a token of each sequence
+        token_order = torch.arange(tokens, device=device).view(batch, seq).T.flatten()
+        row_offsets = batch * torch.arange(rows + 1, device=device).clamp(max=seq)
+    first = tokens * torch.arange(count, device=device)[:, None]
+    order = (samples_of(token_order, dims["token_order"], count) + first).flatten()
+    offsets = (samples_of(row_offsets, dims["row_offsets"], count) + first).flatten()
+    offsets = torch.cat((offsets, offsets.new_full((1,), count * tokens)))
+    table = cos.new_empty(count * (rows + 1), width)
+    grads = operator.overload(*xs, table, order, offsets, **options)
+    return tuple(g.view(count, rows + 1, width)[:, :rows].reshape(count, *shape)
+                 for g in grads), (0, 0)  # fmt: skip
+
+
+def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
+    """token_order and row_offsets are those of :func:`tokens_by_row`, of each rank's tokens."""
+    q, cos, token_order = given["q"], given["cos"], given["token_order"]
+    of_x, rows = axes_of_x(q, HEADS), axes_of_rows(cos, q, token_order)
+    terms = (frozenset(("grad_q", "q")), frozenset(("grad_k", "k")))
+    grad = Result(
+        rows,
+        cos.shape,
+        summed=(BATCH, SEQUENCE, HEADS),
+        terms=terms[: 1 if given["k"] is None else 2],
+    )
+
+    def complete(arguments: Given, part_of_range: PartOfRange) -> None:
+        if token_order is not None:
+            for name in ("token_order", "row_offsets"):
+                arguments[name] = given[name].to_local()
+            return
+        positions = positions_in_table(operator.op, q, cos, part_of_range)
+        if positions is not None:
+            tokens = positions.expand(arguments["q"].shape[:-2])
+            arguments["token_order"], arguments["row_offsets"] = tokens_by_row(tokens, cos.shape[0])
+
+    axes = {**dict.fromkeys(("grad_q", "q", "grad_k", "k"), of_x), "cos": rows}
+    return Sharding(axes, (grad, grad), complete)
+
+
+# In place under vmap it is computed out of place, where the pairs could leave their order
+
+
+def check_order_stays(operator: Operator, given: Given) -> None:
+    """As the operator itself refuses it."""
+    interleaved, interleaved_out = given["interleaved"], given["interleaved_out"]
+    if interleaved_out is not None and interleaved_out != interleaved:
+        raise RuntimeError(
+            f"{operator.op}: expected interleaved_out to be None or interleaved, {interleaved}, as "
+            f"a rotation in place leaves the pairs where they are, got {interleaved_out}"
+        )
+
+
+def _in_place_by_sequences(
+    operator: Operator, count: int, dims: dict[str, int | None], given: Given
+) -> Any:
+    check_order_stays(operator, given)
+    return by_sequences(operator, count, dims, given)
+
+
+ONE, TWO = ("x",), ("q", "k")
+ROTATE_QK = Operator(
+    "apply_rotary_qk",
+    TWO,
+    derivative=Derivative(_save_two, _apply_rotary_qk_backward, _apply_rotary_qk_tangent),
+)
+ROTATE_QK_IN_PLACE = Operator("apply_rotary_qk_", TWO, vmap=_in_place_by_sequences)
+
+ROTATION = (
+    Operator(
+        "apply_rotary",
+        ONE,
+        derivative=Derivative(_save_one, _apply_rotary_backward, _apply_rotary_tangent),
+    ),
+    Operator("apply_rotary_", ONE, vmap=_in_place_by_sequences),
+    Operator("apply_rotary.out", ONE),
+    ROTATE_QK,
+    ROTATE_QK_IN_PLACE,
+    Operator("apply_rotary_qk.out", TWO),
+    Operator(
+        "apply_rotary_table_backward",
+        TWO,
+        results=("cos", "cos"),
+        derivative=Derivative(save_all, _table_backward_backward, _table_backward_tangent),
+        flops_rotated=4,  # 4 products and 4 sums a pair; of the rotation 4 and 2, so 3 a channel
+        vmap=_table_backward_of_samples,
+        sharding=_table_backward_sharding,
+    ),
+)

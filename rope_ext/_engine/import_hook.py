@@ -1,6 +1,4 @@
-"""What is registered with a module of PyTorch that takes long to import: when it is imported, by
-whomever, instead of importing it.
-"""
+"""Registers with modules of PyTorch that take long to import when someone else imports them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ def on_import(module: str, register: Callable[[], None]) -> None:
 
 
 class _Importing:
-    """Has the module found by those who come after, and registers once it is there."""
+    """Finds the module by the finders after this one, and registers once it is executed."""
 
     def __init__(self, module: str, register: Callable[[], None]) -> None:
         self.module, self.register = module, register

@@ -1,0 +1,48 @@
+"""What PyTorch has to know of an operator beside its kernels: one mechanism a file.
+
+Each reads the records (record.py) and schemas of the operators; none names an operator.
+
+record.py         what a record says, and what is read from the schema
+autograd.py       derivatives, backward and forward
+writes.py         version counters, and refusals of what can't be written
+negative_and_zero_tensors.py   tensors whose values are not those in memory
+fakes.py          shapes, dtypes, strides, and one device for all
+vmap.py           one call for all samples
+sharding.py       what a record says of DTensors: named axes
+placements.py     how the DTensors of a call are placed, and what a rank has of them
+dtensor.py        what each rank computes
+flops.py          what torch.utils.flop_counter counts
+calls.py          calls past autograd, where there is nothing to differentiate
+import_hook.py    registration with modules that are imported later
+torch_private.py  the private names of PyTorch
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+from rope_ext._engine.autograd import register_autograd
+from rope_ext._engine.fakes import register_fakes
+from rope_ext._engine.flops import register_flops
+from rope_ext._engine.import_hook import on_import
+from rope_ext._engine.negative_and_zero_tensors import register_negative_and_zero_tensors
+from rope_ext._engine.record import Operator
+from rope_ext._engine.vmap import register_vmap_rules
+from rope_ext._engine.writes import register_writes
+
+
+@cache  # PyTorch takes it once
+def register(operators: Sequence[Operator]) -> None:
+    """Registers everything, when the package is imported."""
+    register_fakes(operators)
+    register_autograd(operators)
+    register_writes(operators)
+    register_negative_and_zero_tensors(operators)
+    register_vmap_rules(operators)
+    on_import("torch.utils.flop_counter", lambda: register_flops(operators))
+    on_import("torch.distributed.tensor", lambda: _register_dtensors(operators))
+
+
+def _register_dtensors(operators: Sequence[Operator]) -> None:
+    from rope_ext._engine.dtensor import register_dtensors
+
+    register_dtensors(operators)

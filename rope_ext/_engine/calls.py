@@ -1,0 +1,59 @@
+"""Calls of the operators from Python: past autograd, where there is nothing to differentiate."""
+
+from typing import Any
+
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+
+from rope_ext._engine.torch_private import (
+    any_requires_grad,
+    below_versions,
+    in_forward_mode,
+    transforms_active,
+)
+from rope_ext._engine.writes import check_may_be_written
+
+
+def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
+    """operator(*args, **options), which writes the tensors `written`.
+
+    The kernels of autograd and of version counters are written in Python (autograd.py, writes.py),
+    and take longer than all else of a small call. Where nothing requires a gradient only versions
+    are left to count, and that is done here. Inference mode skips these kernels by itself, except
+    for writes where some tensor was made outside of it.
+    """
+    if is_compiling():  # first: a graph is not told the mode
+        return operator(*args, **options)
+    inference = is_inference_mode_enabled()
+    if (
+        (inference and not written)
+        or in_forward_mode()
+        or transforms_active()
+        or (is_grad_enabled() and any_requires_grad(*args, *written, *options.values()))
+    ):
+        return operator(*args, **options)
+    if not inference and written:
+        check_may_be_written(operator, written)
+    with below_versions():
+        result = operator(*args, **options)
+    if written:
+        counted = [x for x in written if not x.is_inference()] if inference else written
+        increment_version(counted)
+    return result
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """In Python alone, as torch.compile has to trace it."""
+    if is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return in_forward_mode()
+
+
+def is_transformed() -> bool:
+    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
+    by torch.func or forward-mode differentiation, which know more of copy_ than of a node of ours.
+    """
+    return is_compiling() or transforms_active() or in_forward_mode()

@@ -1,0 +1,62 @@
+"""Fakes: shapes, dtypes and strides of results, and one device for all.
+
+A fake checks nothing else: the operator checks when it runs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from rope_ext._engine.record import Given, Operator
+
+
+def register_fakes(operators: Sequence[Operator]) -> None:
+    for operator in operators:
+        register_fake(operator.op, _fake(operator))
+
+
+def _fake(operator: Operator) -> Callable[..., Any]:
+    def fake(*args: Any, **options: Any) -> Any:
+        given = operator.given(args, options)
+        _check_device(operator, given)
+        if operator.written:
+            return None
+        results = _results(operator, given)
+        return results if operator.result_count > 1 else results[0]
+
+    return fake
+
+
+def _check_device(operator: Operator, given: Given) -> None:
+    """A tensor without data beside real ones comes here, not to the operator."""
+    device = given[operator.leading].device
+    for name in operator.tensors:
+        other = given[name]
+        if other is not None and other.device != device:
+            raise RuntimeError(
+                f"{operator.op}: expected {name} on the device of {operator.leading}, {device}, "
+                f"got {other.device}"
+            )
+
+
+def _results(operator: Operator, given: Given) -> tuple[Tensor, ...]:
+    if callable(operator.results):
+        return operator.results(given)
+    names = operator.rotates if operator.results is None else operator.results
+    return tuple(
+        _rotated_like(given[name]) if name in operator.rotates else _contiguous_like(given[name])
+        for name in names
+    )
+
+
+def _rotated_like(x: Tensor) -> Tensor:
+    """In x's order of dimensions in memory, where that has the channels last."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else _contiguous_like(x)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,125 @@
+"""The record of an operator: what its schema does not say, and what is read from its schema."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rope_ext._engine.sharding import ShardingRule
+from rope_ext._engine.torch_private import is_tensor, name_of, schema_of
+
+Given = dict[str, Any]  # every argument of a call by its name
+Grads = tuple[Tensor | None, ...]
+# (operator, number of samples, batched dimension of each argument, arguments)
+# -> results, their batched dimensions
+VmapRule = Callable[["Operator", int, dict[str, int | None], Given], tuple[Any, Any]]
+
+
+class Derivative(NamedTuple):
+    """How an operator is differentiated, backward and forward."""
+
+    save: Callable[[Any, list[Any]], None]  # (ctx, positional arguments)
+    backward: Callable[..., Grads]  # (ctx, *gradients of results) -> one a positional argument
+    tangent: Callable[[list[Any], Grads, Given], Any]  # (arguments, tangents, options)
+
+
+class Composed(NamedTuple):
+    """The operator made of differentiable ones, which are called where it is differentiated."""
+
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """One overload of an operator of torch.ops.rope.
+
+    name           "apply_rotary", "apply_rotary.out"
+    rotates        the tensors that rotate, [B, S, H, D] or [T, H, D]
+    pairs          the tensor whose last dimension counts pairs (or channels, with rotary_dim)
+    results        what the results are like, or a function that makes them: as rotates by itself
+    derivative     None where the operator writes: it refuses tensors that require grad
+    flops_rotated  operations for each channel that rotates
+    flops_channel  operations for each channel, beside
+    vmap           None: samples become sequences of one batch
+    sharding       None: as of the rotation
+    """
+
+    name: str
+    rotates: tuple[str, ...] = ()
+    pairs: str = "cos"
+    results: tuple[str, ...] | Callable[[Given], tuple[Tensor, ...]] | None = None
+    derivative: Derivative | Composed | None = None
+    flops_rotated: int = 3
+    flops_channel: int = 0
+    vmap: VmapRule | None = None
+    sharding: ShardingRule | None = None
+
+    @cached_property
+    def overload(self) -> Any:
+        packet, _, overload = self.name.partition(".")
+        return getattr(getattr(torch.ops.rope, packet), overload or "default")
+
+    @cached_property
+    def functional(self) -> Any:
+        """The overload that gives as results what this one writes in place."""
+        return getattr(torch.ops.rope, self.name.removesuffix("_")).default
+
+    @cached_property
+    def op(self) -> str:
+        """The name in messages, rope::apply_rotary."""
+        return name_of(self.overload)
+
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(schema_of(self.overload).arguments)
+
+    @cached_property
+    def positional(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.arguments if not a.kwarg_only)
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.arguments if is_tensor(a))
+
+    @cached_property
+    def written(self) -> tuple[str, ...]:
+        written = (a for a in self.arguments if a.alias_info is not None and a.alias_info.is_write)
+        return tuple(a.name for a in written)
+
+    @cached_property
+    def outs(self) -> tuple[str, ...]:
+        """What is written instead of results."""
+        return tuple(name for name in self.written if name not in self.positional)
+
+    @cached_property
+    def defaults(self) -> Given:
+        return {a.name: a.default_value for a in self.arguments}
+
+    @cached_property
+    def result_count(self) -> int:
+        return len(schema_of(self.overload).returns)
+
+    @cached_property
+    def leading(self) -> str:
+        """The tensor that the others are compared with."""
+        return self.rotates[0] if self.rotates else self.pairs
+
+    def named(self, args: tuple[Any, ...], options: Given) -> Given:
+        """The arguments that were passed; the dispatcher leaves out defaults."""
+        return dict(zip(self.positional, args, strict=False)) | options
+
+    def given(self, args: tuple[Any, ...], options: Given) -> Given:
+        """All arguments."""
+        return self.defaults | self.named(args, options)
+
+    @cached_property
+    def written_tensors(self) -> Callable[[tuple[Any, ...], Given], tuple[Tensor, ...]]:
+        """A function that picks what is written from a call's args and options."""
+        outs, count = self.outs, len(self.written) - len(self.outs)
+        if self.written == self.positional[: len(self.written)]:
+            return lambda args, options: args[:count]
+        places = [self.positional.index(name) for name in self.written[:count]]
+        return lambda args, options: (*[args[i] for i in places], *[options[x] for x in outs])

@@ -1,0 +1,69 @@
+"""Every private name of PyTorch that rope_ext uses. All of them are in torch 2.10 to 2.14.
+
+A release of PyTorch that renames one of these is followed here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+# Autograd: what a kernel asks, and how it goes on to the kernels below
+any_requires_grad = torch._C._any_requires_grad
+below_autograd = torch._C._AutoDispatchBelowAutograd
+keys_below_autograd = torch._C._after_autograd_keyset
+below_versions = torch._C._AutoDispatchBelowADInplaceOrView
+keys_below_versions = torch._C._after_ADInplaceOrView_keyset
+
+# torch.func and forward-mode differentiation
+transforms_active = torch._C._are_functorch_transforms_active
+single_level = enable_single_level_autograd_function
+SingleLevelFunction = _SingleLevelFunction
+is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
+set_forward_mode_enabled = forward_ad._set_fwd_grad_enabled
+# Of the one level that there is: forward_ad.unpack_dual asks a count that compiled graphs lack.
+unpack_dual = torch._VF._unpack_dual
+
+is_zero_tensor = Tensor._is_zerotensor
+
+_OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
+
+
+def in_forward_mode() -> bool:
+    """Whether this is within forward_ad.dual_level()."""
+    return forward_ad._current_level >= 0
+
+
+def is_dual(*values: Any) -> bool:
+    """Whether one of the tensors has a tangent of forward-mode differentiation."""
+    return any(isinstance(x, Tensor) and unpack_dual(x, 0)[1] is not None for x in values)
+
+
+def keys_after(dispatch_key: str) -> Any:
+    """The dispatch keys that come after this one."""
+    return torch._C._dispatch_keyset_full_after(getattr(torch._C.DispatchKey, dispatch_key))
+
+
+def schema_of(overload: Any) -> Any:
+    return overload._schema
+
+
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of a schema is a Tensor or a Tensor?."""
+    return argument.type.isSubtypeOf(_OPTIONAL_TENSOR)
+
+
+def name_of(operator: Any) -> str:
+    """rope::apply_rotary, rope::apply_rotary.out: of an overload, or of the only one."""
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        return operator._qualified_op_name
+    overload = operator._overloadname
+    return operator._schema.name + ("" if overload == "default" else "." + overload)
+
+
+def allows_implicit_replication(dtensor: Any) -> bool:
+    """Whether torch.distributed.tensor.experimental.implicit_replication() holds."""
+    return getattr(dtensor._op_dispatcher, "_allow_implicit_replication", False)

@@ -1,0 +1,144 @@
+"""The operators under torch.func.vmap: one call for all samples, whichever arguments are batched.
+
+A batch is one of the operators' own dimensions: samples are sequences (of x), rows (of tables), or
+frequencies. Where an operator has no such dimension, it is called once a sample.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_vmap
+
+from rope_ext._engine.autograd import last_stride_one
+from rope_ext._engine.record import Given, Operator, VmapRule
+
+Dims = dict[str, int | None]
+
+# register_vmap takes no operator with tensors among its keywords, even to refuse it.
+_LIBRARY = torch.library.Library("rope", "IMPL")
+
+
+def register_vmap_rules(operators: Sequence[Operator]) -> None:
+    """Into out nothing is registered: PyTorch refuses what it has no rule for."""
+    for operator in operators:
+        if {*operator.written} - {*operator.rotates, *operator.outs}:
+            _LIBRARY.impl(operator.name, _refusal(operator), "FuncTorchBatched")
+        elif not operator.outs:
+            register_vmap(operator.op, _as_registered(operator))
+
+
+def _as_registered(operator: Operator) -> Callable[..., Any]:
+    rule: VmapRule = operator.vmap or by_sequences
+    unbatched = dict.fromkeys(operator.defaults)
+
+    def registered(info: Any, in_dims: tuple[int | None, ...], *args: Any, **options: Any) -> Any:
+        dims = unbatched | operator.named(in_dims, {})
+        if operator.written:
+            _check_written_are_batched(operator, dims)
+        return rule(operator, info.batch_size, dims, operator.given(args, options))
+
+    return registered
+
+
+def _refusal(operator: Operator) -> Callable[..., None]:
+    """A cache is one for all sequences: they are a batch, with slots of their own."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError(
+            f"{operator.op}: expected to be called with a batch of sequences, whose slots are "
+            "those of one cache, got tensors batched by vmap"
+        )
+
+    return refuse
+
+
+def _check_written_are_batched(operator: Operator, dims: Dims) -> None:
+    if any(dims[name] is None for name in operator.written):
+        raise RuntimeError(
+            f"{operator.op}: expected what is written to be batched by vmap where another argument "
+            "is, got a tensor that is the same for all samples"
+        )
+
+
+# The rule of operators that rotate by rows, and what other rules are written with
+
+
+def by_sequences(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
+    """Samples are sequences; where they have weights of their own, one call each."""
+    beside = {*operator.tensors} - {*operator.rotates, "cos", "sin", "position_ids"}
+    if any(dims[name] is not None for name in beside):
+        return one_by_one(operator, count, dims, given)
+    samples = {name: samples_of(given[name], dims[name], count) for name in operator.rotates}
+    first = samples[operator.rotates[0]]
+    batch, seq = 1 if first.dim() == 4 else first.shape[1], first.shape[-3]
+    inputs = {name: sequences(x) for name, x in samples.items()}
+    outs = operator.functional(**{**given, **inputs, **_rows(count, batch, seq, dims, given)})
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    outs = tuple(out.unflatten(0, x.shape[: x.dim() - 3])
+                 for out, x in zip(outs, samples.values(), strict=True))  # fmt: skip
+    if operator.written:
+        for x, out in zip(samples.values(), outs, strict=True):
+            x.copy_(out)
+        return None, None
+    return (outs, (0,) * len(outs)) if len(outs) > 1 else (outs[0], 0)
+
+
+def one_by_one(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
+    """One call for each sample."""
+
+    def sample(name: str, i: int) -> Any:
+        x, dim = given[name], dims[name]
+        if dim is None:
+            return x
+        of_sample = x.select(dim, i)
+        return last_stride_one(of_sample) if of_sample.dim() > 0 else of_sample
+
+    results = [operator.overload(**{name: sample(name, i) for name in given}) for i in range(count)]
+    if operator.result_count == 1:
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def samples_of(x: Tensor, dim: int | None, count: int) -> Tensor:
+    """x with its samples first [N, ..]; one that is not batched is the same for all."""
+    return x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def sequences(x: Tensor) -> Tensor:
+    """[N, B, S, H, D] or packed [N, T, H, D] -> [N * B, S, H, D]; a view where strides allow it."""
+    return last_stride_one(x if x.dim() == 4 else x.flatten(0, 1))
+
+
+def _rows(count: int, batch: int, seq: int, dims: Dims, given: Given) -> dict[str, Tensor | None]:
+    """cos, sin and position_ids for N * B sequences, from those of N samples of B sequences."""
+    cos, sin, ids = given["cos"], given["sin"], given["position_ids"]
+    batched_table = dims["cos"] is not None or dims["sin"] is not None
+    batched_ids = dims["position_ids"] is not None
+    if batched_table:
+        cos, sin = (samples_of(given[name], dims[name], count) for name in ("cos", "sin"))
+    if batched_ids:
+        ids = ids.movedim(dims["position_ids"], 0)
+
+    def each(t: Tensor, batched: bool, rank: int) -> Tensor:
+        """t [..] or [1|B, ..], of at most `rank` dimensions, with N before if batched, for all."""
+        t = t if batched else t[None]
+        t = t.unsqueeze(1) if t.dim() == rank else t
+        return t.expand(count, batch, *t.shape[2:]).flatten(0, 1)
+
+    if cos.dim() - batched_table == 3:  # [1|B, S, W]
+        if batched_table or cos.shape[0] != 1:
+            cos, sin = each(cos, batched_table, 3), each(sin, batched_table, 3)
+    elif batched_table and ids is None:  # the rows 0, 1, 2, ... of each
+        cos, sin = each(cos[:, :seq], True, 3), each(sin[:, :seq], True, 3)
+    elif batched_table:  # one table of all, in which each sample has its part
+        length, ids = cos.shape[1], each(ids, batched_ids, 2)
+        first = length * torch.arange(count, device=ids.device).repeat_interleave(batch)[:, None]
+        outside = (ids < 0) | (ids >= length)  # of the sample's part, if not of the whole
+        ids = torch.where(outside, -1, ids + first)
+        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+    elif ids is not None and (batched_ids or ids.dim() == 2):
+        ids = each(ids, batched_ids, 2)
+    return {"cos": last_stride_one(cos), "sin": last_stride_one(sin), "position_ids": ids}

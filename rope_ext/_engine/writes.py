@@ -1,0 +1,87 @@
+"""Operators that write, in place, into out or to a cache: version counters, and refusals.
+
+Autograd sees by its version counter that a tensor it has saved was written; a C++ kernel alone does
+not count. Inference mode counts no versions, and does not come here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from rope_ext._engine.record import Operator
+from rope_ext._engine.torch_private import (
+    any_requires_grad,
+    below_versions,
+    in_forward_mode,
+    is_dual,
+    keys_below_versions,
+    name_of,
+    transforms_active,
+)
+
+_LIBRARY = torch.library.Library("rope", "IMPL")
+
+
+def register_writes(operators: Sequence[Operator]) -> None:
+    for operator in operators:
+        if operator.written:
+            kernel = _writing_kernel(operator)
+            _LIBRARY.impl(operator.name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
+    """Raises for inference tensors, which are only written in inference mode."""
+    try:
+        for x in written:
+            if x.is_inference():
+                raise RuntimeError(
+                    f"{name_of(operator)}: expected no inference tensor to be written outside of "
+                    "inference mode, got one"
+                )
+    except AttributeError:
+        return  # a None, which the operator refuses
+
+
+def _writing_kernel(operator: Operator) -> Callable[..., None]:
+    """Refuses tensors that require grad, runs the operator, and counts the versions up."""
+    overload, written_tensors = operator.overload, operator.written_tensors
+    redispatch = overload.redispatch
+    is_inference_mode, is_grad_enabled = torch.is_inference_mode_enabled, torch.is_grad_enabled
+
+    def kernel(keyset: Any, *args: Any, **options: Any) -> None:
+        written = written_tensors(args, options)
+        if not is_inference_mode():
+            check_may_be_written(overload, written)
+        if is_grad_enabled() and any_requires_grad(*args, *options.values()):
+            _refuse_gradients(operator, operator.named(args, options))
+        if (transforms_active() or in_forward_mode()) and is_dual(*args, *options.values()):
+            raise RuntimeError(
+                f"{operator.op}: expected tensors without tangents ({_instead(operator)}), got one "
+                "that forward-mode differentiation has given one"
+            )
+        with below_versions():
+            redispatch(keyset & keys_below_versions, *args, **options)
+        increment_version(written)
+
+    return kernel
+
+
+def _refuse_gradients(operator: Operator, given: dict[str, Any]) -> None:
+    tensors = ((name, x) for name, x in given.items() if isinstance(x, Tensor))
+    name = next(name for name, x in tensors if x.requires_grad)
+    raise RuntimeError(
+        f"{operator.op}: expected {name} to need no gradient ({_instead(operator)}), got a tensor "
+        "that requires grad"
+    )
+
+
+def _instead(operator: Operator) -> str:
+    """What to do where a gradient is wanted."""
+    if operator.outs:
+        return "rotate without out"
+    if {*operator.written} <= {*operator.rotates}:
+        return "the functions of rope_ext differentiate in place"
+    return "what a cache keeps has none"

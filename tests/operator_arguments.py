@@ -1,0 +1,73 @@
+"""Arguments for every operator, by the names in its schema."""
+
+from dataclasses import dataclass
+
+import torch
+from support import random, random_cache, random_positions, random_slots, random_table
+
+BLOCK_SIZE, RANK, AXES = 4, 3, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch, sequence, heads of x and q, heads of k, channels, rows of a table."""
+
+    B: int = 2
+    S: int = 3
+    H: int = 4
+    K: int = 2
+    D: int = 8
+    L: int = 5
+
+
+def arguments_of(operator, sizes=None, *, seed=0, dtype=torch.float32, optional=True, float8=True):
+    """The tensors that an operator takes, by their names, and its other arguments without default.
+
+    seed: of the values. optional: with those that may be None. float8: of caches, with scales.
+    """
+    sizes = sizes or Sizes()
+    B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
+    P, capacity = D // 2, BLOCK_SIZE * sizes.B * sizes.S
+    makes_angles = operator.pairs == "inv_freq"
+
+    def drawn(*shape):
+        # Names of one shape get other numbers, as do seeds.
+        drawn.count += 1
+        return random(*shape, dtype=dtype, seed=100 * seed + drawn.count)
+
+    drawn.count = 0
+    pool = {name: drawn(B, S, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
+    pool |= {name: drawn(B, S, K, D) for name in ("k", "v", "out_k", "grad_k")}
+    pool["k_pe"], pool["kv_c"] = drawn(B, S, D), drawn(B, S, RANK)
+    pool["cos"], pool["sin"] = random_table(L, P, dtype=dtype, seed=seed)
+    pool["position_ids"] = random_positions(B, S, rows=L, seed=seed)
+    if makes_angles:
+        pool["position_ids"] = drawn(AXES, B, S)
+        pool["axes"] = random_positions(P, rows=AXES, seed=seed)
+    positions = (B, S) if optional else (S,)
+    pool |= {"grad_cos": drawn(*positions, P), "grad_sin": drawn(*positions, P)}
+    pool |= {"inv_freq": drawn(P).abs(), "length": S}
+    pool |= {"q_weight": drawn(D), "k_weight": drawn(D)}
+    order = torch.randperm(B * S, generator=torch.Generator().manual_seed(seed))
+    pool |= {"token_order": order, "row_offsets": torch.arange(L + 1).clamp(max=B * S)}
+    pool["row_offsets"][-1] = B * S
+    pool["slot_mapping"] = random_slots(B, S, capacity=capacity, seed=seed)
+    if float8:
+        pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
+    blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)
+    in_cache = torch.float8_e4m3fn if float8 else dtype
+    pool |= {name: random_cache(*blocks, K, D, dtype=in_cache) for name in ("k_cache", "v_cache")}
+    pool["kv_cache"] = random_cache(*blocks, RANK + D, dtype=in_cache)
+
+    taken = {}
+    for argument in operator.arguments:
+        may_be_none = str(argument.type).startswith("Optional")
+        if argument.name in pool and (optional or not may_be_none or argument.name == "grad_q"):
+            taken[argument.name] = pool[argument.name]
+        else:
+            assert argument.has_default_value() or may_be_none, (
+                f"no value for {argument.name} of {operator.op}: add one to the pool"
+            )
+            if not argument.has_default_value():
+                taken[argument.name] = None
+    return taken

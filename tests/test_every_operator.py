@@ -1,0 +1,456 @@
+"""Every operator through every mechanism that it has beside its kernels (rope_ext/_engine).
+
+Operators come from their records, arguments from their schemas: a new operator is covered by its
+record, and where it has an argument of a new name, by a value in operator_arguments.py.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from operator_arguments import Sizes, arguments_of
+from ranks import RANKS, as_rank, on_every_rank, place
+from support import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.func import vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import rope_ext
+from rope_ext._engine.calls import call
+from rope_ext._engine.sharding import BATCH, SEQUENCE, rotation_sharding
+from rope_ext._operators import OPERATORS
+
+PACKAGE = Path(rope_ext.__file__).parent
+N = 3  # samples of vmap
+SMALL = Sizes(B=1, S=2, H=1, K=1, D=4, L=3)  # for differences, number by number
+SHARDED = Sizes(B=4, S=4, H=4, K=4, D=8, L=5)
+# Sums over what ranks have in parts: of n <= B S H = 64 terms of about 1, each rounded n times at
+# most, of up to AXES L = 10 where a position is a factor.
+SUMS = {"rtol": 64 * 2**-52, "atol": 10 * 64**2 * 2**-52}
+
+every = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+
+
+def of(operators):
+    operators = tuple(operators)
+    return pytest.mark.parametrize("operator", operators, ids=lambda operator: operator.name)
+
+
+def is_append(operator):
+    """It writes to something that is not like what rotates."""
+    return bool({*operator.written} - {*operator.rotates, *operator.outs})
+
+
+writing = of(o for o in OPERATORS if o.written)
+functional = of(o for o in OPERATORS if not o.written)
+optional = pytest.mark.parametrize("optional", [True, False], ids=["all arguments", "fewest"])
+
+
+def results_of(operator, given):
+    """What a call returns, then what it has written."""
+    returned = operator.overload(**given)
+    returned = returned if isinstance(returned, (tuple, list)) else (returned,)
+    return [x for x in (*returned, *(given[name] for name in operator.written)) if x is not None]
+
+
+def tensors_in(given):
+    return {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+
+
+def cloned(given):
+    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
+# ---- the house
+
+
+def test_every_operator_has_a_record():
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rope::")}
+    assert sorted(operator.op for operator in OPERATORS) == sorted(registered)
+
+
+def code_of(folder):
+    """File names -> identifiers, and strings that are no docstrings."""
+    found = {}
+    for path in (PACKAGE / folder).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        strings = [
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docstrings
+        ]
+        names = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        names += [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        imports = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        found[path.name] = (names, strings, imports)
+    return found
+
+
+def test_no_engine_names_an_operator():
+    operators = {operator.name.partition(".")[0] for operator in OPERATORS}
+    files = code_of("_engine")
+    assert "vmap.py" in files
+    for file, (names, strings, imports) in files.items():
+        words = {word for text in strings for word in re.findall(r"\w+", text)}
+        assert operators & {*names, *words} == set(), file
+        assert not any("_operators" in module for module in imports), file
+
+
+def test_no_operator_names_a_dispatch_key():
+    keys = {*torch._C.DispatchKey.__members__} | {"ADInplaceOrView", "Negative", "ZeroTensor"}
+    files = code_of("_operators")
+    assert "rotation.py" in files
+    for file, (names, strings, _) in files.items():
+        assert keys & {*names, *strings} <= {"Undefined"}, file
+
+
+def test_private_names_of_pytorch_are_in_one_file():
+    private = re.compile(r"\b(?:torch|forward_ad)(?:\.\w+)*\._[a-z]|\bDTensor\._|\._schema\b")
+    for folder in ("_engine", "_operators"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            if path.name != "torch_private.py":
+                assert not private.search(path.read_text()), path
+
+
+# ---- kernels, fakes
+
+
+@every
+def test_kernel_for_every_device_and_kind_of_tensor(operator):
+    for key in ("CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA", "Meta", "Negative", "ZeroTensor"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.op, key), key
+
+
+VIEWS = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x,
+    "part of a row": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
+}
+
+
+@every
+@optional
+def test_fake_is_like_the_real_one(operator, optional):
+    for view, make in VIEWS.items():
+        given = arguments_of(operator, optional=optional)
+        for name, x in tensors_in(given).items():
+            if x.is_floating_point() and not (view == "expanded" and name in operator.written):
+                given[name] = make(x)
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            fakes = {n: mode.from_tensor(x) for n, x in tensors_in(given).items()}
+            faked = results_of(operator, given | fakes)
+        for fake, real in zip(faked, results_of(operator, given), strict=True):
+            for what in ("shape", "dtype", "device"):
+                assert getattr(fake, what) == getattr(real, what), view
+            assert fake.stride() == real.stride(), view
+
+
+@of(o for o in OPERATORS if len(o.tensors) > 1)
+def test_tensor_on_another_device_is_refused_by_name(operator):
+    """A tensor without data beside real ones does not come to the kernel."""
+    given = arguments_of(operator)
+    kept = cloned(given)
+    for name in tensors_in(given):
+        elsewhere = next(n for n in operator.tensors if n != operator.leading)
+        named = name if name != operator.leading else elsewhere
+        expected = f"{operator.op}: expected {named} on the device of {operator.leading}, "
+        with pytest.raises(RuntimeError, match=re.escape(expected)):
+            operator.overload(**{**given, name: given[name].to("meta")})
+    for name, x in tensors_in(kept).items():
+        assert_same_bits(given[name], x)
+
+
+@every
+@optional
+@pytest.mark.filterwarnings("ignore")  # of what opcheck itself uses
+def test_opcheck(operator, optional):
+    given = arguments_of(operator, optional=optional, float8=False)
+    if not operator.written:
+        given = {n: with_grad(x) for n, x in given.items()}
+    args = tuple(given.pop(name) for name in operator.positional if name in given)
+    torch.library.opcheck(operator.overload, args, given)
+
+
+def with_grad(x):
+    floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return x.requires_grad_() if floating else x
+
+
+# ---- writes
+
+
+@every
+def test_versions_of_what_is_written_are_counted(operator):
+    for function in (operator.overload, by_call(operator)):
+        given = arguments_of(operator)
+        before = {n: x._version for n, x in tensors_in(given).items()}
+        function(**given)
+        after = {n: x._version for n, x in tensors_in(given).items()}
+        assert after == {n: count + (n in operator.written) for n, count in before.items()}
+
+
+def by_call(operator):
+    """The operator as the functions of rope_ext call it."""
+
+    def function(**given):
+        call(operator.overload, written=tuple(given[n] for n in operator.written), **given)
+
+    return function
+
+
+@writing
+def test_inference_tensor_is_not_written_outside_of_inference_mode(operator):
+    for name in operator.written:
+        given = arguments_of(operator)
+        with torch.inference_mode():
+            given[name] = given[name].clone()
+        kept = cloned(given)
+        for function in (operator.overload, by_call(operator)):
+            with pytest.raises(RuntimeError, match=f"{operator.op}: expected no inference tensor"):
+                function(**given)
+        for n, x in tensors_in(given).items():
+            assert_same_bits(x, kept[n])
+        with torch.inference_mode():
+            operator.overload(**given)
+
+
+@writing
+def test_tensor_that_requires_grad_is_refused_by_name(operator):
+    for name, x in tensors_in(arguments_of(operator)).items():
+        if not x.is_floating_point():
+            continue
+        given = arguments_of(operator)
+        given[name].requires_grad_()
+        kept, versions = cloned(given), {n: x._version for n, x in tensors_in(given).items()}
+        expected = f"{operator.op}: expected {name} to need no gradient ("
+        for function in (operator.overload, by_call(operator)):
+            with pytest.raises(RuntimeError, match=re.escape(expected)):
+                function(**given)
+        for n, t in tensors_in(given).items():
+            assert_same_bits(t, kept[n])
+            assert t._version == versions[n]
+        if name not in operator.written:
+            with torch.no_grad():
+                operator.overload(**given)
+
+
+# ---- derivatives
+
+
+@functional
+@optional
+def test_derivatives(operator, optional):
+    """Of every result to every floating tensor, against differences in random directions: backward,
+    forward, twice, and as vmap calls them.
+    """
+    given = arguments_of(operator, SMALL, dtype=torch.float64, optional=optional)
+    given = {name: with_grad(x) for name, x in given.items()}
+    leaves = {n: x for n, x in tensors_in(given).items() if x.requires_grad}
+    results = results_of(operator, given)
+    differentiable = [i for i, x in enumerate(results) if x.requires_grad]  # some may be zeros
+    assert leaves
+    assert differentiable
+
+    def function(*leaves_given):
+        results = results_of(operator, given | dict(zip(leaves, leaves_given, strict=True)))
+        return tuple(results[i] for i in differentiable)
+
+    inputs = tuple(leaves.values())
+    checks = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
+    )
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+
+
+# ---- vmap
+
+
+def samples(operator):
+    return [arguments_of(operator, seed=seed) for seed in range(N)]
+
+
+def assert_vmap_is_a_loop(operator, batched):
+    """The arguments of these names have a value for each sample."""
+    of_samples = samples(operator)
+    shared = {n: x for n, x in of_samples[0].items() if n not in batched}
+    stacked = [torch.stack([given[name] for given in of_samples]) for name in batched]
+
+    def function(*tensors):
+        return tuple(results_of(operator, shared | dict(zip(batched, tensors, strict=True))))
+
+    got = vmap(function)(*stacked)
+    for i, given in enumerate(of_samples):
+        expected = results_of(operator, cloned({**given, **shared}))
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a[i], b)
+
+
+@of(o for o in OPERATORS if not o.outs and not is_append(o))
+def test_vmap_is_a_loop(operator):
+    """All tensors batched, and each by itself, beside what is written."""
+    names = [*tensors_in(arguments_of(operator))]
+    assert_vmap_is_a_loop(operator, names)
+    for name in names:
+        batched = {*operator.written, name}
+        assert_vmap_is_a_loop(operator, [n for n in names if n in batched])
+
+
+@of(o for o in OPERATORS if o.outs or is_append(o))
+def test_vmap_is_refused(operator):
+    for name, x in tensors_in(arguments_of(operator)).items():
+        given = arguments_of(operator)
+        kept = cloned(given)
+
+        def function(x, name=name, given=given):
+            operator.overload(**{**given, name: x})
+
+        with pytest.raises(RuntimeError, match=re.escape(operator.op)):
+            vmap(function)(torch.stack([x, x]))
+        for n, t in tensors_in(given).items():
+            assert_same_bits(t, kept[n])
+
+
+@of(o for o in OPERATORS if o.written and not o.outs and not is_append(o))
+def test_vmap_refuses_to_write_what_is_the_same_for_all(operator):
+    for name in tensors_in(arguments_of(operator)):
+        given = arguments_of(operator)
+        expected = f"{operator.op}: expected what is written to be batched"
+        if {name} == {*operator.written}:
+            continue
+        with pytest.raises(RuntimeError, match=expected):
+            vmap(lambda x, name=name, given=given: operator.overload(**{**given, name: x}))(
+                torch.stack([given[name]] * 2)
+            )
+
+
+# ---- FLOPs
+
+
+@every
+def test_flops_are_those_of_the_channels(operator):
+    for optional in (True, False):
+        given = arguments_of(operator, optional=optional)
+        with FlopCounterMode(display=False) as counter:
+            operator.overload(**given)
+        xs = [given[n] for n in operator.rotates if given.get(f"grad_{n}", given[n]) is not None]
+        channels = sum(x.numel() for x in xs if x is not None)  # all of them rotate
+        of_channel = operator.flops_rotated + operator.flops_channel
+        assert counter.get_total_flops() == channels * of_channel
+        assert bool(operator.rotates) == bool(counter.get_total_flops())
+
+
+# ---- DTensors
+
+
+def sharding_of(operator, given):
+    all_given = operator.given((), given)
+    return (operator.sharding or rotation_sharding)(operator, all_given)
+
+
+def placed(given, mesh, placements):
+    """given as DTensors, replicated but for those that have another placement."""
+    return given | {
+        n: place(x, mesh, *([placements[n]] if n in placements else []))
+        for n, x in tensors_in(given).items()
+    }
+
+
+def assert_refused(expected, on_rank):
+    with as_rank(1):
+        mesh = init_device_mesh("cpu", (RANKS,))
+        with pytest.raises(RuntimeError, match=expected):
+            on_rank(mesh)
+
+
+@every
+@optional
+def test_every_rank_computes_its_part(operator, optional):
+    """Axis by axis: what has it is sharded along it."""
+    given = arguments_of(operator, SHARDED, dtype=torch.float64, optional=optional)
+    if "token_order" in given:
+        pytest.skip("token_order is of each rank's tokens: test_distributed.py has it made")
+    sharding = sharding_of(operator, given)
+    axes_of = {name: axes for name, axes in sharding.axes.items() if given.get(name) is not None}
+    for axis in sorted({axis for axes in axes_of.values() for axis in axes if axis}):
+        placements = {n: Shard(axes.index(axis)) for n, axes in axes_of.items() if axis in axes}
+
+        def on_rank(mesh, placements=placements):
+            return results_of(operator, placed(cloned(given), mesh, placements))
+
+        if sharding.tokens_stay_whole and axis in (BATCH, SEQUENCE):
+            refused = f"{operator.op}: expected tokens to be replicated"
+            assert_refused(refused, on_rank)
+            continue
+        is_sum = any(axis in result.summed for result in sharding.results)
+        got, expected = on_every_rank(on_rank), results_of(operator, cloned(given))
+        for part, whole in zip(got, expected, strict=True):
+            if is_sum:
+                torch.testing.assert_close(part, whole, **SUMS)
+            else:
+                assert_same_bits(part, whole)
+
+
+@every
+def test_what_is_whole_is_not_sharded(operator):
+    """A dimension without an axis, such as channels: no rank could do without the others."""
+    given = arguments_of(operator, SHARDED)
+    for name, axes in sharding_of(operator, given).axes.items():
+        if given.get(name) is None:
+            continue
+        for dim in range(given[name].dim()):
+            if dim < len(axes) and axes[dim] is not None:
+                continue
+            expected = rf"{operator.op}: expected {name} to be Replicate\(\), as it is needed whole"
+            at = {name: Shard(dim)}
+            assert_refused(
+                expected, lambda mesh, at=at: results_of(operator, placed(given, mesh, at))
+            )
+
+
+@every
+def test_a_pending_sum_passes_through_what_is_linear(operator):
+    """And nothing else: of a product of sums the parts are no parts."""
+    sharding = sharding_of(operator, arguments_of(operator, SHARDED))
+    for name in sharding.axes:
+        given = arguments_of(operator, SHARDED)
+        if given.get(name) is None or not given[name].is_floating_point():
+            continue
+
+        def on_rank(mesh, given=given, name=name):
+            return results_of(operator, placed(cloned(given), mesh, {name: Partial()}))
+
+        if name in sharding.linear and not operator.written and is_alone(sharding, name):
+            scaled = given | {name: given[name] * RANKS}
+            got, expected = on_every_rank(on_rank), results_of(operator, scaled)
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b)
+        elif not operator.written:
+            assert_refused(f"{operator.op}: expected", on_rank)
+
+
+def is_alone(sharding, name):
+    """Each term of each result that there is has the name, or the result has none of it."""
+    terms = [result.terms for result in sharding.results]
+    return all(
+        all(name in term for term in of_result) or not any(name in t for t in of_result)
+        for of_result in terms
+    )
+
+
+@of(o for o in OPERATORS if len(o.tensors) > 1)
+def test_plain_tensors_beside_dtensors_are_refused(operator):
+    given = arguments_of(operator, SHARDED)
+    names = [n for n in sharding_of(operator, given).axes if given.get(n) is not None]
+    expected = f"{operator.op}: expected {names[1]} to be a DTensor"
+    first = names[0]
+    assert_refused(
+        expected,
+        lambda mesh: results_of(operator, given | {first: place(given[first], mesh, Replicate())}),
+    )
