@@ -12,8 +12,7 @@
 
 namespace {
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
+namespace stable = torch::stable::detail;
 
 struct Seven {
   using Parameters = std::tuple<int64_t, double, bool, int64_t, int64_t, int64_t, int64_t>;
@@ -59,19 +58,19 @@ std::string message_of(const Call& call) {
 
 int main() {
   const rope::Operator op = rope::boxed<&digits>("digits"), write = rope::boxed<&writes>("writes_");
-  StableIValue stack[] = {from(int64_t{1}),
-                          from(int64_t{20}),
-                          from(0.5),
-                          from(true),
-                          from(int64_t{3000}),
-                          from(int64_t{40000}),
-                          from(int64_t{500000}),
-                          from(int64_t{6000000}),
-                          from(int64_t{70000000}),
-                          from(std::optional<bool>(true))};
+  StableIValue stack[] = {stable::from(int64_t{1}),
+                          stable::from(int64_t{20}),
+                          stable::from(0.5),
+                          stable::from(true),
+                          stable::from(int64_t{3000}),
+                          stable::from(int64_t{40000}),
+                          stable::from(int64_t{500000}),
+                          stable::from(int64_t{6000000}),
+                          stable::from(int64_t{70000000}),
+                          stable::from(std::optional<bool>(true))};
   op.function(stack, 10, 2);
-  expect(to<int64_t>(stack[0]) == 176543121, "arguments of packs in order");
-  expect(to<double>(stack[1]) == 0.5, "results in order");
+  expect(stable::to<int64_t>(stack[0]) == 176543121, "arguments of packs in order");
+  expect(stable::to<double>(stack[1]) == 0.5, "results in order");
 
   expect(message_of([&] { op.function(stack, 9, 2); }) ==
              "rope::digits: its schema has 9 arguments and 2 results, its C++ function 10 and 2",
@@ -80,7 +79,7 @@ int main() {
          "a wrong number of results is refused");
 
   expect(op.refuse_negated == nullptr, "an operator with results writes nothing");
-  StableIValue argument[] = {from(int64_t{1})};
+  StableIValue argument[] = {stable::from(int64_t{1})};
   expect(message_of([&] {
            write.refuse_negated(argument, 1, 0);
          }).find("rope::writes_: expected") == 0,
