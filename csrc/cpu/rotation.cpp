@@ -23,48 +23,55 @@ int64_t block_tokens(const RotaryArgs& args) {
 }
 
 // Whether every head of the result begins at a multiple of a vector.
-bool aligned(const RotaryArgs& args, const RotatedHeads& x) {
+bool aligned(const RotaryArgs& args, const RotatedHeads& x, int64_t vector_bytes) {
   if (x.heads == 0) return true;
   const int64_t size = size_of(args.dtype);
   int64_t bits = reinterpret_cast<int64_t>(x.out.data);
   for (const int64_t elements : {x.out.stride_b, x.out.stride_s, x.out.stride_h}) {
     bits |= elements * size;
   }
-  return bits % isa().vector_bytes == 0;
+  return bits % vector_bytes == 0;
 }
 
 // A store past the caches does not read the line first, but the next reader does not find it in a
 // cache: it is faster for results that are too large for the caches. Only for whole heads of whole
 // vectors, so that whole lines are written.
-bool streams(const RotaryArgs& args) {
+bool streams(const RotaryArgs& args, int64_t vector_bytes) {
   const int64_t heads = args.q.heads + args.k.heads;
   const int64_t bytes = args.batch * args.seq * heads * args.head_dim * size_of(args.dtype);
   const auto out_of_place = [](const RotatedHeads& x) {
     return x.heads == 0 || x.in.data != x.out.data;
   };
   return bytes >= kStreamBytes && !args.new_outputs && args.rotary_dim == args.head_dim &&
-         args.rotary_dim / 2 * size_of(args.dtype) % isa().vector_bytes == 0 &&
-         out_of_place(args.q) && out_of_place(args.k) && aligned(args, args.q) &&
-         aligned(args, args.k);
+         args.rotary_dim / 2 * size_of(args.dtype) % vector_bytes == 0 && out_of_place(args.q) &&
+         out_of_place(args.k) && aligned(args, args.q, vector_bytes) &&
+         aligned(args, args.k, vector_bytes);
 }
 
 template <class Args>
-void rotate(const Args& args, void (*kernel)(const Args&, const RotaryBlocks&, int64_t, int64_t)) {
+void rotate(const Args& args, const Isa& isa,
+            void (*kernel)(const Args&, const RotaryBlocks&, int64_t, int64_t)) {
   const int64_t heads = args.q.heads + args.k.heads;
   if (args.batch == 0 || args.seq == 0 || heads == 0) return;
   RotaryBlocks blocks;
   blocks.tokens = block_tokens(args);
   blocks.per_sequence = (args.seq + blocks.tokens - 1) / blocks.tokens;
-  blocks.stream = streams(args);
+  blocks.stream = streams(args, isa.vector_bytes);
   parallel_for(args.batch * blocks.per_sequence * heads, grain_of(blocks.tokens * args.head_dim),
                [&](int64_t begin, int64_t end) { kernel(args, blocks, begin, end); });
 }
 
 }  // namespace
 
-void apply_rotary(const RotaryArgs& args) { rotate(args, isa().kernels.apply_rotary); }
+void apply_rotary(const RotaryArgs& args) {
+  const Isa& in_use = isa();
+  rotate(args, in_use, in_use.kernels.apply_rotary);
+}
 
-void apply_rotary_at(const RotaryAtArgs& args) { rotate(args, isa().kernels.apply_rotary_at); }
+void apply_rotary_at(const RotaryAtArgs& args) {
+  const Isa& in_use = isa();
+  rotate(args, in_use, in_use.kernels.apply_rotary_at);
+}
 
 // One thread sums a row, in one order, so that the result does not depend on the number of threads.
 void rotary_table_grad(const RotaryTableGradArgs& args) {

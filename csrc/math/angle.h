@@ -1,4 +1,4 @@
-// sin and cos of position * inv_freq, right at any position: here alone angles are reduced.
+// sin and cos of position * inv_freq, exact enough at any position: the only reduction of angles.
 //
 // The product is kept exactly, as hi + lo (Dekker's two-product by fused multiply-add), and reduced
 // by the nearest multiple n of pi/2 (Cody and Waite, Software Manual for the Elementary Functions,
@@ -9,7 +9,7 @@
 // rounding to float32 is below 2^-36 of the result, so the result is within 0.5001 ulp; for float64
 // results it is below 1 ulp.
 //
-// Never a silent wrong angle: NaN where the scheme ends, at |position| >= 2^53 or |angle| >= 2^50.
+// Where the scheme ends, at |position| >= 2^53 or |angle| >= 2^50, the result is NaN.
 #pragma once
 
 #include <cmath>
@@ -73,8 +73,8 @@ ROPE_HOST_DEVICE SinCos sin_cos(double position, double inv_freq) {
 
   double sin_r, cos_r;
   if constexpr (kDouble) {
-    // sin(r + tail) and cos(r + tail), with what rest_lo and r could not hold (two-product,
-    // two-sum).
+    // sin(r + tail) and cos(r + tail), where tail is what rounding lost in rest_lo and r
+    // (two-product, two-sum).
     const double product = n * kPiOver2Lo;
     const double product_tail = fma(n, kPiOver2Lo, -product);
     const double rest_tail =

@@ -1,6 +1,6 @@
-// float32 as one of the eight-bit floats that KV caches are kept in: rounded once, to nearest, ties
-// to even, and saturating: what is too large, infinity too, becomes the largest finite value. NaN
-// stays NaN.
+// Converts float32 to the eight-bit floats of KV caches: rounded once, to nearest, ties to even,
+// and saturating: values too large, infinity included, become the largest finite value. NaN stays
+// NaN.
 //
 // Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0, of which PyTorch's
 // float8_e4m3fn and float8_e5m2 are the two formats.
@@ -36,7 +36,7 @@ struct Float8E4M3 {
   static constexpr Float8Format kFormat = Float8Format::of(3, 7, 0x7e, 0x7f);
 };
 
-// 5 bits of exponent, 2 of mantissa, as IEEE 754 would have it: up to 57344.
+// 5 bits of exponent, 2 of mantissa, laid out as in IEEE 754: up to 57344.
 struct Float8E5M2 {
   static constexpr Float8Format kFormat = Float8Format::of(2, 15, 0x7b, 0x7f);
 };

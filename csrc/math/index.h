@@ -1,5 +1,5 @@
-// Entries of index tensors (positions, slots, axes, tokens): read here alone, by the checks and by
-// the kernels of every device.
+// Reads the entries of index tensors (positions, slots, axes, tokens), for the checks and for the
+// kernels of every device.
 //
 // Another thread or process may write such a tensor during a call, after the checks. So a kernel
 // reads an entry once, tests the value that it has read, and uses that value.
@@ -28,7 +28,7 @@ ROPE_HOST_DEVICE bool is_inside(int64_t index, int64_t count) {
 }
 
 // The tokens that use one row of the gradient to a table: entries [begin, end) of token_order or,
-// without it, of the batch. None where the offsets are no such range.
+// without it, of the batch. Empty if the offsets are no such range.
 struct TokenRange {
   int64_t begin, end;
 };
@@ -46,7 +46,7 @@ ROPE_HOST_DEVICE TokenRange tokens_of(const RotaryTableGradArgs& args, int64_t g
   return {grad_b, grad_b + 1};
 }
 
-// Token s of sequence b, from entry `at` of such a range of `row`; false: there is no such token.
+// Sets (b, s) to the token at entry `at` of the range of `row`; false if there is no such token.
 ROPE_HOST_DEVICE bool find_token(const RotaryTableGradArgs& args, int64_t row, int64_t at,
                                  int64_t& b, int64_t& s) {
   b = at;

@@ -123,7 +123,7 @@ constexpr int alternate_low(int i, int n, int group) {
 constexpr int alternate_high(int i, int n, int group) {
   return alternate_low(i, n, group) + group / 2;
 }
-// Where even_lane puts the lanes of even index, counted among these.
+// The natural order of what even_lane or odd_lane give.
 constexpr int even_order(int i, int n, int group) {
   const int from = even_lane(i, n, group);
   return from < n ? from / 2 : n / 2 + (from - n) / 2;
