@@ -33,7 +33,7 @@ struct AppendTraits {
   using Cache = Cache_;
   // The order of the pairs may change in place: a thread then writes channels that others read.
   static constexpr bool kMayConvert =
-      Cache::kLatent && (kOrder == Order::Converted || kOrder == Order::Any);
+      Cache::kLatent && (kOrder == Order::Either || kOrder == Order::Any);
 
   // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread:
   // 1024 threads (64 registers) where the kernel then needs no local memory. Eight half-split pairs
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
     if (!active) continue;
     const bool turns = rotates && !is_v;
     if (turns) {
-      x = rotated(x, values, rotary.interleaved);
+      x = rotated(x, values, rotary);
       x.store_to(data + place.out.first, place.out.second);
     }
     if (is_q || !slot.exists) continue;
@@ -143,7 +143,7 @@ void launch_latent(const AppendArgs& args, void* stream) {
     case Order::HalfSplit: return launch_kernel<E, N, Order::HalfSplit, LatentCache>(args, stream);
     case Order::Interleaved:
       return launch_kernel<E, N, Order::Interleaved, LatentCache>(args, stream);
-    default: return launch_kernel<E, N, Order::Converted, LatentCache>(args, stream);
+    default: return launch_kernel<E, N, Order::Either, LatentCache>(args, stream);
   }
 }
 

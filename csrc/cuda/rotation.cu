@@ -24,7 +24,7 @@ struct RotationTraits {
     constexpr int kMost = 1536 / kBlockThreads, kEightPairs = kMost;
 #endif
     if (kOrder == Order::Any || kOrder == Order::Interleaved) return kMost;
-    if (kOrder == Order::Converted && N == 8) return 768 / kBlockThreads;
+    if (kOrder == Order::Either && N == 8) return 768 / kBlockThreads;
     if (kGeneral) return 1024 / kBlockThreads;
     return N == 8 ? kEightPairs : kMost;
   }
@@ -71,7 +71,7 @@ void launch_element(const RotaryArgs& args, void* stream) {
   alignment.add_channels(args, copied_channels(args) > 0);
   const bool converts = args.interleaved != args.interleaved_out;
   if (fits(alignment, args, kWide)) {
-    converts ? launch_kernel<E, kWide, Order::Converted, true>(args, stream)
+    converts ? launch_kernel<E, kWide, Order::Either, true>(args, stream)
              : launch_same_order<E, kWide>(args, stream);
     return;
   }

@@ -18,7 +18,7 @@ struct RotationByAnglesTraits {
   // Blocks that a multiprocessor should hold at a time: 64 registers, and 80 for eight pairs whose
   // order changes.
   static constexpr int resident_blocks() {
-    return (kOrder == Order::Converted && N == 8 ? 768 : 1024) / kBlockThreads;
+    return (kOrder == Order::Either && N == 8 ? 768 : 1024) / kBlockThreads;
   }
 };
 
@@ -94,15 +94,20 @@ void launch_kernel(const RotaryAtArgs& given, void* stream) {
 
 template <class E>
 void launch_element(const RotaryAtArgs& args, void* stream) {
-  constexpr int kWide = 16 / sizeof(E);
   Alignment alignment = alignment_of(args);
   alignment.add_channels(args, copied_channels(args) > 0);
-  if (!alignment.allows(16)) return launch_kernel<E, 1, Order::Any>(args, stream);
-  switch (order_of(args.interleaved, args.interleaved_out)) {
-    case Order::HalfSplit: return launch_kernel<E, kWide, Order::HalfSplit>(args, stream);
-    case Order::Interleaved: return launch_kernel<E, kWide, Order::Interleaved>(args, stream);
-    default: return launch_kernel<E, kWide, Order::Converted>(args, stream);
+  // float64 is for comparison: one kernel is enough.
+  constexpr int kWide = 16 / sizeof(E);
+  if constexpr (kWide > 2) {
+    if (alignment.allows(16)) {
+      switch (order_of(args.interleaved, args.interleaved_out)) {
+        case Order::HalfSplit: return launch_kernel<E, kWide, Order::HalfSplit>(args, stream);
+        case Order::Interleaved: return launch_kernel<E, kWide, Order::Interleaved>(args, stream);
+        default: return launch_kernel<E, kWide, Order::Either>(args, stream);
+      }
+    }
   }
+  launch_kernel<E, 1, Order::Any>(args, stream);
 }
 
 }  // namespace
