@@ -9,12 +9,13 @@ namespace rope::cuda {
 namespace {
 
 // A block has at most kMostLanes threads. A launch bound of more is how the registers of a thread
-// are bounded: to 80, or 104 with four table values a pair, where the kernel then needs no local
-// memory.
+// are bounded: to 64 for few channels, to 80, or to 104 with four table values a pair, where the
+// kernel then needs no local memory.
 template <class Traits>
 constexpr int bound_threads() {
-  if (sizeof(typename Traits::F::C) == 8) return kMostLanes;
-  return Traits::kFullWidth ? 608 : 768;
+  constexpr int kBytes = sizeof(typename Traits::F::C);
+  if (Traits::F::kChannels * kBytes <= 16) return 1024;
+  return kBytes == 8 ? kMostLanes : Traits::kFullWidth ? 608 : 768;
 }
 
 // A block has the norm rows of q or of k of one chunk of tokens.

@@ -15,10 +15,9 @@ template <class E, int N, Order kOrder>
 struct RotationByAnglesTraits {
   using F = Fragment<E, N, kOrder>;
 
-  // Blocks that a multiprocessor should hold at a time: 64 registers, and 80 for eight pairs whose
-  // order changes.
-  static constexpr int resident_blocks() {
-    return (kOrder == Order::Either && N == 8 ? 768 : 1024) / kBlockThreads;
+  // 64 registers a thread, and 80 for eight pairs whose order changes.
+  static constexpr int blocks() {
+    return resident_blocks(kOrder == Order::Either && N == 8 ? 768 : 1024);
   }
 };
 
@@ -43,7 +42,7 @@ __device__ __forceinline__ void compute_angles(C* cos, C* sin, const Angles& ang
 
 // args.k: as with_one_head_index has it.
 template <class Traits>
-__global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
+__global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
     apply_rotary_at_kernel(const RotaryAtArgs args, const RotaryPlan plan) {
   using F = typename Traits::F;
   using C = typename F::C;

@@ -43,6 +43,16 @@ inline int sm_count(const char* op) {
   return count;
 }
 
+// Blocks of kBlockThreads that a multiprocessor should hold at a time, with so many threads
+// together: it bounds the registers of a thread. Turing holds 1024 threads at most.
+constexpr int resident_blocks(int threads) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return (threads < 1024 ? threads : 1024) / kBlockThreads;
+#else
+  return threads / kBlockThreads;
+#endif
+}
+
 __device__ __forceinline__ int64_t block_index() {
   return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
 }
