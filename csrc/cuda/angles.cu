@@ -116,7 +116,7 @@ void cos_sin_grad(const CosSinGradArgs& args, void* stream) {
     const EntryGeometry g = entry_geometry(pairs, args.chunks);
     launch(op, cos_sin_grad_kernel, g.grid, g.block_threads, stream, args, g);
   }
-  const int64_t threads = std::min<int64_t>(whole_warps(pairs), kBlockThreads);
+  const int64_t threads = min_of(whole_warps(pairs), kBlockThreads);
   launch(op, cos_sin_grad_sum_kernel, grid_of(ceil_div(pairs, threads)),
          static_cast<uint32_t>(threads), stream, args);
 }

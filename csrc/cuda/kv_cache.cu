@@ -33,20 +33,24 @@ struct AppendTraits {
   using Cache = Cache_;
   // The order of the pairs may change in place: a thread then writes channels that others read.
   static constexpr bool kMayConvert =
-      Cache::kLatent && (kOrder == Order::Converted || kOrder == Order::Any);
+      Cache::kLatent && (kOrder == Order::Either || kOrder == Order::Any);
 
-  // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread:
-  // 1024 threads (64 registers) where the kernel then needs no local memory. Eight half-split pairs
-  // take 80, and with four table values each and a conversion to float8 some more.
-  static constexpr int resident_blocks() {
-    if (N < 8 || kOrder == Order::Interleaved) return 1024 / kBlockThreads;
-    if (Cache::kGeneral && Cache::kFloat8) return 512 / kBlockThreads;
-    return (Cache::kGeneral || Cache::kLatent ? 768 : 1024) / kBlockThreads;
+  // The most that leave the kernel enough registers to need no local memory: 1024 threads have 64
+  // each. Eight half-split pairs take 80, and with four table values a pair and a conversion to
+  // float8 some more.
+  static constexpr int blocks() {
+    constexpr bool kPlain = !Cache::kGeneral && !Cache::kFloat8;
+    if (kOrder == Order::Any) return resident_blocks(sizeof(E) == 8 ? 1024 : 1536);
+    if (kOrder == Order::Interleaved) return resident_blocks(N < 8 || Cache::kLatent ? 1280 : 1024);
+    if (N < 8) return resident_blocks(kPlain ? 1280 : 1024);
+    if (kPlain) return resident_blocks(1024);
+    if (Cache::kLatent) return resident_blocks(768);
+    return resident_blocks(!Cache::kGeneral ? 1024 : Cache::kFloat8 ? 512 : 768);
   }
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
+__global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
     append_kernel(const AppendArgs args, const AppendPlan plan) {
   using F = typename Traits::F;
   using E = typename F::E;
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
     if (!active) continue;
     const bool turns = rotates && !is_v;
     if (turns) {
-      x = rotated(x, values, rotary.interleaved);
+      x = rotated(x, values, rotary);
       x.store_to(data + place.out.first, place.out.second);
     }
     if (is_q || !slot.exists) continue;
@@ -143,7 +147,7 @@ void launch_latent(const AppendArgs& args, void* stream) {
     case Order::HalfSplit: return launch_kernel<E, N, Order::HalfSplit, LatentCache>(args, stream);
     case Order::Interleaved:
       return launch_kernel<E, N, Order::Interleaved, LatentCache>(args, stream);
-    default: return launch_kernel<E, N, Order::Converted, LatentCache>(args, stream);
+    default: return launch_kernel<E, N, Order::Either, LatentCache>(args, stream);
   }
 }
 

@@ -49,47 +49,37 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
   const uint32_t fragments = row.heads * plan.fragments;
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
-  const auto head_of = [&](uint32_t index) { return row.first_head + index / plan.fragments; };
-  const auto in_head = [&](uint32_t index) {
-    return index - index / plan.fragments * plan.fragments;
-  };
-  const auto load_fragment = [&](C(&x)[kChannels], uint32_t index) {
-    load_channels<F>(x, channel_of<E>(row.is_q, q.in, k.in, row.b, row.s, head_of(index), 0),
-                     norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head(index)));
-  };
-
-  // x: of the thread's first fragment, until the root mean square is known.
-  C x[kChannels] = {};
-  C squares = 0;
+  C squares = 0, inverse_rms = 0;
 #pragma unroll 1
-  for (uint32_t index = lane; index < fragments; index += plan.lanes) {
-    C each[kChannels];
-    load_fragment(each, index);
-    squares += sum_of_squares(each);
-    if (index != lane) continue;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) x[i] = each[i];
-  }
-  squares = sum_over_lanes(squares, plan.lanes, of_warps);
-  const C channels = static_cast<C>(row.heads * rotary.head_dim);
-  const C inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
-
-#pragma unroll 1
-  for (uint32_t index = lane; index < fragments;) {
-    const NormFragment in = norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head(index));
+  for (int32_t step = 1 - plan.steps; step < plan.steps; ++step) {
+    const uint32_t index = lane + static_cast<uint32_t>(abs(step)) * plan.lanes;
+    const bool active = index < fragments;
+    const uint32_t head_of_row = index / plan.fragments;
+    const uint32_t head = row.first_head + head_of_row;
+    const uint32_t in_head = index - head_of_row * plan.fragments;
+    const NormFragment in = norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head);
+    C x[kChannels];
+    if (active) {
+      load_channels<F>(x, channel_of<E>(row.is_q, q.in, k.in, row.b, row.s, head, 0), in);
+      if (step <= 0) squares += sum_of_squares(x);
+    }
+    if (step == 0) {
+      const C channels = static_cast<C>(row.heads * rotary.head_dim);
+      squares = sum_over_lanes(squares, plan.lanes, of_warps);
+      inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
+    }
+    if (step < 0 || !active) continue;
     C w[kChannels];
-    load_factors<F>(w, args.norm, row.is_q, head_of(index), in);
+    load_factors<F>(w, args.norm, row.is_q, head, in);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) x[i] = x[i] * inverse_rms * w[i];
     if (in.rotates) {
       TableValues<F, Traits::kFullWidth> values;
-      load_table(values, rotary, plan.rotary.table, row.b, row.s, in_head(index));
-      rotate_channels<F>(x, values, rotary.interleaved);
+      load_table(values, rotary, plan.rotary.table, row.b, row.s, in_head);
+      rotate_channels<F>(x, values, rotary.interleaved, rotary.interleaved_out);
     }
-    store_channels<F>(x, channel_of<E>(row.is_q, q.out, k.out, row.b, row.s, head_of(index), 0),
-                      norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head(index)));
-    index += plan.lanes;
-    if (index < fragments) load_fragment(x, index);
+    store_channels<F>(x, channel_of<E>(row.is_q, q.out, k.out, row.b, row.s, head, 0),
+                      norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head));
   }
 }
 
@@ -97,7 +87,7 @@ template <class Traits>
 void launch_kernel(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   NormPlan plan =
-      norm_plan<typename Traits::F>(rotary, args.norm, std::max(rotary.q.heads, rotary.k.heads));
+      norm_plan<typename Traits::F>(rotary, args.norm, max_of(rotary.q.heads, rotary.k.heads));
   const int64_t of_token = args.norm.all_heads ? 2 : rotary.q.heads + rotary.k.heads;
   plan.rows = static_cast<uint32_t>(rotary.batch * rotary.seq * of_token);
   launch(rotary.op, rms_norm_rotary_kernel<Traits>, grid_of(ceil_div(plan.rows, plan.groups)),

@@ -8,19 +8,19 @@ namespace rope::cuda {
 
 namespace {
 
-// Blocks that a multiprocessor should hold at a time: one is enough, 0 leaves it to the compiler.
-// That would spill where it wants two on older architectures, and where it is told one on sm_120.
-constexpr int resident_blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 1;
-#else
-  return 0;
-#endif
+// A block has at most kMostLanes threads. A launch bound of more is how the registers of a thread
+// are bounded: to 64 for few channels, to 80, or to 104 with four table values a pair, where the
+// kernel then needs no local memory.
+template <class Traits>
+constexpr int bound_threads() {
+  constexpr int kBytes = sizeof(typename Traits::F::C);
+  if (Traits::F::kChannels * kBytes <= 16) return 1024;
+  return kBytes == 8 ? kMostLanes : Traits::kFullWidth ? 608 : 768;
 }
 
 // A block has the norm rows of q or of k of one chunk of tokens.
 template <class Traits>
-__global__ void __launch_bounds__(kMostLanes, resident_blocks())
+__global__ void __launch_bounds__(bound_threads<Traits>(), 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
   using F = typename Traits::F;
   using E = typename F::E;
@@ -59,16 +59,6 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
     return Place{first_head + head, in_head,
                  kSame ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head), x};
   };
-  // x and the gradient to its rotation, rotated back, in x's order.
-  const auto load_fragments = [&](C(&x)[kChannels], C(&g)[kChannels], uint32_t b, uint32_t s,
-                                  const Place& at) {
-    load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0), at.x);
-    load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0), at.grad);
-    if (!at.grad.rotates) return;
-    TableValues<F, Traits::kFullWidth> values;
-    load_table(values, rotary, plan.rotary.table, b, s, at.in_head);
-    rotate_channels<F>(g, values, rotary.interleaved);
-  };
   const auto column_of = [&](const Place& at, int i) {
     const int64_t of_head = all_heads ? at.head * rotary.head_dim : 0;
     return of_head + at.x.at.first + i / F::N * at.x.at.second + i % F::N;
@@ -88,47 +78,47 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
     const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
     const uint32_t past = inside ? fragments : 0;
 
-    // x, g: of the thread's first fragment, until the norm row has its sums.
-    C x[kChannels] = {}, g[kChannels] = {};
-    C squares = 0, products = 0;
+    C squares = 0, products = 0, inverse_rms = 0, mean = 0;
 #pragma unroll 1
-    for (uint32_t index = lane; index < past; index += plan.lanes) {
+    for (int32_t step = 1 - plan.steps; step < plan.steps; ++step) {
+      const uint32_t index = lane + static_cast<uint32_t>(abs(step)) * plan.lanes;
+      const bool active = index < past;
       const Place at = place_at(first_head, index);
-      C each_x[kChannels], each_g[kChannels], w[kChannels];
-      load_fragments(each_x, each_g, b, s, at);
-      load_factors<F>(w, args.norm, is_q, at.head, at.x);
-      squares += sum_of_squares(each_x);
-      C product = 0;
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) product += each_g[i] * w[i] * each_x[i];
-      products += product;
-      if (index != lane) continue;
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        x[i] = each_x[i];
-        g[i] = each_g[i];
+      // g: the gradient to the rotation, rotated back, in x's order.
+      C x[kChannels], g[kChannels], w[kChannels];
+      if (active) {
+        load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0), at.x);
+        load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0), at.grad);
+        if (at.grad.rotates) {
+          TableValues<F, Traits::kFullWidth> values;
+          load_table(values, rotary, plan.rotary.table, b, s, at.in_head);
+          rotate_channels<F>(g, values, rotary.interleaved, rotary.interleaved_out);
+        }
+        load_factors<F>(w, args.norm, is_q, at.head, at.x);
       }
-    }
-    squares = sum_over_lanes(squares, plan.lanes, of_warps);
-    products = sum_over_lanes(products, plan.lanes, of_warps);
-    const C channels = static_cast<C>((all_heads ? heads : 1) * rotary.head_dim);
-    const C inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
-    const C mean = products * inverse_rms / channels;
-
-#pragma unroll 1
-    for (uint32_t index = lane; index < past;) {
-      const Place at = place_at(first_head, index);
-      C w[kChannels];
-      load_factors<F>(w, args.norm, is_q, at.head, at.x);
-      C to_x[kChannels];
+      if (active && step <= 0) {
+        squares += sum_of_squares(x);
+        C product = 0;
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) product += g[i] * w[i] * x[i];
+        products += product;
+      }
+      if (step == 0) {
+        const C channels = static_cast<C>((all_heads ? heads : 1) * rotary.head_dim);
+        squares = sum_over_lanes(squares, plan.lanes, of_warps);
+        products = sum_over_lanes(products, plan.lanes, of_warps);
+        inverse_rms = inverse_rms_of(squares, channels, args.norm.eps);
+        mean = products * inverse_rms / channels;
+      }
+      if (step < 0 || !active) continue;
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
         const C n = x[i] * inverse_rms;
-        to_x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
+        x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
         g[i] *= n;
       }
-      store_channels<F>(to_x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0), at.x);
-      if (index == lane) {
+      store_channels<F>(x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0), at.x);
+      if (step == 0) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
       } else {  // norm rows of more fragments than lanes have the block for themselves, and its
@@ -140,8 +130,6 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks())
           sum = first == 0 ? g[i] : sum + g[i];
         }
       }
-      index += plan.lanes;
-      if (index < past) load_fragments(x, g, b, s, place_at(first_head, index));
     }
   }
 
@@ -197,7 +185,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 template <class Traits>
 void launch_kernel(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
-  const int64_t heads = std::max<int64_t>({rotary.q.heads, rotary.k.heads, 1});
+  const int64_t heads = max_of(max_of(rotary.q.heads, rotary.k.heads), 1);
   const NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, heads);
   launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(2 * args.chunks),
          plan.groups * plan.lanes, stream, args, plan);

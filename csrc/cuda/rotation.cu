@@ -12,27 +12,25 @@ struct RotationTraits {
   using F = Fragment<E, N, kOrder>;
   static constexpr bool kGeneral = kGeneral_;
 
-  // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread:
-  // 1536 threads (40 registers) where the kernel then needs no local memory. Eight pairs take 40 to
-  // 48 registers, with four table values a pair 64, and a few more if their order changes.
-  static constexpr int resident_blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    constexpr int kMost = 1024 / kBlockThreads, kEightPairs = kMost;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    constexpr int kMost = 1536 / kBlockThreads, kEightPairs = 1280 / kBlockThreads;
+  // 1536 threads have 40 registers each. That is the aim where the kernel then needs no local
+  // memory. Eight pairs take 40 to 48 registers, with four table values a pair 64, and a few more
+  // if their order changes.
+  static constexpr int blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int kEightPairs = 1280;
 #else
-    constexpr int kMost = 1536 / kBlockThreads, kEightPairs = kMost;
+    constexpr int kEightPairs = 1536;
 #endif
-    if (kOrder == Order::Any || kOrder == Order::Interleaved) return kMost;
-    if (kOrder == Order::Converted && N == 8) return 768 / kBlockThreads;
-    if (kGeneral) return 1024 / kBlockThreads;
-    return N == 8 ? kEightPairs : kMost;
+    if (kOrder == Order::Any || kOrder == Order::Interleaved) return resident_blocks(1536);
+    if (kOrder == Order::Either && N == 8) return resident_blocks(768);
+    if (kGeneral) return resident_blocks(1024);
+    return resident_blocks(N == 8 ? kEightPairs : 1536);
   }
 };
 
 // args.k: as with_one_head_index has it.
 template <class Traits>
-__global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
+__global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
     apply_rotary_kernel(const RotaryArgs args, const RotaryPlan plan) {
   using F = typename Traits::F;
   constexpr bool kGeneral = Traits::kGeneral;
@@ -71,7 +69,7 @@ void launch_element(const RotaryArgs& args, void* stream) {
   alignment.add_channels(args, copied_channels(args) > 0);
   const bool converts = args.interleaved != args.interleaved_out;
   if (fits(alignment, args, kWide)) {
-    converts ? launch_kernel<E, kWide, Order::Converted, true>(args, stream)
+    converts ? launch_kernel<E, kWide, Order::Either, true>(args, stream)
              : launch_same_order<E, kWide>(args, stream);
     return;
   }

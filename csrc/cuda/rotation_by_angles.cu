@@ -15,10 +15,9 @@ template <class E, int N, Order kOrder>
 struct RotationByAnglesTraits {
   using F = Fragment<E, N, kOrder>;
 
-  // Blocks that a multiprocessor should hold at a time: 64 registers, and 80 for eight pairs whose
-  // order changes.
-  static constexpr int resident_blocks() {
-    return (kOrder == Order::Converted && N == 8 ? 768 : 1024) / kBlockThreads;
+  // 64 registers a thread, and 80 for eight pairs whose order changes.
+  static constexpr int blocks() {
+    return resident_blocks(kOrder == Order::Either && N == 8 ? 768 : 1024);
   }
 };
 
@@ -43,7 +42,7 @@ __device__ __forceinline__ void compute_angles(C* cos, C* sin, const Angles& ang
 
 // args.k: as with_one_head_index has it.
 template <class Traits>
-__global__ void __launch_bounds__(kBlockThreads, Traits::resident_blocks())
+__global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
     apply_rotary_at_kernel(const RotaryAtArgs args, const RotaryPlan plan) {
   using F = typename Traits::F;
   using C = typename F::C;
@@ -94,15 +93,20 @@ void launch_kernel(const RotaryAtArgs& given, void* stream) {
 
 template <class E>
 void launch_element(const RotaryAtArgs& args, void* stream) {
-  constexpr int kWide = 16 / sizeof(E);
   Alignment alignment = alignment_of(args);
   alignment.add_channels(args, copied_channels(args) > 0);
-  if (!alignment.allows(16)) return launch_kernel<E, 1, Order::Any>(args, stream);
-  switch (order_of(args.interleaved, args.interleaved_out)) {
-    case Order::HalfSplit: return launch_kernel<E, kWide, Order::HalfSplit>(args, stream);
-    case Order::Interleaved: return launch_kernel<E, kWide, Order::Interleaved>(args, stream);
-    default: return launch_kernel<E, kWide, Order::Converted>(args, stream);
+  // float64 is for comparison: one kernel is enough.
+  constexpr int kWide = 16 / sizeof(E);
+  if constexpr (kWide > 2) {
+    if (alignment.allows(16)) {
+      switch (order_of(args.interleaved, args.interleaved_out)) {
+        case Order::HalfSplit: return launch_kernel<E, kWide, Order::HalfSplit>(args, stream);
+        case Order::Interleaved: return launch_kernel<E, kWide, Order::Interleaved>(args, stream);
+        default: return launch_kernel<E, kWide, Order::Either>(args, stream);
+      }
+    }
   }
+  launch_kernel<E, 1, Order::Any>(args, stream);
 }
 
 }  // namespace

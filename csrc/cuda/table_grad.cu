@@ -144,8 +144,8 @@ void launch_kernel(RotaryTableGradArgs args, void* stream) {
   plan.grad = F::layout(args.rotary_dim, args.interleaved_out);
   plan.fragments = static_cast<uint32_t>(fragments);
   plan.heads = static_cast<uint32_t>(heads);
-  plan.geometry = table_grad_geometry(fragments, std::max<int64_t>(heads, 1),
-                                      args.batch * args.seq / rows, rows);
+  plan.geometry =
+      table_grad_geometry(fragments, max_of(heads, 1), args.batch * args.seq / rows, rows);
   args.k.grad = indexed_after_q(args.k.grad, args.q.heads, size_of(args.dtype));
   args.k.x = indexed_after_q(args.k.x, args.q.heads, size_of(args.dtype));
   launch(args.op, rotary_table_grad_kernel<F>, plan.geometry.grid, plan.geometry.block_threads,
@@ -168,8 +168,8 @@ void launch_element(const RotaryTableGradArgs& args, void* stream) {
     launch_kernel<Fragment<E, 1, Order::Any>>(args, stream);
   } else if (order == Order::Interleaved) {
     launch_kernel<Fragment<E, kWhole, Order::Interleaved>>(args, stream);
-  } else if (order == Order::Converted) {
-    launch_kernel<Fragment<E, kHalfSplit, Order::Converted>>(args, stream);
+  } else if (order == Order::Either) {
+    launch_kernel<Fragment<E, kHalfSplit, Order::Either>>(args, stream);
   } else {
     launch_kernel<Fragment<E, kHalfSplit, Order::HalfSplit>>(args, stream);
   }

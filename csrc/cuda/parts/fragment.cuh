@@ -10,12 +10,13 @@ namespace rope::cuda {
 enum class Order {
   HalfSplit,    // in both: pair i is channels (i, i + P)
   Interleaved,  // in both: pair i is channels (2i, 2i + 1)
-  Converted,    // interleaved in one and half-split in the other; known at run time
-  Any           // fragments of one pair, of which each order is known at run time
+  Either,       // each of the two known at run time
+  Any           // the same, for fragments of one pair, which need no aligned vectors
 };
 
+// The order that says most.
 constexpr Order order_of(bool interleaved, bool interleaved_out) {
-  if (interleaved != interleaved_out) return Order::Converted;
+  if (interleaved != interleaved_out) return Order::Either;
   return interleaved ? Order::Interleaved : Order::HalfSplit;
 }
 
@@ -81,13 +82,13 @@ struct Fragment {
 };
 
 // The channels of a fragment, in the order of memory, as pairs. interleaved: the order of the
-// pairs, where the fragment does not say (Order::Converted).
+// pairs, where the fragment does not say (Order::Either).
 template <class F>
 __device__ __forceinline__ void split_pairs(const typename F::C (&x)[F::kChannels],
                                             bool interleaved, typename F::C (&x1)[F::kPairs],
                                             typename F::C (&x2)[F::kPairs]) {
   const bool neighbours =
-      F::kOrder == Order::Converted ? interleaved : F::kOrder == Order::Interleaved;
+      F::kOrder == Order::Either ? interleaved : F::kOrder == Order::Interleaved;
 #pragma unroll
   for (int j = 0; j < F::kPairs; ++j) {
     x1[j] = neighbours ? x[2 * j] : x[j];
@@ -101,7 +102,7 @@ __device__ __forceinline__ void join_pairs(const typename F::C (&x1)[F::kPairs],
                                            const typename F::C (&x2)[F::kPairs], bool interleaved,
                                            typename F::C (&x)[F::kChannels]) {
   const bool neighbours =
-      F::kOrder == Order::Converted ? interleaved : F::kOrder == Order::Interleaved;
+      F::kOrder == Order::Either ? interleaved : F::kOrder == Order::Interleaved;
 #pragma unroll
   for (int i = 0; i < F::kChannels; ++i) {
     const auto neighbour = i % 2 == 0 ? x1[i / 2] : x2[i / 2];
@@ -110,23 +111,24 @@ __device__ __forceinline__ void join_pairs(const typename F::C (&x1)[F::kPairs],
   }
 }
 
-// Rotates the channels of a fragment, given in the order of memory, where they are. interleaved:
-// the order of the pairs before, where the fragment converts it.
+// Rotates the channels of a fragment, given in the order of memory, where they are. interleaved,
+// interleaved_out: the order of the pairs before and after, where the fragment does not say.
 template <class F, class Values>
 __device__ __forceinline__ void rotate_channels(typename F::C (&x)[F::kChannels],
-                                                const Values& table, bool interleaved) {
+                                                const Values& table, bool interleaved,
+                                                bool interleaved_out) {
   typename F::C x1[F::kPairs], x2[F::kPairs];
   split_pairs<F>(x, interleaved, x1, x2);
 #pragma unroll
   for (int j = 0; j < F::kPairs; ++j) rotate(table.at(j), x1[j], x2[j]);
-  join_pairs<F>(x1, x2, !interleaved, x);
+  join_pairs<F>(x1, x2, interleaved_out, x);
 }
 
 template <class F, class Values>
-__device__ __forceinline__ F rotated(const F& x, const Values& table, bool interleaved) {
+__device__ __forceinline__ F rotated(const F& x, const Values& table, const RotaryArgs& args) {
   typename F::C channels[F::kChannels];
   x.unpack_to(channels);
-  rotate_channels<F>(channels, table, interleaved);
+  rotate_channels<F>(channels, table, args.interleaved, args.interleaved_out);
   F y;
   y.pack_from(channels);
   return y;

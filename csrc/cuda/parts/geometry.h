@@ -3,7 +3,6 @@
 // No CUDA here, so that it can be tested on any machine, for shapes that no machine could hold.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 namespace rope::cuda {
@@ -13,6 +12,9 @@ constexpr int kWarpThreads = 32;
 constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridY = 65535;  // and gridDim.z
 
+// <algorithm> would cost nvcc time for each architecture.
+inline constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 inline constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Grid {
@@ -61,20 +63,20 @@ inline int64_t most_tokens(int64_t units) {
 // units: threads' worth of work in one head. All sizes > 0; seq <= most_tokens(units).
 inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batch, int64_t seq,
                                       int64_t sm_count) {
-  const int64_t fragment_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t fragment_lanes = min_of(units, kBlockThreads);
   const int64_t fragment_chunks = ceil_div(units, fragment_lanes);
-  const int64_t head_lanes = std::min(std::max<int64_t>(kWarpThreads / fragment_lanes, 1), heads);
+  const int64_t head_lanes = min_of(max_of(kWarpThreads / fragment_lanes, 1), heads);
   const int64_t lanes = fragment_lanes * head_lanes;
 
   const int64_t most_splits = ceil_div(heads, head_lanes);
   const int64_t wanted = ceil_div(sm_count * kFullThreads, batch * seq * fragment_chunks * lanes);
-  const int64_t passes = ceil_div(most_splits, std::min(wanted, most_splits));
+  const int64_t passes = ceil_div(most_splits, min_of(wanted, most_splits));
   const int64_t splits = ceil_div(most_splits, passes);
 
   const int64_t parts = splits * fragment_chunks;
   const int64_t groups = seq * parts;
   const int64_t share = batch * groups / (kWantedBlocks * sm_count);
-  const int64_t most_groups = std::min(std::max<int64_t>(share, 1), kBlockThreads / lanes);
+  const int64_t most_groups = min_of(max_of(share, 1), kBlockThreads / lanes);
   const int64_t blocks = ceil_div(groups, most_groups);
   const int64_t groups_per_block = ceil_div(groups, blocks);
 
@@ -109,7 +111,7 @@ inline int64_t largest_power_of_two(int64_t limit) {
 // tokens_per_row: about how many tokens use one row.
 inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64_t tokens_per_row,
                                              int64_t rows) {
-  const int64_t fragment_lanes = std::min<int64_t>(units, kBlockThreads);
+  const int64_t fragment_lanes = min_of(units, kBlockThreads);
   const int64_t lanes = kBlockThreads / fragment_lanes;
   // The most lanes that leave at most a fifth of them without a head in the last pass.
   int64_t head_lanes = largest_power_of_two(lanes);
@@ -117,7 +119,7 @@ inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64
     head_lanes /= 2;
   }
   const int64_t token_lanes =
-      largest_power_of_two(std::min(lanes / head_lanes, std::max<int64_t>(tokens_per_row, 1)));
+      largest_power_of_two(min_of(lanes / head_lanes, max_of(tokens_per_row, 1)));
   return {
       static_cast<int>(fragment_lanes), static_cast<int>(head_lanes), static_cast<int>(token_lanes),
       static_cast<uint32_t>(whole_warps(fragment_lanes * head_lanes * token_lanes)), grid_of(rows)};
@@ -131,8 +133,8 @@ struct EntryGeometry {
 };
 
 inline EntryGeometry entry_geometry(int64_t columns, int64_t rows) {
-  const int64_t column_lanes = std::min<int64_t>(columns, kBlockThreads);
-  const int64_t rows_per_block = std::min<int64_t>(kBlockThreads / column_lanes, rows);
+  const int64_t column_lanes = min_of(columns, kBlockThreads);
+  const int64_t rows_per_block = min_of(kBlockThreads / column_lanes, rows);
   return {static_cast<int>(column_lanes), static_cast<int>(rows_per_block),
           static_cast<uint32_t>(whole_warps(column_lanes * rows_per_block)),
           grid_of(ceil_div(rows, rows_per_block))};

@@ -3,21 +3,16 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cuda/parts/geometry.h"
+#include "cuda/parts/launch_errors.h"
 
 namespace rope::cuda {
 
 inline void check(cudaError_t error, const char* op) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("rope::") + op +
-                           ": CUDA error: " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw_cuda_error(op, cudaGetErrorString(error));
 }
 
-// With so many bytes of shared memory. The error is that of the launch itself; what goes wrong
-// inside the kernel shows at a later call.
+// The error is that of the launch itself. An error inside the kernel shows at a later call.
 template <class... Args>
 void launch_with(size_t shared_bytes, const char* op, void (*kernel)(Args...), Grid grid,
                  uint32_t block_threads, void* stream, const Args&... args) {
@@ -37,12 +32,7 @@ inline void check_counts(const char* op, int64_t heads, int64_t head_dim, int64_
                          int64_t seq) {
   constexpr int64_t kMost = int64_t{1} << 30, kMostRows = int64_t{0xffffffff};
   if (heads <= kMost && head_dim <= kMost && batch <= kMostRows && seq <= kMostRows) return;
-  throw std::runtime_error(std::string("rope::") + op +
-                           ": on CUDA expected at most 2^30 heads and channels, and a batch and "
-                           "sequence below 2^32, got " +
-                           std::to_string(heads) + " heads of " + std::to_string(head_dim) +
-                           " channels, batch " + std::to_string(batch) + ", sequence " +
-                           std::to_string(seq));
+  throw_too_large(op, heads, head_dim, batch, seq);
 }
 
 // Multiprocessors of the current device.
@@ -51,6 +41,16 @@ inline int sm_count(const char* op) {
   check(cudaGetDevice(&device), op);
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op);
   return count;
+}
+
+// Blocks of kBlockThreads that a multiprocessor should hold at a time, with so many threads
+// together: it bounds the registers of a thread. Turing holds 1024 threads at most.
+constexpr int resident_blocks(int threads) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return (threads < 1024 ? threads : 1024) / kBlockThreads;
+#else
+  return threads / kBlockThreads;
+#endif
 }
 
 __device__ __forceinline__ int64_t block_index() {

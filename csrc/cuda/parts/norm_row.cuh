@@ -2,10 +2,12 @@
 //
 // A norm row is what shares one root mean square: a head, or all heads of a token. A group of
 // `lanes` threads has a norm row. Its fragments are numbered, those of the first head first: of
-// each head the fragments that rotate, then one vector of the channels that do not rotate each.
-// Thread `lane` has the fragments lane, lane + lanes, ...; the first of them stays in registers. So
-// where a norm row has at most kMostLanes fragments, it is read once; of a longer one, the rest is
-// read twice.
+// each head the fragments that rotate, then one for each vector of the channels that do not. Thread
+// `lane` has the fragments lane, lane + lanes, ...
+//
+// A thread takes its fragments from the last to the first, for the sums of the norm row. It still
+// has the first in registers when the sums are known, and goes on from there to the last again. So
+// a norm row of at most kMostLanes fragments is read once; of a longer one, the rest is read twice.
 #pragma once
 
 #include "cuda/parts/heads.cuh"
@@ -19,6 +21,7 @@ struct NormPlan {
   RotaryPlan rotary;
   uint32_t fragments;      // of one head
   uint32_t lanes, groups;  // threads of a norm row, a power of two; norm rows of a block at a time
+  int32_t steps;           // fragments of a thread, at most
   uint32_t rows;           // norm rows in all (forward alone)
 };
 
@@ -137,7 +140,7 @@ inline bool weights_allow(const RmsNorm& norm, int n) {
   alignment.add_address(norm.q_weight);
   alignment.add_address(norm.k_weight);
   alignment.add_elements(norm.q_stride_h | norm.k_stride_h);
-  return alignment.allows(std::min<int64_t>(n * bytes, 16));
+  return alignment.allows(min_of(n * bytes, 16));
 }
 
 // Calls launch with the traits for the alignment of all tensors. Eight channels a thread, of
@@ -154,12 +157,10 @@ void dispatch_traits(const RotaryArgs& args, const RmsNorm& norm, Alignment alig
     launch(NormTraits<E, 1, Order::Any, true>());
   } else if (order == Order::Interleaved) {
     launch(NormTraits<E, kWhole, Order::Interleaved, true>());
-  } else if (order == Order::Converted) {
-    launch(NormTraits<E, kHalfSplit, Order::Converted, true>());
-  } else if (args.table.full_width) {
-    launch(NormTraits<E, kHalfSplit, Order::HalfSplit, true>());
-  } else {
+  } else if (order == Order::HalfSplit && !args.table.full_width) {
     launch(NormTraits<E, kHalfSplit, Order::HalfSplit, false>());
+  } else {
+    launch(NormTraits<E, kHalfSplit, Order::Either, true>());
   }
 }
 
@@ -169,10 +170,7 @@ inline void check_rows(const RotaryArgs& args) {
   check_counts(args.op, heads, args.head_dim, args.batch, args.seq);
   const int64_t most = int64_t{0xffffffff} / (heads + 2);
   if (args.batch <= most / args.seq) return;
-  throw std::runtime_error(std::string("rope::") + args.op +
-                           ": on CUDA expected less than 2^32 heads of all tokens, got batch " +
-                           std::to_string(args.batch) + ", sequence " + std::to_string(args.seq) +
-                           " and " + std::to_string(heads) + " heads of a token");
+  throw_too_many_rows(args.op, heads, args.batch, args.seq);
 }
 
 // most_heads: of q or of k, whichever has more.
@@ -186,6 +184,7 @@ NormPlan norm_plan(const RotaryArgs& args, const RmsNorm& norm, int64_t most_hea
   while (lanes < fragments && lanes < kMostLanes) lanes *= 2;
   plan.lanes = static_cast<uint32_t>(lanes);
   plan.groups = static_cast<uint32_t>(lanes > kWarpThreads ? 1 : kBlockThreads / lanes);
+  plan.steps = static_cast<int32_t>(ceil_div(fragments, lanes));
   return plan;
 }
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ void rotate_heads(const RotaryArgs& args, const Rotar
     F x;
     x.load_from(channel_of<E>(is_q, args.q.in, args.k.in, work.b, work.s, head, place.in.first),
                 place.in.second);
-    if (rotates) x = rotated(x, values, args.interleaved);
+    if (rotates) x = rotated(x, values, args);
     x.store_to(channel_of<E>(is_q, args.q.out, args.k.out, work.b, work.s, head, place.out.first),
                place.out.second);
   }

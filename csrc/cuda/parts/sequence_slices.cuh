@@ -100,7 +100,7 @@ void for_slices(const Args& given, const RotaryArgs& rotary, int64_t heads,
   const int64_t seq = one_token ? rotary.batch : rotary.seq;
   const int64_t most = most_tokens(rotary.head_dim);
   for (int64_t first = 0; first < seq; first += most) {
-    launch_slice(slice_of(args, first, std::min(most, seq - first)));
+    launch_slice(slice_of(args, first, min_of(most, seq - first)));
   }
 }
 

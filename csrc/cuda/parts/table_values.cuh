@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_table(TableValues<F, kFullWidth>& values,
         values.s2[j] = values.s1[j];
       }
     } else if (F::kOrder == Order::Interleaved ||
-               (F::kOrder == Order::Converted && table.interleaved)) {
+               (F::kOrder == Order::Either && table.interleaved)) {
       sort_neighbours(values.c1, values.c2);
       sort_neighbours(values.s1, values.s2);
     }
