@@ -155,7 +155,8 @@ def run_cases(patterns: list[str], quick: bool, rounds: int, out: Path | None) -
     )
     rate = copy_rate(*(QUICK_COPY_BYTES,) * quick)
     print(f"{about}.\nA copy of memory: {1e-12 * rate:.3g} TB/s, read and written.")
-    print(f"{len(plan)} cases, {sum(planned_seconds(case, quick) for case in plan):.0f} s planned:")
+    planned = sum(planned_seconds(case, quick) for case in plan)
+    print(f"{len(plan)} cases, {planned:.0f} s planned; what takes longest comes last:")
     results: dict[str, Measured] = {}
     for case in plan:
         gone, planned = time.perf_counter() - start, planned_seconds(case, quick)

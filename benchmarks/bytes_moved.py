@@ -7,8 +7,8 @@ asked for, time, share of the DRAM's peak rate, occupancy. Caches are emptied be
 What a kernel writes may stay in L2 after its end, so DRAM can show fewer bytes than were written.
 Under an emulator of the CUDA runtime (CONTRIBUTING.md) that counts instead: bytes of the 32-byte
 sectors that the threads ask for, and of the distinct ones. results/bytes_emulated.csv has its
-counts of all cases, which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md and
-.csv.
+counts of all cases, which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md,
+DEVICE-bytes.csv and, from a GPU, ncu.log.
 """
 
 import argparse
@@ -189,7 +189,6 @@ def number(value: str | float) -> str:
 
 
 def write(out: Path, rows: list[Row], columns: tuple[str, ...], about: str) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
     table = out / f"{slug(torch.cuda.get_device_name())}-bytes.csv"
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -235,6 +234,7 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("expected --out DIR")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     impossible = []
     if fakegpu_torch is not None:
         rows = counted(chosen)

@@ -23,7 +23,6 @@ from rotations_cuda import (
     moved_bytes,
     row_bytes,
     rows_of,
-    step_of,
 )
 from torch import Tensor
 
@@ -133,8 +132,7 @@ def append_kv(
     return OperatorCase(
         rope.apply_rotary_qk_append_kv_.default,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         lambda a: reference.apply_rotary_qk_append_kv(**in_float64(a)),
         rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 2),
@@ -224,8 +222,7 @@ def mla_append(
     return OperatorCase(
         rope.apply_rotary_mla_append_.default,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         lambda a: reference.apply_rotary_mla_append(**in_float64(a)),
         rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 1),

@@ -26,6 +26,10 @@ class Case:
         return self.batch * self.seq
 
     @property
+    def step(self) -> str:
+        return "decode" if self.seq == 1 else "prefill"
+
+    @property
     def heads(self) -> int:
         return self.q_heads + self.k_heads
 

@@ -108,7 +108,7 @@ class Timed:
         graph, kept = torch.cuda.CUDAGraph(), [None] * len(self.calls)
         gc.disable()  # what is freed elsewhere could end the capture
         try:
-            graph.capture_begin()
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 for i in range(self.calls_in_graph):
                     kept[i % len(kept)] = self.calls[i % len(kept)]()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import Case
 from operator_case import EAGER, Arguments, Call, OperatorCase, Way, in_float64
 from rivals_cuda import NORM_RIVALS, norm_then_rotate
 from rotations_cuda import (
@@ -13,7 +14,6 @@ from rotations_cuda import (
     llama,
     row_bytes,
     rows_of,
-    step_of,
 )
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from rope_ext import reference
 rope = torch.ops.rope
 
 EPS = 1e-6
+MODEL = torch.bfloat16
 GRADS = ("grad_q", "grad_k")
 LEAVES = ("q", "k", "q_weight", "k_weight")
 
@@ -59,47 +60,35 @@ def eager_norm_arguments(arguments: Arguments) -> Arguments:
     return {**{n: arguments[n] for n in (*GRADS, *LEAVES) if n in arguments}, **rows}
 
 
-def bytes_of(tokens_read: int, step: str, tokens: int, dtype: torch.dtype, weights: int) -> int:
-    """q and k so many times, weights once, or in a backward their gradients too."""
-    shape = llama(step, tokens)
-    channels = tokens * shape.heads * shape.head_dim * dtype.itemsize
-    return tokens_read * channels + weights + row_bytes(shape)
-
-
-def weights_of(all_heads: bool, dtype: torch.dtype) -> list[Tensor]:
+def weights_of(shape: Case, all_heads: bool) -> list[Tensor]:
     """Of q and of k, [D] or [H, D]."""
-    shape = llama("decode", 1)
-    return [
-        1
-        + torch.randn(*((heads,) if all_heads else ()), shape.head_dim, device="cuda").to(dtype) / 4
-        for heads in (shape.q_heads, shape.k_heads)
-    ]
+    sizes = [(heads,) * all_heads + (shape.head_dim,) for heads in (shape.q_heads, shape.k_heads)]
+    return [(1 + torch.randn(*size, device="cuda") / 4).to(MODEL) for size in sizes]
 
 
-def weight_bytes(all_heads: bool, dtype: torch.dtype) -> int:
-    shape = llama("decode", 1)
-    return shape.head_dim * (shape.heads if all_heads else 2) * dtype.itemsize
+def moved_bytes(shape: Case, all_heads: bool, times: int, weight_times: int) -> int:
+    """q and k so many times, their weights so many."""
+    weights = shape.head_dim * (shape.heads if all_heads else 2)
+    channels = times * shape.tokens * shape.heads * shape.head_dim + weight_times * weights
+    return channels * MODEL.itemsize + row_bytes(shape)
 
 
 def norm(
     form: str, step: str, tokens: int, all_heads: bool, compiled: bool = False
 ) -> OperatorCase:
-    shape, dtype = llama(step, tokens), torch.bfloat16
+    shape = llama(step, tokens)
 
     def arguments() -> Arguments:
-        made = dict(
-            zip(LEAVES, (*heads_of(shape, dtype), *weights_of(all_heads, dtype)), strict=True)
-        )
-        return {**made, **rows_of(shape), "eps": EPS}
+        tensors = *heads_of(shape, MODEL), *weights_of(shape, all_heads)
+        return {**dict(zip(LEAVES, tensors, strict=True)), **rows_of(shape), "eps": EPS}
 
     return OperatorCase(
         rope.rms_norm_rotary_qk.default,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         lambda a: reference.rms_norm_rotary_qk(**in_float64(a)),
-        bytes_of(2, step, tokens, dtype, weight_bytes(all_heads, dtype)),
+        moved_bytes(shape, all_heads, times=2, weight_times=1),
         {
             "two F.rms_norm, apply_rotary_qk": Way(norm_steps, without_eps),
             EAGER: Way(eager_norm, eager_norm_arguments),
@@ -134,22 +123,21 @@ def exact_backward(arguments: Arguments) -> tuple[Tensor, ...]:
 def norm_backward(
     form: str, step: str, tokens: int, all_heads: bool, compiled: bool = False
 ) -> OperatorCase:
-    shape, dtype = llama(step, tokens), torch.bfloat16
+    shape = llama(step, tokens)
 
     def arguments() -> Arguments:
-        q, k = heads_of(shape, dtype)
-        tensors = (torch.randn_like(q), torch.randn_like(k), q, k, *weights_of(all_heads, dtype))
+        q, k = heads_of(shape, MODEL)
+        tensors = (torch.randn_like(q), torch.randn_like(k), q, k, *weights_of(shape, all_heads))
         made = dict(zip((*GRADS, *LEAVES), tensors, strict=True))
         return {**made, **rows_of(shape), "eps": EPS}
 
     return OperatorCase(
         rope.rms_norm_rotary_qk_backward.default,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         exact_backward,
-        bytes_of(3, step, tokens, dtype, 2 * weight_bytes(all_heads, dtype)),
+        moved_bytes(shape, all_heads, times=3, weight_times=2),
         {
             "two F.rms_norm, apply_rotary_qk": Way(norm_steps, without_eps, bind_backward),
             EAGER: Way(eager_norm, eager_norm_arguments, bind_backward),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from common import Case
 from torch import Tensor
 
 SECTOR = 32  # bytes: what memory moves at least
@@ -44,8 +45,7 @@ class Way:
 class OperatorCase:
     operator: Any  # an overload of torch.ops.rope
     form: str
-    shape_name: str  # "prefill" or "decode"
-    tokens: int
+    shape: Case
     arguments: Callable[[], Arguments]  # new tensors by the names of the schema, tables shared
     exact: Callable[[Arguments], tuple[Tensor, ...]]  # of the results, in float64
     least_bytes: int  # read and written
@@ -56,6 +56,15 @@ class OperatorCase:
     @property
     def name(self) -> str:
         return f"{operator_name(self.operator)} {self.form}"
+
+    @property
+    def shape_name(self) -> str:
+        """prefill or decode."""
+        return self.shape.step
+
+    @property
+    def tokens(self) -> int:
+        return self.shape.tokens
 
     @property
     def label(self) -> str:

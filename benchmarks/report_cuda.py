@@ -204,7 +204,7 @@ def chart(path: Path, results: list[Measured], setting: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     launch = f"{1e6 * LAUNCH_SECONDS:.0f} us"
     axis.set_xlabel(f"time / expected time (at least {launch}); dashed: {ALLOWED:g} times")
-    figure.legend(fontsize=7, frameon=False, loc="outside upper right", ncols=len(markers))
+    figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=len(markers))
     figure.suptitle(setting, fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import GPU_CASES, Case
+from operator_case import POSITION_BYTES, SECTOR, TABLE_BYTES, in_sectors
 
 import rope_ext
 
@@ -22,9 +23,6 @@ try:
 except ImportError:
     fakegpu_torch = None
 
-SECTOR = 32  # bytes: what memory moves at least
-TABLE_BYTES = 4  # of a float32 cos or sin
-POSITION_BYTES = 8  # of an int64 position
 COUNTED_TOKENS = 64
 LAUNCH_US = 2.5  # assumed: 2 to 3 us between the starts of two kernels that Python launches
 
@@ -94,10 +92,6 @@ below the cost of a launch: the ratio of times is the ratio of launches, if Pyth
 CUDA graph shrinks it. What fits in L2 stays there between eager's passes, which then cost less.
 
 """
-
-
-def in_sectors(byte_count: int) -> int:
-    return -(-byte_count // SECTOR) * SECTOR
 
 
 def head_bytes(case: Case, itemsize: int, in_place: bool) -> int:

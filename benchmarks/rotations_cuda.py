@@ -37,10 +37,6 @@ def neox(tokens: int) -> Case:
     return Case("GPT-NeoX-20B", 1, tokens, 64, 64, 96, 24)
 
 
-def step_of(shape: Case) -> str:
-    return "decode" if shape.seq == 1 else "prefill"
-
-
 @functools.cache
 def inv_freq_of(head_dim: int, rotary_dim: int) -> Tensor:
     return rope_ext.frequencies.default(head_dim, rotary_dim=rotary_dim)[0].cuda()
@@ -50,10 +46,10 @@ def inv_freq_of(head_dim: int, rotary_dim: int) -> Tensor:
 def rows_of(shape: Case) -> Arguments:
     """A table from FIRST_POSITION on, without positions in prefill; each sequence's in decode."""
     inv_freq = inv_freq_of(shape.head_dim, shape.rotary_dim).cpu()
-    length = shape.seq if step_of(shape) == "prefill" else DECODE_STRIDE * shape.batch
+    length = shape.seq if shape.step == "prefill" else DECODE_STRIDE * shape.batch
     cos, sin = (t.cuda() for t in rope_ext.cos_sin_cache(inv_freq, length, start=FIRST_POSITION))
     rows: Arguments = {"cos": cos, "sin": sin}
-    if step_of(shape) == "decode":
+    if shape.step == "decode":
         rows["position_ids"] = (DECODE_STRIDE * torch.arange(shape.batch)[:, None]).cuda()
     return rows
 
@@ -61,7 +57,7 @@ def rows_of(shape: Case) -> Arguments:
 def row_bytes(shape: Case) -> int:
     """Of the table and of the positions."""
     table = 2 * shape.tokens * shape.rotary_dim // 2 * TABLE_BYTES
-    return table + (in_sectors(shape.tokens * POSITION_BYTES) if step_of(shape) == "decode" else 0)
+    return table + (in_sectors(shape.tokens * POSITION_BYTES) if shape.step == "decode" else 0)
 
 
 def heads_of(shape: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -130,8 +126,7 @@ def rotation(
     return OperatorCase(
         operator,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         exact,
         moved_bytes(shape, heads, dtype.itemsize, in_place) + row_bytes(shape),
@@ -151,7 +146,7 @@ def positions_of(shape: Case, axes: bool) -> Tensor | None:
         return (FIRST_POSITION + torch.arange(shape.seq) // (1 + shifts)).expand(
             AXES, shape.batch, shape.seq
         ).contiguous().cuda()  # fmt: skip
-    if step_of(shape) == "prefill":
+    if shape.step == "prefill":
         return None
     return (FIRST_POSITION + DECODE_STRIDE * torch.arange(shape.batch)[:, None]).cuda()
 
@@ -222,14 +217,13 @@ def rotation_at(
     angle_bytes = in_sectors(pairs * TABLE_BYTES)
     if axes:
         angle_bytes += pairs * POSITION_BYTES
-    if axes or step_of(shape) == "decode":
+    if axes or shape.step == "decode":
         angle_bytes += in_sectors((AXES if axes else 1) * shape.tokens * POSITION_BYTES)
     rotate = rope.apply_rotary_qk_.default if in_place else rope.apply_rotary_qk.default
     return OperatorCase(
         operator,
         form,
-        step_of(shape),
-        shape.tokens,
+        shape,
         arguments,
         lambda a: reference.apply_rotary_qk_at(**in_float64(a)),
         moved_bytes(shape, shape.heads, dtype.itemsize, in_place) + angle_bytes,

@@ -23,7 +23,6 @@ from rotations_cuda import (
     llama,
     positions_of,
     rows_of,
-    step_of,
 )
 from torch import Tensor
 
@@ -70,8 +69,7 @@ def whole_table(form: str, length: int) -> OperatorCase:
     return OperatorCase(
         rope.cos_sin_cache.default,
         form,
-        "prefill",
-        length,
+        llama("prefill", length),
         arguments,
         exact,
         angle_bytes(length, None, positions=False),
@@ -92,8 +90,7 @@ def rows(form: str, step: str, tokens: int, axes: bool = False) -> OperatorCase:
     return OperatorCase(
         rope.cos_sin.default,
         form,
-        step_of(shape),
-        tokens,
+        shape,
         arguments,
         lambda a: reference.cos_sin(**a),
         angle_bytes(tokens, AXES if axes else None, positions=True),
@@ -149,8 +146,7 @@ def backward(form: str, tokens: int, positions: bool) -> OperatorCase:
     return OperatorCase(
         rope.cos_sin_backward.default,
         form,
-        "prefill",
-        tokens,
+        llama("prefill", tokens),
         arguments,
         exact,
         angle_bytes(tokens, None, positions) + in_sectors(PAIRS * TABLE_BYTES),
@@ -224,8 +220,7 @@ def table_backward(form: str, tokens: int, positions: bool) -> OperatorCase:
     return OperatorCase(
         rope.apply_rotary_table_backward.default,
         form,
-        "prefill",
-        tokens,
+        shape,
         arguments,
         exact,
         least,

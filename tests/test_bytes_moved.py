@@ -85,8 +85,8 @@ def test_counts_of_the_emulator_are_held_against_the_least():
         row("few", 1e6, 9e5),
     ]
     wrong = bytes_moved.with_least(rows)
-    assert [r.get("over_least") for r in rows] == ["1.00", "**1.15**", None, "0.50"]
-    assert wrong == ["few: 1,000,000.0 bytes are fewer than the least, 2,000,000.0"]
+    assert [r.get("over_least") for r in rows] == ["1.00", "**1.15**", None, "0.95"]
+    assert wrong == ["few: 1,900,000.0 bytes are fewer than the least, 2,000,000.0"]
 
 
 @pytest.mark.parametrize(
