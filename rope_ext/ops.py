@@ -1,14 +1,11 @@
 """The operators as typed functions: with layouts, and in place with autograd."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from rope_ext import decompositions
-from rope_ext._apart import check_apart
-from rope_ext._calling import call, check_may_be_written, rotation_options
+from rope_ext._calling import call, rotation_options
 from rope_ext._explaining import explain
 from rope_ext._in_place import (
     check_differentiable_in_place,
@@ -131,13 +128,8 @@ def apply_rotary_qk(
     layout: Layout = "bshd",
     inplace: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
-    cos_k: Tensor | None = None,
-    sin_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k by the same angles, in one pass (one launch on CUDA).
-
-    With cos_k and sin_k, k is rotated by these, in a pass of its own: xPos, whose tables also decay
-    for q and grow for k (``frequencies.xpos``).
 
     Args:
         q: as x of :func:`apply_rotary`.
@@ -146,21 +138,15 @@ def apply_rotary_qk(
         cos, sin, position_ids, layout, inplace: as for :func:`apply_rotary`.
         rotary_dim, rotary_offset, interleaved, interleaved_out, inverse: as there.
         out: as for :func:`apply_rotary`, one for q and one for k.
-        cos_k, sin_k: the tables of k, of cos's shape and dtype, both or none.
 
     Returns:
         The rotated q and k.
 
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
-
-    Source: for tables of k, A Length-Extrapolatable Transformer, arXiv 2212.10554, algorithm 1.
     """
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-        if cos_k is not None or sin_k is not None:
-            tables = (cos, sin, cos_k, sin_k)
-            return _rotate_apart(q, k, tables, position_ids, options, layout, inplace, out)
         if layout == "bshd" and q.dim() == k.dim() == 4:  # the most frequent, and the quickest
             view_q, view_k = q, k
         else:
@@ -202,55 +188,6 @@ def apply_rotary_qk(
         if not is_compiling():
             explain(apply_rotary_qk)
         raise
-
-
-def _rotate_apart(
-    q: Tensor,
-    k: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    position_ids: Tensor | None,
-    options: dict[str, Any],
-    layout: Layout,
-    inplace: bool,
-    out: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Each by its own tables; refused, as by one operator, before either is written."""
-    function = "apply_rotary_qk"
-    cos, sin, cos_k, sin_k = tables
-    if cos_k is None or sin_k is None:
-        given, missing = ("cos_k", "sin_k") if sin_k is None else ("sin_k", "cos_k")
-        raise ValueError(f"rope_ext.{function}: expected {missing} with {given}, got None")
-    written: dict[str, Tensor] = {"q": q, "k": k} if inplace else {}
-    if out is not None:
-        _check_not_both(function, inplace)
-        written["out[0]"], written["out[1]"] = out
-        if torch.is_grad_enabled():
-            _check_need_no_grad(function, {"k": k, "cos_k": cos_k, "sin_k": sin_k, **written})
-    view_q, view_k = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
-    views = {name: as_bshd(x, layout, function, name) for name, x in written.items()}
-    check_apart(view_q, view_k, (cos, sin, cos_k, sin_k), position_ids, views)
-    if written and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
-        check_may_be_written(rope.apply_rotary_qk_, tuple(written.values()))
-    if inplace:
-        order = options.get("interleaved_out")
-        check_order_stays(function, options.get("interleaved", False), order, inplace)
-        if is_differentiated(q, k, cos, sin, cos_k, sin_k):
-            check_tables_need_no_grad(function, cos, sin)
-            check_tables_need_no_grad(function, cos_k, sin_k)
-            check_differentiable_in_place(function, written)
-    out_q, out_k = (None, None) if out is None else out
-    how = {**options, "layout": layout, "inplace": inplace}
-    if written and not is_transformed():  # what k would be refused for, before q is written
-        with torch.no_grad():
-            none_k, none_out = (x if x is None else _without_heads(x, layout) for x in (k, out_k))
-            apply_rotary(none_k, cos_k, sin_k, position_ids, **how, out=none_out)
-    rotated_q = apply_rotary(q, cos, sin, position_ids, **how, out=out_q)
-    return rotated_q, apply_rotary(k, cos_k, sin_k, position_ids, **how, out=out_k)
-
-
-def _without_heads(x: Tensor, layout: Layout) -> Tensor:
-    """A view with no element, which counts its own writes."""
-    return from_bshd(as_bshd(x.data, layout, "apply_rotary_qk")[..., :0, :], layout)
 
 
 def cos_sin_cache(
@@ -352,12 +289,3 @@ def _check_dtype(dtype: object) -> None:
 def _check_not_both(function: str, inplace: bool) -> None:
     if inplace:
         raise ValueError(f"rope_ext.{function}: expected inplace=False with out, got inplace=True")
-
-
-def _check_need_no_grad(function: str, tensors: dict[str, Tensor]) -> None:
-    for name, x in tensors.items():
-        if x.requires_grad:
-            raise RuntimeError(
-                f"rope_ext.{function}: expected {name} to need no gradient with out, got a tensor "
-                "that requires grad"
-            )
