@@ -13,7 +13,7 @@ from torch.library import register_vmap
 
 from rope_ext._angle_derivatives import table_dtype
 from rope_ext._derivatives import last_stride_one
-from rope_ext._in_place import check_order_stays
+from rope_ext.options import check_order_stays
 
 rope = torch.ops.rope
 
@@ -92,9 +92,7 @@ def _rotation(name: str, rotated: int, in_place: bool = False) -> Callable[..., 
         cos, sin, position_ids = (*args[rotated:], None)[:3]  # which may be left out
         if in_place:
             _check_written(name, in_dims[:rotated])
-            check_order_stays(
-                name, options.get("interleaved", False), options.get("interleaved_out")
-            )
+            check_order_stays(name, options)
         samples = [_samples(x, dim, count) for x, dim in zip(xs, in_dims, strict=False)]
         batch = 1 if samples[0].dim() == 4 else samples[0].shape[1]
         dims = (*in_dims[rotated:], None)[:3]

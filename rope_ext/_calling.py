@@ -35,28 +35,20 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     return result
 
 
-def rotation_options(
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    interleaved_out: bool | None,
-    inverse: bool,
-) -> dict[str, Any]:
-    """What an operator has to be told: each option that it is called with takes it half a
-    microsecond, so those that have their defaults are left out.
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return needs_grad or forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
+    by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
     """
-    options: dict[str, Any] = {}
-    if rotary_dim is not None:
-        options["rotary_dim"] = rotary_dim
-    if rotary_offset != 0:
-        options["rotary_offset"] = rotary_offset
-    if interleaved:
-        options["interleaved"] = interleaved
-    if interleaved_out is not None:
-        options["interleaved_out"] = interleaved_out
-    if inverse:
-        options["inverse"] = inverse
-    return options
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _any_requires_grad(*args: Any) -> bool:

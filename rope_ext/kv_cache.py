@@ -4,11 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from rope_ext._calling import call, rotation_options
-from rope_ext._explaining import explain
-from rope_ext._layouts import Layout, as_bshd
+from rope_ext._argument_errors import raise_argument_error
+from rope_ext._calling import call
+from rope_ext.options import Layout, as_bshd, rotation_options
 
 rope = torch.ops.rope
 
@@ -65,7 +64,6 @@ def apply_rotary_qk_append_kv_(
             stored, of the second one token is, and the third gives what the division gives. Where
             another thread writes to slot_mapping during the call, a slot outside of the cache is
             not stored on the CPU either.
-            stored, of the second one token is, and the third gives what the division gives.
         TypeError: so too, for an argument of another type: a None or a list for a tensor.
         ValueError: so too, for a layout or a cache_layout that is none, or not that of the tensors.
 
@@ -93,8 +91,7 @@ def apply_rotary_qk_append_kv_(
             **options,
         )
     except Exception:
-        if not is_compiling():
-            explain(apply_rotary_qk_append_kv_)
+        raise_argument_error(apply_rotary_qk_append_kv_)
         raise
 
 
@@ -141,7 +138,7 @@ def apply_rotary_mla_append_(
     concat_and_cache_mla.
     """
     try:
-        options = rotation_options(None, 0, interleaved, interleaved_out, False)
+        options = rotation_options(interleaved=interleaved, interleaved_out=interleaved_out)
         _add_scales(options, scale=scale)
         call(
             rope.apply_rotary_mla_append_,
@@ -157,8 +154,7 @@ def apply_rotary_mla_append_(
             **options,
         )
     except Exception:
-        if not is_compiling():
-            explain(apply_rotary_mla_append_)
+        raise_argument_error(apply_rotary_mla_append_)
         raise
 
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rope_ext._calling import is_differentiated, is_transformed
 from rope_ext._in_place import (
     check_differentiable_in_place,
     check_tables_need_no_grad,
     in_place_rotation,
-    is_differentiated,
-    is_transformed,
 )
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary, apply_rotary_qk
+from rope_ext.rotation import apply_rotary, apply_rotary_qk
 
 
 def apply_rotary_emb(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._calling import call
+from rope_ext.options import rotation_options
 
 
 class Pairs(NamedTuple):
@@ -39,14 +40,8 @@ class Pairs(NamedTuple):
     def options(self, cos: Tensor, head_dim: int) -> dict[str, Any]:
         """The operators' keywords; cos as :meth:`rows` returns it."""
         rotary_dim = cos.shape[-1] if self.columns == "a channel" else 2 * cos.shape[-1]
-        options: dict[str, Any] = {"rotary_dim": rotary_dim}
-        if self.interleaved:
-            options["interleaved"] = True
-        if self.last_channels:
-            options["rotary_offset"] = head_dim - rotary_dim
-        if self.interleaved_out is not None:
-            options["interleaved_out"] = self.interleaved_out
-        return options
+        offset = head_dim - rotary_dim if self.last_channels else 0
+        return rotation_options(rotary_dim, offset, self.interleaved, self.interleaved_out)
 
 
 # The first that a function agrees with is taken.

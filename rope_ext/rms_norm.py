@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from rope_ext._calling import call, rotation_options
-from rope_ext._explaining import explain
-from rope_ext._layouts import Layout, as_bshd, from_bshd
+from rope_ext._argument_errors import raise_argument_error
+from rope_ext._calling import call
+from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
 
 
 def rms_norm_rotary_qk(
@@ -80,6 +79,5 @@ def rms_norm_rotary_qk(
         )
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     except Exception:
-        if not is_compiling():
-            explain(rms_norm_rotary_qk)
+        raise_argument_error(rms_norm_rotary_qk)
         raise
