@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 
-def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
-    """operator(*args, **options), which writes the tensors `written`.
+def call(
+    operator: Any,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    written: tuple[Tensor, ...] = (),  # the tensors that it writes
+) -> Any:
+    """operator(*args, **options), past autograd where nothing is differentiated.
 
     What autograd has of an operator is written in Python (_derivatives.py, _writes.py), and takes
     longer than all else of a small call. Where nothing requires a gradient it has only the writes
     to take note of, and that is done here. Inference mode goes past it by itself, but for writes
     where some tensor was made outside of it.
     """
-    if torch.compiler.is_compiling():  # first: a graph is not told the mode
+    if is_compiling():  # first: a graph is not told the mode
         return operator(*args, **options)
     inference = torch.is_inference_mode_enabled()
     if (
@@ -45,7 +51,7 @@ def is_transformed() -> bool:
     by torch.func or forward-mode differentiation, which know more of copy_ than of our node.
     """
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

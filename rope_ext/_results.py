@@ -48,7 +48,7 @@ def rotate(
         return _rotate_into(rotation, views, rows, options, layout, inplace, out)
     operator = rotation.decomposed if decomposes() else None
     if inplace is False:
-        rotated = call(operator or rotation.new, *views, *rows, **options)
+        rotated = call(operator or rotation.new, views + rows, options)
         if layout == "bshd":
             return rotated
         if len(tensors) == 1:
@@ -57,7 +57,7 @@ def rotate(
     check_order_stays(rotation.function, options, inplace)
     if operator is not None or is_differentiated(*tensors, *rows):
         return _rotate_in_place(rotation, tensors, views, rows, options, layout)
-    call(rotation.in_place, *views, *rows, written=tensors, **options)
+    call(rotation.in_place, views + rows, options, tensors)
     return tensors if len(tensors) > 1 else tensors[0]
 
 
@@ -80,7 +80,7 @@ def _rotate_into(
         options["out_q"], options["out_k"] = _views(
             function, ("out[0]", "out[1]"), (out_q, out_k), layout
         )
-    call(rotation.into, *views, *rows, written=tuple(out), **options)
+    call(rotation.into, views + rows, options, tuple(out))
     return tuple(out) if len(out) > 1 else out[0]
 
 
@@ -102,7 +102,7 @@ def _rotate_in_place(
         written = tuple(x.copy_(y) for x, y in zip(tensors, new, strict=True))
     else:
         with torch.no_grad():
-            call(rotation.in_place, *views, *rows, written=tensors, **options)
+            call(rotation.in_place, views + rows, options, tensors)
         written = tuple(in_place_rotation(x, rotation.one, layout, options, *rows) for x in tensors)
     return written if len(written) > 1 else written[0]
 
@@ -111,4 +111,7 @@ def _views(
     function: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], layout: str
 ) -> tuple[Tensor, ...]:
     """[B, S, H, D] or [T, H, D] each."""
-    return tuple(as_bshd(x, layout, function, name) for name, x in zip(names, tensors, strict=True))
+    if len(tensors) == 1:
+        return (as_bshd(tensors[0], layout, function, names[0]),)
+    q, k = tensors
+    return as_bshd(q, layout, function, names[0]), as_bshd(k, layout, function, names[1])

@@ -41,14 +41,8 @@ def cos_sin_cache(
     """
     try:
         _check_dtype(dtype)
-        return call(
-            rope.cos_sin_cache,
-            inv_freq,
-            length,
-            start=start,
-            attention_scaling=attention_scaling,
-            dtype=dtype,
-        )
+        options = {"start": start, "attention_scaling": attention_scaling, "dtype": dtype}
+        return call(rope.cos_sin_cache, (inv_freq, length), options)
     except Exception:
         raise_argument_error(cos_sin_cache)
         raise
@@ -91,7 +85,7 @@ def cos_sin(
     try:
         _check_dtype(dtype)
         options = {"attention_scaling": attention_scaling, "dtype": dtype}
-        return call(rope.cos_sin, inv_freq, position_ids, axes, **options)
+        return call(rope.cos_sin, (inv_freq, position_ids, axes), options)
     except Exception:
         raise_argument_error(cos_sin)
         raise

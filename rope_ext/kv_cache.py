@@ -79,17 +79,8 @@ def apply_rotary_qk_append_kv_(
             _as_nhd(cache, cache_layout, name, at)
             for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
         )
-        call(
-            rope.apply_rotary_qk_append_kv_,
-            *views,
-            *caches,
-            slot_mapping,
-            cos,
-            sin,
-            position_ids,
-            written=(q, k, k_cache, v_cache),
-            **options,
-        )
+        args = (*views, *caches, slot_mapping, cos, sin, position_ids)
+        call(rope.apply_rotary_qk_append_kv_, args, options, (q, k, k_cache, v_cache))
     except Exception:
         raise_argument_error(apply_rotary_qk_append_kv_)
         raise
@@ -140,19 +131,8 @@ def apply_rotary_mla_append_(
     try:
         options = rotation_options(interleaved=interleaved, interleaved_out=interleaved_out)
         _add_scales(options, scale=scale)
-        call(
-            rope.apply_rotary_mla_append_,
-            q,
-            k_pe,
-            kv_c,
-            kv_cache,
-            slot_mapping,
-            cos,
-            sin,
-            position_ids,
-            written=(q, k_pe, kv_cache),
-            **options,
-        )
+        args = (q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids)
+        call(rope.apply_rotary_mla_append_, args, options, (q, k_pe, kv_cache))
     except Exception:
         raise_argument_error(apply_rotary_mla_append_)
         raise

@@ -8,12 +8,12 @@ from rope_ext._argument_errors import describe
 
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
 
-# The dimensions to swap to get [B, S, H, D]; packed [T, H, D] stays as it is.
-_SWAP: dict[str, tuple[int, int] | None] = {
-    "bshd": None,
-    "bhsd": (1, 2),
-    "sbhd": (0, 1),
-    "thd": None,
+# The number of dimensions, and those to swap to get [B, S, H, D] or [T, H, D].
+_ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {
+    "bshd": (4, None),
+    "bhsd": (4, (1, 2)),
+    "sbhd": (4, (0, 1)),
+    "thd": (3, None),
 }
 
 
@@ -60,13 +60,12 @@ def check_order_stays(function: str, options: dict[str, Any], inplace: object = 
 
 def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     """A view of x as [B, S, H, D] or [T, H, D]; `function` and `name` are for messages."""
-    if layout == "bshd" and x.dim() == 4:
-        return x
-    if layout not in _SWAP:
+    if layout not in _ORDERS:
         raise ValueError(
-            f"rope_ext.{function}: expected layout to be one of {', '.join(_SWAP)}, got {layout!r}"
+            f"rope_ext.{function}: expected layout to be one of {', '.join(_ORDERS)}, "
+            f"got {layout!r}"
         )
-    rank = 3 if layout == "thd" else 4
+    rank, swap = _ORDERS[layout]
     if x.dim() != rank:
         dims = ", ".join(layout.upper())
         advice = ': packed tokens [T, H, D] take layout="thd"' if x.dim() == 3 else ""
@@ -74,11 +73,10 @@ def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
             f"rope_ext.{function}: expected {name} to have shape [{dims}] (layout {layout!r}), "
             f"got {list(x.shape)}{advice}"
         )
-    swap = _SWAP[layout]
-    return x if swap is None else x.transpose(*swap)
+    return x if swap is None else x.transpose(swap[0], swap[1])
 
 
 def from_bshd(x: Tensor, layout: str) -> Tensor:
     """A view of x [B, S, H, D] or [T, H, D] in the order of layout."""
-    swap = _SWAP[layout]
-    return x if swap is None else x.transpose(*swap)
+    swap = _ORDERS[layout][1]
+    return x if swap is None else x.transpose(swap[0], swap[1])

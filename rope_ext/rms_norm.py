@@ -66,17 +66,9 @@ def rms_norm_rotary_qk(
         if unit_offset:
             options["unit_offset"] = unit_offset
         function = "rms_norm_rotary_qk"
-        out_q, out_k = call(
-            torch.ops.rope.rms_norm_rotary_qk,
-            as_bshd(q, layout, function, "q"),
-            as_bshd(k, layout, function, "k"),
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            position_ids,
-            **options,
-        )
+        views = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
+        args = (*views, q_weight, k_weight, cos, sin, position_ids)
+        out_q, out_k = call(torch.ops.rope.rms_norm_rotary_qk, args, options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     except Exception:
         raise_argument_error(rms_norm_rotary_qk)

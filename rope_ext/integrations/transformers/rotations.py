@@ -88,9 +88,9 @@ def rotate(
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, x.shape[-1])
     if heads_axis == -2:
-        return call(torch.ops.rope.apply_rotary, x, cos, sin, position_ids, **options)
+        return call(torch.ops.rope.apply_rotary, (x, cos, sin, position_ids), options)
     x = x.transpose(-3, -2)
-    return call(torch.ops.rope.apply_rotary, x, cos, sin, position_ids, **options).transpose(-3, -2)
+    return call(torch.ops.rope.apply_rotary, (x, cos, sin, position_ids), options).transpose(-3, -2)
 
 
 def rotate_both(
@@ -115,9 +115,9 @@ def rotate_both(
     options = pairs.options(cos, q.shape[-1])
     rope = torch.ops.rope
     if heads_axis == -2:
-        return call(rope.apply_rotary_qk, q, k, cos, sin, position_ids, **options)
+        return call(rope.apply_rotary_qk, (q, k, cos, sin, position_ids), options)
     q, k = q.transpose(-3, -2), k.transpose(-3, -2)
-    q, k = call(rope.apply_rotary_qk, q, k, cos, sin, position_ids, **options)
+    q, k = call(rope.apply_rotary_qk, (q, k, cos, sin, position_ids), options)
     return q.transpose(-3, -2), k.transpose(-3, -2)
 
 
