@@ -1,6 +1,6 @@
-"""Where the results of a rotation go: to new tensors, to tensors that are given, or in place.
+"""Where the results of a rotation go: into new tensors, into `out`, or in place.
 
-One flow for every function that rotates. A function says what is its own in a :class:`Rotation`.
+The flow is the same for every function that rotates; a :class:`Rotation` holds what differs.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,14 @@ from rope_ext.options import as_bshd, check_order_stays, from_bshd
 class Rotation(NamedTuple):
     """What a function that rotates passes to :func:`rotate`."""
 
-    function: str  # its name, for messages
-    names: tuple[str, ...]  # of the tensors that rotate
-    new: Any  # the operators
-    in_place: Any
-    into: Any  # that writes to `out`; None: there is none
-    decomposed: (
-        Callable[..., Any] | None
-    )  # the operator `new` in plain PyTorch; None: there is none
+    function: str  # the function's name, for messages
+    names: tuple[str, ...]  # the tensors that rotate, for messages
+    new: Any  # the operator with new results
+    in_place: Any  # the operator that writes into the tensors
+    into: Any  # the operator that writes into `out`, or None
+    decomposed: Callable[..., Any] | None  # `new` in plain PyTorch, or None
     one: Callable[..., Tensor]  # (x, *rows, layout=, **options): rotates one of the tensors
-    check_rows: Callable[..., None]  # (function, *rows): raises if they need a gradient
+    check_rows: Callable[..., None]  # (function, *rows): raises if rows need a gradient
 
 
 def rotate(
@@ -39,8 +37,8 @@ def rotate(
     inplace: bool = False,
     out: tuple[Tensor, ...] | None = None,  # one for each of `tensors`
 ) -> Any:
-    """The rotated tensors: one, or a tuple of two."""
-    if layout == "bshd" and tensors[0].dim() == tensors[-1].dim() == 4:  # the most frequent
+    """Returns the rotated tensors: one, or a tuple of two."""
+    if layout == "bshd" and tensors[0].dim() == tensors[-1].dim() == 4:  # the most frequent case
         views = tensors
     else:
         views = _views(rotation.function, rotation.names, tensors, layout)
@@ -92,7 +90,7 @@ def _rotate_in_place(
     options: dict[str, Any],
     layout: str,
 ) -> Any:
-    """In place under autograd, in a transform or a graph."""
+    """In place under autograd, in a transform of torch.func or in a graph."""
     rotation.check_rows(rotation.function, *rows)
     named = dict(zip(rotation.names, tensors, strict=True))
     check_differentiable_in_place(rotation.function, named)
@@ -110,7 +108,7 @@ def _rotate_in_place(
 def _views(
     function: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], layout: str
 ) -> tuple[Tensor, ...]:
-    """[B, S, H, D] or [T, H, D] each."""
+    """The tensors as [B, S, H, D] or [T, H, D]."""
     if len(tensors) == 1:
         return (as_bshd(tensors[0], layout, function, names[0]),)
     q, k = tensors

@@ -64,8 +64,8 @@ def cos_sin(
             coordinates, interpolation and the like, float64, float32, float16 or bfloat16, of which
             the angle is just as exact. With axes [A, ...]: a position an axis, such as time, height
             and width.
-        axes: int32 or int64 [P], each in [0, A): pair i turns by position_ids[axes[i]]. None: all
-            pairs turn by the one position that a token has.
+        axes: int32 or int64 [P], each in [0, A): the angle of pair i is that of
+            position_ids[axes[i]]. None: each token has one position, for all pairs.
 
     Returns:
         cos, sin: ``[*position_ids.shape, P]``, with axes ``[*position_ids.shape[1:], P]``, for
@@ -75,8 +75,8 @@ def cos_sin(
     Raises:
         RuntimeError: for position_ids or axes of another dtype, shape or device. An axis outside of
             [0, A) raises on the CPU; on CUDA its pairs become NaN, unless the environment variable
-            ROPE_EXT_CHECK=1 is set. Where another thread writes to axes during the call, they
-            become NaN on the CPU too.
+            ROPE_EXT_CHECK=1 is set. If another thread writes to axes during the call, they become
+            NaN on the CPU too.
         TypeError: for an argument of another type.
 
     Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,

@@ -1,5 +1,5 @@
-"""The rotation in plain PyTorch, for compilers: rope_ext.lowering("decompose"), and a table for
-``run_decompositions``.
+"""The rotation in plain PyTorch, for compilers: ``rope_ext.lowering("decompose")`` takes it, and
+``DECOMPOSITIONS``, a table for ``run_decompositions``.
 """
 
 from collections.abc import Callable

@@ -30,9 +30,9 @@ def apply_rotary(
     """Rotates the pairs of channels of x by the angles of each token.
 
     Pair i of a head is ``(x1, x2)``, channels (i, i + P) (half-split) or (2i, 2i + 1)
-    (interleaved), and becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. These count from
-    rotary_offset; channels before it and past the R that rotate are left as they are. Arithmetic is
-    in float32 (float64 for float64), rounded once.
+    (interleaved), and becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Channels count from
+    rotary_offset; those before it and past the R that rotate are left as they are. Arithmetic is in
+    float32 (float64 for float64), rounded once.
 
     Args:
         x: [B, S, H, D] (layout "bshd"), [B, H, S, D] ("bhsd"), [S, B, H, D] ("sbhd") or packed
@@ -57,19 +57,20 @@ def apply_rotary(
         layout: the order of x's dimensions. cos, sin and position_ids do not depend on it.
         inplace: write into x and return it. Differentiable for x, saves no copy of it. The pairs
             stay where they are: interleaved_out has to be None or interleaved.
-        out: a tensor of x's shape and dtype, in the same layout, to write into and return: memory
-            that is there already. It shares none with x, cos or sin; nothing may need a gradient.
+        out: a tensor of x's shape and dtype, in the same layout, to write into and return. It
+            shares no memory with x, cos or sin; nothing may need a gradient.
 
     Returns:
         The rotated x, of x's shape, dtype and order of dimensions in memory.
 
     Raises:
-        RuntimeError: naming operator, argument, what was expected and what came, before anything is
-            written. A position outside of the table raises on the CPU; on CUDA the rotated channels
-            of its token become NaN, unless the environment variable ROPE_EXT_CHECK=1 is set. Where
-            another thread writes to position_ids during the call, they become NaN on the CPU too.
-        TypeError: so too, for an argument of another type: a None or a list for a tensor.
-        ValueError: so too, for a layout that is none, or not that of the tensors.
+        RuntimeError: for an invalid argument, before any tensor is modified. The message names the
+            operator, the argument, what was expected and what came. A position outside of the table
+            raises on the CPU; on CUDA the rotated channels of its token become NaN, unless the
+            environment variable ROPE_EXT_CHECK=1 is set. If another thread writes to position_ids
+            during the call, they become NaN on the CPU too.
+        TypeError: likewise, for an argument of another type, such as None or a list for a tensor.
+        ValueError: likewise, for an unknown layout, or one that is not that of the tensors.
 
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.

@@ -30,10 +30,10 @@ def apply_rotary_qk_at(
     """Rotates q and k by ``position * inv_freq``, with no table in memory.
 
     The bits are those of ``apply_rotary_qk(q, k, *cos_sin(inv_freq, position_ids, ...))`` with rows
-    in float32 (float64 for float64): sin and cos are as exact, and computed once for all heads of a
-    token. For contexts whose table is too large, and positions or frequencies that change with each
-    step. Where many layers share the positions of a step, rows made once by :func:`cos_sin` are
-    less work.
+    in float32 (float64 for float64). sin and cos are just as exact, and computed once for all heads
+    of a token. This is for contexts whose table is too large, and for positions or frequencies that
+    change with each step. If many layers share the positions of a step, rows made once by
+    :func:`cos_sin` are less work.
 
     Args:
         q, k: as for :func:`apply_rotary_qk`.
@@ -45,14 +45,13 @@ def apply_rotary_qk_at(
         attention_scaling: factor on cos and sin.
         rotary_offset: the first channel that rotates, 0 <= rotary_offset <= D - R.
         interleaved, interleaved_out, inverse, layout: as for :func:`apply_rotary`.
-        inplace: write into q and k and return them. Differentiable for these, saves no copy.
+        inplace: write into q and k and return them. Differentiable for q and k, saves no copy.
 
     Returns:
         The rotated q and k. NaN where an angle is out of reach (see :func:`cos_sin`).
 
     Raises:
-        RuntimeError: naming operator, argument, what was expected and what came, before anything is
-            written. An axis outside of [0, A): as for :func:`cos_sin`.
+        RuntimeError: as :func:`apply_rotary`, and for an axis outside of [0, A) as :func:`cos_sin`.
         TypeError, ValueError: as :func:`apply_rotary`.
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
