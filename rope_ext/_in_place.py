@@ -1,4 +1,4 @@
-"""Rotations in place under autograd: what they refuse, and the node that tells autograd of them."""
+"""Rotations in place under autograd: what can't be done, and the node that tells autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,27 +7,10 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.autograd import last_stride_one
-from rope_ext._explaining import describe
 from rope_ext._operators.rotation import inverted
 
 
-def check_order_stays(
-    function: str, interleaved: bool, interleaved_out: bool | None, inplace: object = True
-) -> None:
-    """As check_in_place in checks.cpp, for graphs as well, which rotate out of place."""
-    if inplace is not True:
-        raise TypeError(
-            f"rope_ext.{function}: expected inplace to be a bool, got {describe(inplace)}"
-        )
-    if interleaved_out is not None and interleaved_out != interleaved:
-        raise RuntimeError(
-            f"rope_ext.{function}: expected interleaved_out to be None or interleaved, "
-            f"{interleaved}, when inplace=True, as a rotation in place leaves the pairs where they "
-            f"are, got {interleaved_out}"
-        )
-
-
-def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
+def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor, *_: Tensor | None) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
             f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
@@ -37,8 +20,8 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
-    """Refuses what autograd would refuse later, when the data had been written already. Not in
-    graphs and transforms of torch.func, which have tensors of their own.
+    """Raises what autograd would raise later, after the data have been written. Not in graphs and
+    transforms of torch.func, whose tensors stand for others.
     """
     if (
         not torch.is_grad_enabled()
@@ -65,7 +48,7 @@ def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> 
 
 
 class _InPlaceRotation(torch.autograd.Function):
-    """Tells autograd that x has been rotated; the data already are. Saves no x."""
+    """Tells autograd that x has been rotated, which was done before. Saves no x."""
 
     @staticmethod
     def forward(
@@ -91,5 +74,5 @@ class _InPlaceRotation(torch.autograd.Function):
         return rotated, *(None,) * (3 + len(rows))
 
 
-# x, the function that rotates it out of place, layout, options, and what it takes after x
+# (x, the function that rotates a gradient out of place, layout, options, *rows)
 in_place_rotation = _InPlaceRotation.apply

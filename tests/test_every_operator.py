@@ -199,7 +199,7 @@ def by_call(operator):
     """The operator as the functions of rope_ext call it."""
 
     def function(**given):
-        call(operator.overload, written=tuple(given[n] for n in operator.written), **given)
+        call(operator.overload, (), given, tuple(given[name] for name in operator.written))
 
     return function
 

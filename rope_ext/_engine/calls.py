@@ -15,8 +15,13 @@ from rope_ext._engine.torch_private import (
 from rope_ext._engine.writes import check_may_be_written
 
 
-def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options: Any) -> Any:
-    """operator(*args, **options), which writes the tensors `written`.
+def call(
+    operator: Any,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    written: tuple[Tensor, ...] = (),  # the tensors that it writes
+) -> Any:
+    """operator(*args, **options), past autograd where nothing is differentiated.
 
     The kernels of autograd and of version counters are written in Python (autograd.py, writes.py),
     and take longer than all else of a small call. Where nothing requires a gradient only versions
@@ -43,11 +48,11 @@ def call(operator: Any, *args: Any, written: tuple[Tensor, ...] = (), **options:
     return result
 
 
-def is_differentiated(*tensors: Tensor) -> bool:
+def is_differentiated(*tensors: Tensor | None) -> bool:
     """In Python alone, as torch.compile has to trace it."""
     if is_grad_enabled():
         for x in tensors:
-            if x.requires_grad:
+            if x is not None and x.requires_grad:
                 return True
     return in_forward_mode()
 

@@ -1,4 +1,4 @@
-"""Who else has registered operators torch.ops.rope.*: for the ImportError where that is so."""
+"""Which other library has registered operators torch.ops.rope.*, for the ImportError about it."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 
-def clash(own: str) -> str:
-    """Where operators rope::* have been registered, by the names of source files and of libraries.
+def registered_by(own: str) -> str:
+    """The source files and libraries that have registered operators rope::*.
 
-    own: the compiled part that could not register its own.
+    own: the compiled part that could not register its own operators.
     """
     of_rope = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rope::")]
     found = [torch._C._dispatch_dump(name) for name in of_rope]
