@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rope_ext._engine.autograd import last_stride_one
 from rope_ext._operators.rotation import inverted
+from rope_ext._torch_private import base_of, is_unmodifiable_view, transforms_active
 
 
 def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor, *_: Tensor | None) -> None:
@@ -23,23 +24,17 @@ def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> 
     """Raises what autograd would raise later, after the data have been written. Not in graphs and
     transforms of torch.func, whose tensors stand for others.
     """
-    if (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
         return
-    default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
-        base = x._base if x._is_view() else x
         # A view may be a leaf itself, of a base that needs no gradient.
-        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
+        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base_of(x))):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
                 "view of one, when inplace=True, got one: rotate with inplace=False, or a clone() "
                 "of it"
             )
-        if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
+        if is_unmodifiable_view(x):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
                 "got one of several views of one function (as split, chunk and unbind make) or one "

@@ -14,7 +14,8 @@ dtensor.py        what each rank computes
 flops.py          what torch.utils.flop_counter counts
 calls.py          calls past autograd, where there is nothing to differentiate
 import_hook.py    registration with modules that are imported later
-torch_private.py  the private names of PyTorch
+
+Private names of PyTorch are in rope_ext/_torch_private.py alone.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.record import Composed, Derivative, Grads, Operator
-from rope_ext._engine.torch_private import (
+from rope_ext._torch_private import (
     SingleLevelFunction,
     any_requires_grad,
     below_autograd,

@@ -6,13 +6,13 @@ from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from rope_ext._engine.torch_private import (
+from rope_ext._engine.writes import check_may_be_written
+from rope_ext._torch_private import (
     any_requires_grad,
     below_versions,
     in_forward_mode,
     transforms_active,
 )
-from rope_ext._engine.writes import check_may_be_written
 
 
 def call(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.record import Operator
-from rope_ext._engine.torch_private import is_zero_tensor, keys_after
+from rope_ext._torch_private import is_zero_tensor, keys_after
 
 _LIBRARY = torch.library.Library("rope", "IMPL")
 

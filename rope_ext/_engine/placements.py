@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from rope_ext._engine.sharding import BATCH, HEADS_OF, SEQUENCE, Axes, Result
-from rope_ext._engine.torch_private import allows_implicit_replication
+from rope_ext._torch_private import allows_implicit_replication
 
 
 class Operand(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.sharding import ShardingRule
-from rope_ext._engine.torch_private import is_tensor, name_of, schema_of
+from rope_ext._torch_private import is_tensor, name_of, schema_of
 
 Given = dict[str, Any]  # every argument of a call by its name
 Grads = tuple[Tensor | None, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from rope_ext._engine.record import Operator
-from rope_ext._engine.torch_private import (
+from rope_ext._torch_private import (
     any_requires_grad,
     below_versions,
     in_forward_mode,

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that rope_ext uses. All of them are in torch 2.10 to 2.14.
+"""Every private name of PyTorch that rope_ext uses, each by a public one of its own.
 
 A release of PyTorch that renames one of these is followed here.
 """
@@ -29,6 +29,11 @@ unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
 
+# What has been registered, and where
+registered_operators = torch._C._dispatch_get_all_op_names
+registrations_of = torch._C._dispatch_dump
+define_namespace = torch._C._dispatch_library
+
 _OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
 
@@ -49,6 +54,17 @@ def keys_after(dispatch_key: str) -> Any:
 
 def schema_of(overload: Any) -> Any:
     return overload._schema
+
+
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that x is a view of, or x."""
+    return x._base if x._is_view() else x
+
+
+def is_unmodifiable_view(x: Tensor) -> bool:
+    """A view that autograd does not let be modified in place."""
+    default = torch._C._autograd.CreationMeta.DEFAULT
+    return x._is_view() and torch._C._autograd._get_creation_meta(x) != default
 
 
 def is_tensor(argument: Any) -> bool:
