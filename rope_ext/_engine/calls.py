@@ -1,4 +1,4 @@
-"""Calls of the operators from Python: past autograd, where there is nothing to differentiate."""
+"""Calls of the operators by the functions of rope_ext: past autograd, if it has nothing to do."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ def call(
 ) -> Any:
     """operator(*args, **options), past autograd where nothing is differentiated.
 
-    The kernels of autograd and of version counters are written in Python (autograd.py, writes.py),
-    and take longer than all else of a small call. Where nothing requires a gradient only versions
-    are left to count, and that is done here. Inference mode skips these kernels by itself, except
-    for writes where some tensor was made outside of it.
+    The kernels of autograd.py and writes.py are Python, and take longer than all else of a small
+    call. Where nothing requires a gradient only versions have to be counted, which is done here.
+    Inference mode skips these kernels by itself, except for writes where a tensor was made outside
+    of it.
     """
-    if is_compiling():  # first: a graph is not told the mode
+    if is_compiling():  # first: a graph must not depend on the modes below
         return operator(*args, **options)
     inference = is_inference_mode_enabled()
     if (
@@ -58,7 +58,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a function is compiled, which makes a functional graph of it anyway, or transformed
-    by torch.func or forward-mode differentiation, which know more of copy_ than of a node of ours.
+    """Whether this is compiled, which makes a functional graph of it, or transformed by torch.func
+    or forward-mode differentiation, which support copy_ and not our node.
     """
     return is_compiling() or transforms_active() or in_forward_mode()
