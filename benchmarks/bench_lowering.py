@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import rope_ext
+from rope_ext.lowering import Lowering
 
 DIM, HEADS, KEY_HEADS, HEAD_DIM, HIDDEN = 2048, 32, 8, 64, 8192
 PROMPT, TRAINING, QUICK_SHARE = 512, 256, 16  # tokens
@@ -72,9 +73,7 @@ def main() -> None:
     training_x = torch.randn(1, TRAINING // share, DIM, requires_grad=True)
     compiled = torch.compile(block, fullgraph=True, dynamic=False)
 
-    def lowered(
-        step: Callable[[nn.Module], Tensor], to: rope_ext.decompositions.Lowering
-    ) -> Tensor:
+    def lowered(step: Callable[[nn.Module], Tensor], to: Lowering) -> Tensor:
         with rope_ext.lowering(to):
             return step(compiled)
 

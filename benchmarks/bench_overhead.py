@@ -32,7 +32,7 @@ GOAL = 1e-6  # seconds that a Python function may add to torch.ops
 
 OPS, FUNCTION = "torch.ops.rope.apply_rotary_qk", "rope_ext.apply_rotary_qk"
 MODULE, LEAST_MODULE = "RotaryEmbedding", f"{OPS} in a module"
-EMPTY, LEAST_FUNCTION = f"{OPS}_, no tokens", f"{OPS} in a function of 15 parameters"
+EMPTY, LEAST_FUNCTION = f"{OPS}_, no tokens", f"{OPS} in a function of 13 parameters"
 NULL_ONE, NULL = "null(x)", "null_qk_(q, k, cos, sin, ...)"
 NULL_OUT, ROWS = "null_qk, two outputs", "torch.ops.rope.cos_sin"
 IN_PLACE, HEADS_FIRST = ", in place", ", bhsd"
@@ -44,7 +44,7 @@ DIFFERENCES = {
     "rotation of a token in place": (f"{OPS}_", EMPTY),
     "two allocations": (NULL_OUT, NULL),
     "torch.ops by overload": (f"{OPS}_.default", f"{OPS}_"),
-    "those 15 parameters alone": (LEAST_FUNCTION, OPS),
+    "those 13 parameters alone": (LEAST_FUNCTION, OPS),
     FUNCTION: (FUNCTION, OPS),
     FUNCTION + HEADS_FIRST: (FUNCTION + HEADS_FIRST, OPS + HEADS_FIRST),
     FUNCTION + IN_PLACE: (FUNCTION + IN_PLACE, f"{OPS}_"),
@@ -58,13 +58,12 @@ DIFFERENCES = {
 WITH_GOAL = (FUNCTION, MODULE)
 
 
-def of_15_parameters(operator: Callable[..., object]) -> Callable[..., object]:
+def of_13_parameters(operator: Callable[..., object]) -> Callable[..., object]:
     """The operator in a function with the parameters of rope_ext.apply_rotary_qk, used or not."""
 
     def call(
         q, k, cos, sin, position_ids=None, *, rotary_dim=None, rotary_offset=0, interleaved=False,
-        interleaved_out=None, inverse=False, layout="bshd", inplace=False, out=None, cos_k=None,
-        sin_k=None,
+        interleaved_out=None, inverse=False, layout="bshd", inplace=False, out=None,
     ):  # fmt: skip
         return operator(q, k, cos, sin, position_ids)
 
@@ -108,7 +107,7 @@ def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
         NULL: partial(null.null_qk_, q, k, *table),
         NULL_OUT: partial(null.null_qk, q, k, *table),
         OPS: partial(rope.apply_rotary_qk, q, k, *table),
-        LEAST_FUNCTION: partial(of_15_parameters(rope.apply_rotary_qk), q, k, *table),
+        LEAST_FUNCTION: partial(of_13_parameters(rope.apply_rotary_qk), q, k, *table),
         OPS + HEADS_FIRST: partial(heads_first, rope.apply_rotary_qk, q_bhsd, k_bhsd, *table),
         FUNCTION: partial(rope_ext.apply_rotary_qk, q, k, *table),
         FUNCTION + HEADS_FIRST: partial(

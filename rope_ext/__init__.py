@@ -42,12 +42,12 @@ def _register_operators():
     try:
         first = _C.register_operators()
     except RuntimeError as error:
-        from rope_ext._clash import clash
+        from rope_ext._registration_conflict import registered_by
 
         raise ImportError(
             "rope_ext can't register its operators torch.ops.rope.*, as another library has "
-            f"registered operators of that name: {clash(_C.__file__)}. A process can have one of "
-            "the two: import only one, or start a new process"
+            f"registered operators of that name: {registered_by(_C.__file__)}. A process can have "
+            "one of the two: import only one, or start a new process"
         ) from error
     registering = {"rope_ext._engine", "rope_ext._operators"}
     if not first and not registering <= sys.modules.keys():
@@ -62,12 +62,13 @@ _C = _load_compiled_part()
 _register_operators()
 
 from rope_ext import _engine, _operators, frequencies, positions, reference  # noqa: E402
-from rope_ext.decompositions import lowering  # noqa: E402
-from rope_ext.embedding import RotaryEmbedding  # noqa: E402
+from rope_ext.angles import cos_sin, cos_sin_cache  # noqa: E402
 from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
-from rope_ext.norm import rms_norm_rotary_qk  # noqa: E402
-from rope_ext.on_the_fly import apply_rotary_qk_at  # noqa: E402
-from rope_ext.ops import apply_rotary, apply_rotary_qk, cos_sin, cos_sin_cache  # noqa: E402
+from rope_ext.lowering import lowering  # noqa: E402
+from rope_ext.module import RotaryEmbedding  # noqa: E402
+from rope_ext.rms_norm import rms_norm_rotary_qk  # noqa: E402
+from rope_ext.rotation import apply_rotary, apply_rotary_qk  # noqa: E402
+from rope_ext.rotation_by_angles import apply_rotary_qk_at  # noqa: E402
 
 _engine.register(_operators.OPERATORS)
 

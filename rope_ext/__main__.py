@@ -11,7 +11,7 @@ import torch
 
 import rope_ext
 from rope_ext import viz
-from rope_ext._explaining import shown
+from rope_ext._argument_errors import shown
 from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.integrations.transformers import families
 

@@ -1,4 +1,4 @@
-"""Rotations in place under autograd: what they refuse, and the node that tells autograd of them."""
+"""Rotations in place under autograd: what can't be done, and the node that tells autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,27 +7,11 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.autograd import last_stride_one
-from rope_ext._explaining import describe
 from rope_ext._operators.rotation import inverted
+from rope_ext._torch_private import base_of, is_unmodifiable_view, transforms_active
 
 
-def check_order_stays(
-    function: str, interleaved: bool, interleaved_out: bool | None, inplace: object = True
-) -> None:
-    """As check_order_stays in csrc, for graphs as well, which rotate out of place."""
-    if inplace is not True:
-        raise TypeError(
-            f"rope_ext.{function}: expected inplace to be a bool, got {describe(inplace)}"
-        )
-    if interleaved_out is not None and interleaved_out != interleaved:
-        raise RuntimeError(
-            f"rope_ext.{function}: expected interleaved_out to be None or interleaved, "
-            f"{interleaved}, when inplace=True, as a rotation in place leaves the pairs where they "
-            f"are, got {interleaved_out}"
-        )
-
-
-def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
+def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor, *_: Tensor | None) -> None:
     if cos.requires_grad or sin.requires_grad:
         raise RuntimeError(
             f"rope_ext.{function}: expected cos and sin to need no gradient when inplace=True (it "
@@ -37,26 +21,20 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
-    """Refuses what autograd would refuse later, when the data had been written already. Not in
-    graphs and transforms of torch.func, which have tensors of their own.
+    """Raises what autograd would raise later, after the data have been written. Not in graphs and
+    transforms of torch.func, whose tensors stand for others.
     """
-    if (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
         return
-    default = torch._C._autograd.CreationMeta.DEFAULT
     for name, x in written.items():
-        base = x._base if x._is_view() else x
         # A view may be a leaf itself, of a base that needs no gradient.
-        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base)):
+        if any(leaf.is_leaf and leaf.requires_grad for leaf in (x, base_of(x))):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be no leaf that requires grad, nor a "
                 "view of one, when inplace=True, got one: rotate with inplace=False, or a clone() "
                 "of it"
             )
-        if x._is_view() and torch._C._autograd._get_creation_meta(x) != default:
+        if is_unmodifiable_view(x):
             raise RuntimeError(
                 f"rope_ext.{function}: expected {name} to be a view that can be modified in place, "
                 "got one of several views of one function (as split, chunk and unbind make) or one "
@@ -65,7 +43,7 @@ def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> 
 
 
 class _InPlaceRotation(torch.autograd.Function):
-    """Tells autograd that x has been rotated; the data already are. Saves no x."""
+    """Tells autograd that x has been rotated, which was done before. Saves no x."""
 
     @staticmethod
     def forward(
@@ -91,5 +69,5 @@ class _InPlaceRotation(torch.autograd.Function):
         return rotated, *(None,) * (3 + len(rows))
 
 
-# x, the function that rotates it out of place, layout, options, and what it takes after x
+# (x, the function that rotates a gradient out of place, layout, options, *rows)
 in_place_rotation = _InPlaceRotation.apply

@@ -1,67 +1,14 @@
-"""The rotation written in plain PyTorch, for compilers, and the choice of what a graph gets."""
+"""The rotation in plain PyTorch, for compilers: ``rope_ext.lowering("decompose")`` takes it, and
+``DECOMPOSITIONS``, a table for ``run_decompositions``.
+"""
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from rope_ext import reference
-
-Lowering = Literal["op", "decompose"]
-
-_decomposes = False
-
-
-class lowering:
-    """What rope_ext's functions become in a graph of torch.compile or torch.export.
-
-    "op", as it is at first: the operator, which runs as it does without a compiler, and knows its
-    neighbours only by what it reads and writes. "decompose": plain PyTorch, which Inductor makes
-    one kernel of with what comes before and after it.
-
-    Called, it holds from now on; in a ``with`` statement, until its end. It holds for all threads,
-    for the rotations of the functions and modules of rope_ext, forward and backward. What is called
-    by ``torch.ops.rope`` stays an operator, as do the tables of cos and sin and the rotation by
-    angles, which need an exact reduction of these. A graph is compiled again where the choice has
-    changed; eager calls are the operators always.
-
-    The numbers are the same but that a compiler may contract a product and a sum to one rounding,
-    as Triton does: each way is then within ``2^-23 (|x1 cos| + |x2 sin|)`` and one rounding of the
-    exact value. Inductor's C++ contracts nothing: on the CPU the bits are equal. Decomposed, a
-    position outside of the table gives NaN, on every device.
-
-    Args:
-        to: "op" or "decompose".
-
-    Raises:
-        ValueError: for anything else.
-    """
-
-    def __init__(self, to: Lowering) -> None:
-        global _decomposes
-        if to not in ("op", "decompose"):
-            raise ValueError(f"rope_ext.lowering: expected 'op' or 'decompose', got {to!r}")
-        self.before = _decomposes
-        _decomposes = to == "decompose"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        global _decomposes
-        _decomposes = self.before
-
-
-def in_graph() -> bool:
-    """Whether a graph is being made that gets the decompositions."""
-    return _decomposes and torch.compiler.is_compiling()
 
 
 def apply_rotary(
@@ -120,8 +67,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 def _rows(
     x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A row a token, of a table or as they are: [S, W] or [1|B, S, W], packed [T, W] or [1, T, W];
-    NaN outside of the table.
+    """cos and sin with a row for each token, [S, W] or [1|B, S, W], packed [T, W] or [1, T, W].
+
+    Rows outside of the table are NaN.
     """
     packed, seq = x.dim() == 3, x.shape[-3]
 

@@ -1,15 +1,13 @@
-"""Rotations that also write a paged KV cache: for inference, one pass and one launch a layer."""
+"""Rotations that also write a paged KV cache: one pass and one launch a layer, for inference."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from rope_ext._calling import rotation_options
+from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
-from rope_ext._explaining import explain
-from rope_ext._layouts import Layout, as_bshd
+from rope_ext.options import Layout, as_bshd, rotation_options
 
 rope = torch.ops.rope
 
@@ -38,8 +36,8 @@ def apply_rotary_qk_append_kv_(
 ) -> None:
     """Rotates q and k in place, and writes the rotated k, and v, to a paged KV cache.
 
-    q and k get the bits of :func:`rope_ext.apply_rotary_qk` with ``inplace=True``. For inference:
-    nothing may need a gradient.
+    q and k get the bits of :func:`rope_ext.apply_rotary_qk` with ``inplace=True``. This is for
+    inference: nothing may need a gradient.
 
     Args:
         q, cos, sin, position_ids, rotary_dim, rotary_offset, interleaved, inverse, layout: as for
@@ -47,28 +45,30 @@ def apply_rotary_qk_append_kv_(
         k: of q's shape and dtype, but for its number of heads Hk.
         v: of k's shape and dtype, in the same layout.
         k_cache: [blocks, block_size, Hk, D] (cache_layout "NHD") or [blocks, Hk, block_size, D]
-            ("HND"), any strides with the last one 1: a part of one for k and v too. Of q's dtype,
-            float8_e4m3fn or float8_e5m2.
+            ("HND"), any strides with the last one 1: k_cache and v_cache may be parts of one
+            tensor. Of q's dtype, float8_e4m3fn or float8_e5m2.
         v_cache: as k_cache.
         slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
-            [B, S] or [B * S], whatever the layout, or [T] if packed. Negative: the token is rotated
-            and not stored. So are the tokens past its end, where it is one-dimensional and shorter
-            (q and k padded for a CUDA graph).
-        k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache: stored is
-            k / k_scale, k as it is in place, rounded to nearest, ties to even. What is too large
-            becomes the largest finite value of the dtype, NaN stays NaN. None: 1.
+            [B, S] or [B * S], whatever the layout, or [T] if packed. A token with a negative slot
+            is rotated and not stored. So are the tokens past the end of a one-dimensional
+            slot_mapping that is shorter than q (q and k padded for a CUDA graph).
+        k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache. The rotated
+            k, rounded to its dtype, is divided by k_scale, rounded to nearest, ties to even, and
+            stored. Values that are too large become the largest finite value of the dtype, NaN
+            stays NaN. None: 1.
         v_scale: as k_scale.
 
     Raises:
-        RuntimeError: naming operator, argument, what was expected and what came, before anything is
-            written. A slot outside of the cache, one that two tokens have and a scale that is not
-            above 0 raise on the CPU; on CUDA, unless ROPE_EXT_CHECK=1 is set, the first is not
-            stored, of the second one token is, and the third gives what the division gives. Where
-            another thread writes to slot_mapping during the call, a slot outside of the cache is
-            not stored on the CPU either.
-            stored, of the second one token is, and the third gives what the division gives.
-        TypeError: so too, for an argument of another type: a None or a list for a tensor.
-        ValueError: so too, for a layout or a cache_layout that is none, or not that of the tensors.
+        RuntimeError: for an invalid argument, before any tensor is modified. The message names the
+            operator, the argument, what was expected and what came. A slot outside of the cache, a
+            slot that two tokens have, and a scale that is not above 0 raise on the CPU. On CUDA,
+            unless ROPE_EXT_CHECK=1 is set, nothing is stored for a slot outside of the cache, one
+            of two tokens with the same slot is stored, and a wrong scale gives what the division
+            gives. If another thread writes to slot_mapping during the call, nothing is stored for a
+            slot outside of the cache on the CPU either.
+        TypeError: likewise, for an argument of another type, such as None or a list for a tensor.
+        ValueError: likewise, for an unknown layout or cache_layout, or one that is not that of the
+            tensors.
 
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
@@ -82,20 +82,10 @@ def apply_rotary_qk_append_kv_(
             _as_nhd(cache, cache_layout, name, at)
             for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
         )
-        call(
-            rope.apply_rotary_qk_append_kv_,
-            *views,
-            *caches,
-            slot_mapping,
-            cos,
-            sin,
-            position_ids,
-            written=(q, k, k_cache, v_cache),
-            **options,
-        )
+        args = (*views, *caches, slot_mapping, cos, sin, position_ids)
+        call(rope.apply_rotary_qk_append_kv_, args, options, (q, k, k_cache, v_cache))
     except Exception:
-        if not is_compiling():
-            explain(apply_rotary_qk_append_kv_)
+        raise_argument_error(apply_rotary_qk_append_kv_)
         raise
 
 
@@ -113,15 +103,15 @@ def apply_rotary_mla_append_(
     interleaved: bool = False,
     interleaved_out: bool | None = None,
 ) -> None:
-    """DeepSeek's latent attention: rotates q and k_pe in place, and writes the row of the cache.
+    """Rotates q and k_pe of DeepSeek's latent attention in place, and writes the rows of the cache.
 
-    The R = 2 W last channels of each head of q rotate, and all of k_pe, the one key that all heads
-    share; the row of a token is its latent kv_c, then k_pe as rotated. For inference: nothing may
-    need a gradient.
+    The last R = 2 W channels of each head of q rotate, and all of k_pe, the one key that all heads
+    share. The row of a token in the cache is its latent kv_c, then the rotated k_pe. This is for
+    inference: nothing may need a gradient.
 
     Args:
-        q: [B, S, H, D] or packed [T, H, D], R <= D; a part of a larger tensor too, any strides with
-            the last one 1. float64, float32, float16 or bfloat16.
+        q: [B, S, H, D] or packed [T, H, D], R <= D, any strides with the last one 1; it may be a
+            part of a larger tensor. float64, float32, float16 or bfloat16.
         k_pe: [B, S, R], [B, S, 1, R], [T, R] or [T, 1, R], of q's dtype.
         kv_c: [B, S, rank] or [T, rank], of q's dtype.
         kv_cache: [blocks, block_size, rank + R], any strides with the last one 1. Of q's dtype,
@@ -133,7 +123,7 @@ def apply_rotary_mla_append_(
         scale: float32 of one element, for a float8 cache: as k_scale of
             :func:`rope_ext.apply_rotary_qk_append_kv_`, for the whole row.
         interleaved, interleaved_out: as for :func:`rope_ext.apply_rotary`. DeepSeek-V3's pairs are
-            neighbours that become halves (True, False): in place too, where R is at most 512.
+            neighbours that become halves (True, False), which works in place for R up to 512.
 
     Raises:
         RuntimeError, TypeError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
@@ -142,24 +132,12 @@ def apply_rotary_mla_append_(
     concat_and_cache_mla.
     """
     try:
-        options = rotation_options(None, 0, interleaved, interleaved_out, False)
+        options = rotation_options(interleaved=interleaved, interleaved_out=interleaved_out)
         _add_scales(options, scale=scale)
-        call(
-            rope.apply_rotary_mla_append_,
-            q,
-            k_pe,
-            kv_c,
-            kv_cache,
-            slot_mapping,
-            cos,
-            sin,
-            position_ids,
-            written=(q, k_pe, kv_cache),
-            **options,
-        )
+        args = (q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids)
+        call(rope.apply_rotary_mla_append_, args, options, (q, k_pe, kv_cache))
     except Exception:
-        if not is_compiling():
-            explain(apply_rotary_mla_append_)
+        raise_argument_error(apply_rotary_mla_append_)
         raise
 
 

@@ -1,8 +1,8 @@
-"""The same mathematics in a few lines of plain PyTorch: the truth of the tests, and what a compiler
-gets that is to see through the operators (decompositions.py).
+"""The same mathematics in a few lines of plain PyTorch. The tests compare with it, and a compiler
+gets it where a graph is to have no operators (decompositions.py).
 
-Works in the dtype that it is given, or in that of a wider cos and sin, rounded to x's at the end;
-give it float64 to judge others.
+It computes in the dtype of its arguments, or in that of a wider cos and sin, and rounds to the
+dtype of x at the end. Pass float64 for the exact result.
 """
 
 from typing import Any

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, reference
-from rope_ext import tables as kept_tables
+from rope_ext.module import tables as kept_tables
 
 B, S, H, K, D = 2, 5, 4, 2, 16
 LAYOUTS = ["bshd", "bhsd", "sbhd", "thd"]

@@ -302,7 +302,7 @@ print(*{*sys.modules} - before)
 """
     result = run_python(code, tmp_path)
     brought = {name for name in result.stdout.split() if name.partition(".")[0] != "rope_ext"}
-    assert "rope_ext.ops" in result.stdout, result.stderr
+    assert "rope_ext.rotation" in result.stdout, result.stderr
     assert brought <= sys.stdlib_module_names
 
 
@@ -441,7 +441,7 @@ def test_dir_shows_the_public_names_alone():
     shown = {name for name in dir(rope_ext) if not name.startswith("__")}
     assert shown == {*rope_ext.__all__}
     assert "__version__" in dir(rope_ext)
-    assert importlib.import_module("rope_ext.ops") is rope_ext.ops
+    assert importlib.import_module("rope_ext.rotation") is rope_ext.rotation
 
 
 # ------------------------------------------------------------------------------ command line

@@ -542,6 +542,19 @@ REFUSED = {
             X, *TABLE, sin_k=TABLE[1][None], num_heads_q=2
         )
     ),
+    r"expected cos_k to have the shape, dtype, device and last stride of cos, got \[39, 8\], .*": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(X, *TABLE, cos_k=TABLE[0][1:], num_heads_q=2)
+    ),
+    r"expected sin_k to have the shape, dtype, .*, got \[40, 8\], torch.float64, cpu, .*": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(
+            X, *TABLE, sin_k=TABLE[1].double(), num_heads_q=2
+        )
+    ),
+    r"expected sin_k to have the shape, .* last stride of cos, got .*, strides \(1, 40\)": (
+        lambda: flash_attention.apply_rotary_emb_qkv_(
+            X, *TABLE, sin_k=TABLE[1].t().contiguous().t(), num_heads_q=2
+        )
+    ),
     r"apply_rotary_emb_qkv_: expected seqlen_offsets to be from 0 to 29, .*, got 30": (
         lambda: flash_attention.apply_rotary_emb_qkv_(X, *TABLE, num_heads_q=2, seqlen_offsets=30)
     ),

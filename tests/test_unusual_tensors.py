@@ -65,17 +65,15 @@ OPERATORS = sorted(
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("rope::")
 )
-TABLES_OF_K = "apply_rotary_qk_ with tables of k"
 CALLS = {f"rope::{o}": (o, overload_of(o)) for o in OPERATORS}
 CALLS |= {f"rope_ext.{o}": (o, f) for o in OPERATORS if (f := function_of(o)) is not None}
-CALLS[f"rope_ext.{TABLES_OF_K}"] = (TABLES_OF_K, function_of("apply_rotary_qk_"))
 
 
 def arguments_of(operator):
     """Values for the tensors that an operator takes, by their names, and for `length`."""
     names = ["x", "q", "k", "v", "out", "out_q", "out_k", "grad_q", "grad_k"]
     pool = {name: random(B, S, H, D, seed=i) for i, name in enumerate(names)}
-    for table, seed in (("cos", 0), ("sin", 1), ("cos_k", 2), ("sin_k", 3)):
+    for table, seed in (("cos", 0), ("sin", 1)):
         pool[table] = random_table(L, P, seed=seed)[0]
     pool |= {name: random(S, P, seed=8) for name in ("grad_cos", "grad_sin")}
     pool |= {"inv_freq": random(P).abs(), "q_weight": random(D), "k_weight": random(D), "length": S}
@@ -90,13 +88,12 @@ def arguments_of(operator):
     pool |= {"k_pe": random(B, S, D), "kv_c": random(B, S, RANK)}
     for name, shape in (("k_cache", (H, D)), ("v_cache", (H, D)), ("kv_cache", (RANK + D,))):
         pool[name] = random_cache(BLOCKS, BLOCK_SIZE, *shape, dtype=torch.float8_e4m3fn)
-    taken = [a.name for a in overload_of(operator.split()[0])._schema.arguments]
-    taken += ["cos_k", "sin_k"] if operator == TABLES_OF_K else []
+    taken = [a.name for a in overload_of(operator)._schema.arguments]
     return {name: pool[name] for name in taken if name in pool}
 
 
 def written_by(operator):
-    arguments = overload_of(operator.split()[0])._schema.arguments
+    arguments = overload_of(operator)._schema.arguments
     return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
@@ -133,7 +130,7 @@ def refusal(function, given, place):
 
 def assert_names(message, name, operator, place):
     """The operator or function; by a function also the argument."""
-    base = "apply_rotary" if operator == TABLES_OF_K else re.split(r"_?(\.out)?$", operator)[0]
+    base = re.split(r"_?(\.out)?$", operator)[0]
     assert re.search(rf"rope(::|\.|_ext\.){base}", message), f"{name}, {place}: {message}"
     if name.startswith("rope_ext"):
         argument = r"out[_[]" if place.startswith("out_") else place  # out_q, or out[0]
@@ -169,8 +166,8 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
             for a, b in zip(outcome(function, given, written), expected, strict=True):
                 assert_same_bits(a, b)
         read.add((operator, place))
-    assert {operator for operator, _ in read} == {*OPERATORS, TABLES_OF_K}
-    assert {place for _, place in read} >= {"cos_k", "position_ids", "axes", "q_weight", "kv_c"}
+    assert {operator for operator, _ in read} == set(OPERATORS)
+    assert {place for _, place in read} >= {"cos", "position_ids", "axes", "q_weight", "kv_c"}
 
 
 @pytest.mark.filterwarnings("ignore")  # of kinds that are new, or old
@@ -180,7 +177,7 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     for name, operator, function, place, given in places(OF_OTHER_KINDS[kind]):
         assert_names(refusal(function, given, place), name, operator, place)
         refused.add(operator)
-    assert refused >= {*OPERATORS, TABLES_OF_K} - {"cos_sin_cache"}  # jagged has two dimensions
+    assert refused >= set(OPERATORS) - {"cos_sin_cache"}  # jagged has two dimensions
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad

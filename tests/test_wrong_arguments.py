@@ -36,8 +36,6 @@ def tensors():
         "v": random(B, S, K, D, seed=1),
         "cos": cos.clone(),
         "sin": sin.clone(),
-        "cos_k": cos.clone(),
-        "sin_k": sin.clone(),
         "position_ids": ids,
         "inv_freq": torch.ones(P),
         "q_weight": torch.ones(D),
@@ -65,10 +63,9 @@ def tensors():
 
 
 # The function, what its refusals call it, and those of its arguments that a good call leaves out.
-NOT_BOTH = {"out", "cos_k", "sin_k"}
 FUNCTIONS = {
     "apply_rotary": (rope_ext.apply_rotary, "rope_ext.apply_rotary", {"out"}),
-    "apply_rotary_qk": (rope_ext.apply_rotary_qk, "rope_ext.apply_rotary_qk", NOT_BOTH),
+    "apply_rotary_qk": (rope_ext.apply_rotary_qk, "rope_ext.apply_rotary_qk", {"out"}),
     "apply_rotary_qk_at": (rope_ext.apply_rotary_qk_at, "rope_ext.apply_rotary_qk_at", {"axes"}),
     "cos_sin": (rope_ext.cos_sin, "rope_ext.cos_sin", {"axes"}),
     "cos_sin_cache": (rope_ext.cos_sin_cache, "rope_ext.cos_sin_cache", set()),

@@ -1,16 +1,11 @@
-// rope_ext._C: what this build is, for people and for tests, and which tensors share memory, for
-// checks in Python. The operators need no binding, but have to be registered (schema.cpp).
+// rope_ext._C: what this build is, for people and for tests. The operators are registered, not
+// bound (schema.cpp).
 //
 // The ROPE_EXT_* macros come from setup.py.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <cstdint>
 #include <string>
-#include <tuple>
-#include <vector>
 
-#include "check/overlap.h"
 #include "cpu/capability.h"
 #include "host/compiler.h"
 #include "registration.h"
@@ -46,19 +41,6 @@ py::dict build_info() {
   return info;
 }
 
-// A tensor with elements: its address, bytes of an element, sizes, and strides in elements.
-using Place = std::tuple<uintptr_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
-
-rope::Footprint footprint_of(const Place& place) {
-  const auto& [address, bytes, sizes, strides] = place;
-  if (sizes.size() > rope::Footprint::kMaxDims || sizes.size() != strides.size()) {
-    throw py::value_error("overlap: expected at most 4 sizes, and a stride for each");
-  }
-  rope::Footprint out(reinterpret_cast<const void*>(address), bytes);
-  for (size_t d = 0; d < sizes.size(); ++d) out.add_dim(sizes[d], strides[d] * bytes);
-  return out;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,13 +52,4 @@ PYBIND11_MODULE(_C, m) {
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),
         "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
-  m.def(
-      "overlap",
-      [](const Place& a, const Place& b) {
-        return rope::overlap(footprint_of(a), footprint_of(b));
-      },
-      "Whether two tensors (address, bytes of an element, sizes, strides) share a byte.");
-  m.def(
-      "overlaps_itself", [](const Place& a) { return rope::overlaps_itself(footprint_of(a)); },
-      "Whether two indices of a tensor, as for overlap, may lead to one element.");
 }

@@ -2,19 +2,20 @@
 
 Each reads the records (record.py) and schemas of the operators; none names an operator.
 
-record.py         what a record says, and what is read from the schema
-autograd.py       derivatives, backward and forward
-writes.py         version counters, and refusals of what can't be written
-negative_and_zero_tensors.py   tensors whose values are not those in memory
-fakes.py          shapes, dtypes, strides, and one device for all
-vmap.py           one call for all samples
-sharding.py       what a record says of DTensors: named axes
-placements.py     how the DTensors of a call are placed, and what a rank has of them
-dtensor.py        what each rank computes
-flops.py          what torch.utils.flop_counter counts
-calls.py          calls past autograd, where there is nothing to differentiate
-import_hook.py    registration with modules that are imported later
-torch_private.py  the private names of PyTorch
+record.py       what a record says, with what is read from the schema
+autograd.py     derivatives, backward and forward
+writes.py       version counters, and errors for tensors that can't be written
+negative_and_zero_tensors.py    tensors whose values are not those in memory
+fakes.py        shapes, dtypes and strides of results, and the devices of arguments
+vmap.py         one call for all samples
+sharding.py     how an operator may be sharded: named axes
+placements.py   placements of the DTensors of a call
+dtensor.py      calls on local tensors
+flops.py        formulas for torch.utils.flop_counter
+calls.py        calls past autograd, if it has nothing to do
+import_hook.py  registration with modules of PyTorch that are imported later
+
+Private names of PyTorch are in rope_ext/_torch_private.py alone.
 """
 
 from collections.abc import Sequence

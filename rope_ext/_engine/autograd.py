@@ -1,8 +1,8 @@
 """Derivatives of the operators, backward and forward, in every transform of torch.func.
 
-An operator gets one kernel for the dispatch key Autograd, as those of PyTorch have it: a node of
-the graph where something requires grad, the tangent where something has one, else nothing but the
-operator.
+Each operator gets one kernel at the dispatch key Autograd, as PyTorch's own have. It adds a node to
+the graph where a tensor requires grad, computes the tangent where a tensor has one, and otherwise
+only calls the operator.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.record import Composed, Derivative, Grads, Operator
-from rope_ext._engine.torch_private import (
+from rope_ext._torch_private import (
     SingleLevelFunction,
     any_requires_grad,
     below_autograd,
@@ -42,26 +42,26 @@ def register_autograd(operators: Sequence[Operator]) -> None:
 
 
 def _composing_kernel(operator: Operator, composed: Composed) -> Callable[..., Any]:
-    """The kernels; where something is differentiated they check, and the composed function computes
-    what PyTorch can differentiate.
+    """Calls the operator; where it is differentiated, for its checks alone, and then the composed
+    function, whose result PyTorch can differentiate.
     """
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
         if transforms_active():
-            return composed.function(*args, **options)
+            return composed.function(**operator.given(args, options))
         with below_autograd():
             results = operator.overload.redispatch(keyset & keys_below_autograd, *args, **options)
         if in_forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return composed.function(*args, **options)
+            return composed.function(**operator.given(args, options))
         return results
 
     return kernel
 
 
 def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[..., Any]:
-    """torch.library.register_autograd would do without the tangent, and ends in an error in the
-    transforms of torch.func. Here each level of these comes in by itself, as it does for the
-    kernels of PyTorch: so the node is one of a single level.
+    """torch.library.register_autograd has no tangents, and raises in the transforms of torch.func.
+    Each level of a transform calls this kernel by itself, as it calls PyTorch's kernels, so the
+    node is of a single level.
     """
     save, backward, tangent = derivative
     redispatch, is_grad_enabled = operator.overload.redispatch, torch.is_grad_enabled
@@ -72,7 +72,8 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
         *args, call = inputs
         with call.modes(), below_autograd():
             output = redispatch(call.keyset & keys_below_autograd, *args, **call.options)
-        # Zeros would be work, and for DTensors no DTensors; forward mode can't do without.
+        # Forward mode needs zeros for missing gradients. Elsewhere they cost time, and for DTensors
+        # they are plain tensors.
         ctx.set_materialize_grads(in_forward_mode())
         ctx.options = {**defaults, **call.options}
         save(ctx, args)
@@ -85,7 +86,7 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
         return *backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        # called in apply, when forward has returned
+        # PyTorch calls this within apply, after forward.
         primals = [unpack_dual(a, 0)[0] if isinstance(a, Tensor) else a for a in ctx.call.args]
         with ctx.call.modes():
             return tangent(primals, tangents[:-1], ctx.options)
@@ -112,7 +113,7 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
             call.modes = _Modes()
             with single_level():
                 output = node.apply(*args, call)
-        call.args = ()  # or the graph would keep them
+        call.args = ()  # otherwise the graph keeps them alive
         return output
 
     return kernel
@@ -120,7 +121,7 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
 
 @dataclass
 class _Call:
-    """What a call of an operator has beside its arguments."""
+    """What a node needs of a call beside its positional arguments."""
 
     keyset: Any
     options: dict[str, Any]
@@ -129,8 +130,8 @@ class _Call:
 
 
 class _Modes:
-    """Puts the two modes of differentiation back to what they were when this was made: a node turns
-    them off, and the outer levels of torch.func, which come after, would take that for theirs.
+    """Restores grad mode and forward mode to what they were when this was made. A node turns both
+    off; without this the outer levels of torch.func, which run inside it, would not differentiate.
     """
 
     def __init__(self) -> None:
@@ -143,11 +144,11 @@ class _Modes:
             yield
 
 
-# What derivatives are written with
+# Helpers of the operators' derivatives
 
 
 def last_stride_one(grad: Tensor) -> Tensor:
-    """Gradients of other strides, such as the expanded ones of sum(), are laid out."""
+    """Copies a gradient with another last stride, such as the expanded one of sum()."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 

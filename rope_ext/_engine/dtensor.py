@@ -1,7 +1,8 @@
-"""The operators on DTensors: what each rank computes of its parts. Ranks never communicate.
+"""The operators on DTensors: each rank calls the operator on its local tensors, and never
+communicates.
 
-On interfaces that every torch has alike: torch.library.register_torch_dispatch, and to_local,
-from_local and redistribute of DTensor.
+Made of what is public in every supported torch: torch.library.register_torch_dispatch, and
+to_local, from_local and redistribute of DTensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def _dispatch(operator: Operator) -> Callable[..., Any]:
         args: tuple[Any, ...] = (),
         kwargs: Given | None = None,
     ) -> Any:
-        with torch.no_grad():  # autograd is above: this is what the operator does
+        with torch.no_grad():  # autograd has recorded the call already
             return _run(operator, operator.given(args, kwargs or {}))
 
     return dispatch

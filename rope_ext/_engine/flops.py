@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts, from shapes. Sines count nothing."""
+"""Formulas for torch.utils.flop_counter, from shapes. Sines are not counted."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Tensors whose values are not those in memory: lazily negated views, and zeros without memory.
 
-An operator gets a copy of them, as PyTorch's own do. PyTorch copies the result back to one that is
-written; operators that write have no result here, so there such a tensor is refused.
+The operator gets a copy, as PyTorch's own operators do. A tensor that is written raises an error:
+PyTorch copies the result back to it, and operators of rope_ext that write return no result.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.record import Operator
-from rope_ext._engine.torch_private import is_zero_tensor, keys_after
+from rope_ext._torch_private import is_zero_tensor, keys_after
 
 _LIBRARY = torch.library.Library("rope", "IMPL")
 
-# How to tell, what they are, and what makes a plain one.
+# dispatch key -> test, words for the message, method that makes a plain tensor
 _OTHER_VALUES: dict[str, tuple[Callable[[Tensor], bool], str, str]] = {
     "Negative": (Tensor.is_neg, "view that negates its elements (z.conj().imag)", "resolve_neg"),
     "ZeroTensor": (is_zero_tensor, "tensor of zeros without memory", "clone"),

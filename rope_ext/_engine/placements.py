@@ -1,4 +1,4 @@
-"""How the DTensors of a call have to be placed, and what a rank then has of them.
+"""Placements of the DTensors of a call, and the local tensors that follow from them.
 
 Axes are named: operands that have an axis in common are sharded along it together. Where an operand
 is replicated and another one sharded along an axis of both, each rank takes its part of it; what
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from rope_ext._engine.sharding import BATCH, HEADS_OF, SEQUENCE, Axes, Result
-from rope_ext._engine.torch_private import allows_implicit_replication
+from rope_ext._torch_private import allows_implicit_replication
 
 
 class Operand(NamedTuple):
@@ -25,13 +25,13 @@ class Operand(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Placements of each operand, and on each mesh dimension the axes that are sharded."""
+    """The placements of each operand; and the axes that each dimension of the mesh shards."""
 
     placements: list[tuple[Any, ...]]
     sharded: list[list[str]]
 
     def place(self, axes: Axes, summed: Sequence[str | None] = ()) -> list[Any]:
-        """Placements of a tensor with these axes, that is a sum over the others."""
+        """Placements of a tensor that has these axes and is a sum over the summed ones."""
         return [_placement(axes, summed, on) for on in self.sharded]
 
 
@@ -43,8 +43,9 @@ def _placement(axes: Axes, summed: Sequence[str | None], sharded: list[str]) -> 
 
 
 def checked(op: str, *operands: Operand) -> list[Operand]:
-    """Those that are not None, as DTensors of one mesh. Plain tensors are refused, as PyTorch's own
-    operators do, unless torch.distributed.tensor.experimental.implicit_replication() allows them.
+    """The operands that are not None, as DTensors of one mesh. Plain tensors raise an error, as in
+    PyTorch's own operators, unless torch.distributed.tensor.experimental.implicit_replication()
+    allows them.
     """
     operands = tuple(operand for operand in operands if operand.tensor is not None)
     mesh = next(o.tensor.device_mesh for o in operands if isinstance(o.tensor, DTensor))
@@ -90,7 +91,7 @@ def _plan_on(op: str, operands: list[Operand], mesh_dim: int) -> tuple[list[Any]
     def beside(axis: str) -> str:
         return f"beside {by[axis].name} as {by[axis].tensor.placements[mesh_dim]}"
 
-    by: dict[str, Operand] = {}  # the axes that are sharded, each by its first operand
+    by: dict[str, Operand] = {}  # the sharded axes, and the first operand that is sharded there
     for operand in operands:
         given = operand.tensor.placements[mesh_dim]
         if type(given) is Shard and given.dim < len(operand.axes) and operand.axes[given.dim]:
@@ -115,7 +116,7 @@ def _plan_on(op: str, operands: list[Operand], mesh_dim: int) -> tuple[list[Any]
 
 
 def result_placements(op: str, result: Result, operands: list[Operand], plan: Plan) -> list[Any]:
-    """A sum that is pending in an operand passes through, where the result is linear in it."""
+    """The result is a pending sum where an operand is one that it is linear in."""
     placements = plan.place(result.axes, result.summed)
     in_terms = frozenset().union(*result.terms)
     for mesh_dim in range(len(placements)):
@@ -134,11 +135,11 @@ def result_placements(op: str, result: Result, operands: list[Operand], plan: Pl
     return placements
 
 
-# Between DTensors and what a rank has
+# From DTensors to local tensors, and back
 
 
 def parts_of(operands: list[Operand], plan: Plan) -> dict[str, Tensor]:
-    """What the rank has of each operand: it cuts a shard out of what is replicated by itself."""
+    """The local tensor of each operand. A replicated one is cut without communication."""
     parts = {}
     for operand, placements in zip(operands, plan.placements, strict=True):
         tensor = operand.tensor
@@ -151,9 +152,9 @@ def parts_of(operands: list[Operand], plan: Plan) -> dict[str, Tensor]:
 def distributed(
     local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], like: Any = None
 ) -> Any:
-    """A DTensor of this shape, with the dimensions in memory in the operator's order."""
+    """A DTensor of this shape; its dimensions are in memory in the order of `like`, if given."""
     order = list(range(len(shape)))
-    if like is not None and like.stride(-1) == 1:  # results keep the order of x
+    if like is not None and like.stride(-1) == 1:
         order.sort(key=like.stride, reverse=True)
     strides, step = [1] * len(shape), 1
     for dim in reversed(order):

@@ -1,4 +1,4 @@
-"""The record of an operator: what its schema does not say, and what is read from its schema."""
+"""The record of an operator: what its schema does not say, with what is read from the schema."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.sharding import ShardingRule
-from rope_ext._engine.torch_private import is_tensor, name_of, schema_of
+from rope_ext._torch_private import is_tensor, name_of, schema_of
 
 Given = dict[str, Any]  # every argument of a call by its name
 Grads = tuple[Tensor | None, ...]
@@ -27,9 +27,9 @@ class Derivative(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """The operator made of differentiable ones, which are called where it is differentiated."""
+    """The operator as a function of differentiable ones, called where it is differentiated."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # of the operator's arguments, all by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,12 @@ class Operator:
     name           "apply_rotary", "apply_rotary.out"
     rotates        the tensors that rotate, [B, S, H, D] or [T, H, D]
     pairs          the tensor whose last dimension counts pairs (or channels, with rotary_dim)
-    results        what the results are like, or a function that makes them: as rotates by itself
-    derivative     None where the operator writes: it refuses tensors that require grad
+    results        what results are like, or a function that makes fakes; None: like rotates
+    derivative     None for operators that write, which refuse tensors that require grad
     flops_rotated  operations for each channel that rotates
-    flops_channel  operations for each channel, beside
-    vmap           None: samples become sequences of one batch
-    sharding       None: as of the rotation
+    flops_channel  further operations for each channel of the tensors that rotate
+    vmap           None: by_sequences of vmap.py
+    sharding       None: rotation_sharding of sharding.py
     """
 
     name: str
@@ -64,7 +64,7 @@ class Operator:
 
     @cached_property
     def functional(self) -> Any:
-        """The overload that gives as results what this one writes in place."""
+        """The overload that returns what this one writes in place."""
         return getattr(torch.ops.rope, self.name.removesuffix("_")).default
 
     @cached_property
@@ -91,7 +91,7 @@ class Operator:
 
     @cached_property
     def outs(self) -> tuple[str, ...]:
-        """What is written instead of results."""
+        """The tensors that are written instead of results being returned."""
         return tuple(name for name in self.written if name not in self.positional)
 
     @cached_property
@@ -104,20 +104,20 @@ class Operator:
 
     @cached_property
     def leading(self) -> str:
-        """The tensor that the others are compared with."""
+        """The tensor whose device the others must have."""
         return self.rotates[0] if self.rotates else self.pairs
 
     def named(self, args: tuple[Any, ...], options: Given) -> Given:
-        """The arguments that were passed; the dispatcher leaves out defaults."""
+        """The arguments of a call by name, without the defaults that the dispatcher leaves out."""
         return dict(zip(self.positional, args, strict=False)) | options
 
     def given(self, args: tuple[Any, ...], options: Given) -> Given:
-        """All arguments."""
+        """All arguments of a call by name."""
         return self.defaults | self.named(args, options)
 
     @cached_property
     def written_tensors(self) -> Callable[[tuple[Any, ...], Given], tuple[Tensor, ...]]:
-        """A function that picks what is written from a call's args and options."""
+        """Picks the tensors that are written from the args and options of a call."""
         outs, count = self.outs, len(self.written) - len(self.outs)
         if self.written == self.positional[: len(self.written)]:
             return lambda args, options: args[:count]

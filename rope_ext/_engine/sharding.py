@@ -1,7 +1,8 @@
-"""What a record says of DTensors: axes by name, along which tensors are sharded together.
+"""How an operator may be sharded: the axes of its tensors, by name.
 
-A rule gets an operator and its arguments, and describes; placements.py and dtensor.py do the rest.
-The import of torch.distributed.tensor is not needed here.
+Tensors that have an axis in common are sharded along it together. A rule gets an operator and its
+arguments and describes them in these terms; placements.py and dtensor.py follow the description.
+Nothing here imports torch.distributed.tensor.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ if TYPE_CHECKING:
     from rope_ext._engine.record import Operator
 
 BATCH, SEQUENCE, HEADS, PAIRS = "batch", "sequence", "heads", "pairs"
-# q and k have heads of their own: one may be sharded along them and the other not.
+# The heads of q may be sharded and those of k replicated, or the reverse.
 HEADS_OF = ("heads of q", "heads of k")
 
-Axes = tuple[str | None, ...]  # of each dimension; None: it stays whole
-# (start, length, axis) -> the rank's part of start, start + 1, ..., None where axis is not sharded
+Axes = tuple[str | None, ...]  # the axis of each dimension; None: it is not sharded
+# (start, length, axis) -> the rank's part of start, start + 1, ...; None if axis is not sharded
 PartOfRange = Callable[[int, int, str], Tensor | None]
 
 
 class Result(NamedTuple):
-    """Where a result is sharded, and where each rank has a term of a sum that is pending."""
+    """A result: how it is sharded, and what it is a sum of."""
 
     axes: Axes
     shape: tuple[int, ...]
-    like: Any = None  # the DTensor whose order of dimensions in memory it has
+    like: Any = None  # a DTensor with the same order of dimensions in memory
     summed: tuple[str | None, ...] = ()  # axes that it is a sum over
-    terms: tuple[frozenset[str], ...] = ()  # it is a sum of these, each linear in all of its names
+    terms: tuple[frozenset[str], ...] = ()  # its terms: each is linear in the tensors named
 
 
 @dataclass
 class Sharding:
-    """The axes of the tensors of one call, and its results."""
+    """The description of one call: the axes of its tensors, and its results."""
 
     axes: dict[str, Axes]
     results: tuple[Result, ...] = ()
-    # Changes the rank's arguments, where these depend on its place in the mesh.
+    # Changes the local arguments that depend on the rank's place in the mesh.
     complete: Callable[[dict[str, Any], PartOfRange], None] = lambda arguments, part_of_range: None
-    tokens_stay_whole: str = ""  # why tokens may not be sharded, for the refusal
+    tokens_stay_whole: str = ""  # why tokens must not be sharded, for the message
 
     @property
     def linear(self) -> set[str]:
@@ -53,13 +54,15 @@ ShardingRule = Callable[["Operator", dict[str, Any]], Sharding]
 
 
 def axes_of_x(x: Tensor, heads: str | None) -> Axes:
-    """Of [B, S, H, D] or [T, H, D]."""
+    """The axes of x [B, S, H, D] or [T, H, D]."""
     known: dict[int, Axes] = {4: (BATCH, SEQUENCE, heads, None), 3: (SEQUENCE, heads, None)}
     return known.get(x.dim(), (None,) * x.dim())
 
 
 def axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> Axes:
-    """Of rows [1|B, S, W] or [T, W]; a table [L, W] stays whole, for any position may be asked."""
+    """The axes of rows [1|B, S, W] or [T, W]. A table [L, W] is not sharded: a rank may need any of
+    its rows.
+    """
     if cos.dim() == 3:
         return (None if cos.shape[0] == 1 else BATCH, SEQUENCE, None)
     if cos.dim() == 2 and position_ids is None and cos.shape[0] == x.shape[-3]:
@@ -68,7 +71,7 @@ def axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> Axes:
 
 
 def axes_of_positions(position_ids: Tensor | None, of_pairs: Tensor | None = None) -> Axes:
-    """Of position_ids [S], [1|B, S] or [T]; of_pairs, the argument axes: with a leading A."""
+    """The axes of position_ids [S], [1|B, S] or [T]; with of_pairs, the argument axes, [A, ..]."""
     lead = () if of_pairs is None else (None,)
     shape = () if position_ids is None else position_ids.shape[len(lead) :]
     if len(shape) not in (1, 2):
@@ -80,11 +83,11 @@ def axes_of_positions(position_ids: Tensor | None, of_pairs: Tensor | None = Non
 def positions_in_table(
     op: str, x: Tensor, cos: Tensor, part_of_range: PartOfRange
 ) -> Tensor | None:
-    """A table without positions has a row for each index in the whole sequence, which is not the
-    index in a rank's part of it.
+    """The positions of a rank's tokens, where none are given and a table has a row for each token
+    of the whole sequence. None if each rank has the rows of its own tokens.
     """
     length = x.shape[-3]
-    if cos.dim() != 2 or cos.shape[0] == length:  # rows of tokens are sharded as the tokens
+    if cos.dim() != 2 or cos.shape[0] == length:  # rows are sharded with their tokens
         return None
     if cos.shape[0] < length:
         raise RuntimeError(
@@ -100,9 +103,9 @@ def rotation_sharding(
     heads: tuple[str | None, ...] = HEADS_OF,
     is_linear: bool = True,
 ) -> Sharding:
-    """Of an operator that rotates: batch, sequence and heads shard freely, and a pending sum passes
-    through what rotates. Results, and what is written instead of them, are placed as what rotates;
-    frequencies and weights stay whole.
+    """The rule of operators that rotate. Batch, sequence and heads may be sharded; a pending sum of
+    a tensor that rotates becomes one of its result. Results, or the tensors that take them, are
+    placed as the tensors that rotate; frequencies and weights are not sharded.
     """
     xs = [given[name] for name in operator.rotates]
     rows = given.get("cos")

@@ -1,7 +1,7 @@
 """The operators under torch.func.vmap: one call for all samples, whichever arguments are batched.
 
-A batch is one of the operators' own dimensions: samples are sequences (of x), rows (of tables), or
-frequencies. Where an operator has no such dimension, it is called once a sample.
+The batch becomes one of the operator's own dimensions: samples become sequences of x, rows of a
+table, or frequencies. An operator without such a dimension is called once for each sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from rope_ext._engine.record import Given, Operator, VmapRule
 
 Dims = dict[str, int | None]
 
-# register_vmap takes no operator with tensors among its keywords, even to refuse it.
+# register_vmap raises for an operator with a tensor keyword, so refusals go in by the key.
 _LIBRARY = torch.library.Library("rope", "IMPL")
 
 
 def register_vmap_rules(operators: Sequence[Operator]) -> None:
-    """Into out nothing is registered: PyTorch refuses what it has no rule for."""
+    """Nothing is registered for operators that write into out: PyTorch refuses them then."""
     for operator in operators:
         if {*operator.written} - {*operator.rotates, *operator.outs}:
             _LIBRARY.impl(operator.name, _refusal(operator), "FuncTorchBatched")
@@ -43,7 +43,7 @@ def _as_registered(operator: Operator) -> Callable[..., Any]:
 
 
 def _refusal(operator: Operator) -> Callable[..., None]:
-    """A cache is one for all sequences: they are a batch, with slots of their own."""
+    """For operators that write to a cache, which all sequences share."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError(
@@ -62,11 +62,11 @@ def _check_written_are_batched(operator: Operator, dims: Dims) -> None:
         )
 
 
-# The rule of operators that rotate by rows, and what other rules are written with
+# The rule of operators that rotate by rows, and helpers of other rules
 
 
 def by_sequences(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
-    """Samples are sequences; where they have weights of their own, one call each."""
+    """Samples become sequences. If other tensors, such as weights, are batched: one call each."""
     beside = {*operator.tensors} - {*operator.rotates, "cos", "sin", "position_ids"}
     if any(dims[name] is not None for name in beside):
         return one_by_one(operator, count, dims, given)
@@ -103,17 +103,17 @@ def one_by_one(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
 
 
 def samples_of(x: Tensor, dim: int | None, count: int) -> Tensor:
-    """x with its samples first [N, ..]; one that is not batched is the same for all."""
+    """x with the samples as first dimension [N, ..]; expanded if x is not batched."""
     return x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def sequences(x: Tensor) -> Tensor:
-    """[N, B, S, H, D] or packed [N, T, H, D] -> [N * B, S, H, D]; a view where strides allow it."""
+    """[N, B, S, H, D] or packed [N, T, H, D] -> [N * B, S, H, D]; a view if strides allow it."""
     return last_stride_one(x if x.dim() == 4 else x.flatten(0, 1))
 
 
 def _rows(count: int, batch: int, seq: int, dims: Dims, given: Given) -> dict[str, Tensor | None]:
-    """cos, sin and position_ids for N * B sequences, from those of N samples of B sequences."""
+    """cos, sin and position_ids of N * B sequences, from those of N samples of B sequences."""
     cos, sin, ids = given["cos"], given["sin"], given["position_ids"]
     batched_table = dims["cos"] is not None or dims["sin"] is not None
     batched_ids = dims["position_ids"] is not None
@@ -123,7 +123,7 @@ def _rows(count: int, batch: int, seq: int, dims: Dims, given: Given) -> dict[st
         ids = ids.movedim(dims["position_ids"], 0)
 
     def each(t: Tensor, batched: bool, rank: int) -> Tensor:
-        """t [..] or [1|B, ..], of at most `rank` dimensions, with N before if batched, for all."""
+        """t [..] or [1|B, ..], if batched with N before it -> [N * B, ..]; [..] has rank - 1."""
         t = t if batched else t[None]
         t = t.unsqueeze(1) if t.dim() == rank else t
         return t.expand(count, batch, *t.shape[2:]).flatten(0, 1)
@@ -131,12 +131,12 @@ def _rows(count: int, batch: int, seq: int, dims: Dims, given: Given) -> dict[st
     if cos.dim() - batched_table == 3:  # [1|B, S, W]
         if batched_table or cos.shape[0] != 1:
             cos, sin = each(cos, batched_table, 3), each(sin, batched_table, 3)
-    elif batched_table and ids is None:  # the rows 0, 1, 2, ... of each
+    elif batched_table and ids is None:  # each sample has the rows 0, 1, 2, ...
         cos, sin = each(cos[:, :seq], True, 3), each(sin[:, :seq], True, 3)
-    elif batched_table:  # one table of all, in which each sample has its part
+    elif batched_table:  # one table, in which each sample has its part
         length, ids = cos.shape[1], each(ids, batched_ids, 2)
         first = length * torch.arange(count, device=ids.device).repeat_interleave(batch)[:, None]
-        outside = (ids < 0) | (ids >= length)  # of the sample's part, if not of the whole
+        outside = (ids < 0) | (ids >= length)  # of the sample's part of the table
         ids = torch.where(outside, -1, ids + first)
         cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
     elif ids is not None and (batched_ids or ids.dim() == 2):

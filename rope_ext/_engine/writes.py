@@ -1,7 +1,7 @@
 """Operators that write, in place, into out or to a cache: version counters, and refusals.
 
-Autograd sees by its version counter that a tensor it has saved was written; a C++ kernel alone does
-not count. Inference mode counts no versions, and does not come here.
+By a tensor's version counter autograd knows that it was written after it was saved; a C++ kernel
+does not count. Inference mode counts no versions and does not call this.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from rope_ext._engine.record import Operator
-from rope_ext._engine.torch_private import (
+from rope_ext._torch_private import (
     any_requires_grad,
     below_versions,
     in_forward_mode,

@@ -1,8 +1,8 @@
 """cos and sin of positions, as a table and as rows, and the gradient to their frequencies.
 
-An angle is position * inv_freq, and cos' = -inv_freq sin, sin' = inv_freq cos by the position, or
-with the position in the place of inv_freq. By positions, which seldom have gradients, derivatives
-are composed of the operators in float64 and of PyTorch's own.
+An angle is position * inv_freq. By the position cos' = -inv_freq sin and sin' = inv_freq cos; by
+inv_freq the factor is the position. Positions seldom require gradients, so their derivatives are
+composed of the operators in float64 and of PyTorch's own.
 """
 
 from typing import Any
@@ -25,12 +25,14 @@ def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
 
 
-# Positions and pairs: an axis is the position of all pairs, or with axes of those that name it.
-# Axis by axis, as sums in the order of an index are not the same every time on CUDA.
+# All pairs of a token have one position; with axes, each pair has that of its axis. Sums go axis by
+# axis, as index_add_ is not deterministic on CUDA.
 
 
 def _of_pairs(positions: Tensor, axes: Tensor | None) -> Tensor:
-    """positions [..] -> [.., 1], or [A, ..] -> [.., P], float64; NaN for an axis that is none."""
+    """positions [..] -> [.., 1], or with axes [A, ..] -> [.., P]; float64, NaN where axes is not in
+    [0, A).
+    """
     positions = positions.double().unsqueeze(-1)
     if axes is None:
         return positions
@@ -41,7 +43,7 @@ def _of_pairs(positions: Tensor, axes: Tensor | None) -> Tensor:
 
 
 def _over_pairs(terms: Tensor, positions: Tensor, axes: Tensor | None) -> Tensor:
-    """The transpose: terms [.., P] -> as positions, the sums over the pairs of each."""
+    """The transpose: terms [.., P] -> the shape of positions, summed over the pairs of each."""
     if axes is None:
         return terms.sum(-1).to(positions.dtype)
     sums = [torch.where(axes == i, terms, 0.0).sum(-1) for i in range(positions.shape[0])]
@@ -56,7 +58,7 @@ def _exact(
     return rope.cos_sin(inv_freq, position_ids, axes, **options)
 
 
-# Of cos and sin
+# Derivatives of cos and sin
 
 
 def _cos_sin_cache_backward(ctx: Any, grad_cos: Tensor | None, grad_sin: Tensor | None) -> Grads:
@@ -81,7 +83,7 @@ def angle_grads(
     axes: Tensor | None,
     options: dict[str, Any],
 ) -> Grads:
-    """The gradients to inv_freq and to position_ids, of those to cos and sin."""
+    """The gradients to inv_freq and position_ids, from those to cos and sin."""
     to_inv_freq = to_positions = None
     scaling = options["attention_scaling"]
     if needed[0]:
@@ -90,23 +92,23 @@ def angle_grads(
         )
     if needed[1]:
         cos, sin = _exact(inv_freq, position_ids, axes, scaling)
-        turned = (cos * grad_sin - sin * grad_cos) * inv_freq
-        to_positions = _over_pairs(turned, position_ids, axes)
+        to_pairs = (cos * grad_sin - sin * grad_cos) * inv_freq
+        to_positions = _over_pairs(to_pairs, position_ids, axes)
     return to_inv_freq, to_positions
 
 
 def cos_sin_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     inv_freq, position_ids, axes = inputs
     dtype = table_dtype(inv_freq, options["dtype"])
-    turned = None
+    of_angle = None
     if tangents[0] is not None:
-        turned = _of_pairs(position_ids, axes) * tangents[0]
+        of_angle = _of_pairs(position_ids, axes) * tangents[0]
     if tangents[1] is not None:
-        turned = sum_of(turned, _of_pairs(tangents[1], axes) * inv_freq)
-    if turned is None:
+        of_angle = sum_of(of_angle, _of_pairs(tangents[1], axes) * inv_freq)
+    if of_angle is None:
         return None, None
     cos, sin = _exact(inv_freq, position_ids, axes, options["attention_scaling"])
-    return (-(sin * turned)).to(dtype), (cos * turned).to(dtype)
+    return (-(sin * of_angle)).to(dtype), (cos * of_angle).to(dtype)
 
 
 def _cos_sin_cache_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
@@ -119,7 +121,7 @@ def consecutive(start: int, length: int, like: Tensor) -> Tensor:
     return torch.arange(start, start + length, device=like.device)
 
 
-# Of F = sum over positions p of p (cos grad_sin - sin grad_cos), which is cos_sin_backward
+# Derivatives of cos_sin_backward, F = sum over positions p of p (cos grad_sin - sin grad_cos)
 
 
 def _by_inv_freq(
@@ -146,7 +148,7 @@ def _by_position(
     axes: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """dF / dp of each pair [.., P]."""
+    """dF / dp, pair by pair: [.., P]."""
     cos, sin = _exact(inv_freq, position_ids, axes, scaling)
     angle = _of_pairs(position_ids, axes) * inv_freq
     return cos * grad_sin - sin * grad_cos - angle * (sin * grad_sin + cos * grad_cos)
@@ -161,7 +163,6 @@ def _with_positions(inputs: Any, options: dict[str, Any]) -> list[Any]:
 
 
 def _cos_sin_backward_backward(ctx: Any, grad: Tensor) -> Grads:
-    """grad [P] coming in."""
     inputs = _with_positions(ctx.saved_tensors, ctx.options)
     grad_cos, grad_sin, inv_freq, position_ids, axes = inputs
     scaling = ctx.options["attention_scaling"]
@@ -199,7 +200,7 @@ def _cos_sin_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[
     return sum_of(sum_of(of_grads, of_inv_freq), of_positions)
 
 
-# Results
+# Fakes
 
 
 def _table_of(given: Given) -> tuple[Tensor, Tensor]:
@@ -216,7 +217,7 @@ def _empty_rows(given: Given, positions: tuple[int, ...]) -> tuple[Tensor, Tenso
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
 
-# Under vmap samples are positions, or vectors of frequencies one after the other
+# vmap: samples become positions, or their frequencies become one long vector
 
 
 def cos_sin_of_samples(
@@ -228,7 +229,7 @@ def cos_sin_of_samples(
     if dims["inv_freq"] is None and of_axes is None:
         samples = given["position_ids"].movedim(of_positions, 0 if axes is None else 1)
         return operator.overload(**{**given, "position_ids": samples}), (0, 0)
-    if of_positions is None and of_axes is None:  # one vector of frequencies for all
+    if of_positions is None and of_axes is None:  # the frequencies of all samples in one vector
         inv_freq = given["inv_freq"].movedim(dims["inv_freq"], 0)
         arguments = {**given, "inv_freq": inv_freq.flatten()}
         if axes is not None:
@@ -254,7 +255,7 @@ def _cos_sin_backward_of_samples(
     return operator.overload(**arguments).view(inv_freq.shape), 0
 
 
-# Of DTensors rows are sharded as their positions, and pairs as the frequencies
+# DTensors: rows are sharded as their positions, and pairs as the frequencies
 
 
 def _axes_of_any_positions(rank: int) -> Axes:

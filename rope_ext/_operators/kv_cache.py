@@ -1,6 +1,6 @@
 """Rotations that also write a paged KV cache: for inference, without derivatives.
 
-Of DTensors tokens stay whole: each rank has heads of all tokens (tensor parallel).
+DTensors: tokens must not be sharded; each rank has heads of all tokens (tensor parallel).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ _WHY_WHOLE = "the caches that take them are"
 
 
 def _append_sharding(operator: Operator, given: Given) -> Sharding:
-    """Each rank writes its heads of the caches."""
+    """Each rank writes its heads to its part of the caches."""
     of_q, of_k = HEADS_OF
     k_heads = given["k"].shape[-2]
 
@@ -35,7 +35,7 @@ def _append_sharding(operator: Operator, given: Given) -> Sharding:
 
 
 def _mla_append_sharding(operator: Operator, given: Given) -> Sharding:
-    """Each rank has heads of q, and writes the cache, which has none, whole."""
+    """Each rank has heads of q, and writes the whole cache, which has no heads."""
     axes = {**dict.fromkeys(operator.tensors, ()), "q": axes_of_x(given["q"], HEADS)}
     return Sharding(axes, tokens_stay_whole=_WHY_WHOLE)
 

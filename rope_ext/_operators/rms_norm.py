@@ -1,8 +1,7 @@
 """RMSNorm of q and k and their rotation, and its backward.
 
-The plain backward, to q, k and the weights, is an operator with kernels. All else is composed of
-differentiable PyTorch and the rotation: gradients to cos and sin, tangents, and that backward
-itself where it is differentiated in turn.
+The gradients to q, k and the weights are an operator with kernels. All else is composed of the
+rotation and PyTorch's operators: gradients to cos and sin, tangents, and the second derivative.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ rope = torch.ops.rope
 
 def _split(options: dict[str, Any]) -> tuple[float, bool, dict[str, Any]]:
     """eps, unit_offset, and the options of the rotation."""
-    rotary = {"eps": 1e-6, "unit_offset": False, "rotary_dim": None, "rotary_offset": 0, **options}
+    rotary = dict(options)
     return rotary.pop("eps"), rotary.pop("unit_offset"), rotary
 
 
@@ -105,7 +104,7 @@ def _composed_backward(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor | None = None,
+    position_ids: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     eps, unit_offset, rotary = _split(options)
@@ -126,18 +125,18 @@ def _composed_backward(
     return *to_xs, *to_weights
 
 
-# Of DTensors batch and sequence shard freely, and heads where each is normalised by itself
+# DTensors: batch and sequence may be sharded, and heads where each is normalised by itself
 
 
 def _sharding(operator: Operator, given: Given) -> Sharding:
-    """Rows of [H, D], which are all heads of a token, are needed whole."""
+    """A row of [H, D] is all heads of a token, which must not be sharded then."""
     heads = HEADS_OF if given["q_weight"].dim() == 1 else (None, None)
     return rotation_sharding(operator, given, heads, is_linear=False)
 
 
 def _backward_sharding(operator: Operator, given: Given) -> Sharding:
-    """Gradients to q and k are placed as these; those to the weights are sums over the tokens and
-    heads that a rank has, to be added over ranks.
+    """Gradients to q and k are placed as q and k. Those to the weights are sums over tokens and
+    heads: Partial where these are sharded.
     """
     sharding = _sharding(operator, given)
     sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in TWO}

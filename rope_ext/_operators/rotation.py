@@ -1,8 +1,8 @@
-"""The rotation by rows of cos and sin, new, in place and into out, and its gradient to the rows.
+"""The rotation by rows of cos and sin (new results, in place, into out), and the gradient to them.
 
-It is linear in x, so its gradient is the transposed rotation; and linear in (cos, sin), so the
-gradient to them is bilinear, with rotations as its derivatives. Tangents are the operators
-themselves.
+The rotation is linear in x: its gradient is the transposed rotation. It is also linear in (cos,
+sin): the gradient to these is bilinear in x and the incoming gradient, and its derivatives are
+rotations. Tangents are computed by the operators themselves.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ rope = torch.ops.rope
 
 
 def _save(ctx: Any, args: list[Any], rotated: int) -> None:
-    """Keeps what backward needs; the rotated tensors only for gradients to the table."""
+    """Saves what backward needs; the tensors that rotate only for gradients to the table."""
     cos, sin, position_ids = args[rotated : rotated + 3]
     ctx.table_needs_grad = any(ctx.needs_input_grad[rotated : rotated + 2])
     xs = args[:rotated] if ctx.table_needs_grad else ()
@@ -79,7 +79,7 @@ def _apply_rotary_qk_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | 
 
 
 def inverted(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of the inverse rotation, which is the backward: it reads the result's order."""
+    """The options of the backward: the inverse, with the two orders of the pairs swapped."""
     inverse = {**options, "inverse": not options.get("inverse", False)}
     if options.get("interleaved_out") is not None:
         inverse["interleaved"] = options["interleaved_out"]
@@ -115,8 +115,8 @@ def rotated_alone(
     position_ids: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor | None:
-    """The derivative of the rotation by the table in the direction (cos, sin): the rotation, and
-    zero where channels do not rotate.
+    """The derivative by the table in the direction (cos, sin): the rotation of x by these, and zero
+    in channels that do not rotate.
     """
     if x is None:
         return None
@@ -159,8 +159,8 @@ def _apply_rotary_qk_tangent(inputs: list[Any], tangents: Grads, options: dict[s
 
 
 def _table_backward_backward(ctx: Any, table_cos: Tensor | None, table_sin: Tensor | None) -> Grads:
-    """grad_cos and grad_sin are linear in grad_q, and in q: the gradient to either is the other one
-    rotated by the table (table_cos, table_sin), and zero where channels do not rotate.
+    """The results are linear in grad_q and in q: the gradient to either is the other one rotated by
+    the incoming gradients (table_cos, table_sin), and zero in channels that do not rotate.
     """
     table_cos, table_sin = both(table_cos, table_sin)
     grad_q, q, grad_k, k, _, order, offsets = ctx.saved_tensors
@@ -188,7 +188,7 @@ def _table_backward_backward(ctx: Any, table_cos: Tensor | None, table_sin: Tens
 
 
 def _table_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    """Bilinear: in the gradients of the rotated tensors, and in the tensors."""
+    """The operator is bilinear: in the gradients (grad_q, grad_k) and in the tensors (q, k)."""
     grad_q, q, grad_k, k, *rest = inputs
     first, second = None, None
     if tangents[0] is not None or tangents[2] is not None:
@@ -204,7 +204,7 @@ def _table_backward_tangent(inputs: list[Any], tangents: Grads, options: dict[st
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-# The gradient to rows: under vmap, and of DTensors
+# The gradient to rows: vmap and DTensors
 
 
 def _table_backward_of_samples(
@@ -222,11 +222,11 @@ def _table_backward_of_samples(
         grads = operator.overload(*xs, cos.new_empty(count * batch, rows, width), **options)
         return tuple(g.view(count, *shape) for g in grads), (0, 0)
 
-    # One table of all, in which each sample has its part and a row more: that of the tokens after
-    # its last row's and before the first of the next sample's, which have positions outside.
+    # One table, in which each sample has its part and one row more, for its tokens whose positions
+    # are outside of the table: they come after those of its last row.
     tokens, device = batch * seq, cos.device
     token_order, row_offsets = given["token_order"], given["row_offsets"]
-    if token_order is None:  # each row has a token of each sequence
+    if token_order is None:  # row i: token i of each sequence
         token_order = torch.arange(tokens, device=device).view(batch, seq).T.flatten()
         row_offsets = batch * torch.arange(rows + 1, device=device).clamp(max=seq)
     first = tokens * torch.arange(count, device=device)[:, None]
@@ -240,7 +240,7 @@ def _table_backward_of_samples(
 
 
 def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
-    """token_order and row_offsets are those of :func:`tokens_by_row`, of each rank's tokens."""
+    """token_order and row_offsets are those of the rank's tokens (:func:`tokens_by_row`)."""
     q, cos, token_order = given["q"], given["cos"], given["token_order"]
     of_x, rows = axes_of_x(q, HEADS), axes_of_rows(cos, q, token_order)
     terms = (frozenset(("grad_q", "q")), frozenset(("grad_k", "k")))
@@ -265,11 +265,11 @@ def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
     return Sharding(axes, (grad, grad), complete)
 
 
-# In place under vmap it is computed out of place, where the pairs could leave their order
+# vmap in place calls the operator with new results, which allows another order of the pairs
 
 
 def check_order_stays(operator: Operator, given: Given) -> None:
-    """As the operator itself refuses it."""
+    """Raises the error of the operator in place."""
     interleaved, interleaved_out = given["interleaved"], given["interleaved_out"]
     if interleaved_out is not None and interleaved_out != interleaved:
         raise RuntimeError(

@@ -1,6 +1,7 @@
-"""The rotation by angles that are computed as it goes, without a table.
+"""The rotation by angles that the kernel computes, without a table.
 
-Its gradients to q and k are the inverse, those to angles go by way of the rows.
+Its gradients to q and k are the inverse rotation; those to frequencies and positions are computed
+from the gradients to rows of cos and sin.
 """
 
 from typing import Any
@@ -39,17 +40,20 @@ def _save_at(ctx: Any, args: list[Any]) -> None:
     ctx.save_for_backward(*angles, *xs)
 
 
-def _none_beside(x: Tensor) -> Tensor:
-    """A tensor without heads, for the operator on two where there is one."""
+def _without_heads(x: Tensor) -> Tensor:
+    """A tensor without heads, in the place of a missing q or k."""
     return x[..., :0, :]
 
 
-def _both_or_one(rotate: Any, q: Tensor | None, k: Tensor | None) -> Grads:
-    """rotate(q, k), of which one may be None."""
+def _rotate_given(rotate: Any, q: Tensor | None, k: Tensor | None) -> Grads:
+    """rotate(q, k), where either may be None."""
     if q is None and k is None:
         return None, None
-    to_q, to_k = rotate(_none_beside(k) if q is None else q, _none_beside(q) if k is None else k)
-    return None if q is None else to_q, None if k is None else to_k
+    if q is None:
+        return None, rotate(_without_heads(k), k)[1]
+    if k is None:
+        return rotate(q, _without_heads(q))[0], None
+    return rotate(q, k)
 
 
 def _at_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
@@ -57,7 +61,7 @@ def _at_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grad
     grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
     needed = ctx.needs_input_grad[:4]
     back = inverted(ctx.options)
-    to_q, to_k = _both_or_one(
+    to_q, to_k = _rotate_given(
         lambda q, k: rope.apply_rotary_qk_at(q, k, *angles, **back),
         *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)),
     )
@@ -65,7 +69,7 @@ def _at_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grad
         return to_q, to_k, None, None, None
     terms = [pair for pair in zip(grads, xs, strict=True) if pair[0] is not None]
     first, second = (*terms, (None, None))[:2]
-    with torch.no_grad():  # it is their shape alone that the gradient to rows depends on
+    with torch.no_grad():  # only their shape matters to the gradient to rows
         cos, _ = _rows_of(first[1], *angles, ctx.options["attention_scaling"])
     to_rows = rope.apply_rotary_table_backward(
         *first, *second, cos, None, None, **_rotation_options(ctx.options)
@@ -86,7 +90,7 @@ def _rows_of(
     axes: Tensor | None,
     attention_scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """The rows that x [.., H, D] turns by, without position_ids a table of them."""
+    """The rows of cos and sin of x [.., H, D]; without position_ids as a table."""
     options = {"attention_scaling": attention_scaling, "dtype": table_dtype(x, None)}
     if position_ids is None:
         return rope.cos_sin_cache(inv_freq, x.shape[-3], **options)
@@ -95,7 +99,7 @@ def _rows_of(
 
 def _at_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
     *xs, inv_freq, position_ids, axes = inputs
-    of_x: Grads = _both_or_one(
+    of_x: Grads = _rotate_given(
         lambda q, k: rope.apply_rotary_qk_at(q, k, *inputs[2:], **options),
         *(None if t is None else last_stride_one(t) for t in tangents[:2]),
     )
@@ -105,14 +109,14 @@ def _at_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> 
         position_ids = consecutive(0, xs[0].shape[-3], inv_freq)
     made = {"attention_scaling": options["attention_scaling"], "dtype": table_dtype(xs[0], None)}
     rows = cos_sin_tangent([inv_freq, position_ids, axes], tangents[2:4], made)
-    turned = (rotated_alone(x, *rows, None, _rotation_options(options)) for x in xs)
-    return tuple(sum_of(a, b) for a, b in zip(of_x, turned, strict=True))
+    of_angles = (rotated_alone(x, *rows, None, _rotation_options(options)) for x in xs)
+    return tuple(sum_of(a, b) for a, b in zip(of_x, of_angles, strict=True))
 
 
 def _at_of_samples(
     operator: Operator, count: int, dims: dict[str, int | None], given: Given
 ) -> Any:
-    """By rows, which every sample may have of its own."""
+    """By rows of cos and sin, of which each sample may have its own."""
     arguments = dict(given)
     inv_freq, position_ids, axes = (arguments.pop(x) for x in ("inv_freq", "position_ids", "axes"))
     made: Given = {

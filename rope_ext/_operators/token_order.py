@@ -1,4 +1,4 @@
-"""The tokens of each row of a table, by which a gradient to the table is summed."""
+"""The tokens of each row of a table: the gradient to a row is the sum over them."""
 
 import sys
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Without an import: where there is a DTensor, its module is there too."""
+    """Does not import DTensor: if a tensor is one, its module has been imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def tokens_by_row(position_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The tokens sorted by their row, so that each row is summed by itself and in order: the same
+    """The tokens sorted by their row. Each row is summed by itself and in this order, for the same
     bits every time, on every device.
 
     Returns:
@@ -28,10 +28,10 @@ def tokens_by_row(position_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def distributed_tokens_by_row(position_ids: Any, rows: int, *others: Any) -> tuple[Any, Any]:
-    """The same for DTensors, of the tokens that each rank has: those of the position_ids, or of the
-    others, x and gradients to it, where these are sharded along batch or sequence.
+    """The same for DTensors, of each rank's tokens: where position_ids or the others, x and
+    gradients to it, are sharded along batch or sequence.
 
-    token_order counts the tokens of the rank. row_offsets, as counts of tokens, add up over ranks.
+    token_order indexes the tokens of the rank. row_offsets count tokens, so they add up over ranks.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

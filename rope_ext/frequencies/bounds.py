@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rope_ext._explaining import shown
+from rope_ext._argument_errors import shown
 
 Device = torch.device | str | None
 

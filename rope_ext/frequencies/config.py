@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rope_ext._explaining import describe, shown
+from rope_ext._argument_errors import describe, shown
 from rope_ext.frequencies.bounds import MOST_CHANNELS, Device, refuse
 from rope_ext.frequencies.entries import Entries
 from rope_ext.frequencies.families import (

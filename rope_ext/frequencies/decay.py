@@ -25,8 +25,8 @@ def xpos(
         inv_freq, log_scale = frequencies.xpos(64)
         cos, sin = rope_ext.cos_sin(inv_freq, position_ids)                     # [B, S, P]
         scale = torch.exp((position_ids - middle).unsqueeze(-1) * log_scale)    # [B, S, P]
-        own = {"cos_k": cos / scale, "sin_k": sin / scale}
-        q, k = rope_ext.apply_rotary_qk(q, k, cos * scale, sin * scale, **own)
+        q = rope_ext.apply_rotary(q, cos * scale, sin * scale)
+        k = rope_ext.apply_rotary(k, cos / scale, sin / scale)
 
     Args:
         head_dim, base, rotary_dim, device: as for :func:`default`.

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rope_ext._explaining import check_type
+from rope_ext._argument_errors import check_type
+from rope_ext._torch_private import transforms_active
 
 Device = torch.device | str | None
 
@@ -22,7 +23,7 @@ def values_known(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_active()
         and all(t is None or (type(t) is Tensor and t.device.type == "cpu") for t in tensors)
     )
 

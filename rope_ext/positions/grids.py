@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rope_ext._explaining import check_type
+from rope_ext._argument_errors import check_type
 from rope_ext.positions.checks import Device, check_size, refuse
 
 _NAMES = ("frames", "height", "width")

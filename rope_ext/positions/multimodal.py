@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rope_ext._explaining import check_type
+from rope_ext._argument_errors import check_type
 from rope_ext.positions.checks import (
     Device,
     check_device,

@@ -1,4 +1,4 @@
-"""The functions of rope_ext as calls of the operators: layouts, inplace, out and tables of k."""
+"""The functions of rope_ext as calls of the operators: layouts, inplace and out."""
 
 import inspect
 
@@ -45,8 +45,6 @@ def arguments_of(d: Draw, name: str, function: str, call: Arguments) -> Argument
         call["layout"] = "thd" if packed else d.choice(("bshd", "bhsd", "sbhd"))
     if "cache_layout" in takes:
         call["cache_layout"] = d.choice(("NHD", "HND"))
-    if "cos_k" in takes and d.chance(0.2):
-        call |= {f"{t}_k": d.tensor(*call[t].shape).to(call[t]) for t in ("cos", "sin")}
     return in_layout(call)
 
 

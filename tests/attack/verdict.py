@@ -15,8 +15,7 @@ from truth import truth
 
 MANY = 2**20  # a loop over so many sequences or tokens takes too long
 EXACT_FOR_ANY_NUMBER = ("rope::cos_sin", "rope::cos_sin_cache")
-OF_FUNCTIONS = {"inplace": "bool", "layout": None, "cache_layout": None,
-                "cos_k": "Tensor", "sin_k": "Tensor"}  # fmt: skip
+OF_FUNCTIONS = {"inplace": "bool", "layout": None, "cache_layout": None}
 # What PyTorch says in its own words, of any operator.
 WORDS_OF_PYTORCH = {
     r"Inference tensors cannot be saved for backward": "autograd, of what it is to keep",
@@ -89,7 +88,7 @@ def check_numbers(name, function, call, meanings, result):
             layout = {"layout": meanings.get("layout", "bshd")}
             results = [in_layout({**layout, "x": x})["x"] for x in results]
         meanings, after = of_operator(meanings), of_operator(after)
-    expected = truth_of(name, meanings)
+    expected = truth(name, meanings)
     wild = name not in EXACT_FOR_ANY_NUMBER and any(map(is_wild, meanings.values()))
     for want, got in zip(expected, results, strict=not written(name)):
         if want.allowed is None or not wild:
@@ -98,13 +97,6 @@ def check_numbers(name, function, call, meanings, result):
         want.check(plain(after[argument]), argument)
         with torch.inference_mode():
             after[argument].copy_(meanings[argument])
-
-
-def truth_of(name, call):
-    tables_of_k = {t: call.pop(f"{t}_k", None) for t in ("cos", "sin")}
-    if tables_of_k["cos"] is None:
-        return truth(name, call)
-    return [truth(name, call)[0], truth(name, {**call, **tables_of_k})[1]]
 
 
 # ---- arguments as they are meant

@@ -19,7 +19,7 @@ from rope_ext._in_place import (
     in_place_rotation,
 )
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary, apply_rotary_qk
+from rope_ext.rotation import apply_rotary, apply_rotary_qk
 
 
 def apply_rotary_emb(
@@ -96,7 +96,7 @@ def apply_rotary_emb_qkv_(
             Any strides with the last one 1.
         cos: [seqlen_ro, R / 2], a row for each position, R <= D. Of qkv's dtype or another one.
         sin: as cos.
-        cos_k, sin_k: the same for k (xPos). None: those of q.
+        cos_k, sin_k: the same for k (xPos), of cos's shape, dtype and device. None: those of q.
         interleaved: pairs are neighbouring channels instead of halves.
         seqlen_offsets: the position of each sequence's first token: an int, or int32 or int64 [B].
         num_heads_q: Hq, for a qkv of four dimensions.
@@ -132,6 +132,8 @@ def apply_rotary_emb_qkv_(
         tables += [cos if cos_k is None else cos_k, sin if sin_k is None else sin_k]
     for name, table in zip(("cos", "sin", "cos_k", "sin_k"), tables, strict=False):
         _check_table(function, name, table)
+        if name.endswith("_k"):
+            _check_like_cos(function, name, table, cos)
     tables, offsets = _rows(function, tables, *qkv.shape[:2], seqlen_offsets)
     write = partial(_rotate_qkv_, num_heads_q=num_heads_q if qkv.dim() == 4 else None)
     options = {"interleaved": interleaved}
@@ -181,9 +183,11 @@ def _rotate_qkv_(
     else:
         num_heads_k = (qkv.shape[2] - num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
-    if of_k:
-        options.update(cos_k=of_k[0], sin_k=of_k[1])
-    apply_rotary_qk(q, k, cos, sin, position_ids, inplace=True, **options)
+    if not of_k:
+        apply_rotary_qk(q, k, cos, sin, position_ids, inplace=True, **options)
+        return
+    apply_rotary(q, cos, sin, position_ids, inplace=True, **options)
+    apply_rotary(k, *of_k, position_ids, inplace=True, **options)
 
 
 def _rotate_kv_(
@@ -222,6 +226,14 @@ def _written(
 def _check_table(function: str, name: str, table: Tensor) -> None:
     if table.dim() != 2:
         refuse(function, name, "to have shape [seqlen_ro, R / 2]", table)
+
+
+def _check_like_cos(function: str, name: str, table: Tensor, cos: Tensor) -> None:
+    """A table of k that would be refused after q has been rotated."""
+    same = (table.shape, table.dtype, table.device) == (cos.shape, cos.dtype, cos.device)
+    if not same or (table.shape[1] > 1 and table.stride(1) != cos.stride(1)):
+        got = f"{list(table.shape)}, {table.dtype}, {table.device}, strides {table.stride()}"
+        refuse(function, name, "to have the shape, dtype, device and last stride of cos", got)
 
 
 def _rows(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary_qk
+from rope_ext.rotation import apply_rotary_qk
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:

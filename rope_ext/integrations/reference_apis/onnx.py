@@ -6,7 +6,7 @@ Source of what is matched: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html, op
 from torch import Tensor
 
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary
+from rope_ext.rotation import apply_rotary
 
 
 def rotary_embedding(

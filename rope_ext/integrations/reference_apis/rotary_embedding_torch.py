@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rope_ext.angles import cos_sin_cache
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary, cos_sin_cache
+from rope_ext.rotation import apply_rotary
 
 
 class RotaryEmbedding(nn.Module):

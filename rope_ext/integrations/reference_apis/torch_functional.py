@@ -8,7 +8,7 @@ description has it. PyTorch has none yet; names and shapes may change there.
 from torch import Tensor
 
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary
+from rope_ext.rotation import apply_rotary
 
 
 def rotary_embedding(

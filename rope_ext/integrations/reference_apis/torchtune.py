@@ -6,9 +6,10 @@ Source of what is matched: torchtune 0.6.1, ``torchtune/modules/position_embeddi
 from torch import Tensor
 
 from rope_ext import frequencies
-from rope_ext.embedding import RotaryEmbedding
+from rope_ext.angles import cos_sin
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary, cos_sin
+from rope_ext.module import RotaryEmbedding
+from rope_ext.rotation import apply_rotary
 
 
 class RotaryPositionalEmbeddings(RotaryEmbedding):

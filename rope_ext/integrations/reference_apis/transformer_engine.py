@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rope_ext import positions
 from rope_ext.integrations.reference_apis._refusals import refuse
-from rope_ext.ops import apply_rotary
 from rope_ext.positions.checks import values_known
+from rope_ext.rotation import apply_rotary
 
 _FUNCTION = "transformer_engine.apply_rotary_pos_emb"
 

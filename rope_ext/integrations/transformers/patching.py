@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext._explaining import describe, shown
+from rope_ext._argument_errors import describe, shown
 from rope_ext.integrations.transformers.rebuilding import (
     RebuiltMethod,
     Substitute,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.calls import call
+from rope_ext.options import rotation_options
 
 
 class Pairs(NamedTuple):
@@ -39,14 +40,8 @@ class Pairs(NamedTuple):
     def options(self, cos: Tensor, head_dim: int) -> dict[str, Any]:
         """The operators' keywords; cos as :meth:`rows` returns it."""
         rotary_dim = cos.shape[-1] if self.columns == "a channel" else 2 * cos.shape[-1]
-        options: dict[str, Any] = {"rotary_dim": rotary_dim}
-        if self.interleaved:
-            options["interleaved"] = True
-        if self.last_channels:
-            options["rotary_offset"] = head_dim - rotary_dim
-        if self.interleaved_out is not None:
-            options["interleaved_out"] = self.interleaved_out
-        return options
+        offset = head_dim - rotary_dim if self.last_channels else 0
+        return rotation_options(rotary_dim, offset, self.interleaved, self.interleaved_out)
 
 
 # The first that a function agrees with is taken.
@@ -93,9 +88,9 @@ def rotate(
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, x.shape[-1])
     if heads_axis == -2:
-        return call(torch.ops.rope.apply_rotary, x, cos, sin, position_ids, **options)
+        return call(torch.ops.rope.apply_rotary, (x, cos, sin, position_ids), options)
     x = x.transpose(-3, -2)
-    return call(torch.ops.rope.apply_rotary, x, cos, sin, position_ids, **options).transpose(-3, -2)
+    return call(torch.ops.rope.apply_rotary, (x, cos, sin, position_ids), options).transpose(-3, -2)
 
 
 def rotate_both(
@@ -120,9 +115,9 @@ def rotate_both(
     options = pairs.options(cos, q.shape[-1])
     rope = torch.ops.rope
     if heads_axis == -2:
-        return call(rope.apply_rotary_qk, q, k, cos, sin, position_ids, **options)
+        return call(rope.apply_rotary_qk, (q, k, cos, sin, position_ids), options)
     q, k = q.transpose(-3, -2), k.transpose(-3, -2)
-    q, k = call(rope.apply_rotary_qk, q, k, cos, sin, position_ids, **options)
+    q, k = call(rope.apply_rotary_qk, (q, k, cos, sin, position_ids), options)
     return q.transpose(-3, -2), k.transpose(-3, -2)
 
 

@@ -5,8 +5,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rope_ext.angles import cos_sin
 from rope_ext.frequencies.bounds import LAST_POSITION
-from rope_ext.ops import cos_sin
 from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
 from rope_ext.viz.rope import Rope
 

@@ -7,7 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from rope_ext.ops import apply_rotary, cos_sin, cos_sin_cache
+from rope_ext.angles import cos_sin, cos_sin_cache
+from rope_ext.rotation import apply_rotary
 from rope_ext.viz.figures.style import QUIET, new_figure, number_pairs, styled
 from rope_ext.viz.rope import Rope, in_words, wavelengths
 

@@ -6,7 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rope_ext.ops import apply_rotary, cos_sin
+from rope_ext.angles import cos_sin
+from rope_ext.rotation import apply_rotary
 from rope_ext.viz.figures.style import COLORS, mark_contexts, new_figure, styled
 from rope_ext.viz.rope import Rope
 

@@ -1,11 +1,11 @@
-"""Tables of cos and sin: of given positions, or of 0, 1, 2, ..., kept until frequencies change."""
+"""Tables of cos and sin, of given positions or of 0, 1, 2, ...; the latter are kept for reuse."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rope_ext.ops import cos_sin, cos_sin_cache
+from rope_ext.angles import cos_sin, cos_sin_cache
 
 
 def tables(
@@ -18,12 +18,12 @@ def tables(
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is captured: what is computed has no values until it is replayed."""
+    """Whether a CUDA graph is being captured: results have no values until it is replayed."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Table(NamedTuple):
-    """cos, sin [L, P], and the inv_freq, in its version, that they were made of."""
+    """cos, sin [L, P], and the inv_freq and its version that they were made of."""
 
     inv_freq: Tensor
     version: int
@@ -32,8 +32,8 @@ class _Table(NamedTuple):
 
 
 class TableCache:
-    """One table a name, made anew when its frequencies change; twice as long when it grows, by the
-    rows that are missing.
+    """One table for each name. It is made anew when its frequencies change. It grows to at least
+    twice its length, by computing the missing rows.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class TableCache:
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
     ) -> tuple[Tensor, Tensor]:
         """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
-        if inv_freq.is_inference() or _is_captured(inv_freq):  # writes to the first are not counted
+        if inv_freq.is_inference() or _is_captured(inv_freq):  # no version, or no values
             return tables(inv_freq, length, attention_scaling)
         version = inv_freq._version
         made = self.made.get(name)
@@ -59,7 +59,7 @@ class TableCache:
                 )
                 if made is not None:
                     cos, sin = torch.cat((made.cos, cos)), torch.cat((made.sin, sin))
-            if type(cos) is not Tensor:  # traced, and without values
+            if type(cos) is not Tensor:  # traced: without values
                 return cos, sin
             made = self.made[name] = _Table(inv_freq, version, cos, sin)
         return made.cos, made.sin

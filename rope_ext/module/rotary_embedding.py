@@ -1,35 +1,40 @@
-"""RotaryEmbedding: frequencies, tables and rotation in one module."""
+"""RotaryEmbedding: what its arguments and its calls mean."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor
 
 from rope_ext import frequencies
-from rope_ext._explaining import explain, shown
-from rope_ext._layouts import Layout, as_bshd
+from rope_ext._argument_errors import raise_argument_error, shown
 from rope_ext.frequencies import config as configs
 from rope_ext.frequencies.bounds import LAST_POSITION, exponents
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
-from rope_ext.ops import apply_rotary_qk
-from rope_ext.regimes import DynamicNtk, LongRope, checked_regime_length, longest
-from rope_ext.tables import TableCache, tables
+from rope_ext.module.frequencies_by_length import (
+    DynamicNtk,
+    LongRope,
+    check_one_length_each,
+    checked_regime_length,
+    longest,
+)
+from rope_ext.module.frequency_tensors import FrequencyTensors
+from rope_ext.module.tables import TableCache, tables
+from rope_ext.options import Layout, as_bshd
+from rope_ext.rotation import apply_rotary_qk
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(FrequencyTensors):
     """Rotates q and k by their positions.
 
     With position_ids the angles are computed for just these positions, once a call; without, they
-    come from a table of the positions 0, 1, 2, ... which grows by doubling when a longer sequence
-    comes. Tokens of several positions turn by rows of ``cos_sin(module.inv_freq, position_ids,
-    axes=...)``. inv_freq and the table are float32 and stay so through ``.half()`` and
-    ``.bfloat16()``. Neither is part of the state dict: they follow from the arguments. An
-    ``inv_freq`` in a state dict, as older checkpoints have it, is accepted and not used. Only
-    learned frequencies are parameters, and in the state dict. The table follows what is written
-    into inv_freq, but for writes through ``.data``, which PyTorch does not count, to frequencies
-    that are not learned.
+    come from a table of the positions 0, 1, 2, ... which doubles when a longer sequence comes.
+    Tokens with several positions need rows of ``cos_sin(module.inv_freq, position_ids, axes=...)``.
+    inv_freq and the table are float32 and stay so through ``.half()`` and ``.bfloat16()``. Neither
+    is part of the state dict: they follow from the arguments. An ``inv_freq`` in a state dict, as
+    older checkpoints have it, is accepted and not used. Only learned frequencies are parameters,
+    and in the state dict. The table follows writes into inv_freq, except writes through ``.data``
+    to frequencies that are not learned: PyTorch does not count those.
 
     Two scalings have frequencies that depend on the length of the sequence, which is one more than
     the largest position of a call, over the whole batch, as in transformers:
@@ -39,12 +44,12 @@ class RotaryEmbedding(nn.Module):
       tensor on the device.
     - "longrope": long factors for sequences past the original length, else short ones.
 
-    Keys that are in a cache already stay as they were rotated, so that a sequence that crosses the
+    Keys that are in a cache already stay as they were rotated, so a sequence that crosses the
     original length while it is decoded has keys of two regimes, as in transformers. `regime_length`
-    avoids that: the length that a sequence is going to have, such as its prompt and the new tokens
-    together, given in each call, decides for all its keys, whatever else is in the batch. It is
-    also the way to use "dynamic" with activation checkpointing, which calls a second time, when
-    ``max_seq_len_cached`` is another.
+    avoids that. It is the length that a sequence is going to have, such as its prompt and the new
+    tokens together. Given in each call, it decides for all keys of the sequence, whatever else is
+    in the batch. It also makes "dynamic" work with activation checkpointing, which calls the module
+    a second time, after ``max_seq_len_cached`` has changed.
 
     Args:
         head_dim: channels of a head, D.
@@ -52,12 +57,12 @@ class RotaryEmbedding(nn.Module):
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: partial_rotary_factor of
             scaling times D, or D.
         max_position_embeddings: positions that the model is meant for, in tokens, below 2^31. No
-            limit: the table starts with at most so many rows, or 2048, and longer sequences are
-            rotated just as exactly. None: not known, which a scaling that needs the number refuses.
+            limit: the table starts with at most that many rows, or 2048, and longer sequences are
+            rotated just as exactly. None: not known; a scaling that needs the number raises.
         scaling: rope_type and its parameters, in the terms of Hugging Face; see
             :func:`rope_ext.frequencies.from_scaling`. rope_theta and partial_rotary_factor may be
             among them. None: "default".
-        learned: inv_freq is a parameter, trained from the frequencies that scaling says.
+        learned: inv_freq is a parameter; training starts from the frequencies of `scaling`.
         interleaved: pairs are neighbouring channels instead of halves.
         device: where inv_freq lies; the module's ``.to(...)`` moves it.
 
@@ -108,12 +113,8 @@ class RotaryEmbedding(nn.Module):
             )
         with torch.inference_mode(False):  # what is made in inference mode can't be trained
             made, self.attention_scaling, self.long_attention_scaling = self._frequencies(device)
-        for name, tensor in made.items():
-            if learned:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor, persistent=False)
-        # Tables [L, P] lie beside the buffers: they are derived, and made where they are needed.
+        self._hold_frequencies(made)
+        # Tables [L, P] are no buffers: they follow from inv_freq, and are made when needed.
         self._tables = TableCache()
 
     @classmethod
@@ -167,7 +168,7 @@ class RotaryEmbedding(nn.Module):
     def _frequencies(
         self, device: torch.device | str | None
     ) -> tuple[dict[str, Tensor], float, float]:
-        """What depends on the device, by name, and the factors on cos and sin of both regimes."""
+        """The tensors by name, and the factors on cos and sin of both regimes."""
 
         def make(length: int | None) -> tuple[Tensor, float]:
             return frequencies.from_scaling(
@@ -238,12 +239,8 @@ class RotaryEmbedding(nn.Module):
                     f"{'[T]' if packed else '[S] or [1|B, S]'}, got {list(position_ids.shape)}"
                 )
             if isinstance(regime_length, Tensor) and regime_length.dim() > 0:
-                if list(regime_length.shape) != [view.shape[0]]:
-                    raise ValueError(
-                        f"RotaryEmbedding: expected regime_length to have shape [] or "
-                        f"[{'T' if packed else 'B'}] = [{view.shape[0]}], "
-                        f"got {list(regime_length.shape)}"
-                    )
+                symbol = "[T] = " if packed else "[B] = "
+                check_one_length_each(regime_length, view.shape[0], symbol)
                 if packed and position_ids is None:
                     position_ids = torch.arange(seq, device=regime_length.device)
             if position_ids is None:
@@ -261,11 +258,10 @@ class RotaryEmbedding(nn.Module):
                 layout=layout,
                 inplace=inplace,
             )
-            self._remember(seen)  # only what was not refused
+            self._remember(seen)  # only after a call that has not raised
             return rotated
         except Exception:
-            if not is_compiling():
-                explain(RotaryEmbedding.forward, "RotaryEmbedding")
+            raise_argument_error(RotaryEmbedding.forward, "RotaryEmbedding")
             raise
 
     def cos_sin(
@@ -282,22 +278,20 @@ class RotaryEmbedding(nn.Module):
             self._remember(seen)
             return cos, sin
         except Exception:
-            if not is_compiling():
-                explain(RotaryEmbedding.cos_sin, "RotaryEmbedding.cos_sin")
+            raise_argument_error(RotaryEmbedding.cos_sin, "RotaryEmbedding.cos_sin")
             raise
 
     def _cos_sin(
         self, position_ids: Tensor, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
-        inv_freq = self.inv_freq  # once: a module looks for its tensors slowly
+        inv_freq = self.inv_freq  # once: a module finds its tensors slowly
         length = checked_regime_length(regime_length, inv_freq)
         if isinstance(length, Tensor) and length.dim() == 1:
             rows = position_ids.shape[0]
-            if length.shape[0] != rows and (position_ids.dim() == 1 or rows != 1):
-                raise ValueError(
-                    f"RotaryEmbedding: expected regime_length to have shape [] or [{rows}], as "
-                    f"position_ids {list(position_ids.shape)}, got {list(length.shape)}"
+            if position_ids.dim() == 1 or rows != 1:
+                check_one_length_each(
+                    length, rows, "", f", as position_ids {list(position_ids.shape)}"
                 )
         if self.rope_type in BY_LENGTH:
             return self._by_length(position_ids, length)
@@ -315,8 +309,7 @@ class RotaryEmbedding(nn.Module):
             self._remember(seen)
             return cos, sin
         except Exception:
-            if not is_compiling():
-                explain(RotaryEmbedding.table, "RotaryEmbedding.table")
+            raise_argument_error(RotaryEmbedding.table, "RotaryEmbedding.table")
             raise
 
     def _table(
@@ -325,8 +318,8 @@ class RotaryEmbedding(nn.Module):
         """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
         inv_freq = self.inv_freq
         regime = checked_regime_length(regime_length, inv_freq)
-        # A graph would be bound to a table's length, no gradient passes through a kept one, and
-        # what is learned may be written through .data, which no version counts.
+        # A kept table would bind a graph to its length, stops gradients, and misses what is
+        # written to learned frequencies through .data, which no version counts.
         afresh = torch.compiler.is_compiling() or self.learned or inv_freq.requires_grad
         if self.rope_type == "dynamic" or (
             self.rope_type == "longrope" and (afresh or isinstance(regime, Tensor))
@@ -371,45 +364,12 @@ class RotaryEmbedding(nn.Module):
             self.max_seq_len_cached.copy_(seen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        """Follows moves to another device, but takes no dtype and no value: to_empty() has none."""
-        was_meta = self.inv_freq.is_meta
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if tensor.is_meta else tensor.to(result.device)
-
-        with torch.inference_mode(False):  # what is moved in inference mode may be written later
-            super()._apply(moved, recurse)
-            if was_meta and not self.inv_freq.is_meta:
-                made, *_ = self._frequencies(self.inv_freq.device)
-                for name, tensor in made.items():
-                    if self.learned:
-                        setattr(self, name, nn.Parameter(tensor, getattr(self, name).requires_grad))
-                    else:
-                        setattr(self, name, tensor)
+        super()._apply(fn, recurse)
         self._tables = TableCache()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not self.learned:
-            state_dict.pop(prefix + "inv_freq", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.learned and self.inv_freq.dtype != torch.float32:  # load_state_dict(assign=True)
-            inv_freq = self.inv_freq
-            self.inv_freq = nn.Parameter(inv_freq.detach().float(), inv_freq.requires_grad)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tables": TableCache()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        with torch.inference_mode(False):  # a copy made in inference mode may be written later
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
-            for name, learned in self._parameters.items():
-                if learned is not None and learned.is_inference():
-                    self._parameters[name] = nn.Parameter(learned.clone(), learned.requires_grad)
 
     def extra_repr(self) -> str:
         scaled = f"scaling={self.scaling}, " if self.rope_type != "default" else ""

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that rope_ext uses. All of them are in torch 2.10 to 2.14.
+"""Every private name of PyTorch that rope_ext uses, each by a public one of its own.
 
 A release of PyTorch that renames one of these is followed here.
 """
@@ -11,7 +11,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-# Autograd: what a kernel asks, and how it goes on to the kernels below
+# Autograd
 any_requires_grad = torch._C._any_requires_grad
 below_autograd = torch._C._AutoDispatchBelowAutograd
 keys_below_autograd = torch._C._after_autograd_keyset
@@ -24,10 +24,15 @@ single_level = enable_single_level_autograd_function
 SingleLevelFunction = _SingleLevelFunction
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 set_forward_mode_enabled = forward_ad._set_fwd_grad_enabled
-# Of the one level that there is: forward_ad.unpack_dual asks a count that compiled graphs lack.
+# At level 0, the only one: forward_ad.unpack_dual reads a counter that compiled graphs lack.
 unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
+
+# Registrations of operators
+registered_operators = torch._C._dispatch_get_all_op_names
+registrations_of = torch._C._dispatch_dump
+define_namespace = torch._C._dispatch_library
 
 _OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
@@ -49,6 +54,17 @@ def keys_after(dispatch_key: str) -> Any:
 
 def schema_of(overload: Any) -> Any:
     return overload._schema
+
+
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that x is a view of, or x."""
+    return x._base if x._is_view() else x
+
+
+def is_unmodifiable_view(x: Tensor) -> bool:
+    """Whether x is a view that autograd does not allow to be modified in place."""
+    default = torch._C._autograd.CreationMeta.DEFAULT
+    return x._is_view() and torch._C._autograd._get_creation_meta(x) != default
 
 
 def is_tensor(argument: Any) -> bool:

@@ -1,20 +1,20 @@
-"""Who else has registered operators torch.ops.rope.*: for the ImportError where that is so."""
+"""Which other library has registered operators torch.ops.rope.*, for the ImportError about it."""
 
 import re
 from pathlib import Path
 
-import torch
+from rope_ext._torch_private import define_namespace, registered_operators, registrations_of
 
 
-def clash(own: str) -> str:
-    """Where operators rope::* have been registered, by the names of source files and of libraries.
+def registered_by(own: str) -> str:
+    """The source files and libraries that have registered operators rope::*.
 
-    own: the compiled part that could not register its own.
+    own: the compiled part that could not register its own operators.
     """
-    of_rope = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rope::")]
-    found = [torch._C._dispatch_dump(name) for name in of_rope]
+    of_rope = [name for name in registered_operators() if name.startswith("rope::")]
+    found = [registrations_of(name) for name in of_rope]
     try:
-        torch._C._dispatch_library("DEF", "rope", "", __file__, 0)
+        define_namespace("DEF", "rope", "", __file__, 0)
     except RuntimeError as error:  # that of a namespace which is taken names the place
         found.append(str(error).partition("; latest registration")[0])
     places = {p for text in found for p in re.findall(r"(?:debug:|was) registered at (.+)", text)}

@@ -2,12 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from rope_ext._calling import rotation_options
+from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
-from rope_ext._explaining import explain
-from rope_ext._layouts import Layout, as_bshd, from_bshd
+from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
 
 
 def rms_norm_rotary_qk(
@@ -32,9 +30,9 @@ def rms_norm_rotary_qk(
 
     A row becomes ``x / sqrt(mean(x^2) + eps) * weight``, then its R channels at rotary_offset are
     rotated as by :func:`rope_ext.apply_rotary_qk`; the others stay normalised. Arithmetic is in
-    float32 (float64 for float64), rounded to q's dtype once, at the end. transformers rounds below
-    float32 after the norm and after each step of the rotation, so there its results are up to a
-    few roundings away from these, and these nearer to the exact ones.
+    float32 (float64 for float64), rounded to q's dtype once, at the end. For float16 and bfloat16,
+    transformers also rounds after the norm and after each step of the rotation, so its results
+    differ from these by a few roundings, and these are nearer to the exact ones.
 
     Args:
         q, k: as for :func:`rope_ext.apply_rotary_qk`.
@@ -49,10 +47,11 @@ def rms_norm_rotary_qk(
     Returns:
         q and k normalised and rotated, of their shapes and dtype.
 
-    Differentiable for q, k, q_weight, k_weight, cos and sin, any number of times. Gradients to q, k
-    and the weights are kernels, deterministic for any number of threads: those to a weight are
-    summed in float32 (float64 for float64) in an order of the shapes alone, and rounded once. Under
-    ``torch.compile`` an operator, whatever :class:`rope_ext.lowering` says.
+    Differentiable for q, k, q_weight, k_weight, cos and sin, any number of times. Kernels compute
+    the gradients to q, k and the weights, deterministically for any number of threads. Those to a
+    weight are summed in float32 (float64 for float64), in an order that depends on the shapes
+    alone, and rounded once. Under ``torch.compile`` it stays an operator, whatever
+    :class:`rope_ext.lowering` says.
 
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`. On CUDA a position
@@ -68,19 +67,10 @@ def rms_norm_rotary_qk(
         if unit_offset:
             options["unit_offset"] = unit_offset
         function = "rms_norm_rotary_qk"
-        out_q, out_k = call(
-            torch.ops.rope.rms_norm_rotary_qk,
-            as_bshd(q, layout, function, "q"),
-            as_bshd(k, layout, function, "k"),
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            position_ids,
-            **options,
-        )
+        views = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
+        args = (*views, q_weight, k_weight, cos, sin, position_ids)
+        out_q, out_k = call(torch.ops.rope.rms_norm_rotary_qk, args, options)
         return from_bshd(out_q, layout), from_bshd(out_k, layout)
     except Exception:
-        if not is_compiling():
-            explain(rms_norm_rotary_qk)
+        raise_argument_error(rms_norm_rotary_qk)
         raise

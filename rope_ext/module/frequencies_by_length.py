@@ -1,7 +1,7 @@
-"""Frequencies that depend on the length of a sequence: which regime, and the angles of it.
+"""Frequencies that depend on the length of a sequence: the regime, and its cos and sin.
 
-All of it happens on the device, with tensors: no value is waited for, nothing branches on data, so
-that graphs can be captured and compiled, one for all lengths.
+Everything is computed on the device, with tensors. Nothing waits for a value or branches on data,
+so graphs can be captured and compiled, one for all lengths.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rope_ext import reference
 from rope_ext.frequencies.ntk_aware import stretched_by
-from rope_ext.tables import tables
+from rope_ext.module.tables import tables
 
 
 class LongRope(NamedTuple):
@@ -91,7 +91,7 @@ def _beside(x: Tensor, positions: Tensor | int) -> Tensor:
 def checked_regime_length(
     regime_length: int | Tensor | None, inv_freq: Tensor
 ) -> int | Tensor | None:
-    """As it is; refuses what is no length, by name."""
+    """regime_length itself; raises if it is no length."""
     if isinstance(regime_length, Tensor):
         if regime_length.dtype not in (torch.int32, torch.int64) or regime_length.dim() > 1:
             raise ValueError(
@@ -111,3 +111,14 @@ def checked_regime_length(
             f"{regime_length!r}"
         )
     return regime_length
+
+
+def check_one_length_each(
+    regime_length: Tensor, count: int, symbol: str = "", reason: str = ""
+) -> None:
+    """Raises if regime_length is not one for each of `count` sequences or tokens."""
+    if list(regime_length.shape) != [count]:
+        raise ValueError(
+            f"RotaryEmbedding: expected regime_length to have shape [] or {symbol}[{count}]"
+            f"{reason}, got {list(regime_length.shape)}"
+        )

@@ -1,12 +1,11 @@
-"""Why a call failed, where its arguments tell: one is of another type, or in another layout.
+"""Errors that name the wrong argument: one of another type, or in another layout.
 
-A function asks when it has failed, so that a call that is right costs nothing::
+A function looks at its arguments only when it has failed, so a correct call pays nothing::
 
     try:
         ...
     except Exception:
-        if not is_compiling():  # a graph has no frame to look at
-            explain(function)
+        raise_argument_error(function)
         raise
 """
 
@@ -18,8 +17,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-# What a number or a flag has to have; one that PyTorch converts is as good as one of Python.
+# The method that a number or a flag has to have, one of Python's or one that PyTorch converts.
 _METHODS: dict[Any, str] = {int: "__index__", float: "__float__", bool: "__bool__"}
 _WORDS: dict[Any, str] = {
     Tensor: "a Tensor",
@@ -35,7 +35,7 @@ _TABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Shown(reprlib.Repr):
-    """repr in a line that has room in a message, whatever the size and the depth of a value."""
+    """repr that is short enough for a message, for a value of any size and depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,11 +49,14 @@ class _Shown(reprlib.Repr):
 shown = _Shown().repr
 
 
-def explain(function: Callable[..., Any], name: str = "") -> None:
-    """Raises what is wrong with the arguments of the function that calls this, if it can be told.
+def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
+    """Raises an error that names the wrong argument of the caller, if there is one.
 
-    function: the caller itself, for its annotations; name: for refusals, rope_ext's by itself.
+    function: the caller itself, for its annotations; name: for messages, its name in rope_ext if
+    left out. Does nothing in a graph of a compiler, where there is no frame of the caller.
     """
+    if is_compiling():
+        return
     given = sys._getframe(1).f_locals
     name = name or f"rope_ext.{function.__name__}"
     for argument, kind in function.__annotations__.items():
@@ -61,7 +64,7 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
             check_type(name, argument, given[argument], kind)
             _check_dense(name, argument, given[argument])
     dtype = given.get("dtype")
-    if dtype is not None and dtype not in _TABLE_DTYPES:  # PyTorch can't even pass some of them on
+    if dtype is not None and dtype not in _TABLE_DTYPES:  # PyTorch can't pass on some of them
         expected = "dtype to be float64, float32, float16 or bfloat16"
         _refuse(RuntimeError, name, expected, str(dtype).removeprefix("torch."))
     if given.get("layout") in ("bshd", "bhsd"):
@@ -71,7 +74,7 @@ def explain(function: Callable[..., Any], name: str = "") -> None:
 
 
 def describe(value: object) -> str:
-    """What came, in a refusal of its type: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
+    """A value in an error about its type: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
     if isinstance(value, (str, int, float, type(None), torch.dtype)):
         return shown(value)
     if isinstance(value, Tensor):
@@ -86,7 +89,7 @@ def describe(value: object) -> str:
 
 
 def check_type(function: str, name: str, value: object, kind: Any) -> None:
-    """Refuses what an annotation does not allow."""
+    """Raises TypeError for a value that the annotation `kind` does not allow."""
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if any(_is_a(value, kind) for kind in kinds):
         return
@@ -105,7 +108,7 @@ def check_type(function: str, name: str, value: object, kind: Any) -> None:
 
 
 def _check_dense(function: str, name: str, value: object) -> None:
-    """Refuses tensors of kinds that have no kernels: sparse, mkldnn, quantized, nested."""
+    """Raises for tensors of kinds that have no kernels: sparse, mkldnn, quantized, nested."""
     if isinstance(value, (tuple, list)):
         for i, part in enumerate(value):
             _check_dense(function, f"{name}[{i}]", part)
@@ -139,7 +142,7 @@ def _words_of(kind: Any) -> str:
 
 
 def _check_layout(function: str, given: dict[str, Any]) -> None:
-    """Refuses x or q with its heads where the layout has the sequence, if the other layout fits."""
+    """Raises for x or q whose heads are where the layout has the sequence, if another one fits."""
     name = "x" if "x" in given else "q"
     x, k, cos = given[name], given.get("k"), given.get("cos")
     if x.dim() != 4:
@@ -163,7 +166,7 @@ def _check_layout(function: str, given: dict[str, Any]) -> None:
 
 
 def _check_cache_layout(function: str, given: dict[str, Any]) -> None:
-    """Refuses a cache with its heads where cache_layout has the tokens of a block."""
+    """Raises for a cache with its heads where cache_layout has the tokens of a block."""
     k, layout = given["k"], given["cache_layout"]
     if k.dim() < 3 or layout not in ("NHD", "HND"):
         return
