@@ -42,8 +42,8 @@ def rotation_options(
 
 
 def check_order_stays(function: str, options: dict[str, Any], inplace: object = True) -> None:
-    """Refuses another order of the pairs in place. As check_in_place in checks.cpp, for graphs as
-    well, which rotate out of place.
+    """Refuses another order of the pairs in place, as the operators do: a graph, which rotates out
+    of place, would not.
     """
     if inplace is not True:
         raise TypeError(

@@ -12,7 +12,7 @@ using torch::stable::detail::StableLibrary;
 using torch::stable::detail::StableTorchLibraryInit;
 
 // The operators that write refuse every tensor that negates its elements; in Python,
-// rope_ext/_copies.py refuses only those that are written.
+// rope_ext/_engine/negative_and_zero_tensors.py refuses only those that are written.
 void refuse_negated(StableLibrary& m) {
   for (const rope::Operator& op : rope::operators()) {
     if (op.refuse_negated != nullptr) m.impl(op.name, op.refuse_negated);
