@@ -33,70 +33,73 @@ namespace boxing {
 template <class T>
 using Bare = std::remove_cv_t<std::remove_reference_t<T>>;
 
-// The types on the stack for a parameter of type T: T itself, or those of the pack T.
+// The arguments of a call, each to be taken once; a tensor is a handle, which its taker owns.
+struct Stack {
+  StableIValue* values;
+  uint64_t taken = 0;  // a bit for each
+
+  template <class T>
+  T take(size_t i) {
+    taken |= uint64_t{1} << i;
+    return torch::stable::detail::to<T>(values[i]);
+  }
+
+  // Takes it if nobody has, for nobody.
+  template <class T>
+  void release(size_t i) {
+    if (taken >> i & 1) return;
+    try {
+      take<T>(i);
+    } catch (...) {  // not a value of type T: it holds no handle
+    }
+  }
+};
+
+// A parameter of type T, from the value `first` on.
 template <class T, class = void>
 struct Parameter {
-  using Slots = std::tuple<T>;
+  static constexpr size_t kCount = 1;
+  static T take(Stack& stack, size_t first) { return stack.take<T>(first); }
+  static void release(Stack& stack, size_t first) { stack.release<T>(first); }
 };
+
 template <class Pack>
 struct Parameter<Pack, std::void_t<typename Pack::Parameters>> {
-  using Slots = typename Pack::Parameters;
-};
+  using Types = typename Pack::Parameters;
+  static constexpr size_t kCount = std::tuple_size_v<Types>;
+  static constexpr auto kIndices = std::make_index_sequence<kCount>{};
 
-template <class T>
-inline constexpr size_t kSlots = std::tuple_size_v<typename Parameter<T>::Slots>;
-
-// A result, or several, as a tuple.
-template <class T>
-struct Result {
-  using Tuple = std::tuple<T>;
-};
-template <>
-struct Result<void> {
-  using Tuple = std::tuple<>;
-};
-template <class... T>
-struct Result<std::tuple<T...>> {
-  using Tuple = std::tuple<T...>;
-};
-
-template <class Tuple>
-struct Stack;
-
-template <class... T>
-struct Stack<std::tuple<T...>> {
-  static constexpr auto kIndices = std::index_sequence_for<T...>{};
-
-  // All values of the stack. If one can't be converted, the handles of the others are released.
-  template <size_t... i>
-  static std::tuple<T...> take(StableIValue* stack, std::index_sequence<i...>) {
-    size_t taken = 0;
-    try {
-      return std::tuple<T...>{take_next<T>(stack, taken)...};  // braces: from left to right
-    } catch (...) {
-      (release<T>(stack[i], i < taken), ...);
-      throw;
-    }
-  }
-
-  template <size_t... i>
-  static void put(StableIValue* stack, const std::tuple<T...>& values, std::index_sequence<i...>) {
-    ((stack[i] = torch::stable::detail::from<T>(std::get<i>(values))), ...);
-  }
+  static Pack take(Stack& stack, size_t first) { return take(stack, first, kIndices); }
+  static void release(Stack& stack, size_t first) { release(stack, first, kIndices); }
 
  private:
-  template <class Value>
-  static Value take_next(StableIValue* stack, size_t& taken) {
-    return torch::stable::detail::to<Value>(stack[taken++]);
+  template <size_t... i>
+  static Pack take(Stack& stack, size_t first, std::index_sequence<i...>) {
+    return Pack{stack.take<std::tuple_element_t<i, Types>>(first + i)...};
   }
+  template <size_t... i>
+  static void release(Stack& stack, size_t first, std::index_sequence<i...>) {
+    (stack.release<std::tuple_element_t<i, Types>>(first + i), ...);
+  }
+};
 
-  template <class Value>
-  static void release(StableIValue slot, bool is_taken) {
-    if (is_taken) return;
-    try {
-      torch::stable::detail::to<Value>(slot);
-    } catch (...) {  // not a value of this type: it holds no handle
-    }
+// What a function returns, for the stack.
+template <class T>
+struct Results {
+  static constexpr size_t kCount = 1;
+  static void put(StableIValue* stack, const T& value) {
+    *stack = torch::stable::detail::from<T>(value);
+  }
+};
+template <>
+struct Results<void> {
+  static constexpr size_t kCount = 0;
+};
+template <class... T>
+struct Results<std::tuple<T...>> {
+  static constexpr size_t kCount = sizeof...(T);
+  static void put(StableIValue* stack, const std::tuple<T...>& values) {
+    std::apply([&](const T&... value) { (Results<T>::put(stack++, value), ...); }, values);
   }
 };
 
@@ -105,57 +108,56 @@ struct Boxed;
 
 template <class R, class... P, R (*function)(P...)>
 struct Boxed<function> {
-  using Arguments = decltype(std::tuple_cat(std::declval<typename Parameter<Bare<P>>::Slots>()...));
-  using Results = typename Result<R>::Tuple;
-  static constexpr size_t kArguments = std::tuple_size_v<Arguments>;
-  static constexpr size_t kResults = std::tuple_size_v<Results>;
+  static constexpr size_t kArguments = (Parameter<Bare<P>>::kCount + ...);
+  static constexpr size_t kResults = Results<R>::kCount;
+  static constexpr auto kParameters = std::index_sequence_for<P...>{};
+  static_assert(kArguments <= 64, "Stack has a bit for each argument");
 
   static inline const char* name = "";  // of the operator
 
-  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  static void call(StableIValue* values, uint64_t arguments, uint64_t results) {
     if (arguments != kArguments || results != kResults) {
       throw std::logic_error(text("rope::", name, ": its schema has ", arguments, " arguments and ",
                                   results, " results, its C++ function ", kArguments, " and ",
                                   kResults));
     }
-    Arguments values = take(stack);
-    constexpr auto parameters = std::index_sequence_for<P...>{};
-    if constexpr (std::is_void_v<R>) {
-      invoke(values, parameters);
-    } else {
-      Stack<Results>::put(stack, Results(invoke(values, parameters)), Stack<Results>::kIndices);
+    Stack stack{values};
+    try {
+      if constexpr (std::is_void_v<R>) {
+        invoke(stack, kParameters);
+      } else {
+        Results<R>::put(values, invoke(stack, kParameters));
+      }
+    } catch (...) {
+      release(stack, kParameters);  // what was not taken, if one could not be converted
+      throw;
     }
   }
 
   // For tensors that negate their elements when these are read, such as imag(conj(z)). PyTorch's
   // own way with them is to pass a copy, which an operator that writes would change in its place.
-  static void refuse_negated(StableIValue* stack, uint64_t, uint64_t) {
-    take(stack);
+  static void refuse_negated(StableIValue* values, uint64_t, uint64_t) {
+    Stack stack{values};
+    release(stack, kParameters);
     refuse(name, "tensors that have their values in memory",
            "one that negates its elements: call resolve_neg first");
   }
 
  private:
-  static Arguments take(StableIValue* stack) {
-    return Stack<Arguments>::take(stack, Stack<Arguments>::kIndices);
-  }
-
-  static constexpr size_t first_slot(size_t parameter) {
-    const size_t slots[] = {kSlots<Bare<P>>...};
+  static constexpr size_t first_value(size_t parameter) {
+    const size_t counts[] = {Parameter<Bare<P>>::kCount...};
     size_t first = 0;
-    for (size_t i = 0; i < parameter; ++i) first += slots[i];
+    for (size_t i = 0; i < parameter; ++i) first += counts[i];
     return first;
   }
 
-  template <size_t... parameter>
-  static R invoke(Arguments& values, std::index_sequence<parameter...>) {
-    return function(make<Bare<P>, first_slot(parameter)>(
-        values, std::make_index_sequence<kSlots<Bare<P>>>{})...);
+  template <size_t... i>
+  static R invoke(Stack& stack, std::index_sequence<i...>) {
+    return function(Parameter<Bare<P>>::take(stack, first_value(i))...);
   }
-
-  template <class T, size_t first, size_t... i>
-  static T make(Arguments& values, std::index_sequence<i...>) {
-    return T{std::get<first + i>(std::move(values))...};
+  template <size_t... i>
+  static void release(Stack& stack, std::index_sequence<i...>) {
+    (Parameter<Bare<P>>::release(stack, first_value(i)), ...);
   }
 };
 

@@ -10,17 +10,19 @@ namespace rope {
 
 namespace {
 
+RotaryArgs check(const RotaryInputs& in) {
+  check_device_supported(in.op, in.q);
+  return check_apply_rotary(in);
+}
+
 // A call of one of the operators, checked; k is null for those on one tensor.
 struct Call {
   Call(const char* op, const Tensor& q, const Tensor* k, const Rows& rows, const Rotation& rotation)
-      : in(op, q, k, rows, rotation) {
-    check_device_supported(op, in.q);
-    args = check_apply_rotary(in);
-  }
+      : in(op, q, k, rows, rotation), args(check(in)) {}
 
   void run() const { rope::run(in.q, args); }
 
-  RotaryInputs in;
+  const RotaryInputs in;
   RotaryArgs args;
 };
 
