@@ -128,17 +128,21 @@ ROPE_HOST_DEVICE void for_vectors(int64_t channels, const Work& work) {
       work(std::true_type(), chain, i + chain * kLanes, kLanes);
     });
   }
-  for (; i < channels; i += kQuarter) {
-    unroll<std::max<int64_t>(kQuarter / kLanes, 1)>([&](auto chain) ROPE_ALWAYS_INLINE {
-      const int64_t at = i + chain * kLanes;
-      const int64_t count = std::min(channels - at, std::min(kQuarter, kLanes));
-      if (count == kLanes) {
-        work(std::true_type(), chain, at, kLanes);
-      } else if (count > 0) {
-        work(std::false_type(), chain, at, count);
-      }
+  constexpr int64_t kCount = std::min(kLanes, kQuarter), kVectors = kQuarter / kCount;
+  for (; i + kQuarter <= channels; i += kQuarter) {
+    unroll<kVectors>([&](auto chain) ROPE_ALWAYS_INLINE {
+      work(std::bool_constant<kCount == kLanes>(), chain, i + chain * kCount, kCount);
     });
   }
+  if (i == channels) return;
+  unroll<kVectors>([&](auto chain) ROPE_ALWAYS_INLINE {
+    const int64_t at = i + chain * kCount, count = channels - at;
+    if (kVectors == 1 || (0 < count && count < kLanes)) {
+      work(std::false_type(), chain, at, count);
+    } else if (count > 0) {
+      work(std::true_type(), chain, at, kLanes);
+    }
+  });
 }
 
 // Rotates `pairs` pairs out of place, from one type to another; half_in, half_out: channels between
