@@ -14,8 +14,9 @@ namespace {
 template <class Traits>
 constexpr int bound_threads() {
   constexpr int kBytes = sizeof(typename Traits::F::C);
-  if (Traits::F::kChannels * kBytes <= 16) return 1024;
-  return kBytes == 8 ? kMostLanes : Traits::kFullWidth ? 608 : 768;
+  if (kBytes == 8) return Traits::F::kOrder == Order::Interleaved ? 1024 : kMostLanes;
+  if (Traits::F::kChannels <= 4) return 1024;
+  return Traits::kFullWidth ? 608 : 768;
 }
 
 // A block has the norm rows of q or of k of one chunk of tokens.
