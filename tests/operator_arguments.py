@@ -20,10 +20,13 @@ class Sizes:
     L: int = 5
 
 
-def arguments_of(operator, sizes=None, *, seed=0, dtype=torch.float32, optional=True, float8=True):
+def arguments_of(
+    operator, sizes=None, *, seed=0, dtype=torch.float32, optional=True, rows=False, float8=True
+):
     """The tensors that an operator takes, by their names, and its other arguments without default.
 
-    seed: of the values. optional: with those that may be None. float8: of caches, with scales.
+    seed: of the values. optional: with those that may be None. rows: cos and sin are no table, but
+    have a row for each token. float8: of caches, with scales.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
@@ -39,7 +42,8 @@ def arguments_of(operator, sizes=None, *, seed=0, dtype=torch.float32, optional=
     pool = {name: drawn(B, S, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
     pool |= {name: drawn(B, S, K, D) for name in ("k", "v", "out_k", "grad_k")}
     pool["k_pe"], pool["kv_c"] = drawn(B, S, D), drawn(B, S, RANK)
-    pool["cos"], pool["sin"] = random_table(L, P, dtype=dtype, seed=seed)
+    table = (B, S, P) if rows else (L, P)
+    pool["cos"], pool["sin"] = random_table(*table, dtype=dtype, seed=seed)
     pool["position_ids"] = random_positions(B, S, rows=L, seed=seed)
     if makes_angles:
         pool["position_ids"] = drawn(AXES, B, S)

@@ -46,8 +46,21 @@ def is_append(operator):
 
 
 writing = of(o for o in OPERATORS if o.written)
-functional = of(o for o in OPERATORS if not o.written)
-optional = pytest.mark.parametrize("optional", [True, False], ids=["all arguments", "fewest"])
+VARIANTS = {  # of the arguments
+    "all": {},
+    "fewest": {"optional": False},
+    "rows": {"optional": False, "rows": True},
+}
+
+
+def in_every_variant(operators):
+    cases = [
+        pytest.param(operator, options, id=f"{operator.name}-{name}")
+        for operator in operators
+        for name, options in VARIANTS.items()
+        if name != "rows" or "cos" in operator.tensors
+    ]
+    return pytest.mark.parametrize(("operator", "variant"), cases)
 
 
 def results_of(operator, given):
@@ -133,19 +146,23 @@ def test_kernel_for_every_device_and_kind_of_tensor(operator):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.op, key), key
 
 
+def transposed(x, first, second):
+    """Of the same shape, with two dimensions in another order in memory."""
+    return x.transpose(first, second).contiguous().transpose(first, second)
+
+
 VIEWS = {
     "dense": lambda x: x,
-    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x,
+    "transposed": lambda x: transposed(x, *{3: (0, 1), 4: (1, 2)}.get(x.dim(), (0, 0))),
     "part of a row": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
     "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
 }
 
 
-@every
-@optional
-def test_fake_is_like_the_real_one(operator, optional):
+@in_every_variant(OPERATORS)
+def test_fake_is_like_the_real_one(operator, variant):
     for view, make in VIEWS.items():
-        given = arguments_of(operator, optional=optional)
+        given = arguments_of(operator, **variant)
         for name, x in tensors_in(given).items():
             if x.is_floating_point() and not (view == "expanded" and name in operator.written):
                 given[name] = make(x)
@@ -173,11 +190,10 @@ def test_tensor_on_another_device_is_refused_by_name(operator):
         assert_same_bits(given[name], x)
 
 
-@every
-@optional
+@in_every_variant(OPERATORS)
 @pytest.mark.filterwarnings("ignore")  # of what opcheck itself uses
-def test_opcheck(operator, optional):
-    given = arguments_of(operator, optional=optional, float8=False)
+def test_opcheck(operator, variant):
+    given = arguments_of(operator, **variant, float8=False)
     if not operator.written:
         given = {n: with_grad(x) for n, x in given.items()}
     args = tuple(given.pop(name) for name in operator.positional if name in given)
@@ -250,13 +266,12 @@ def test_tensor_that_requires_grad_is_refused_by_name(operator):
 # ---- derivatives
 
 
-@functional
-@optional
-def test_derivatives(operator, optional):
+@in_every_variant(o for o in OPERATORS if not o.written)
+def test_derivatives(operator, variant):
     """Of every result to every floating tensor, against differences in random directions: backward,
     forward, twice, and as vmap calls them.
     """
-    given = arguments_of(operator, SMALL, dtype=torch.float64, optional=optional)
+    given = arguments_of(operator, SMALL, dtype=torch.float64, **variant)
     given = {name: with_grad(x) for name, x in given.items()}
     leaves = {n: x for n, x in tensors_in(given).items() if x.requires_grad}
     results = results_of(operator, given)
@@ -279,13 +294,8 @@ def test_derivatives(operator, optional):
 # ---- vmap
 
 
-def samples(operator):
-    return [arguments_of(operator, seed=seed) for seed in range(N)]
-
-
-def assert_vmap_is_a_loop(operator, batched):
+def assert_vmap_is_a_loop(operator, of_samples, batched):
     """The arguments of these names have a value for each sample."""
-    of_samples = samples(operator)
     shared = {n: x for n, x in of_samples[0].items() if n not in batched}
     stacked = [torch.stack([given[name] for given in of_samples]) for name in batched]
 
@@ -299,14 +309,15 @@ def assert_vmap_is_a_loop(operator, batched):
             assert_same_bits(a[i], b)
 
 
-@of(o for o in OPERATORS if not o.outs and not is_append(o))
-def test_vmap_is_a_loop(operator):
+@in_every_variant(o for o in OPERATORS if not o.outs and not is_append(o))
+def test_vmap_is_a_loop(operator, variant):
     """All tensors batched, and each by itself, beside what is written."""
-    names = [*tensors_in(arguments_of(operator))]
-    assert_vmap_is_a_loop(operator, names)
+    of_samples = [arguments_of(operator, seed=seed, **variant) for seed in range(N)]
+    names = [*tensors_in(of_samples[0])]
+    assert_vmap_is_a_loop(operator, of_samples, names)
     for name in names:
-        batched = {*operator.written, name}
-        assert_vmap_is_a_loop(operator, [n for n in names if n in batched])
+        batched = [n for n in names if n == name or n in operator.written]
+        assert_vmap_is_a_loop(operator, of_samples, batched)
 
 
 @of(o for o in OPERATORS if o.outs or is_append(o))
@@ -376,11 +387,10 @@ def assert_refused(expected, on_rank):
             on_rank(mesh)
 
 
-@every
-@optional
-def test_every_rank_computes_its_part(operator, optional):
+@in_every_variant(OPERATORS)
+def test_every_rank_computes_its_part(operator, variant):
     """Axis by axis: what has it is sharded along it."""
-    given = arguments_of(operator, SHARDED, dtype=torch.float64, optional=optional)
+    given = arguments_of(operator, SHARDED, dtype=torch.float64, **variant)
     if "token_order" in given:
         pytest.skip("token_order is of each rank's tokens: test_distributed.py has it made")
     sharding = sharding_of(operator, given)
