@@ -100,7 +100,7 @@ template <From kFrom, int kGroup, class V, int... i>
 ROPE_HOST_DEVICE V shuffle(const V& a, const V& b, std::integer_sequence<int, i...>) {
   using Int = std::conditional_t<sizeof(LaneOf<V>) == 8, int64_t,
                                  std::conditional_t<sizeof(LaneOf<V>) == 4, int32_t, int16_t>>;
-  using Index = typename VectorOf<Int, kLanesOf<V>>::Type;
+  using Index [[maybe_unused]] = Vec<Int, kLanesOf<V>>;  // for GCC
   return ROPE_SHUFFLE(Index, a, b,
                       std::integral_constant<Int, kFrom(i, kLanesOf<V>, kGroup)>::value...);
 }
