@@ -1,6 +1,6 @@
-// Gradients of RMSNorm and rotation on CUDA: those to q and k, and partial sums of those to the
-// weights, in one launch; then the sums of these. The reciprocals of the root mean squares are
-// computed again: x is read anyway, for its gradient.
+// Gradients of RMSNorm and rotation on CUDA. One launch computes those to q and k, and partial sums
+// of those to the weights; a second one adds the partial sums. The reciprocals of the root mean
+// squares are computed again: x is read anyway, for its gradient.
 #include "cuda/parts/norm_row.cuh"
 #include "kernels.h"
 
@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   using C = typename F::C;
   constexpr int kChannels = F::kChannels;
   __shared__ C of_warps[kMostLanes / kWarpThreads];
-  // Of the gradient to the weights of each thread's first fragment: as registers they would be too
-  // many.
+  // The gradient to the weights of each thread's first fragment. It would take too many registers.
   __shared__ C sums[kChannels][kMostLanes];
 
   const RotaryArgs& rotary = args.rotary;
@@ -49,22 +48,23 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
   // Where fragment `index` of a norm row is: its head, and among the channels of grad and of x.
-  struct Place {
+  struct RowFragment {
     uint32_t head, in_head;
     NormFragment grad, x;
   };
-  const auto place_at = [&](uint32_t first_head, uint32_t index) {
+  const auto fragment_at = [&](uint32_t first_head, uint32_t index) {
     const uint32_t head = index / plan.fragments, in_head = index - head * plan.fragments;
     constexpr bool kSame = F::kOrder == Order::HalfSplit || F::kOrder == Order::Interleaved;
     const NormFragment x = norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head);
-    return Place{first_head + head, in_head,
-                 kSame ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head), x};
+    return RowFragment{first_head + head, in_head,
+                       kSame ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head),
+                       x};
   };
-  const auto column_of = [&](const Place& at, int i) {
+  const auto column_of = [&](const RowFragment& at, int i) {
     const int64_t of_head = all_heads ? at.head * rotary.head_dim : 0;
     return of_head + at.x.at.first + i / F::N * at.x.at.second + i % F::N;
   };
-  const auto channels_of = [&](const Place& at) { return at.x.rotates ? kChannels : F::N; };
+  const auto channels_of = [&](const RowFragment& at) { return at.x.rotates ? kChannels : F::N; };
 
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] = 0;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
     for (int32_t step = 1 - plan.steps; step < plan.steps; ++step) {
       const uint32_t index = lane + static_cast<uint32_t>(abs(step)) * plan.lanes;
       const bool active = index < past;
-      const Place at = place_at(first_head, index);
+      const RowFragment at = fragment_at(first_head, index);
       // g: the gradient to the rotation, rotated back, in x's order.
       C x[kChannels], g[kChannels], w[kChannels];
       if (active) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   }
 #pragma unroll 1
   for (uint32_t index = lane; index < fragments; index += plan.lanes) {
-    const Place at = place_at(0, index);
+    const RowFragment at = fragment_at(0, index);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       if (i < channels_of(at) && (index == lane || rows == 0)) partial[column_of(at, i)] = total[i];
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
 constexpr uint32_t kColumns = 32, kColumnLanes = kBlockThreads / kColumns;
 
 // The sums of the partial sums: each lane of a column adds every kColumnLanes-th chunk, and then
-// the first of them what the lanes have.
+// the first lane adds the sums of the lanes.
 template <class C>
 __global__ void __launch_bounds__(kBlockThreads)
     rms_norm_rotary_grad_sum_kernel(const RmsNormRotaryGradArgs args) {

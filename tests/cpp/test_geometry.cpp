@@ -1,6 +1,7 @@
 // How CUDA launches are cut into blocks, for shapes up to 2^40 elements: arithmetic alone, no GPU.
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 
 #include "cuda/parts/geometry.h"
 
@@ -33,17 +34,18 @@ void check_limits(const Grid& grid, int64_t block_threads, const char* what) {
          "%s: %lld threads", what, static_cast<long long>(block_threads));
 }
 
-// Every unit of every head of every token has a thread, and no block is without a group.
-void check_rotary(int64_t units, int64_t heads, int64_t batch, int64_t seq) {
+// Every fragment of every head of every token has a thread, and no block is without a group.
+void check_rotary(int64_t fragments, int64_t heads, int64_t batch, int64_t seq) {
   ++cases;
-  const RotaryGeometry g = rotary_geometry(units, heads, batch, seq, kSmCount);
+  const RotaryGeometry g = rotary_geometry(fragments, heads, batch, seq, kSmCount);
   char what[128];
-  std::snprintf(what, sizeof(what), "rotary units %lld heads %lld batch %lld seq %lld",
-                static_cast<long long>(units), static_cast<long long>(heads),
+  std::snprintf(what, sizeof(what), "rotary fragments %lld heads %lld batch %lld seq %lld",
+                static_cast<long long>(fragments), static_cast<long long>(heads),
                 static_cast<long long>(batch), static_cast<long long>(seq));
   check_limits(g.grid, g.block_threads, what);
   const int64_t lanes = int64_t{g.fragment_lanes} * g.head_lanes;
-  EXPECT(int64_t{g.fragment_lanes} * g.fragment_chunks >= units, "%s: units left out", what);
+  EXPECT(int64_t{g.fragment_lanes} * g.fragment_chunks >= fragments, "%s: fragments left out",
+         what);
   EXPECT(g.splits >= 1 && int64_t{g.splits} * g.head_lanes <= heads + g.head_lanes - 1,
          "%s: a group without a head", what);
   EXPECT(int64_t{g.parts} == int64_t{g.splits} * g.fragment_chunks, "%s: parts", what);
@@ -57,9 +59,9 @@ void check_rotary(int64_t units, int64_t heads, int64_t batch, int64_t seq) {
   EXPECT(sharing <= g.parts + 1, "%s: shared by %lld", what, static_cast<long long>(sharing));
 }
 
-void check_table_grad(int64_t units, int64_t heads, int64_t tokens_per_row, int64_t rows) {
+void check_table_grad(int64_t fragments, int64_t heads, int64_t tokens_per_row, int64_t rows) {
   ++cases;
-  const TableGradGeometry g = table_grad_geometry(units, heads, tokens_per_row, rows);
+  const TableGradGeometry g = table_grad_geometry(fragments, heads, tokens_per_row, rows);
   check_limits(g.grid, g.block_threads, "table gradient");
   const int64_t workers = int64_t{g.head_lanes} * g.token_lanes;
   EXPECT(workers >= 1 && (workers & (workers - 1)) == 0, "workers %lld",
@@ -91,18 +93,20 @@ int main() {
                            65536,   131072,
                            1 << 20, (1 << 24) + 1,
                            1 << 28, int64_t{1} << 30};
-  for (const int64_t units : {1, 2, 5, 8, 12, 16, 31, 32, 33, 64, 255, 256, 257, 1000, 1 << 16}) {
+  for (const int64_t fragments :
+       {1, 2, 5, 8, 12, 16, 31, 32, 33, 64, 255, 256, 257, 1000, 1 << 16}) {
     for (const int64_t heads : {1, 2, 3, 8, 12, 40, 71, 128, 4096}) {
       for (const int64_t batch : sizes) {
         for (const int64_t seq : sizes) {
-          const double elements = static_cast<double>(units) * 16 * heads * batch * seq;
-          if (elements > static_cast<double>(kMostElements) || seq > most_tokens(units)) continue;
-          check_rotary(units, heads, batch, seq);
+          const double elements = static_cast<double>(fragments) * 16 * heads * batch * seq;
+          if (elements > static_cast<double>(kMostElements) || seq > most_tokens(fragments))
+            continue;
+          check_rotary(fragments, heads, batch, seq);
         }
       }
       for (const int64_t rows : sizes) {
         for (const int64_t tokens : {0, 1, 4, 1 << 20})
-          check_table_grad(units, heads, tokens, rows);
+          check_table_grad(fragments, heads, tokens, rows);
       }
     }
   }

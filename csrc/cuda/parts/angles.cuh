@@ -1,4 +1,4 @@
-// The angles of a token, pair by pair.
+// What the angles of a token are computed from: positions, axes and frequencies.
 #pragma once
 
 #include "cuda/parts/vector.cuh"
@@ -17,7 +17,7 @@ __device__ __forceinline__ double value_at(const void* data, DType dtype, int64_
   return value;
 }
 
-// A token's place among the positions of an axis.
+// The index of a token among the positions of an axis.
 __device__ __forceinline__ int64_t token_at(const TokenPositions& positions, int64_t b, int64_t s) {
   return b * positions.stride_b + s * positions.stride_s;
 }
@@ -36,8 +36,8 @@ __device__ __forceinline__ double position_at(const TokenPositions& positions, i
   }
 }
 
-// The position that a pair of the token turns by. An axis that is not there gives NaN: the kernel
-// can't raise without stopping the stream.
+// The position for one pair of a token. An axis that does not exist gives NaN: the kernel can't
+// raise without stopping the stream.
 __device__ __forceinline__ double position_of_pair(const Angles& angles, int64_t token,
                                                    int64_t pair) {
   const int64_t axis = index_at(angles.axes.data, angles.axes.int64, pair);

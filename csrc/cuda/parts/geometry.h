@@ -1,4 +1,4 @@
-// How work is cut into blocks of threads: plain arithmetic from shapes to launch dimensions.
+// How work is divided into blocks of threads: plain arithmetic from shapes to launch dimensions.
 //
 // No CUDA here, so that it can be tested on any machine, for shapes that no machine could hold.
 #pragma once
@@ -31,15 +31,16 @@ inline int64_t whole_warps(int64_t threads) {
   return ceil_div(threads, kWarpThreads) * kWarpThreads;
 }
 
-// apply_rotary. A group of threads, about a warp, works on one token: fragment_lanes of them lie
-// along a head, head_lanes such rows take one head each and step through the heads. Each thread
-// keeps its piece of the table row for all of its heads, so a group reads the row once.
+// The rotations. A group of threads, about a warp, works on one token: fragment_lanes threads lie
+// along a head, and head_lanes such rows of threads take one head each and step through the heads.
+// Each thread keeps the table's values of its fragment for all of its heads, so a group reads the
+// table row once.
 //
-// When tokens alone do not fill the GPU, `splits` groups share a token and its row is read that
-// many times: at most once for each head_lanes heads, and exactly once from
-// sm_count * kFullThreads / (fragment_lanes * head_lanes) tokens on. A head longer than a block
-// (fragment_chunks > 1) is cut as well, and its row with it. The groups of one token, `parts` in
-// all, are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
+// When tokens alone do not fill the GPU, `splits` groups share a token and read its table row once
+// each: at most once for each head_lanes heads, and exactly once in all from
+// sm_count * kFullThreads / (fragment_lanes * head_lanes) tokens on. A head longer than a block is
+// divided into fragment_chunks, and its table row with it. The groups of one token, `parts` in all,
+// are neighbours: they lie in at most ceil((parts - 1) / groups_per_block) + 1 blocks.
 //
 // A block stays within one sequence; sequence b is blockIdx.z * gridDim.y + blockIdx.y.
 struct RotaryGeometry {
@@ -56,15 +57,15 @@ constexpr int64_t kFullThreads = 2048;  // resident threads of one multiprocesso
 constexpr int64_t kWantedBlocks = 4;    // a multiprocessor, before blocks grow beyond one group
 
 // Longer sequences take several launches: the kernel counts the groups of one in 32 bits.
-inline int64_t most_tokens(int64_t units) {
-  return (int64_t{1} << 30) / ceil_div(units, kBlockThreads);
+inline int64_t most_tokens(int64_t fragments) {
+  return (int64_t{1} << 30) / ceil_div(fragments, kBlockThreads);
 }
 
-// units: threads' worth of work in one head. All sizes > 0; seq <= most_tokens(units).
-inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batch, int64_t seq,
+// fragments: of one head. All sizes > 0; seq <= most_tokens(fragments).
+inline RotaryGeometry rotary_geometry(int64_t fragments, int64_t heads, int64_t batch, int64_t seq,
                                       int64_t sm_count) {
-  const int64_t fragment_lanes = min_of(units, kBlockThreads);
-  const int64_t fragment_chunks = ceil_div(units, fragment_lanes);
+  const int64_t fragment_lanes = min_of(fragments, kBlockThreads);
+  const int64_t fragment_chunks = ceil_div(fragments, fragment_lanes);
   const int64_t head_lanes = min_of(max_of(kWarpThreads / fragment_lanes, 1), heads);
   const int64_t lanes = fragment_lanes * head_lanes;
 
@@ -94,8 +95,8 @@ inline RotaryGeometry rotary_geometry(int64_t units, int64_t heads, int64_t batc
 }
 
 // rotary_table_grad. One block for each row of the gradient: fragment_lanes threads lie along a
-// head, head_lanes * token_lanes such rows (powers of two) share the heads and tokens that use the
-// row. Depends on shapes alone, so the order of the sum does too.
+// head, and head_lanes * token_lanes such rows of threads (powers of two) share the heads and
+// tokens that use the row. It depends on shapes alone, and so does the order of the sum.
 struct TableGradGeometry {
   int fragment_lanes, head_lanes, token_lanes;
   uint32_t block_threads;
@@ -109,9 +110,9 @@ inline int64_t largest_power_of_two(int64_t limit) {
 }
 
 // tokens_per_row: about how many tokens use one row.
-inline TableGradGeometry table_grad_geometry(int64_t units, int64_t heads, int64_t tokens_per_row,
-                                             int64_t rows) {
-  const int64_t fragment_lanes = min_of(units, kBlockThreads);
+inline TableGradGeometry table_grad_geometry(int64_t fragments, int64_t heads,
+                                             int64_t tokens_per_row, int64_t rows) {
+  const int64_t fragment_lanes = min_of(fragments, kBlockThreads);
   const int64_t lanes = kBlockThreads / fragment_lanes;
   // The most lanes that leave at most a fifth of them without a head in the last pass.
   int64_t head_lanes = largest_power_of_two(lanes);

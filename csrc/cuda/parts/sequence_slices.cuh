@@ -1,6 +1,7 @@
 // Launches for parts of long sequences: a kernel counts the tokens of one launch in 32 bits.
 #pragma once
 
+#include "args.h"
 #include "cuda/parts/launch.cuh"
 
 namespace rope::cuda {

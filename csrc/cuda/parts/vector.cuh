@@ -84,8 +84,8 @@ __device__ __forceinline__ C widen(E value) {
   }
 }
 
-// Rounds to odd: a later rounding to a narrower type sees on which side of a float `value` was, so
-// that it gives what one rounding of `value` would (Boldo and Melquiond, IEEE TC 57, 2008).
+// Rounds to odd. A later rounding to a narrower type then gives what one rounding of `value` would
+// (Boldo and Melquiond, IEEE TC 57, 2008).
 __device__ __forceinline__ float round_to_odd(double value) {
   const float toward_zero = __double2float_rz(value);
   const bool exact = static_cast<double>(toward_zero) == value;
@@ -108,7 +108,7 @@ __device__ __forceinline__ E narrow(C value) {
 template <class C, class E, int N>
 __device__ __forceinline__ void unpack(const Vector<E, N>& v, C* x) {
   if constexpr (std::is_same_v<E, __nv_bfloat16> && N > 1) {
-    // A bfloat16 is the upper half of its float32: one instruction each, none to take words apart.
+    // A bfloat16 is the upper half of its float32: one instruction each converts and extracts it.
     uint32_t words[N / 2];
     memcpy(words, &v.word, sizeof(words));
 #pragma unroll
