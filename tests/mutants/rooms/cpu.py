@@ -1,0 +1,133 @@
+"""The kernels of the CPU: csrc/cpu and what is compiled for each instruction set."""
+# fmt: off
+
+from rooms.mutant import mutants
+
+MUTANTS = [
+    # The last tokens of a sequence are not rotated where heads are outermost.
+    *mutants(
+        "csrc/cpu/rotation.cpp", "test_apply_rotary test_strides",
+        ("last-block-of-tokens-lost", "(args.seq + blocks.tokens - 1) / blocks.tokens",
+         "args.seq / blocks.tokens"),
+    ),
+    # The tail turns by other rows, other channels are written, results go elsewhere.
+    *mutants(
+        "csrc/cpu/isa/rotation.inl", "test_apply_rotary test_strides test_out test_properties",
+        ("tail-by-the-rows-before", "rotate(turn_at(i), tail1, tail2);",
+         "rotate(turn_at(last), tail1, tail2);"),
+        ("tail-stored-too-early", "P::store(out + P::kStepOut * last, half, tail1, tail2);",
+         "P::store(out + P::kStepOut * (i - kLanes), half, tail1, tail2);"),
+        ("channels-after-counted-without-the-offset",
+         "const int64_t after = args.head_dim - before - past;",
+         "const int64_t after = args.head_dim - past;"),
+        ("result-by-the-batch-stride-of-x",
+         "static_cast<T*>(x->out.data) + block.b * x->out.stride_b",
+         "static_cast<T*>(x->out.data) + block.b * x->in.stride_b"),
+        ("tokens-of-a-block-share-half-a-row", "along_heads ? 0 : rows.stride();",
+         "along_heads ? 0 : rows.length;"),
+        ("second-halves-of-few-pairs-lost",
+         "copy_few<kLanes>(buffer + kLanes, in + half, pairs);",
+         "copy_few<kLanes>(buffer + kLanes, in + half, pairs - 1);"),
+    ),
+    # Entries of other pairs; the inverse of unequal halves; a NaN that may become a number.
+    *mutants(
+        "csrc/cpu/isa/table_rows.inl",
+        "test_apply_rotary test_special_values test_rotary_at test_properties",
+        ("row-of-the-tail-from-whole-vectors-on", "first + pairs - kLanes, kLanes,",
+         "first + whole, kLanes,"),
+        ("inverse-by-the-first-sine", "kFullWidth ? to.s2[i] : to.s1[i];", "to.s1[i];"),
+        ("neighbours-from-the-first-pair-on", "2 * (first + at), 2 * n", "2 * at, 2 * n"),
+        ("computed-row-of-the-tail-one-vector-early", "part + pairs - kLanes, kLanes",
+         "part + whole - kLanes, kLanes"),
+        ("nan-of-the-table-keeps-its-bits",
+         "return bit_cast<V>(where_nan(v, U32{} + 0x7fc00000u, bit_cast<U32>(v)));", "return v;"),
+        ("computed-rows-are-never-inverted", "if (args.inverse) invert(angles.pairs, to);", ""),
+    ),
+    # bfloat16 pairs: cut off instead of rounded, ties to the lower one.
+    *mutants(
+        "csrc/cpu/isa/pairs.inl", "test_special_values test_apply_rotary",
+        ("upper-bfloat16-cut-off", "| (nearest_bfloat16(high) & 0xffff0000u)",
+         "| (bit_cast<U32>(high) & 0xffff0000u)"),
+        ("ties-of-packed-bfloat16-down", "above_half > -odd", "above_half > (odd ^ odd)"),
+    ),
+    # Ties go away from zero; float64 is rounded twice; one element is lost.
+    *mutants(
+        "csrc/cpu/isa/storage.inl", "test_special_values test_cos_sin test_apply_rotary",
+        ("ties-of-bfloat16-away", "return u + 0x7fffu + ((u >> 16) & 1u);", "return u + 0x8000u;"),
+        ("float64-rounded-twice", "return bit_cast<float>(bits | 1u);", "return f;"),
+        ("last-of-a-row-not-converted", "memcpy(padded, from + i, (n - i) * sizeof(S));",
+         "memcpy(padded, from + i, (n - i - 1) * sizeof(S));"),
+    ),
+    *mutants(
+        "csrc/cpu/isa/float16.inl", "test_special_values",
+        ("ties-of-portable-float16-away", "+ 0xfffu + ((magnitude >> 13) & 1u)", "+ 0x1000u"),
+        ("portable-float16-overflows-late", "(143 << 23)", "(144 << 23)"),
+        ("portable-float16-loses-nan", "where_nan(v, U32{} + 0x7e00u, result)",
+         "where_nan(v, U32{} + 0x7c00u, result)"),
+    ),
+    # A slot of -1 is written before the cache; heads go to other places, by other scales.
+    *mutants(
+        "csrc/cpu/isa/kv_cache.inl", "test_append_kv test_append_mla attack/test_memory",
+        ("slot-of-minus-1-is-stored", "if (!is_inside(slot, capacity)) continue;",
+         "if (slot >= capacity) continue;"),
+        ("heads-of-the-cache-by-the-stride-of-k", "const int64_t at = to + head * x.stride_h;",
+         "const int64_t at = to + head * x.in.stride_h;"),
+        ("one-scale-for-all-heads", "x.scale[head * x.scale_stride_h]", "x.scale[0]"),
+        ("reordered-heads-over-the-first-ones",
+         "static_cast<T*>(x->out.data) + head * x->out.stride_h;", "static_cast<T*>(x->out.data);"),
+        ("tokens-without-a-slot-are-not-rotated", "} else if (heads > 0) {",
+         "} else if (heads > 0 && token < args.slot_count) {"),
+    ),
+    # A norm over other channels or with another weight, row or eps.
+    *mutants(
+        "csrc/cpu/isa/norm_heads.inl", "test_rms_norm_rotary",
+        ("weight-of-the-first-head-for-all", "weight != weight_ || at != weight_at_ ||",
+         "weight != weight_ ||"),
+        ("row-of-the-first-sequence-for-one-token-each", "b != row_b_ || s != row_s_ ||",
+         "s != row_s_ ||"),
+        ("mean-from-the-offset-on", "x + h * stride_h - rotary_.rotary_offset;",
+         "x + h * stride_h;"),
+        ("eps-beside-the-root",
+         "std::sqrt(sum_of_squares / channels_of(heads) + static_cast<A>(norm_.eps));",
+         "(std::sqrt(sum_of_squares / channels_of(heads)) + static_cast<A>(norm_.eps));"),
+        ("channels-after-lost-with-an-offset",
+         "after_(args.head_dim - args.rotary_offset - args.rotary_dim)",
+         "after_(args.rotary_offset > 0 ? 0 : args.head_dim - args.rotary_dim)"),
+    ),
+    # Gradients of a head that rotates in part, of k's weight, of the last tokens.
+    *mutants(
+        "csrc/cpu/isa/rms_norm_grad.inl", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
+        ("gradient-of-another-piece-is-kept", "group.heads == 1 && pieces.count() == 1;",
+         "group.heads == 1;"),
+        ("weight-gradients-of-q-and-k-swapped", "sums + (which == 0 ? 0 : args.q_columns)",
+         "sums + (which == 1 ? 0 : args.q_columns)"),
+        ("last-chunk-past-the-tokens", "std::min(first + args.chunk_tokens, tokens);",
+         "first + args.chunk_tokens;"),
+        ("pieces-in-the-order-of-the-gradient", "Pieces pieces(args, args.interleaved_out);",
+         "Pieces pieces(args, args.interleaved);"),
+    ),
+    # A term of the gradient to the table is lost.
+    *mutants(
+        "csrc/cpu/isa/table_grad.inl", "test_gradients",
+        ("sine-gets-half-of-its-gradient", "turn.s1 + turn.s2", "turn.s1"),
+        ("tail-of-second-halves-from-the-first-pair",
+         "memcpy(x_tail + kLanes, x + second_x + i, rest * sizeof(T));",
+         "memcpy(x_tail + kLanes, x + second_x, rest * sizeof(T));"),
+    ),
+    # Factors of the angle are lost.
+    *mutants(
+        "csrc/cpu/isa/token_angles.inl", "test_cos_sin test_axes test_gradients",
+        ("gradient-with-axes-without-scaling", "kSlope ? position[i] * scaling : scaling",
+         "kSlope ? position[i] : scaling"),
+        ("cosine-without-scaling", "value.cos * of_pair(scale, i);", "value.cos;"),
+        ("start-is-lost", "static_cast<double>(positions.start + at)", "static_cast<double>(at)"),
+    ),
+    *mutants(
+        "csrc/cpu/isa/angles.inl", "test_gradients test_axes",
+        ("gradient-to-inv-freq-adds-cosines",
+         "angles.cos[i] * grad_sin[i] - angles.sin[i] * grad_cos[i]",
+         "angles.cos[i] * grad_sin[i] + angles.sin[i] * grad_cos[i]"),
+        ("gradient-to-inv-freq-of-the-first-chunk", "chunk < args.chunks; ++chunk",
+         "chunk < std::min<int64_t>(args.chunks, 1); ++chunk"),
+    ),
+]

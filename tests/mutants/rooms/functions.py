@@ -1,0 +1,103 @@
+"""The typed functions, where results go, decompositions, and the module RotaryEmbedding."""
+# fmt: off
+
+from rooms.mutant import mutants
+
+MUTANTS = [
+    # A wrong argument is ignored, or another one than was given is used.
+    *mutants(
+        "rope_ext/options.py", "test_bad_input test_apply_rotary test_strides",
+        ("negative-offset-is-ignored", "if rotary_offset != 0:", "if rotary_offset > 0:"),
+        ("sequence-first-is-batch-first", '"sbhd": (4, (0, 1)),', '"sbhd": (4, None),'),
+        ("pairs-to-halves-in-place-passes", "if order is not None and order != interleaved:",
+         "if order and order != interleaved:"),
+    ),
+    # In a transform nothing is written; `out` counts no version.
+    *mutants(
+        "rope_ext/_results.py", "test_transforms test_out test_compile",
+        ("transforms-write-nothing",
+         "tuple(x.copy_(y) for x, y in zip(tensors, new, strict=True))", "tuple(new)"),
+        ("out-counts-no-version", "options, tuple(out))", "options)"),
+        ("out-in-the-order-of-bshd", 'as_bshd(out[0], layout, function, "out")', "out[0]"),
+    ),
+    # Autograd is not told, or does not raise before data are written.
+    *mutants(
+        "rope_ext/_in_place.py", "test_in_place",
+        ("not-marked-as-dirty", "ctx.mark_dirty(x)", "pass"),
+        ("sin-may-need-a-gradient", "if cos.requires_grad or sin.requires_grad:",
+         "if cos.requires_grad:"),
+        ("view-of-a-leaf-is-written", "for leaf in (x, base_of(x))", "for leaf in (x,)"),
+    ),
+    *mutants(
+        "rope_ext/_argument_errors.py", "test_wrong_arguments",
+        ("heads-and-sequence-mixed-up", '(1, 2) if layout == "bshd" else (2, 1)',
+         '(2, 1) if layout == "bshd" else (1, 2)'),
+        ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
+    ),
+    *mutants(
+        "rope_ext/kv_cache.py", "test_append_kv test_append_mla",
+        ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
+        ("heads-first-caches-as-they-are", 'cache.transpose(1, 2) if layout == "HND" else cache',
+         "cache"),
+    ),
+    # Values below the default are ignored.
+    *mutants(
+        "rope_ext/rms_norm.py", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
+        ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
+    ),
+    *mutants(
+        "rope_ext/rotation_by_angles.py", "test_rotary_at",
+        ("scaling-below-1-is-ignored", "if attention_scaling != 1.0:",
+         "if attention_scaling > 1.0:"),
+    ),
+    # In a graph: a row for a position before the table, 16-bit arithmetic, a choice that is lost.
+    *mutants(
+        "rope_ext/decompositions.py", "test_compile test_export",
+        ("decomposed-position-before-the-table", "((ids >= 0) & (ids < cos.shape[0]))",
+         "(ids < cos.shape[0])"),
+        ("decomposed-arithmetic-of-x",
+         "torch.float64 if x.dtype == torch.float64 else torch.float32", "x.dtype"),
+    ),
+    *mutants(
+        "rope_ext/lowering.py", "test_compile",
+        ("block-in-a-block-ends-both", "_decomposes = self.before", "_decomposes = False"),
+    ),
+    # Tables of frequencies that have been written since, or of other positions.
+    *mutants(
+        "rope_ext/module/tables.py", "test_embedding test_threads",
+        ("table-outlives-its-frequencies", " or made.version != version)", ")"),
+        ("rows-that-are-missing-begin-at-0", "start=there,", "start=0,"),
+        ("table-of-an-inference-tensor-is-kept", "if inv_freq.is_inference() or", "if"),
+    ),
+    # Frequencies are cast, saved, or forgotten.
+    *mutants(
+        "rope_ext/module/frequency_tensors.py", "test_embedding",
+        ("frequencies-follow-a-cast",
+         "return result if tensor.is_meta else tensor.to(result.device)", "return result"),
+        ("frequencies-in-the-state-dict", "persistent=False", "persistent=True"),
+        ("frequencies-after-to-empty-are-any", "if was_meta and not self.inv_freq.is_meta:",
+         "if was_meta and self.inv_freq.is_meta:"),
+    ),
+    # The regime of a sequence that is exactly as long, or one token longer, or shorter than before.
+    *mutants(
+        "rope_ext/module/frequencies_by_length.py", "test_embedding_scaling",
+        ("original-length-is-long", "length > self.original_max_position_embeddings",
+         "length >= self.original_max_position_embeddings"),
+        ("length-is-the-last-position", "return positions.max().long() + 1",
+         "return positions.max().long()"),
+        ("longest-so-far-is-forgotten",
+         "torch.where(length < original, original, torch.maximum(seen, length))",
+         "torch.where(length < original, original, length)"),
+    ),
+    *mutants(
+        "rope_ext/module/rotary_embedding.py", "test_embedding test_embedding_scaling",
+        ("module-never-interleaves", "interleaved=self.interleaved,", "interleaved=False,"),
+        ("long-regime-by-the-short-scaling", '"long_inv_freq", self.long_attention_scaling',
+         '"long_inv_freq", self.attention_scaling'),
+        ("longest-length-is-not-remembered", "            length = seen = stretched",
+         "            length = stretched"),
+        ("learned-frequencies-get-no-gradient",
+         "torch.compiler.is_compiling() or self.learned or inv_freq.requires_grad",
+         "torch.compiler.is_compiling()"),
+    ),
+]

@@ -1,0 +1,66 @@
+"""The patch for transformers, the signatures of other libraries, and ONNX."""
+# fmt: off
+
+from rooms.mutant import mutants
+
+MUTANTS = [
+    # Channels, tokens and angles of models that are rotated otherwise.
+    *mutants(
+        "rope_ext/integrations/transformers/rotations.py", "test_rotations test_model_families",
+        ("last-channels-are-the-first", "head_dim - rotary_dim if self.last_channels else 0", "0"),
+        ("tokens-before-the-table-become-0", "(0, 0, before, after), value=1.0)",
+         "(0, 0, before, after), value=0.0)"),
+        ("negated-angles-are-not", "return cos, -sin if self.negated else sin", "return cos, sin"),
+    ),
+    # A function that computes something else is replaced.
+    *mutants(
+        "rope_ext/integrations/transformers/recognition.py",
+        "test_patch_refusals test_rotations test_demo",
+        ("any-result-agrees", "TOLERANCE = 8", "TOLERANCE = 8e9"),
+        ("stopped-gradients-agree", "and _same_gradients(function, replacement, expected[0][0])",
+         "and True"),
+    ),
+    # What is patched too long, too short, or without effect.
+    *mutants(
+        "rope_ext/integrations/transformers/patching.py", "test_transformers_patch",
+        ("first-block-unpatches-for-all", "        if not reasons:", "        if True:"),
+        ("pickled-as-patched", "return (original.__new__, (original, *arguments), *rest)",
+         "return (original.__new__, (type(self), *arguments), *rest)"),
+    ),
+    *mutants(
+        "rope_ext/integrations/transformers/rebuilding.py",
+        "test_patch_refusals test_patch_wrappers",
+        ("rotations-kept-by-init-are-patched", 'name == "__init__":', 'name == "__new__":'),
+    ),
+    # Exported rotations turn the wrong way, or by the last rows of the table.
+    *mutants(
+        "rope_ext/integrations/onnx.py", "test_onnx",
+        ("exported-inverse-is-no-transpose", "s1, s2 = op.Neg(s2), op.Neg(s1)",
+         "s1, s2 = op.Neg(s1), op.Neg(s2)"),
+        ("exported-positions-count-from-the-end", "op.Where(op.Less(ids, _int64(0)), refused, ids)",
+         "ids"),
+        ("exported-inverse-is-lost", "op.Neg(sin) if inverse else sin", "sin"),
+    ),
+    # Tokens of another sequence, positions of another token, scales the wrong way.
+    *mutants(
+        "rope_ext/integrations/reference_apis/flash_attention.py",
+        "test_flash_attention test_flash_attention_formula test_reference_apis",
+        ("first-token-of-packed-is-of-the-sequence-before",
+         "torch.searchsorted(cu_seqlens, token, right=True) - 1",
+         "torch.searchsorted(cu_seqlens, token, right=False) - 1"),
+        ("v-is-rotated-too", "num_heads_k = (qkv.shape[2] - num_heads_q) // 2",
+         "num_heads_k = qkv.shape[2] - num_heads_q"),
+    ),
+    *mutants(
+        "rope_ext/integrations/reference_apis/rotary_embedding_torch.py", "test_reference_apis",
+        ("keys-are-scaled-up", "k, seq_dim, 0, scale**-1)", "k, seq_dim, 0, scale)"),
+        ("queries-begin-with-the-keys", "q, seq_dim, before + offset, None)",
+         "q, seq_dim, offset, None)"),
+    ),
+    *mutants(
+        "rope_ext/integrations/reference_apis/transformer_engine.py", "test_transformer_engine",
+        ("starts-by-the-tokens-of-all-ranks",
+         "positions.sequence_of_tokens(cu_seqlens // cp_size, tokens)",
+         "positions.sequence_of_tokens(cu_seqlens, tokens)"),
+    ),
+]
