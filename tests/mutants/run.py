@@ -1,13 +1,14 @@
 """What the tests can find: bugs are put into a copy of the product, one at a time, and the tests
 that are most likely to find each of them are run.
 
-    python tests/mutants/run.py --out build/mutants          # every room but cuda
-    FAKEGPU=... python tests/mutants/run.py --device cuda    # rooms cuda and formulas, tests -m cuda
+    python tests/mutants/run.py                       # every room but cuda
+    python tests/mutants/run.py --device cuda         # cuda and formulas, by the tests marked cuda
     python tests/mutants/run.py --only engines sliding-windows-pass --suite
 
-OUT holds the copy, the log of the last command and the table, results.csv and results.md. What is
-in results.csv already is not run again: an interrupted run goes on, and a run of another state of
-the product needs another OUT. Tests that fail without any mutant are left out.
+CUDA needs a GPU, or the emulator of the CUDA runtime whose folder FAKEGPU names. OUT gets the copy,
+the log of the last command and the table, results.csv and results.md. What is in results.csv is not
+run again: an interrupted run goes on, and another state of the product needs another OUT. Tests
+that fail without any mutant are left out.
 """
 
 import argparse
@@ -39,6 +40,7 @@ OF_DEVICE = {"cpu": set(ROOMS), "cuda": {"cuda", "formulas"}}
 SUITE = "tests"
 SUITE_LIMIT = 4  # times that of a mutant's own tests
 
+ALL_PASSED, SOME_FAILED, NO_TESTS = 0, 1, 5  # exit statuses of pytest
 FOUND, MISSED, PASSED = "found", "MISSED", "passed its tests"  # PASSED: the suite has not been run
 BUILD_FAILED, SKIPPED = "BUILD FAILED", "skipped"
 
@@ -132,8 +134,9 @@ class Tree:
                 shutil.copy(source, to)  # of now, so that it is compiled again
 
         self.root.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.is_file, REPOSITORY.iterdir()):
-            copied(str(file), str(self.root / file.name))
+        for file in REPOSITORY.iterdir():
+            if file.is_file() and file.name != ".git":
+                copied(str(file), str(self.root / file.name))
         for folder in filter(lambda name: (REPOSITORY / name).is_dir(), COPIED):
             ignored = shutil.ignore_patterns(*NOT_COPIED)
             shutil.copytree(
@@ -166,11 +169,11 @@ class Tree:
         shutil.rmtree(self.graphs, ignore_errors=True)  # those of another mutant
         known = dict.fromkeys(test for tests in self.failing.values() for test in tests)
         code = self._pytest(["-x", *(f"--deselect={test}" for test in known), *paths], limit)
-        if code == 0:
+        if code == ALL_PASSED:
             return None
         if code is None:
             return f"time-out after {limit:.0f} s"
-        if code == pytest_exit.NO_TESTS:
+        if code == NO_TESTS:
             raise SystemExit(f"no tests in {' '.join(paths)}: see {self.log}")
         output = self._output()
         if failed := _failed(output):
@@ -184,7 +187,7 @@ class Tree:
         if not (paths := [path for path in paths if path not in self.failing]):
             return
         code = self._pytest(paths, None)
-        if code not in (pytest_exit.OK, pytest_exit.FAILED):
+        if code not in (ALL_PASSED, SOME_FAILED):
             raise SystemExit(f"tests end with status {code} without a mutant: see {self.log}")
         failed = _failed(self._output())
         if uncollected := [test for test in failed if "::" not in test]:
@@ -194,9 +197,7 @@ class Tree:
             self.failing[path] = of_path
         self.known.write_text(json.dumps(self.failing, indent=1), encoding="utf-8")
         if failed:
-            print(
-                f"{len(failed)} tests fail without a mutant and are left out, such as {failed[0]}"
-            )
+            print(f"left out, as they fail without a mutant: {len(failed)} tests ({failed[0]}, ..)")
 
     def _pytest(self, arguments: Sequence[str], limit: float | None) -> int | None:
         command = [*self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self.options]
@@ -222,10 +223,6 @@ class Tree:
 
     def _output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
-
-
-class pytest_exit:
-    OK, FAILED, NO_TESTS = 0, 1, 5
 
 
 def _failed(output: str) -> list[str]:
@@ -277,11 +274,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     results = Results(out)
-    open_ = [(room, mutant) for room, mutant in chosen(options.only, options.device)
+    unfinished = [(room, mutant) for room, mutant in chosen(options.only, options.device)
              if not results.is_finished(mutant, options.suite)]  # fmt: skip
     has_device = options.device == "cuda" and ("FAKEGPU" in os.environ or torch.cuda.is_available())
-    todo = [(room, m) for room, m in open_ if has_device or room != "cuda"]
-    for room, mutant in open_:
+    todo = [(room, m) for room, m in unfinished if has_device or room != "cuda"]
+    for room, mutant in unfinished:
         if (room, mutant) not in todo:
             results.add(Row(mutant.name, room, SKIPPED, "", ""))
 

@@ -9,8 +9,8 @@ MUTANTS = [
         "rope_ext/frequencies/basic.py", "test_frequencies",
         ("proportional-without-its-factor", "(0, head_dim // 2 - rotated)) / factor, 1.0",
          "(0, head_dim // 2 - rotated)), 1.0"),
-        ("proportional-over-the-part-that-rotates", "1.0 / (base ** exponents(2 * rotated, device, head_dim))",
-         "1.0 / (base ** exponents(2 * rotated, device))"),
+        ("proportional-over-the-part-that-rotates", "exponents(2 * rotated, device, head_dim)",
+         "exponents(2 * rotated, device)"),
     ),
     *mutants(
         "rope_ext/frequencies/context.py", "test_frequencies test_frequencies_of_configs",
