@@ -274,8 +274,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     results = Results(out)
-    unfinished = [(room, mutant) for room, mutant in chosen(options.only, options.device)
-             if not results.is_finished(mutant, options.suite)]  # fmt: skip
+    unfinished = [
+        (room, mutant)
+        for room, mutant in chosen(options.only, options.device)
+        if not results.is_finished(mutant, options.suite)
+    ]
     has_device = options.device == "cuda" and ("FAKEGPU" in os.environ or torch.cuda.is_available())
     todo = [(room, m) for room, m in unfinished if has_device or room != "cuda"]
     for room, mutant in unfinished:

@@ -98,7 +98,7 @@ MUTANTS = [
          "if (batch > 2) add_elements(x.stride_b);"),
         ("rows-of-sine-unaligned", "add_elements(table.cos_stride_row | table.sin_stride_row);",
          "add_elements(table.cos_stride_row);"),
-        ("copied-vectors-past-the-head", "add_elements(args.head_dim - args.rotary_dim);", ""),
+        ("odd-channels-are-not-copied", "add_elements(args.head_dim - args.rotary_dim);", ""),
     ),
     *mutants(
         "csrc/cuda/parts/cache_store.cuh", "test_append_kv test_append_mla",
