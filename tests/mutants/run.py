@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=900, help="seconds for a build or its tests")
     parser.add_argument("-n", "--processes", type=int, default=1, help="of pytest-xdist")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: nothing goes on
     out = (options.out or REPOSITORY / "build" / f"mutants-{options.device}").absolute()
     out.mkdir(parents=True, exist_ok=True)
 
