@@ -34,6 +34,7 @@ MUTANTS = [
          "search.reaches(0, distance - (a.bytes - 1), distance + (b.bytes - 1))",
          "search.reaches(0, distance, distance + (b.bytes - 1))"),
     ),
+    # q and k that share elements are written.
     *mutants(
         "csrc/check/written.h", "test_bad_input test_properties",
         ("overlap-of-two-written-unseen", "size_t b = a + 1", "size_t b = a + 2"),
@@ -82,6 +83,7 @@ MUTANTS = [
         ("slots-may-overlap-what-is-written", '{"slot_mapping", in.slot_mapping},',
          '{"slot_mapping", in.v},'),
     ),
+    # Rows of the cache are overwritten, or go to other places.
     *mutants(
         "csrc/latent_cache.cpp", "test_append_mla",
         ("k-pe-over-the-latent", "set_cache(args.k, kv_cache, args.v.channels);",

@@ -58,6 +58,7 @@ MUTANTS = [
         ("last-of-a-row-not-converted", "memcpy(padded, from + i, (n - i) * sizeof(S));",
          "memcpy(padded, from + i, (n - i - 1) * sizeof(S));"),
     ),
+    # Ties, the largest value and NaN, where no instruction converts them.
     *mutants(
         "csrc/cpu/isa/float16.inl", "test_special_values",
         ("ties-of-portable-float16-away", "+ 0xfffu + ((magnitude >> 13) & 1u)", "+ 0x1000u"),
@@ -122,6 +123,7 @@ MUTANTS = [
         ("cosine-without-scaling", "value.cos * of_pair(scale, i);", "value.cos;"),
         ("start-is-lost", "static_cast<double>(positions.start + at)", "static_cast<double>(at)"),
     ),
+    # A wrong sign; tokens after the first chunk are lost.
     *mutants(
         "csrc/cpu/isa/angles.inl", "test_gradients test_axes",
         ("gradient-to-inv-freq-adds-cosines",

@@ -91,7 +91,7 @@ MUTANTS = [
         ("row-before-the-table", "if (!is_inside(row, table.rows)) {", "if (row >= table.rows) {"),
         ("columns-of-sine-unsorted", "sort_neighbours(values.s1, values.s2);", ""),
     ),
-    # Vectors at addresses that are no multiple of their size.
+    # Vectors at addresses that are no multiple of their size; channels after the last whole one.
     *mutants(
         "csrc/cuda/parts/alignment.h", "test_strides test_apply_rotary",
         ("stride-of-two-sequences-unaligned", "if (batch > 1) add_elements(x.stride_b);",
@@ -100,6 +100,7 @@ MUTANTS = [
          "add_elements(table.cos_stride_row);"),
         ("odd-channels-are-not-copied", "add_elements(args.head_dim - args.rotary_dim);", ""),
     ),
+    # A slot after the cache is written; heads by another scale.
     *mutants(
         "csrc/cuda/parts/cache_store.cuh", "test_append_kv test_append_mla",
         ("slot-one-past-the-cache", "if (index >= static_cast<uint64_t>(args.blocks) * size)",

@@ -23,6 +23,7 @@ MUTANTS = [
         ("gradient-of-cos-is-skipped", "any_requires_grad(*args, *written, *options.values())",
          "any_requires_grad(args[0], *written, *options.values())"),
     ),
+    # The same for direct calls of the operators; gradients and tangents are lost.
     *mutants(
         "rope_ext/_engine/writes.py", "test_every_operator test_in_place test_append_kv",
         ("operators-count-no-version", "increment_version(written)", "pass"),
@@ -39,6 +40,7 @@ MUTANTS = [
         ("fakes-take-any-device", "other is not None and other.device != device",
          "other is not None and other.device == 0"),
     ),
+    # FLOPs of one channel a pair.
     *mutants(
         "rope_ext/_engine/flops.py", "test_transforms test_every_operator",
         ("half-of-the-channels-counted", "or 2 * given[operator.pairs][-1]",
@@ -63,6 +65,7 @@ MUTANTS = [
         ("every-rank-begins-at-position-0", "return part_of_range(0, length, SEQUENCE)",
          "return None"),
     ),
+    # A tensor is rotated in a copy; the largest of several is rotated as their sum.
     *mutants(
         "rope_ext/_engine/placements.py", "test_distributed",
         ("replicated-tensor-is-written-in-a-copy",
@@ -106,6 +109,7 @@ MUTANTS = [
         ("gradient-of-a-cache-begins-at-0", 'for name in ("start", "attention_scaling")',
          'for name in ("attention_scaling",)'),
     ),
+    # Tangents, FLOPs and shards of a norm over all heads.
     *mutants(
         "rope_ext/_operators/rms_norm.py", "test_rms_norm_rotary_transforms",
         ("tangent-of-the-norm-of-one-head", "along = (self.n * x).mean(self.row, keepdim=True)",
@@ -119,6 +123,7 @@ MUTANTS = [
         "rope_ext/_operators/token_order.py", "test_gradients",
         ("rows-of-int32-positions-are-int64", "dtype=flat.dtype, ", ""),
     ),
+    # The gradient of an inverse rotation has the wrong sign.
     *mutants(
         "rope_ext/_operators/rotation_by_angles.py", "test_rotary_at",
         ("gradient-to-frequencies-never-inverse",

@@ -28,12 +28,14 @@ MUTANTS = [
          "if cos.requires_grad:"),
         ("view-of-a-leaf-is-written", "for leaf in (x, base_of(x))", "for leaf in (x,)"),
     ),
+    # The error advises another layout, or does not name the argument.
     *mutants(
         "rope_ext/_argument_errors.py", "test_wrong_arguments",
         ("heads-and-sequence-mixed-up", '(1, 2) if layout == "bshd" else (2, 1)',
          '(2, 1) if layout == "bshd" else (1, 2)'),
         ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
     ),
+    # Autograd does not see a write; heads are taken for tokens of a block.
     *mutants(
         "rope_ext/kv_cache.py", "test_append_kv test_append_mla",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
@@ -45,6 +47,7 @@ MUTANTS = [
         "rope_ext/rms_norm.py", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
     ),
+    # The same.
     *mutants(
         "rope_ext/rotation_by_angles.py", "test_rotary_at",
         ("scaling-below-1-is-ignored", "if attention_scaling != 1.0:",
@@ -58,6 +61,7 @@ MUTANTS = [
         ("decomposed-arithmetic-of-x",
          "torch.float64 if x.dtype == torch.float64 else torch.float32", "x.dtype"),
     ),
+    # What holds after a block is not what held before it.
     *mutants(
         "rope_ext/lowering.py", "test_compile",
         ("block-in-a-block-ends-both", "_decomposes = self.before", "_decomposes = False"),
@@ -89,6 +93,7 @@ MUTANTS = [
          "torch.where(length < original, original, torch.maximum(seen, length))",
          "torch.where(length < original, original, length)"),
     ),
+    # Another order of pairs, another scaling, a gradient or a length that is lost.
     *mutants(
         "rope_ext/module/rotary_embedding.py", "test_embedding test_embedding_scaling",
         ("module-never-interleaves", "interleaved=self.interleaved,", "interleaved=False,"),

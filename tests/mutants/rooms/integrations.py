@@ -27,6 +27,7 @@ MUTANTS = [
         ("pickled-as-patched", "return (original.__new__, (original, *arguments), *rest)",
          "return (original.__new__, (type(self), *arguments), *rest)"),
     ),
+    # A rotation that has run before stays as it was.
     *mutants(
         "rope_ext/integrations/transformers/rebuilding.py",
         "test_patch_refusals test_patch_wrappers",
@@ -51,12 +52,14 @@ MUTANTS = [
         ("v-is-rotated-too", "num_heads_k = (qkv.shape[2] - num_heads_q) // 2",
          "num_heads_k = qkv.shape[2] - num_heads_q"),
     ),
+    # The same.
     *mutants(
         "rope_ext/integrations/reference_apis/rotary_embedding_torch.py", "test_reference_apis",
         ("keys-are-scaled-up", "k, seq_dim, 0, scale**-1)", "k, seq_dim, 0, scale)"),
         ("queries-begin-with-the-keys", "q, seq_dim, before + offset, None)",
          "q, seq_dim, offset, None)"),
     ),
+    # The same.
     *mutants(
         "rope_ext/integrations/reference_apis/transformer_engine.py", "test_transformer_engine",
         ("starts-by-the-tokens-of-all-ranks",
