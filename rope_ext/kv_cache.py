@@ -64,8 +64,9 @@ def apply_rotary_qk_append_kv_(
             operator, the argument, the expected and the given value. On the CPU, a slot outside of
             the cache, a slot of two tokens and a scale that is not above 0 raise. On CUDA they
             raise only if ROPE_EXT_CHECK=1 is set. Otherwise nothing is stored for a slot outside of
-            the cache, one of two tokens with the same slot is stored, and a wrong scale divides. If another thread writes to slot_mapping during the call, nothing is stored
-            for a slot outside of the cache on the CPU either.
+            the cache, one of two tokens with the same slot is stored, and a wrong scale is used.
+            If another thread writes to slot_mapping during the call, nothing is stored for a slot
+            outside of the cache on the CPU either.
         TypeError: likewise, for an argument of another type, such as None or a list for a tensor.
         ValueError: likewise, for an unknown layout or cache_layout, or one that contradicts the
             shapes.

@@ -212,7 +212,7 @@ def _fill_in(
 def _parameters(
     entries: Entries, model_type: str, layer_type: str | None
 ) -> tuple[Entries | None, bool]:
-    """This layer type's parameters, None for no rotation; and whether they are nested by type."""
+    """Parameters of this layer type, None for no rotation; and whether they are nested by type."""
     new, old = entries.mapping("rope_parameters"), entries.mapping("rope_scaling")
     # in a config object rope_scaling may be another name of rope_parameters, with resolved entries
     parameters = (old or new) if entries.is_dict else (new or old)
