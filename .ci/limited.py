@@ -1,4 +1,4 @@
-"""Programs that run at the same time until a deadline, each with a log."""
+"""Runs programs at the same time until a deadline, each with a log."""
 
 import contextlib
 import os
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRACE = 8  # seconds from the interrupt, at which a program may still report, to the kill
+GRACE = 8  # seconds from the interrupt, after which a program may still report, to the kill
 
 
 @dataclass
 class Job:
     name: str
     command: list[str]
-    env: dict[str, str] = field(default_factory=dict)  # beside the environment of all
+    env: dict[str, str] = field(default_factory=dict)  # in addition to the common environment
 
 
 def run_all(
