@@ -434,7 +434,7 @@ def of_record():
             yield pytest.param(module, family["model"], conventions, id=name)
 
 
-# whose "half-split" is the text's, or that of towers
+# Their record also has towers with other conventions: the convention of the text model.
 OF_TEXT = {"mistral_large4": "interleaved in, halves out", "musicflamingo": "half-split"}
 
 

@@ -258,7 +258,7 @@ def test_the_mapping_of_transformers_is_not_touched():
     register_kernels()
     assert described() == before
     hub = before[HOOK]["cuda"]
-    assert list(hub) == [kernels.Mode.INFERENCE]  # otherwise the test could compare with it
+    assert list(hub) == [kernels.Mode.INFERENCE]  # a training kernel would allow a comparison
 
 
 def test_in_a_context_only_the_rotation_is_replaced():

@@ -98,7 +98,7 @@ def written_by(operator):
 
 
 def places(make):
-    """Each call with each of its tensors replaced: the function, the argument, the arguments."""
+    """Each call with each of its tensors replaced: name, operator, function, place, arguments."""
     for name, (operator, function) in CALLS.items():
         for place, x in arguments_of(operator).items():
             given = arguments_of(operator)
