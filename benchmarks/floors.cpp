@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
 constexpr int64_t kGrain = int64_t{32} << 10;  // bytes: less is not worth a thread
-constexpr int64_t kRowsAhead = 32;  // prefetched if rows are not neighbours
+constexpr int64_t kRowsAhead = 32;             // prefetched if rows are not neighbours
 constexpr int64_t kVector = 32;
 constexpr int64_t kHalfVector = 16;
 

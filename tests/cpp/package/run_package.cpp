@@ -54,7 +54,8 @@ bool run(const char* package, const char* cases) {
 bool without_python() {
   std::ifstream maps("/proc/self/maps");
   const std::string all{std::istreambuf_iterator<char>(maps), {}};
-  bool without = all.find("librope.so") != std::string::npos;  // otherwise this looked in the wrong place
+  bool without =
+      all.find("librope.so") != std::string::npos;  // otherwise this looked in the wrong place
   for (const char* name : {"libpython", "libtorch_python"}) {
     without = without && all.find(name) == std::string::npos;
   }
