@@ -49,14 +49,14 @@ def run_all(
 
 
 def wait(processes: Iterable[subprocess.Popen], until: float) -> None:
-    """Until all have ended, or until then."""
+    """Waits until all have ended, or until the time `until`."""
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, until - time.monotonic()))
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """The program, and what it started and left."""
+    """Kills the program and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

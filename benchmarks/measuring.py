@@ -67,7 +67,7 @@ def measure(
     """Seconds a call, [rounds] for each function; a round is one call or fills round_seconds.
 
     Calls tick after each round. new_memory: results and temporary tensors lie in memory that the
-    operating system provides anew for each call. For large results that is always so. For smaller
+    operating system provides again for each call. For large results that is always so. For smaller
     ones it depends on earlier frees, so this makes it the same for all.
     """
     calls = {}

@@ -32,7 +32,7 @@ class _Table(NamedTuple):
 
 
 class TableCache:
-    """One table for each name. A table is made anew if its frequencies change. If it is too short,
+    """One table for each name. A table is made again if its frequencies change. If it is too short,
     the missing rows are computed, at least as many as it has.
     """
 
