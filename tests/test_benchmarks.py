@@ -66,6 +66,7 @@ def rows_of(path):
 # ---- they run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeypatch, capsys):
     module, arguments = BENCHMARKS[name]

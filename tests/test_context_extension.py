@@ -100,6 +100,7 @@ def test_buckets_end_where_the_text_does():
     assert list(context_extension.buckets(100, bounds)) == [(0, 100)]
 
 
+@pytest.mark.slow
 def test_training_makes_the_text_less_surprising_and_is_seeded():
     text = torch.frombuffer(bytearray(b"the same words again, " * 200), dtype=torch.uint8)
     models = [extension_training.new_model(seed=3) for _ in range(2)]
@@ -111,6 +112,7 @@ def test_training_makes_the_text_less_surprising_and_is_seeded():
     assert first.mean() < 0.9 * before
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extension_training, "READ_WINDOWS", 1)
     monkeypatch.setitem(models.SMOLLM2_SHAPE, "max_position_embeddings", TRAINED)

@@ -58,7 +58,7 @@ def of_module(module):
             yield layer_type, inv_freq, getattr(module, f"{prefix}attention_scaling", 1.0)
 
 
-@pytest.mark.families
+@pytest.mark.slow
 def test_every_rotary_module_has_the_frequencies_that_from_config_reads_from_its_config():
     compared, refused = 0, set()
     with warnings.catch_warnings():

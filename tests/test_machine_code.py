@@ -53,7 +53,10 @@ MOST_REGISTERS_OF_16_BIT_NORMS = 64  # half-split, one angle a pair
 ORDERS = ("HalfSplit", "Interleaved", "Either", "Any")  # enum Order of fragment.cuh
 WRAPPERS = ("Traits", "Fragment")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at"),
+]
 
 
 @dataclass

@@ -37,14 +37,14 @@ REFUSED = ("modernbert",)  # its attention came from a table of functions
 
 
 def parameters():
-    """All cases. Those whose conventions an earlier case covers are marked `families`."""
+    """All cases. Those whose conventions an earlier case covers are marked `slow`."""
     seen = set()
     for case in CASES:
         conventions = tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
         if transformers.__version__ != RECORD["transformers"] and case.name in ROTATED_OTHERWISE:
             conventions = (case.name,)
         yield pytest.param(
-            case, id=case.name, marks=[pytest.mark.families] if conventions in seen else []
+            case, id=case.name, marks=[pytest.mark.slow] if conventions in seen else []
         )
         seen.add(conventions)
 
@@ -169,7 +169,7 @@ def generated(model, arguments, case):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.families)
+        pytest.param(family, marks=pytest.mark.slow)
         for family in families()
         if family not in NOT_RUN
     ],

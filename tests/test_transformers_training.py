@@ -52,6 +52,7 @@ def losses(loaded, *, attention, patched):
     return torch.stack(curve)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_over_20_steps_is_that_of_the_unpatched_model(loaded):
     unpatched = losses(loaded, attention="sdpa", patched=False)
     noise = (losses(loaded, attention="eager", patched=False) - unpatched).abs().max()
