@@ -1,4 +1,4 @@
-"""Builds rope_ext._C from csrc/**/*.cpp, and from csrc/cuda/*.cu where CUDA is built.
+"""Builds rope_ext._C from csrc/**/*.cpp and, for CUDA, csrc/cuda/*.cu.
 
 Knobs (environment variables):
 
@@ -12,13 +12,13 @@ Knobs (environment variables):
 | MAX_JOBS             | 1, 2, ...      | cores   | files compiled at the same time                |
 | DEBUG                | 0, 1           | 0       | 1: -O0 -g; print each kernel's registers       |
 
-(1) Those of the GPUs that nvidia-smi finds on this machine, and PTX of the newest, as torch's own
-extensions are built. Without a GPU, or with CUDA_VISIBLE_DEVICES="" or -1: all.
-(2) 7.5 8.0 9.0 10.0 12.0+PTX, as far as nvcc knows them: 8.6 and 8.9 run the code for 8.0.
+(1) The GPUs that nvidia-smi finds on this machine, and PTX of the newest, like torch's own
+extensions. Without a GPU, or with CUDA_VISIBLE_DEVICES="" or -1: all.
+(2) 7.5 8.0 9.0 10.0 12.0+PTX, if nvcc knows them: 8.6 and 8.9 run the code for 8.0.
 
-nvcc is looked for in CUDA_HOME (or CUDA_PATH), in PATH, and in /usr/local/cuda. Which torch is
-installed plays no part: the kernels include none of its headers, and everything else uses its
-stable ABI only, so one build serves every torch >= 2.10, with CUDA or without.
+nvcc is searched in CUDA_HOME (or CUDA_PATH), in PATH, and in /usr/local/cuda. The installed torch
+may be any release, with or without CUDA: the kernels include none of its headers, and everything
+else uses only its stable ABI, so one build serves every torch >= 2.10.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def max_jobs() -> int | None:
 
 
 class Missing(Exception):
-    """What a build needs and does not find, as for CUDA kernels."""
+    """Something that a build needs, such as nvcc, was not found."""
 
 
 @dataclass
@@ -120,7 +120,7 @@ def by_number(arch: str) -> tuple[int, ...]:
 
 
 def gpus_of_this_machine() -> list[str]:
-    """Compute capabilities such as "9.0", from nvidia-smi: torch would initialise CUDA."""
+    """Compute capabilities such as "9.0", from nvidia-smi, as torch would initialise CUDA."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return []
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -132,7 +132,7 @@ def gpus_of_this_machine() -> list[str]:
 
 
 def cuda_archs(nvcc: str) -> tuple[list[str], str]:
-    """GPU architectures to build for, and why these; refuses what this nvcc does not know."""
+    """GPU architectures to build for, and the reason. Ends the build for unknown ones."""
     known = re.findall(r"compute_(\d+)(\d)\b", output_of(nvcc, "--list-gpu-arch"))
     known = [f"{major}.{minor}" for major, minor in known]
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;")
@@ -179,7 +179,7 @@ def find_cuda(cudart: str) -> Cuda:
         raise Missing(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than 12.0")
     archs, reason = cuda_archs(nvcc)
 
-    # Try it: the headers, the host compiler and the runtime library are all there, or not.
+    # Compile a file: this tests the headers, the host compiler and the runtime library.
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cu")
         source.write_text("#include <cuda_bf16.h>\n__global__ void probe() {}\n")
@@ -198,14 +198,14 @@ def find_cuda(cudart: str) -> Cuda:
 
 
 class BuildRope(BuildExtension):
-    """torch's BuildExtension, with nvcc run here.
+    """torch's BuildExtension, which runs nvcc itself.
 
-    Torch's own way asks for a toolkit of the same CUDA version as torch; ours does not care.
+    torch requires a toolkit of the CUDA version that torch was built with; this class does not.
     """
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # One place for pip, editable installs and setup.py: what did not change is not rebuilt.
+        # One folder for pip, editable installs and setup.py: unchanged files are not rebuilt.
         self.build_temp = str(Path("build", f"temp-{sys.implementation.cache_tag}"))
 
     def build_extensions(self) -> None:
@@ -224,8 +224,8 @@ class BuildRope(BuildExtension):
             f"-isystem{pybind11.get_include()}",
             f"-isystem{torch_dir / 'include'}",
         ]
-        # libtorch has no code of its own, but brings libtorch_cuda into reach where torch has it:
-        # the stream symbol that csrc/host/device.h declares weak is found there.
+        # libtorch has no code of its own, but loads libtorch_cuda if torch has it: there is the
+        # stream symbol that csrc/host/device.h declares weak.
         extension.extra_link_args = [
             f"-L{torch_dir / 'lib'}",
             "-Wl,--no-as-needed,-ltorch,--as-needed",
@@ -257,7 +257,7 @@ class BuildRope(BuildExtension):
                 ) from None
 
     def decide_cuda(self) -> Cuda | None:
-        """CUDA or not, printed with the reason, which the binary keeps."""
+        """The CUDA toolkit, or None. Prints the reason, which the binary keeps too."""
         wanted = knob("ROPE_EXT_CUDA", "auto", "on", "off")
         cudart = knob("ROPE_EXT_CUDART", "static", "shared")
         self.no_cuda_reason = ""
@@ -293,8 +293,8 @@ class BuildRope(BuildExtension):
 
     def host_flags(self) -> list[str]:
         # No contraction: two products and a sum must round as they do in PyTorch (rotation.h).
-        # psabi: a note that the ABI of vectors depends on the target; none crosses a library.
-        # The prefix map: __FILE__ in messages is csrc/..., not where this was built.
+        # psabi: a note that the ABI of vectors depends on the target; no vector crosses a library.
+        # The prefix map: __FILE__ in messages is csrc/..., not the folder of the build.
         flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
         flags += [f"-fmacro-prefix-map={os.getcwd()}/="]
         flags += [f"-fmacro-prefix-map={Path(torch.__file__).parent / 'include'}/="]
@@ -302,7 +302,7 @@ class BuildRope(BuildExtension):
         return [*flags, "-Werror"] if self.werror else flags
 
     def compile_cuda(self, cuda: Cuda) -> list[str]:
-        """Compile csrc/cuda/*.cu, those that changed, with ninja; returns the objects."""
+        """Compiles the changed files of csrc/cuda/*.cu with ninja; returns the objects."""
         flags = [CXX_STANDARD, "--fmad=false", f"-I{CSRC.absolute()}"]
         flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
         host = ["-fPIC", "-fvisibility=hidden", *self.host_flags()]
@@ -311,7 +311,7 @@ class BuildRope(BuildExtension):
         flags += ["-O1", "-g", "-lineinfo", "-Xptxas=-v"] if self.debug_build else ["-O3"]
         for arch in cuda.archs:
             flags += gencode(arch)
-        # nvcc reads these itself; named here, so that changing them changes the command.
+        # nvcc reads these itself. They are in the command, so that changing them rebuilds.
         own = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
         env = [f"{name}={os.environ[name]}" for name in own if os.environ.get(name)]
         command = shlex.join(["env", *env, cuda.nvcc, *flags]).replace("$", "$$")
@@ -331,7 +331,7 @@ class BuildRope(BuildExtension):
 
 
 def quoted(text: str) -> str:
-    """A C string literal that survives a compiler's command line."""
+    """A C string literal that is safe on a compiler's command line."""
     return '"' + re.sub(r"[^\w .,:;=+/()'-]", "?", text, flags=re.ASCII) + '"'
 
 

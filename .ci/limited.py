@@ -1,4 +1,4 @@
-"""Programs that run at the same time until a deadline, each with a log."""
+"""Runs programs at the same time until a deadline, each with a log."""
 
 import contextlib
 import os
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRACE = 8  # seconds from the interrupt, at which a program may still report, to the kill
+GRACE = 8  # seconds from the interrupt, after which a program may still report, to the kill
 
 
 @dataclass
 class Job:
     name: str
     command: list[str]
-    env: dict[str, str] = field(default_factory=dict)  # beside the environment of all
+    env: dict[str, str] = field(default_factory=dict)  # in addition to the common environment
 
 
 def run_all(
@@ -49,14 +49,14 @@ def run_all(
 
 
 def wait(processes: Iterable[subprocess.Popen], until: float) -> None:
-    """Until all have ended, or until then."""
+    """Waits until all have ended, or until the time `until`."""
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, until - time.monotonic()))
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """The program, and what it started and left."""
+    """Kills the program and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,9 +1,9 @@
 """Times every operator of torch.ops.rope on a GPU; run as `bench_rope.py --device cuda`.
 
-operators_cuda.py lists the cases, of which each is verified against float64 and then timed beside a
-device copy of as many bytes, the same in separate steps, and other libraries. Cases that take
-longest come last, and what there is of the report is written after each: a run that is cut off
-loses the least. The exit status is not 0 if a result is wrong, a call fails, or an operator has no
+Each case of operators_cuda.py is verified against float64. Then it is timed together with a device
+copy of as many bytes, the same operation in separate steps, and other libraries. The cases that
+take longest come last, and the report is written after each case, so that an interrupted run loses
+little. The exit status is not 0 if a result is wrong, a call fails, or an operator has no
 case.
 """
 
@@ -28,14 +28,14 @@ from verify import check_once_rounded, check_roughly
 
 import rope_ext
 
-RUN_SECONDS = 140  # torch.compile is left out, and rounds are few, when more are gone
+RUN_SECONDS = 140  # after that, torch.compile is left out and rounds are few
 ROUNDS_SECONDS = 0.6  # of a case
-CASE_SECONDS, COMPILE_SECONDS = 1.2, 4.0  # planned: its rounds, verifying and capturing graphs
+CASE_SECONDS, COMPILE_SECONDS = 1.2, 4.0  # planned for rounds, verification and graph capture
 QUICK_COPY_BYTES = 1 << 20
 
 
 def emulation() -> contextlib.AbstractContextManager[object]:
-    """Under an emulator of the CUDA runtime (CONTRIBUTING.md): PyTorch's own kernels on the CPU."""
+    """For an emulator of the CUDA runtime (CONTRIBUTING.md): PyTorch's kernels run on the CPU."""
     if importlib.util.find_spec("fakegpu_torch") is None:
         return contextlib.nullcontext()
     import fakegpu_torch
@@ -48,7 +48,7 @@ def planned_seconds(case: OperatorCase, quick: bool) -> float:
 
 
 def verify(case: OperatorCase, way: Way | None = None) -> None:
-    """What the operator gives, or another way; raises WrongResult."""
+    """Verifies the results of the operator, or of another way; raises WrongResult."""
     arguments = case.arguments()
     exact = case.exact(arguments)
     call = case.call(arguments) if way is None else way.call(arguments)
@@ -66,7 +66,7 @@ def verify(case: OperatorCase, way: Way | None = None) -> None:
 def right_ways(
     case: OperatorCase, no_compiling: str | None
 ) -> tuple[dict[str, Way], dict[str, str]]:
-    """Those that give the right result, and why the others are left out."""
+    """The ways whose result is right, and why the others are left out."""
     ways, left_out = dict(case.ways), {}
     if case.compiled:
         if no_compiling is None:
@@ -78,7 +78,7 @@ def right_ways(
         try:
             verify(case, way)
             right[name] = way
-        except Exception as error:  # one that fails must not stop the others
+        except Exception as error:  # a failure must not stop the other ways
             left_out[name] = reason(error)
     return right, left_out
 
@@ -87,15 +87,15 @@ def right_ways(
 class Effort:
     rounds: int
     seconds: float  # of rounds of a case
-    l2_bytes: int  # of the cache to be avoided
+    l2_bytes: int  # size of the L2 cache, which reads and writes should miss
     graphs: bool
     no_compiling: str | None = None  # the reason
 
 
 def time_case(result: Measured, effort: Effort) -> None:
-    """Fills the result; raises what a call of rope_ext raises, and WrongResult."""
+    """Fills the result. Raises the errors of rope_ext's calls, and WrongResult."""
     case = result.case
-    torch.cuda.empty_cache()  # of graphs that are gone
+    torch.cuda.empty_cache()  # frees the memory of deleted graphs
     verify(case)
     ways, result.left_out = right_ways(case, effort.no_compiling)
     count = set_count(case.least_bytes, effort.l2_bytes)
@@ -127,14 +127,14 @@ def setting(quick: bool, no_graphs: str | None) -> str:
 
 
 def slug(name: str) -> str:
-    """Of a device, for a file: nvidia-h200."""
+    """A device's name for a file name: nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def run(patterns: list[str], quick: bool, rounds: int, out: Path | None) -> None:
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = False  # or a compiled backward runs once
+    torch._functorch.config.donated_buffer = False  # or a backward runs only once
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()), emulation():
         problems = run_cases(patterns, quick, rounds, out)
     if problems:
@@ -142,7 +142,7 @@ def run(patterns: list[str], quick: bool, rounds: int, out: Path | None) -> None
 
 
 def run_cases(patterns: list[str], quick: bool, rounds: int, out: Path | None) -> list[str]:
-    """-> what makes the run a failure."""
+    """Returns the reasons why the run fails."""
     start, every, no_graphs = time.perf_counter(), cases(quick), why_no_graphs()
     about, stem = setting(quick, no_graphs), slug(torch.cuda.get_device_name())
     problems = [f"{name}: no case in operators_cuda.py" for name in without_case(every)]

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_lowering.py [--quick] [--rounds N]
 
-Attention with grouped heads and a gated MLP, of Llama-3.2-1B's sizes, float32, in interleaved
-rounds: a prompt, and a training step without its optimizer. Each way's result is compared with the
-eager block's before it is timed.
+Attention with grouped heads and a gated MLP with the sizes of Llama-3.2-1B, in float32: a prompt,
+and a training step without its optimizer, in interleaved rounds. Before it is timed, each result is
+compared with that of the eager block.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rope_ext.lowering import Lowering
 DIM, HEADS, KEY_HEADS, HEAD_DIM, HIDDEN = 2048, 32, 8, 64, 8192
 PROMPT, TRAINING, QUICK_SHARE = 512, 256, 16  # tokens
 ROUNDS, QUICK_ROUNDS = 15, 3
-TOLERANCE = 1e-4  # relative to the largest: a compiled block adds in another order
+TOLERANCE = 1e-4  # relative to the largest value: a compiled block sums in another order
 EAGER = "eager"
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/bench_model.py [--quick] [--no-compile] [--out DIR]
 
-float32. Five ways in interleaved rounds: unpatched and patched, both eager and compiled, and, as
-the floor, eager with the rotation left out: what no implementation of it can beat. Before it is
-timed, each way's logits are compared with those of the unpatched eager model. The model is that of
-`python -m rope_ext demo`: from its cache or, where it can't be fetched, of the same shape with
-random weights, and said so.
+float32. Five ways in interleaved rounds: unpatched and patched, both eager and compiled; and, as a
+lower bound for every implementation, eager without the rotation. Before it is timed, the logits of
+each way are compared with those of the unpatched eager model. The model is that of
+`python -m rope_ext demo`, from its cache; if it can't be downloaded, a model of the same shape with
+random weights, which the report says.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from rope_ext.demo import models, rotary, weights
 from rope_ext.integrations.transformers import patch
 
 PROMPT, DECODED, CONTEXT, BATCH, SEQ = 2048, 128, 16, 2, 512  # tokens; CONTEXT: before decoding
-QUICK_SHARE = 16  # --quick divides them by it
+QUICK_SHARE = 16  # --quick divides these by it
 ROUNDS, QUICK_ROUNDS = 15, 2
-LEARNING_RATE = 1e-9  # the model is to stay what it is
-LOGITS_TOLERANCE = 1e-3  # relative to the largest: a compiled model adds in another order
+LEARNING_RATE = 1e-9  # so small that the model does not change
+LOGITS_TOLERANCE = 1e-3  # relative to the largest value: a compiled model sums in another order
 PATCHED, UNPATCHED, WITHOUT = "patched", "unpatched", "without rotation"
 COMPILED = ", compiled"
 KINDS = {PATCHED: OURS, UNPATCHED: PEER, WITHOUT: FLOOR}
@@ -40,7 +40,7 @@ Step = Callable[[], object]
 
 
 def load(random_layers: int | None) -> tuple[nn.Module, object, str]:
-    """The model, its tokenizer and what to call it."""
+    """The model, its tokenizer and its description."""
     name = "SmolLM2-135M-Instruct"
     if random_layers is None:
         try:
@@ -72,7 +72,7 @@ def with_context(step: Step, context: Callable[[], contextlib.AbstractContextMan
 
 
 def variants(model: nn.Module, compiled: bool) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """By way: the module to call, and the model that it runs."""
+    """For each way, the module to call and the model that it runs."""
     patched = copy.deepcopy(model)
     patch(patched)
     found = {UNPATCHED: (model, model), PATCHED: (patched, patched), WITHOUT: (model, model)}
@@ -83,7 +83,7 @@ def variants(model: nn.Module, compiled: bool) -> dict[str, tuple[nn.Module, nn.
 
 
 def prefill(call: nn.Module, tokens: Tensor) -> Step:
-    """Reads a prompt int64 [1, S] -> logits of its last token."""
+    """Reads a prompt int64 [1, S]. Returns the logits of its last token."""
 
     @torch.inference_mode()
     def step() -> Tensor:
@@ -93,14 +93,14 @@ def prefill(call: nn.Module, tokens: Tensor) -> Step:
 
 
 def decode(call: nn.Module, model: nn.Module, text: Tensor, count: int) -> Step:
-    """Reads text int64 [1, S] but its last `count` tokens at once, and these one by one with a
-    KV cache -> logits after the last.
+    """Reads text int64 [1, S]: all but the last `count` tokens at once, then these one by one with
+    a KV cache. Returns the logits after the last.
     """
     from transformers import StaticCache
 
     seq = text.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=seq)
-    # its name in the newest transformers, and before
+    # the argument's name in the newest transformers, and its older name
     parameters = inspect.signature(model.forward).parameters
     cached = {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
     places = torch.arange(seq)[None]
@@ -108,7 +108,7 @@ def decode(call: nn.Module, model: nn.Module, text: Tensor, count: int) -> Step:
     @torch.inference_mode()
     def step() -> Tensor:
         cache.reset()
-        # eagerly: compiled, it would be another graph
+        # eager: a compiled call would need another graph
         logits = model(text[:, : seq - count], logits_to_keep=1, **cached).logits
         for i in range(seq - count, seq):
             token, place = text[:, i : i + 1], places[:, i : i + 1]
@@ -119,7 +119,7 @@ def decode(call: nn.Module, model: nn.Module, text: Tensor, count: int) -> Step:
 
 
 def training(call: nn.Module, model: nn.Module, tokens: Tensor) -> Step:
-    """Forward, backward and AdamW on tokens int64 [B, S] -> the loss."""
+    """Forward, backward and AdamW on tokens int64 [B, S]. Returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> Tensor:
@@ -133,7 +133,7 @@ def training(call: nn.Module, model: nn.Module, tokens: Tensor) -> Step:
 
 
 def verified(steps: dict[str, Step]) -> dict[str, Step]:
-    """Ends the run where a way's logits, or loss, are not those of the unpatched model."""
+    """Ends the run if the logits or the loss of a way differ from the unpatched model's."""
     expected = steps[UNPATCHED]()
     for way, step in steps.items():
         got = step()

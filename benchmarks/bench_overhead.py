@@ -1,12 +1,12 @@
-"""What a call costs beside its work, at decode sizes: boxing, checks, allocations, Python.
+"""The overhead of a call at decode sizes: boxing, checks, allocations, Python.
 
     python benchmarks/bench_overhead.py [--quick] [--out DIR]
 
 q [1, 1, 32, 128] and k [1, 1, 8, 128] in bfloat16, one thread; in inference mode, in no_grad, and
-in grad mode (where nothing requires grad, and where q and k do). Differences are taken round by
-round. The goal: the functions of rope_ext add at most a microsecond to the same by torch.ops: where
-heads come before tokens (bhsd), with the views that the caller makes for it; of the module, in a
-module that does nothing but call it.
+in grad mode (with q and k that require grad or not). Differences are taken round by round. The
+goal: a function of rope_ext adds at most a microsecond to the same call by torch.ops. For bhsd that
+call includes the views that a caller makes for it; for the module it is made in a module that does
+nothing else.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import rope_ext
 
 HEADS, KEY_HEADS, HEAD_DIM, CONTEXT = 32, 8, 128, 4096
 ROUNDS, QUICK_ROUNDS, ROUND_SECONDS = 41, 5, 0.004
-GOAL = 1e-6  # seconds that a Python function may add to torch.ops
+GOAL = 1e-6  # most seconds that a Python function may add to torch.ops
 
 OPS, FUNCTION = "torch.ops.rope.apply_rotary_qk", "rope_ext.apply_rotary_qk"
 MODULE, LEAST_MODULE = "RotaryEmbedding", f"{OPS} in a module"
@@ -37,7 +37,7 @@ NULL_ONE, NULL = "null(x)", "null_qk_(q, k, cos, sin, ...)"
 NULL_OUT, ROWS = "null_qk, two outputs", "torch.ops.rope.cos_sin"
 IN_PLACE, HEADS_FIRST = ", in place", ", bhsd"
 
-# what it is -> (way, the way that it adds to); the last column of those with a goal says it
+# description -> (way, the way that it adds to); the report marks those that have a goal
 DIFFERENCES = {
     "seven more arguments to box": (NULL, NULL_ONE),
     "checks and dispatch of the kernel": (EMPTY, NULL),
@@ -59,7 +59,7 @@ WITH_GOAL = (FUNCTION, MODULE)
 
 
 def of_13_parameters(operator: Callable[..., object]) -> Callable[..., object]:
-    """The operator in a function with the parameters of rope_ext.apply_rotary_qk, used or not."""
+    """The operator in a function with the parameters of rope_ext.apply_rotary_qk."""
 
     def call(
         q, k, cos, sin, position_ids=None, *, rotary_dim=None, rotary_offset=0, interleaved=False,
@@ -71,7 +71,7 @@ def of_13_parameters(operator: Callable[..., object]) -> Callable[..., object]:
 
 
 class LeastModule(nn.Module):
-    """An operator with its table, and no more than a module has to have."""
+    """An operator with its table in a module without anything else."""
 
     def __init__(self, operator: Callable[..., object], table: tuple[Tensor, Tensor]) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class LeastModule(nn.Module):
 
 
 def heads_first(operator: Callable[..., Any], q: Tensor, k: Tensor, *table: Tensor) -> object:
-    """The operator on q and k [B, H, S, D], by the views that a caller makes."""
+    """The operator on q and k [B, H, S, D], with the views that a caller makes."""
     rotated = operator(q.transpose(1, 2), k.transpose(1, 2), *table)
     return rotated and (rotated[0].transpose(1, 2), rotated[1].transpose(1, 2))
 
 
 def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
-    """Functions by name; those in place only where nothing requires grad."""
+    """Functions by name; in-place ones only if nothing requires grad."""
 
     def heads(count: int, seq: int = 1) -> Tensor:
         x = torch.randn(1, seq, count, HEAD_DIM, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
     q_bhsd, k_bhsd = q.transpose(1, 2), k.transpose(1, 2)
     module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=CONTEXT)
     positions = torch.full((1, 1), FIRST_POSITION)
-    table = module.table(CONTEXT)  # no inference tensors, in inference mode either
+    table = module.table(CONTEXT)  # not inference tensors, even in inference mode
     no_rows = tuple(rows[:0] for rows in table)
     rope, null = torch.ops.rope, floors.load()
     partial = functools.partial
@@ -145,7 +145,7 @@ MODES: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], bool]] =
 
 
 def allocations(function: Callable[[], object]) -> int:
-    """Blocks of memory that PyTorch's allocator gives out in one call."""
+    """Blocks that PyTorch's allocator allocates in one call."""
     function()
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
@@ -158,7 +158,7 @@ def spread(of: Summary) -> str:
 
 
 def report(times: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> str:
-    """Markdown, of the times by mode and way."""
+    """A Markdown report of the times by mode and way."""
     modes = list(times)
     rule = "|---" * len(modes) + "|"
     lines = ["Microseconds: median (10th-90th percentile).", ""]

@@ -1,13 +1,13 @@
-"""Times rope_ext against what moving the bytes takes, and against other libraries.
+"""Times rope_ext against the time to move its bytes, and against other libraries.
 
     python benchmarks/bench_rope.py [--quick] [--case NAME ...] [--out DIR]   # on the CPU
     python benchmarks/bench_rope.py --device cuda [the same]                  # see bench_cuda.py
 
 Every result is verified against float64 before it is timed. On the CPU, each case has a goal: a
-ratio to a floor, which carries over between machines where times do not. cases_cpu.py lists cases
-and goals; floors.cpp has the floors; rivals_cpu.py the other libraries, of which those that are not
-installed are left out (pip install 'rope_ext[bench]' has them). --out writes Markdown, CSV and a
-chart. Close what else uses the processor: a goal is judged by medians.
+ratio to a floor, which is comparable between machines, unlike times. cases_cpu.py lists cases and
+goals, floors.cpp has the floors, and rivals_cpu.py has the other libraries; those that are not
+installed are left out (pip install 'rope_ext[bench]' installs them). --out writes Markdown, CSV and
+a chart. Stop other programs first: a goal is judged by medians.
 """
 
 import argparse

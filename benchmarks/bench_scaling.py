@@ -2,10 +2,10 @@
 
     python benchmarks/bench_scaling.py [--quick] [--threads 1 2] [--out DIR]
 
-Each sweep varies one size of a Llama-3-8B shape in bfloat16. Time should grow as the bytes do, with
-no step that moving the bytes (rmw in place, clone out of place) does not have: a step is reported
-where the ratio to the floor is STEP times that of the next smaller size. --out writes Markdown, CSV
-and a plot of the time a byte.
+Each sweep varies one size of a Llama-3-8B shape in bfloat16. Time should grow in proportion to the
+bytes, with steps only where moving the bytes (rmw in place, clone out of place) has them. A step is
+reported if the ratio to the floor is STEP times that of the next smaller size. --out writes
+Markdown, CSV and a plot of the time a byte.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DTYPE = torch.bfloat16
 ROUNDS, QUICK_ROUNDS = 15, 3
 QUICK_TOKENS = 8192
 STEP = 1.5
-NEW_MEMORY = 1 << 20  # bytes from which on results lie in new memory: see measuring.py
+NEW_MEMORY = 1 << 20  # bytes: larger results lie in new memory, see measuring.py
 LLAMA = Case("Llama-3-8B", 1, 1, 32, 8, 128, 128)
 FLOOR_OF = {"in place": "rmw", "out of place": "clone"}
 
@@ -61,14 +61,14 @@ class Point:
 
 
 def functions(shape: Case) -> tuple[dict[str, Callable[[], object]], int]:
-    """What is timed, and the bytes of q and k."""
+    """The functions to time, and the bytes of q and k."""
     q, k = (
         torch.randn(shape.batch, shape.seq, heads, shape.head_dim).to(DTYPE)
         for heads in (shape.q_heads, shape.k_heads)
     )
     inv_freq, _ = rope_ext.frequencies.default(shape.head_dim)
     cos, sin = rope_ext.cos_sin_cache(inv_freq, shape.seq, start=FIRST_POSITION)
-    if shape.seq == 1:  # decoding: each sequence at a position of its own
+    if shape.seq == 1:  # decoding: each sequence has its own position
         positions = FIRST_POSITION + torch.arange(shape.batch)[:, None]
         cos, sin = rope_ext.cos_sin(inv_freq, positions)
     arguments = (q, k, cos, sin)
@@ -82,7 +82,7 @@ def functions(shape: Case) -> tuple[dict[str, Callable[[], object]], int]:
 
 
 def steps(points: list[Point]) -> list[str]:
-    """Where a way departs from its floor from one size to the next, in words."""
+    """The steps, where a way's ratio to its floor rises from one size to the next, as text."""
     found = []
     for before, after in itertools.pairwise(points):
         if (before.sweep, before.threads) != (after.sweep, after.threads):
@@ -133,7 +133,7 @@ def write_csv(path: Path, points: list[Point]) -> None:
 
 
 def plot(path: Path, points: list[Point]) -> None:
-    """Time a byte against the size: level where time is linear. A row of panels a thread count."""
+    """Plots the time a byte against the size: flat if time is linear. One row a thread count."""
     import matplotlib
 
     matplotlib.use("Agg")

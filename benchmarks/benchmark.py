@@ -1,10 +1,10 @@
-"""What a case is: functions to be timed side by side, and how near they are meant to be."""
+"""A benchmark case: functions to be timed side by side, and its goals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 OURS, FLOOR, PEER = "rope_ext", "floor", "peer"
-PEER_GIVEN_OUTPUTS = "peer, given outputs"  # it does not pay for new memory
+PEER_GIVEN_OUTPUTS = "peer, given outputs"  # writes into existing memory
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Goal:
 
 @dataclass
 class Benchmark:
-    """Functions by name; kind: one of the constants above."""
+    """Functions by name. kind: one of the constants above."""
 
     goals: list[Goal]
     functions: dict[str, Callable[[], object]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Benchmark:
 @dataclass(frozen=True)
 class Options:
     quick: bool = False
-    max_tokens: int | None = None  # of a case: for tests
+    max_tokens: int | None = None  # limit for a case, for tests
 
 
 @dataclass(frozen=True)

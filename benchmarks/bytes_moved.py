@@ -1,13 +1,13 @@
-"""What each kernel moves at prefill and decode, beside what has to move at least.
+"""The bytes that each kernel moves at prefill and decode, compared to the minimum.
 
     python benchmarks/bytes_moved.py --out DIR [--quick]
 
-On a GPU, Nsight Compute (ncu) counts: bytes that DRAM reads and writes, bytes that the L2 cache is
-asked for, time, share of the DRAM's peak rate, occupancy. Caches are emptied before each kernel.
-What a kernel writes may stay in L2 after its end, so DRAM can show fewer bytes than were written.
-Under an emulator of the CUDA runtime (CONTRIBUTING.md) that counts instead: bytes of the 32-byte
-sectors that the threads ask for, and of the distinct ones. results/bytes_emulated.csv has its
-counts of all cases, which the table from a GPU shows beside its own. DIR gets DEVICE-bytes.md,
+On a GPU, Nsight Compute (ncu) measures the bytes that DRAM reads and writes, the bytes requested
+from the L2 cache, time, share of the DRAM's peak rate, and occupancy. Caches are emptied before
+each kernel. Written data may stay in L2 after the kernel's end, so DRAM can show fewer bytes than
+were written. An emulator of the CUDA runtime (CONTRIBUTING.md) counts the bytes of the 32-byte
+sectors that the threads request, and of the distinct ones. results/bytes_emulated.csv has these
+counts for all cases; the table from a GPU shows them too. DIR gets DEVICE-bytes.md,
 DEVICE-bytes.csv and, from a GPU, ncu.log.
 """
 
@@ -32,10 +32,10 @@ except ImportError:
     fakegpu_torch = None
 
 SECTOR = 32  # bytes
-MORE, LARGE = 1.1, 1 << 20  # a ratio above is marked where it is of so many bytes
+MORE, LARGE = 1.1, 1 << 20  # a ratio above MORE is marked if it is of LARGE bytes or more
 EMULATED = Path(__file__).parent / "results/bytes_emulated.csv"
-MARKER = "spin_kernel"  # of torch.cuda._sleep: launched before each case
-METRICS = {  # of Nsight Compute: our column, and what one unit is there
+MARKER = "spin_kernel"  # the kernel of torch.cuda._sleep, launched before each case
+METRICS = {  # metric of Nsight Compute: our column, and the factor to its unit
     "gpu__time_duration.sum": ("microseconds", 1e-3),
     "dram__bytes_read.sum": ("dram_read", 1),
     "dram__bytes_write.sum": ("dram_write", 1),
@@ -54,7 +54,7 @@ Row = dict[str, str | float]  # a launch: CASE, and MEASURED or COUNTED
 
 
 def kernel_name(text: str) -> str:
-    """Of `void rope::(anonymous namespace)::name<...>(...)`, the name; NVIDIA has <unnamed>."""
+    """The name in `void rope::(anonymous namespace)::name<...>(...)`; NVIDIA writes <unnamed>."""
     plain = re.match(r"[^<(]*", re.sub(r"\(anonymous namespace\)::|<unnamed>::", "", text))
     return re.split(r"::|\s", plain[0].strip())[-1] if plain else text
 
@@ -67,7 +67,7 @@ def of_case(case: OperatorCase, kernel: str) -> Row:
 
 
 def launch(chosen: list[OperatorCase]) -> None:
-    """What ncu runs: after a marker, each case once."""
+    """The program that ncu runs: each case once, after a marker."""
     for case in chosen:
         (call,) = case.make(1)
         torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def launch(chosen: list[OperatorCase]) -> None:
 
 
 def profile(quick: bool, log: Path) -> str:
-    """The text of ncu, of all cases; without the metrics that it does not know."""
+    """The output of ncu for all cases, without the metrics that this ncu does not have."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise SystemExit("ncu is not in PATH: nothing to count the bytes with")
@@ -105,7 +105,7 @@ def profile(quick: bool, log: Path) -> str:
 
 
 def launches(text: str) -> Iterator[tuple[str, Row]]:
-    """Kernels and what ncu measured, from its page `raw` in CSV: names, units, a line a launch."""
+    """Kernels and their metrics from ncu's page `raw` in CSV: names, units, one line a launch."""
     table = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
     units = next(table, {})
     for line in table:
@@ -129,7 +129,7 @@ def measured(text: str, chosen: list[OperatorCase]) -> list[Row]:
 
 
 def counted(chosen: list[OperatorCase]) -> list[Row]:
-    """The same by the emulator, in one row for all launches of a kernel."""
+    """The same from the emulator, with one row for all launches of a kernel."""
     rows = []
     with emulation():
         for case in chosen:
@@ -156,7 +156,9 @@ def ratio(count: float, expected: float) -> str:
 
 
 def with_least(rows: list[Row]) -> list[str]:
-    """Adds the emulator's count over the least to the first row of each case; -> what can't be."""
+    """Adds the ratio of the emulator's count to the least bytes to the first row of each case.
+    Returns the cases whose count is impossible.
+    """
     moved: dict[str, float] = defaultdict(float)
     for row in rows:
         moved[row["case"]] += row["distinct_read"] + row["distinct_write"]
@@ -170,7 +172,7 @@ def with_least(rows: list[Row]) -> list[str]:
 
 
 def with_emulated(rows: list[Row], emulated: Iterable[Row]) -> None:
-    """Adds the emulator's counts of the same kernel in the same case, and the GPU's over them."""
+    """Adds the emulator's counts of the same kernel and case, and the GPU's ratio to them."""
     known: dict[tuple, Row] = {(row["case"], row["kernel"]): row for row in emulated}
     for row in rows:
         counts = known.get((row["case"], row["kernel"]))

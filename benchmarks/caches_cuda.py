@@ -1,4 +1,4 @@
-"""GPU cases of the rotation that also writes to a paged cache: of k and v, and of latents."""
+"""GPU cases of the rotation with an append to a paged cache: of k and v, and of latents."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ DEEPSEEK_HEADS, DEEPSEEK_HEAD_DIM, ROTATING, RANK = 128, 192, 64, 512  # DeepSee
 
 @functools.cache
 def slots_of(shape: Case) -> Tensor:
-    """A slot for each token, in any order, of twice as many: [B, S]."""
+    """[B, S]: a slot for each token, in random order, out of twice as many slots."""
     slots = torch.randperm(2 * shape.tokens)[: shape.tokens]
     return slots.view(shape.batch, shape.seq).cuda()
 
@@ -59,7 +59,7 @@ def slot_bytes(shape: Case) -> int:
 
 
 def store(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> None:
-    """x [tokens, *token] to its slots, as PyTorch rounds to a float8."""
+    """Stores x [tokens, *token] to its slots, rounded to a float8 as PyTorch rounds."""
     pages = cache.view(-1, *cache.shape[2:])
     if scale is not None:
         limit = torch.finfo(cache.dtype).max
@@ -116,7 +116,7 @@ def eager_append(
 def append_kv(
     form: str, step: str, tokens: int, dtype: torch.dtype, compiled: bool = False
 ) -> OperatorCase:
-    """bfloat16 with a cache of dtype."""
+    """A case in bfloat16, with a cache of dtype."""
     shape, model = llama(step, tokens), torch.bfloat16
 
     def arguments() -> Arguments:
@@ -145,7 +145,7 @@ def append_kv(
 
 
 def scale_bytes(dtype: torch.dtype, count: int) -> int:
-    """The two of a case are one tensor here, and in a model neighbours: one sector."""
+    """Bytes of the scales. Here both are one tensor; in a model they share a sector."""
     return in_sectors(4 * count) if dtype.itemsize == 1 else 0
 
 
@@ -153,7 +153,7 @@ def scale_bytes(dtype: torch.dtype, count: int) -> int:
 
 
 def split_latent(arguments: Arguments) -> Arguments:
-    """q's rotating channels, and k_pe as one head; what the model does anyway."""
+    """The rotated channels of q, and k_pe as one head; the model makes these views anyway."""
     a = flat_slots(arguments)
     return {**a, "k_pe": a["k_pe"].unsqueeze(-2), "scale": a.get("scale")}
 
@@ -201,7 +201,7 @@ def eager_latent_arguments(arguments: Arguments) -> Arguments:
 def mla_append(
     form: str, step: str, tokens: int, dtype: torch.dtype, compiled: bool = False
 ) -> OperatorCase:
-    """DeepSeek-V3 in bfloat16, interleaved, with a cache of dtype."""
+    """A case of DeepSeek-V3 in bfloat16, interleaved, with a cache of dtype."""
     batch, seq = (1, tokens) if step == "prefill" else (tokens, 1)
     shape = Case("DeepSeek-V3", batch, seq, DEEPSEEK_HEADS, 1, DEEPSEEK_HEAD_DIM, ROTATING, True)
     model = torch.bfloat16

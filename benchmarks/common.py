@@ -1,16 +1,16 @@
-"""The shapes that the benchmarks time and reckon with, and how cases are chosen."""
+"""The shapes of the benchmarks, and how cases are chosen."""
 
 from dataclasses import dataclass
 
 import torch
 
-FIRST_POSITION = 1000  # at position 0 nothing turns, and a wrong result would look right
+FIRST_POSITION = 1000  # not 0: there nothing rotates, and a wrong result would look right
 DECODE_STRIDE = 37  # tokens between the positions of the sequences of a decode batch
 
 
 @dataclass(frozen=True)
 class Case:
-    """q [B, S, Hq, D] and k [B, S, Hk, D] of which rotary_dim channels turn."""
+    """q [B, S, Hq, D] and k [B, S, Hk, D], of whose channels rotary_dim rotate."""
 
     name: str
     batch: int

@@ -1,15 +1,15 @@
-"""What each method of context extension does to a language model, without and with more training.
+"""The effect of each method of context extension on a language model, before and after training.
 
     python benchmarks/context_extension.py --out results [--quick] [--only reading|training]
 
-Reading, without any training: SmolLM2-135M, trained to 8,192 tokens, reads 8,192, 16,384 and 32,768
-tokens of one document: Python's own language reference, or --text FILE. Training: a small Llama
-learns the bytes of the same text in a context of 256, is then given 1,024 by each method, and
-trained a little more; seeded, with the spread over seeds. Both with rope_ext's frequencies, tables
-and rotation, in float32.
+Reading, without training: SmolLM2-135M, trained to 8,192 tokens, reads 8,192, 16,384 and 32,768
+tokens of one document, Python's own language reference or --text FILE. Training: a small Llama
+learns the bytes of the same text in a context of 256, is extended to 1,024 by each method, and is
+trained a little more. It is seeded, and the report has the spread over seeds. Both use rope_ext's
+frequencies, tables and rotation, in float32.
 
-Each result is written to a CSV file when it is there, and is not made again: a run that was
-interrupted goes on where it was. A report of all of them, in Markdown and as a chart, comes at the
+Each result is appended to a CSV file when it is computed, and is not computed again: an interrupted
+run continues. A report of all results, in Markdown and as a chart, is written at the
 end.
 """
 
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from rope_ext.demo import models, weights
 
 LENGTHS, QUICK_LENGTHS = (8192, 16384, 32768), (9216,)
-BUCKETS = (0, 2048, 4096, 8192, 12288, 16384, 24576, 32768)  # positions where a bucket begins
+BUCKETS = (0, 2048, 4096, 8192, 12288, 16384, 24576, 32768)  # first position of each bucket
 STEPS, QUICK_STEPS = 1500, 150  # of the small model, in its first context
 EXTENDING_STEPS, QUICK_EXTENDING_STEPS = 200, 20
 SEEDS, QUICK_SEEDS = 3, 1
@@ -56,7 +56,7 @@ Row = dict[str, str]
 
 
 class Results:
-    """The rows of a CSV file, each result written when it is there."""
+    """The rows of a CSV file; each result is written as soon as it is computed."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 4 benchmarks/distributed_step.py --parallel context --length 2048
 
 --parallel tensor   weights and heads are sharded; q and k are rotated as DTensors
---parallel context  the sequence is (zig-zag): a rank rotates its tokens, and gathers keys, values
---parallel data     FSDP2: the batch and the parameters are
+--parallel context  the sequence is sharded (zig-zag): a rank rotates its tokens, and gathers keys
+                    and values
+--parallel data     FSDP2: the batch and the parameters are sharded
 
-NCCL where there is CUDA, else gloo. Both models start alike, see the same tokens and take turns;
-their losses have to agree. Times are medians, of the slowest rank.
+NCCL on CUDA, else gloo. Both models have the same initial weights, see the same tokens and take
+turns; their losses have to agree. Times are medians over the slowest rank.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from tqdm import tqdm
 import rope_ext
 
 VOCABULARY = 256
-# Losses are of the order of log(256) = 5.5. Both rotations round alike in float32, so that the two
-# models differ by the order of sums alone, some ulp a step.
+# Losses are about log(256) = 5.5. Both rotations round alike in float32, so the two models differ
+# only by the order of sums, by some ulp a step.
 AGREE = {"rtol": 1e-4, "atol": 0.0}
 
 
 def rotated_plainly(q, k, cos, sin):
-    """As transformers does it; cos and sin [1, S, P]."""
+    """Rotates as transformers does; cos and sin [1, S, P]."""
     cos, sin = (torch.cat((t, t), dim=-1).unsqueeze(2) for t in (cos, sin))
 
     def rotated(x):
@@ -109,7 +110,7 @@ def average(tensor):
 
 
 def build(args, rotate, mesh, device):
-    """The model, the rank's tokens and what follows the backward, as (loss, after_backward)."""
+    """The model, the rank's tokens and the work after the backward: (loss, after_backward)."""
     world, rank = mesh.size(), mesh.get_local_rank()
     torch.manual_seed(0)
     model = Llama(args, rotate).to(device)

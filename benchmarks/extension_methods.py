@@ -1,4 +1,4 @@
-"""The ways to read further than a model was trained, as frequencies for one length."""
+"""The methods of context extension, as frequencies for one length."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def ntk(head_dim: int, base: float, trained: int, length: int) -> Frequencies:
 
 
 def dynamic_ntk(head_dim: int, base: float, trained: int, length: int) -> Frequencies:
-    """As a config with factor length / trained has it, at the last token of the text."""
+    """The frequencies of a config with factor length / trained, at the last token of the text."""
     return frequencies.dynamic_ntk(
         head_dim,
         factor=length / trained,
@@ -43,9 +43,9 @@ def yarn(head_dim: int, base: float, trained: int, length: int) -> Frequencies:
 
 
 def longrope(head_dim: int, base: float, trained: int, length: int) -> Frequencies:
-    """LongRoPE finds a factor for each pair by a search; without one they rise from 1 for the
-    fastest pair to length / trained for the slowest, which is NTK's, with LongRoPE's factor on
-    attention.
+    """LongRoPE searches a factor for each pair. Without a search, the factors rise from 1 for the
+    fastest pair to length / trained for the slowest. This is NTK's choice, with LongRoPE's factor
+    on attention.
     """
     pairs, factor = head_dim // 2, length / trained
     factors = [factor ** (i / (pairs - 1)) for i in range(pairs)]
@@ -72,8 +72,8 @@ METHODS: dict[str, Callable[[int, float, int, int], Frequencies]] = {
 
 @contextlib.contextmanager
 def extended(model: nn.Module, method: str, trained: int, length: int) -> Iterator[None]:
-    """Within the block the model, trained to `trained` tokens, rotates as for `length` tokens: with
-    rope_ext, its tables included.
+    """Within the block the model, trained to `trained` tokens, rotates as for `length` tokens, with
+    rope_ext's tables and rotation.
     """
     config = model.config
     inv_freq, attention_scaling = METHODS[method](

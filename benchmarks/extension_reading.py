@@ -1,4 +1,4 @@
-"""A language model reads a long text: how surprising each token is to it, and at what cost."""
+"""A language model reads a long text: the loss of each token, time and memory."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ LOGITS = 256  # tokens whose logits, one for each word of the vocabulary, are in
 class Reading:
     nll: Tensor  # float64 [S - 1]: -log p of token i + 1 after tokens 0 .. i, in nats
     seconds: float
-    peak_bytes: int | None  # of the process; None where the system does not tell
+    peak_bytes: int | None  # of the process; None if the system does not report it
 
 
 def perplexity(nll: Tensor) -> float:
@@ -32,7 +32,7 @@ def read(model: nn.Module, tokens: Tensor, tick: Callable[[int], object]) -> Rea
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    # its name in the newest transformers, and before
+    # the argument's name in the newest transformers, and its older name
     parameters = inspect.signature(model.model.forward).parameters
     cached = {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
     length = tokens.shape[1]
@@ -55,7 +55,7 @@ def read(model: nn.Module, tokens: Tensor, tick: Callable[[int], object]) -> Rea
 
 
 def forget_peak() -> None:
-    """Linux: the peak of the process's memory is counted anew (man 5 proc, clear_refs)."""
+    """Linux: resets the peak of the process's memory (man 5 proc, clear_refs)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,4 +1,4 @@
-"""A small Llama, trained from nothing on bytes of a text, then on longer ones with each method."""
+"""A small Llama, trained from scratch on bytes of a text, then on longer windows by each method."""
 
 import copy
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def new_model(seed: int) -> nn.Module:
 
 
 def parts(text: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [bytes] -> what is trained on, and what is held out."""
+    """Splits uint8 [bytes] into the training text and the held-out text."""
     end = int(len(text) * (1 - HELD_OUT))
     return text[:end], text[end:]
 
@@ -77,7 +77,7 @@ def train(
 
 @torch.inference_mode()
 def read_windows(model: nn.Module, text: Tensor) -> Tensor:
-    """-log p, float64 [EXTENDED - 1], by place in the window, of windows spread over the text."""
+    """-log p, float64 [EXTENDED - 1], by position in the window, for windows all over the text."""
     first = torch.linspace(0, len(text) - EXTENDED, READ_WINDOWS).long()
     windows = text[first[:, None] + torch.arange(EXTENDED)].long()
     total = torch.zeros(EXTENDED - 1, dtype=torch.float64)
@@ -98,8 +98,8 @@ def extend(
     seed: int,
     tick: Callable[[int], object],
 ) -> dict[int, Tensor]:
-    """What a copy of the model makes of the held-out text: {0: .., steps: ..}, before and after so
-    many steps on windows of EXTENDED bytes. Each as read_windows has it.
+    """read_windows of the held-out text by a copy of the model: {0: .., steps: ..}, before and
+    after so many steps on windows of EXTENDED bytes.
     """
     model = copy.deepcopy(model)
     trained_on, held_out = parts(text)

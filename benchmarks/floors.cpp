@@ -1,6 +1,6 @@
-// What the benchmarks divide by: operators that move the bytes and do nothing else, and operators
-// that do nothing at all. Called as rope_ext's own are: boxed, through PyTorch's stable ABI, on
-// PyTorch's threads. Built by floors.py.
+// The floors of the benchmarks: operators that only move the bytes, and operators that do nothing.
+// They are called like rope_ext's own: boxed, through PyTorch's stable ABI, on PyTorch's threads.
+// Built by floors.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,12 +18,12 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
-constexpr int64_t kGrain = int64_t{32} << 10;  // bytes that are worth a thread
-constexpr int64_t kRowsAhead = 32;  // asked of memory early where rows are not neighbours
+constexpr int64_t kGrain = int64_t{32} << 10;  // bytes: less is not worth a thread
+constexpr int64_t kRowsAhead = 32;             // prefetched if rows are not neighbours
 constexpr int64_t kVector = 32;
 constexpr int64_t kHalfVector = 16;
 
-// Of any alignment, and over elements of any type.
+// With any alignment, and over elements of any type.
 using Vector = uint64_t __attribute__((vector_size(kVector), aligned(1), may_alias));
 using HalfVector = uint64_t __attribute__((vector_size(kHalfVector), aligned(1), may_alias));
 
@@ -62,7 +62,7 @@ void flip_rows(const Rows& rows, int64_t begin, int64_t end) {
   }
 }
 
-// Reads, modifies and writes in place what apply_rotary_qk_ would.
+// Reads, modifies and writes the same bytes as apply_rotary_qk_, in place.
 void rmw_qk(const Tensor& q, const Tensor& k, const Tensor&, const Tensor&, const OptionalTensor&,
             OptionalInt rotary_dim, bool, bool) {
   const Rows of_q = rotated_channels(q, rotary_dim);
@@ -110,7 +110,7 @@ void over_vectors(const Tensor& x, const Body& body) {
   torch::stable::parallel_for(0, bytes / kVector, kGrain / kVector, body);
 }
 
-// streaming: with stores that pass the caches by and read no line before they write it
+// streaming: with non-temporal stores, which bypass the caches and do not read a line first
 void copy(const Tensor& to, const Tensor& from, bool streaming) {
   uint8_t* const out = static_cast<uint8_t*>(to.mutable_data_ptr());
   const uint8_t* const in = static_cast<const uint8_t*>(from.const_data_ptr());

@@ -1,7 +1,7 @@
-"""The floors: what moving the bytes, or calling an operator that does nothing, takes.
+"""The floors: the time to move the bytes, or to call an operator that does nothing.
 
-floors.cpp is compiled with the C++ compiler ($CXX, else g++ or c++) when it has changed, into
-build-benchmarks/ or, where that can't be written, a temporary folder.
+floors.cpp is compiled with the C++ compiler ($CXX, else g++ or c++) if it has changed, into
+build-benchmarks/ or, if that is not writable, into a temporary folder.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # as in setup.py
 
 
 def load() -> ModuleType:
-    """Builds floors.cpp if need be -> torch.ops.rope_floors."""
+    """torch.ops.rope_floors. Builds floors.cpp if needed."""
     try:
         torch.ops.rope_floors.rmw_qk_  # noqa: B018
     except AttributeError:
@@ -41,7 +41,7 @@ def library() -> Path:
         handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         subprocess.run([*command, "-o", partial], check=True)
-        os.replace(partial, path)  # another process may be doing the same
+        os.replace(partial, path)  # atomic: another process may do the same
     return path
 
 

@@ -1,4 +1,4 @@
-"""Times functions in interleaved rounds, so that a busy machine slows all of them alike."""
+"""Times functions in interleaved rounds, so that other load slows all of them alike."""
 
 import ctypes
 import functools
@@ -20,7 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the rounds of one function, in seconds; or of their ratios to another's."""
+    """Times of one function over the rounds, in seconds; or their ratios to another's."""
 
     median: float
     low: float  # 10th percentile
@@ -35,13 +35,13 @@ def summary(values: list[float]) -> Summary:
 
 
 def ratio(times: list[float], to: list[float]) -> Summary:
-    """Of the times of a function to another's in the same rounds; `best` is of the best rounds."""
+    """Ratios of a function's times to another's in the same rounds; `best`: of the best rounds."""
     rounds = summary([a / b for a, b in zip(times, to, strict=True)])
     return Summary(rounds.median, rounds.low, rounds.high, min(times) / min(to))
 
 
 def seconds_a_call(function: Callable[[], object], calls: int, new_memory: bool = False) -> float:
-    """new_memory: free memory is given back before each call."""
+    """new_memory: free memory is returned to the system before each call."""
     if not new_memory:
         start = time.perf_counter()
         for _ in range(calls):
@@ -66,10 +66,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """Seconds a call, [rounds] for each function; a round is one call or fills round_seconds.
 
-    Calls tick after each round. new_memory: results, and what a function allocates on its way to
-    them, lie in memory that the operating system has to give at each call. That is so for large
-    results anyway, and for smaller ones it depends on what was freed before: here it is the same
-    for all.
+    Calls tick after each round. new_memory: results and temporary tensors lie in memory that the
+    operating system provides again for each call. For large results that is always so. For smaller
+    ones it depends on earlier frees, so this makes it the same for all.
     """
     calls = {}
     for name, function in functions.items():
@@ -80,7 +79,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # each comes first in turn
             times[name].append(seconds_a_call(functions[name], calls[name], new_memory))
         tick()
     return times
@@ -88,15 +87,15 @@ def measure(
 
 @functools.cache
 def c_library() -> ctypes.CDLL | None:
-    """glibc, where that is the C library."""
+    """glibc, if it is the C library."""
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def settle_allocator() -> None:
-    """Fixes glibc's thresholds where those of a process end that has freed large blocks.
+    """Fixes glibc's thresholds at the values that freeing large blocks would lead to.
 
-    A block of LARGEST_HEAP_BLOCK and more then lies in new memory, unless the heap has a hole.
+    A block of at least LARGEST_HEAP_BLOCK then lies in new memory, unless the heap has a hole.
     """
     if (library := c_library()) is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
@@ -109,7 +108,7 @@ def give_back_free_memory() -> None:
 
 
 def machine() -> str:
-    """What the times depend on, in a line."""
+    """The machine and the versions that the times depend on, in one line."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     info = rope_ext._C.build_info()
     return (

@@ -1,9 +1,8 @@
-"""Times calls on a GPU: in a CUDA graph, which leaves the cost of launches to nobody, and as Python
-makes them.
+"""Times calls on a GPU: in a CUDA graph, which has no launch cost on the host, and eagerly.
 
-The calls of a way go round several sets of tensors, together more than four times the L2 cache, and
-each result stays alive until its set comes round again: reads and writes go to memory. There are at
-most 64 sets, and those of a few tokens stay in L2, as what the layer before has just written does.
+The calls of a way cycle through several sets of tensors, together more than four times the L2
+cache, and each result stays alive until its set is used again: reads and writes go to memory. There
+are at most 64 sets. Sets of a few tokens stay in L2, like the output of the previous layer.
 """
 
 import contextlib
@@ -19,19 +18,19 @@ from rivals import reason
 
 L2_MULTIPLE, MOST_SETS = 4, 64
 CALLS_IN_A_GRAPH = 20  # at least
-BATCH_SECONDS = 0.002  # of calls between two events
+BATCH_SECONDS = 0.002  # of the calls between two events
 EAGER_CALLS = (3, 200)  # in a batch: at least, at most
 LEAST_ROUNDS = 3
 COPY_BYTES = 1 << 30
 
 
 def set_count(set_bytes: int, l2_bytes: int) -> int:
-    """Sets of which calls touch set_bytes each, in all above L2_MULTIPLE L2 caches; at least 2."""
+    """Number of sets, each of set_bytes, that exceed L2_MULTIPLE L2 caches together; at least 2."""
     return max(2, min(MOST_SETS, L2_MULTIPLE * l2_bytes // set_bytes + 1))
 
 
 def copies(byte_count: int, count: int) -> list[Call]:
-    """Device copies that read and write so many bytes together."""
+    """Device copies that read and write byte_count bytes in all."""
     pairs = [
         torch.zeros(2, byte_count // 2, dtype=torch.uint8, device="cuda") for _ in range(count)
     ]
@@ -39,7 +38,7 @@ def copies(byte_count: int, count: int) -> list[Call]:
 
 
 def copy_rate(byte_count: int = 2 * COPY_BYTES) -> float:
-    """Bytes a second, read and written, of the fastest of some copies past every cache."""
+    """Bytes a second, read and written, of the fastest of some copies larger than the caches."""
     (copy,) = copies(byte_count, 1)
     copy()
     several = 4
@@ -68,19 +67,19 @@ class Times:
 
     @property
     def seconds(self) -> list[float]:
-        """In a graph, where there is one."""
+        """The times in a graph, if there is one, else eager."""
         return self.graph or self.eager
 
 
 class Timed:
-    """The calls of a way, one for each set of tensors, in and out of a graph."""
+    """The calls of a way, one for each set of tensors, in a graph and eagerly."""
 
     def __init__(self, calls: list[Call], graphs: bool = True) -> None:
         self.calls = calls
         self.results: list[object] = [None] * len(calls)
         self.times = Times()
         self.no_graph: str | None = None  # the reason
-        for _ in range(2):  # compiles, and the allocator has its blocks after this
+        for _ in range(2):  # compiles, and fills the allocator's cache
             self._launch(len(calls))
         torch.cuda.synchronize()
         once = seconds_between_events(lambda: self._launch(len(calls))) / len(calls)
@@ -103,10 +102,10 @@ class Timed:
             self.results[i % len(self.calls)] = self.calls[i % len(self.calls)]()
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-        """A graph of calls that go round the sets, and what they return."""
+        """A graph of calls that cycle through the sets, and their results."""
         self.calls_in_graph = -(-CALLS_IN_A_GRAPH // len(self.calls)) * len(self.calls)
         graph, kept = torch.cuda.CUDAGraph(), [None] * len(self.calls)
-        gc.disable()  # what is freed elsewhere could end the capture
+        gc.disable()  # freeing an unrelated tensor could end the capture
         try:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -123,7 +122,7 @@ class Timed:
 
     def time_round(self) -> None:
         if self._captured is not None:
-            self._captured.replay()  # the GPU is busy while what is timed is launched
+            self._captured.replay()  # keeps the GPU busy during the timed launches
             seconds = seconds_between_events(
                 lambda: [self._captured.replay() for _ in range(self.replays)]
             )
@@ -138,12 +137,12 @@ class Timed:
 
 
 def why_no_graphs() -> str | None:
-    """Where there are no CUDA graphs: why."""
+    """The reason why there are no CUDA graphs, or None."""
     return Timed(copies(64, 1)).no_graph
 
 
 def measure(ways: dict[str, Timed], rounds: int, seconds: float) -> dict[str, Times]:
-    """Of interleaved rounds, so many or for so long."""
+    """Times in interleaved rounds, up to a number of rounds or of seconds."""
     end = time.perf_counter() + seconds
     names = list(ways)
     for done in itertools.count(1):

@@ -28,7 +28,7 @@ LEAVES = ("q", "k", "q_weight", "k_weight")
 
 
 def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [B, S, H, D] of which each head is a row, or with a weight [H, D] all heads are."""
+    """RMSNorm of x [B, S, H, D]; a row is a head, or with a weight [H, D] all heads."""
     row = x.flatten(-weight.dim())
     return torch.nn.functional.rms_norm(row, row.shape[-1:], weight.flatten(), eps).view_as(x)
 
@@ -61,13 +61,13 @@ def eager_norm_arguments(arguments: Arguments) -> Arguments:
 
 
 def weights_of(shape: Case, all_heads: bool) -> list[Tensor]:
-    """Of q and of k, [D] or [H, D]."""
+    """The weights of q and of k, [D] or [H, D]."""
     sizes = [(heads,) * all_heads + (shape.head_dim,) for heads in (shape.q_heads, shape.k_heads)]
     return [(1 + torch.randn(*size, device="cuda") / 4).to(MODEL) for size in sizes]
 
 
 def moved_bytes(shape: Case, all_heads: bool, times: int, weight_times: int) -> int:
-    """q and k so many times, their weights so many."""
+    """Bytes of q and k `times` times and of their weights `weight_times` times."""
     weights = shape.head_dim * (shape.heads if all_heads else 2)
     channels = times * shape.tokens * shape.heads * shape.head_dim + weight_times * weights
     return channels * MODEL.itemsize + row_bytes(shape)
@@ -103,7 +103,7 @@ def norm(
 
 
 def bind_backward(function: Callable[..., Any], arguments: Arguments) -> Call:
-    """The backward alone of a function, whose forward has run."""
+    """The backward of a function, without its forward, which has run already."""
     a = dict(arguments)
     grads = [a.pop(name) for name in GRADS]
     leaves = {name: a.pop(name).detach().requires_grad_() for name in LEAVES}

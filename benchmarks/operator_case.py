@@ -1,5 +1,5 @@
-"""What a GPU case is: an operator at one shape, the bytes that it has to move, its exact result,
-and other ways to that result.
+"""A GPU case: an operator at one shape, the bytes that it has to move, its exact result, and other
+ways to the same result.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 from common import Case
 from torch import Tensor
 
-SECTOR = 32  # bytes: what memory moves at least
+SECTOR = 32  # bytes: the least that memory moves
 POSITION_BYTES = 8  # of an int64 position or slot
 TABLE_BYTES = 4  # of a float32 cos or sin
 EAGER = "eager PyTorch"  # the name of a way that each case has
@@ -22,16 +22,17 @@ Call = Callable[[], tuple[Tensor, ...] | Tensor | None]
 
 @dataclass(frozen=True)
 class Way:
-    """A function of what `prepare` makes of the operator's arguments; only the function is timed.
+    """A function of the tensors that `prepare` makes from the operator's arguments. Only the
+    function is timed.
 
-    It returns the operator's results, those of an operator that writes in the order of its schema;
-    or None, where it has written them into the arguments.
+    It returns the operator's results, or the written tensors in the order of the schema. It returns
+    None if it has written into the arguments.
     """
 
     function: Callable[..., Any]
     prepare: Callable[[Arguments], Arguments] = dict
     bind: Callable[[Callable[..., Any], Arguments], Call] = lambda f, a: functools.partial(f, **a)
-    angle_roundings: int = 0  # of an angle, to float32: the error grows with the position
+    angle_roundings: int = 0  # roundings of an angle to float32: the error grows with the position
 
     def call(self, arguments: Arguments) -> Call:
         return self.bind(self.function, self.prepare(arguments))
@@ -47,11 +48,11 @@ class OperatorCase:
     form: str
     shape: Case
     arguments: Callable[[], Arguments]  # new tensors by the names of the schema, tables shared
-    exact: Callable[[Arguments], tuple[Tensor, ...]]  # of the results, in float64
+    exact: Callable[[Arguments], tuple[Tensor, ...]]  # the results, in float64
     least_bytes: int  # read and written
     ways: dict[str, Way] = field(default_factory=dict)
     compiled: bool = False  # EAGER is timed under torch.compile too
-    roundings: int = 4  # to float32 on the way to a result, of numbers as large as the largest
+    roundings: int = 4  # intermediate float32 roundings, of numbers up to the largest
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class OperatorCase:
         return f"{self.name}, {self.shape_name} {self.tokens}"
 
     def make(self, count: int) -> list[Call]:
-        """Calls of the operator, each on tensors of its own."""
+        """Calls of the operator, each on its own tensors."""
         return [self.call(self.arguments()) for _ in range(count)]
 
     def call(self, arguments: Arguments) -> Call:
@@ -81,7 +82,7 @@ class OperatorCase:
         return functools.partial(self.operator, *positional, **options)
 
     def results(self, arguments: Arguments, returned: Any) -> tuple[Tensor, ...]:
-        """What a call has returned, or else written."""
+        """The results of a call, or the tensors that it has written."""
         if returned is None:
             return tuple(arguments[name] for name in self.written)
         return returned if isinstance(returned, tuple) else (returned,)
@@ -97,7 +98,7 @@ class OperatorCase:
 
 
 def operator_name(operator: Any) -> str:
-    """As in torch.ops.rope: apply_rotary, apply_rotary.out."""
+    """The name in torch.ops.rope: apply_rotary, apply_rotary.out."""
     return operator._schema.name.removeprefix("rope::") + (
         f".{operator._schema.overload_name}" if operator._schema.overload_name else ""
     )
@@ -108,7 +109,7 @@ def in_sectors(byte_count: int) -> int:
 
 
 def in_float64(arguments: Arguments) -> Arguments:
-    """A copy; tensors of whole numbers and of float8 as they are."""
+    """A copy in float64; integers and float8 stay as they are."""
     return {
         name: value.double()
         if isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1

@@ -16,7 +16,7 @@ QUICK = {PREFILL: 8, LONG_PREFILL: 12, TABLE: 32, 1: 1, 64: 2, 256: 3}
 
 
 def cases(quick: bool) -> list[OperatorCase]:
-    """quick: the same on a few tokens."""
+    """quick: all cases with few tokens."""
 
     def size(tokens: int) -> int:
         return QUICK[tokens] if quick else tokens

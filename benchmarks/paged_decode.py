@@ -2,12 +2,13 @@
 
     python benchmarks/paged_decode.py [--quick] [--out DIR]
 
-float32, greedy. Requests of different prompts and lengths come and go in the middle of others'; the
-cache is too small for all of them, so that blocks are used again. Positions and slots come from
-rope_ext.positions, cos and sin are made once a step for all layers, and one operator rotates q and
-k and stores k and v (beside it, the same in three operators). Every request has to get the tokens
-that transformers' generate gives it alone; otherwise the run ends with an error. The model is that
-of `python -m rope_ext demo`: from its cache or, where it can't be fetched, with random weights.
+float32, greedy. Requests with different prompts and lengths start and end at different steps. The
+cache is too small for all of them, so blocks are reused. Positions and slots come from
+rope_ext.positions, cos and sin are computed once a step for all layers, and one operator rotates q
+and k and stores k and v (compared with the same in three operators). Every request must get the
+same tokens as from transformers' generate for this request alone; otherwise the run ends with an
+error. The model is that of `python -m rope_ext demo`, from its cache; if it can't be downloaded, it
+has random weights.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rope_ext.demo import models
 
 REQUESTS, QUICK_REQUESTS = 16, 6
 PROMPT, NEW_TOKENS = (8, 200), (8, 64)  # tokens, from and to
-LAST_ARRIVAL = 60  # the last step before which requests come
+LAST_ARRIVAL = 60  # the last arrival: before this step
 BLOCK_SIZE, BUDGET, MOST_RUNNING = 16, 96, 8
 SEED = 0
 WAYS: dict[str, Append] = {"fused": fused, "apart": apart}
@@ -38,7 +39,7 @@ Tick = Callable[[int], object]
 
 
 def make_requests(text: list[int], count: int, most: int | None) -> list[Request]:
-    """Parts of the text as prompts; a third of the requests is there from the start."""
+    """Parts of the text as prompts; a third of the requests arrive at the start."""
     draw = random.Random(SEED)
     requests = []
     for name in range(count):
@@ -53,7 +54,7 @@ def make_requests(text: list[int], count: int, most: int | None) -> list[Request
 
 
 def blocks_for(requests: list[Request]) -> int:
-    """Half of what all need together, or what the largest needs."""
+    """Half of the blocks that all requests need together, but at least those of the largest."""
     needs = [-(-request.most_cached // BLOCK_SIZE) for request in requests]
     return max(max(needs), sum(needs) // 2)
 
@@ -65,7 +66,7 @@ def ends_of(model: nn.Module) -> frozenset[int]:
 
 
 def generated_alone(model: nn.Module, request: Request) -> list[int]:
-    """By transformers, with its own rotation and its own cache."""
+    """The tokens from transformers, with its own rotation and cache."""
     prompt = torch.tensor([request.prompt], device=model.device)
     out = model.generate(
         prompt,
@@ -91,11 +92,11 @@ class Run:
         limits = {"budget": BUDGET, "most_running": MOST_RUNNING, "ends": ends_of(model)}
         self.server = Server(self.llama, blocks, **limits)
         self.next = self.server.serve(requests)
-        self.steps: list[float] = []  # seconds of each
-        self.append: list[float] = []  # of these, in positions, cos and sin, rotation and append
+        self.steps: list[float] = []  # seconds of each step
+        self.append: list[float] = []  # the part for positions, cos and sin, rotation and append
 
     def step(self) -> int | None:
-        """Tokens that it has made; None at the end."""
+        """Runs a step and returns the number of tokens that it generated; None at the end."""
         whole, part = Clock(self.llama.device), self.llama.clock.seconds
         with whole.running():
             made = next(self.next, None)
@@ -106,7 +107,7 @@ class Run:
 
 
 def serve(model: nn.Module, make: Callable[[], list[Request]], tick: Tick) -> dict[str, Run]:
-    """Every way over the same requests, in turns: a busy machine slows all of them alike."""
+    """Serves the same requests in every way, in turns: other load slows all ways alike."""
     runs = {way: Run(model, make(), append) for way, append in WAYS.items()}
     going = list(runs.values())
     while going:
@@ -116,12 +117,12 @@ def serve(model: nn.Module, make: Callable[[], list[Request]], tick: Tick) -> di
                 going.remove(run)
             else:
                 tick(made)
-        going.reverse()  # nobody is always first
+        going.reverse()  # no way is always first
     return runs
 
 
 def check(model: nn.Module, runs: list[Run]) -> None:
-    """Ends the run where a request got other tokens than alone."""
+    """Ends the run if a request got other tokens than it gets alone."""
     wrong = []
     for requests in tqdm(
         list(zip(*(run.requests for run in runs), strict=True)),
@@ -137,7 +138,7 @@ def check(model: nn.Module, runs: list[Run]) -> None:
 
 
 def summary(run: Run) -> str:
-    """The requests, tokens per second, and the share of our part."""
+    """The requests, tokens per second, and the share of rope_ext's part."""
     columns = ("request", "arrives", "prompt", "generated", "first token", "end", "blocks")
     lines = [
         "",
@@ -168,7 +169,7 @@ def summary(run: Run) -> str:
 
 
 def results_of(runs: dict[str, list[Run]]) -> list[report.Result]:
-    """Times of all steps of all rounds, with each way to rotate and append."""
+    """Times of all steps in all rounds, by way."""
     kinds = {"fused": OURS, "apart": PEER}
     parts = {
         "rotation and append, a step": lambda run: run.append,

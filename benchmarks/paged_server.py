@@ -1,8 +1,8 @@
-"""A small server of a Llama: continuous batching of requests over a paged KV cache.
+"""A small server of a Llama model: continuous batching of requests over a paged KV cache.
 
-Requests come and go between steps. A step takes the next token of every sequence that is decoding,
-and parts of prompts as far as its budget of tokens goes, all packed into one batch [T]. Positions,
-slots and the rows of cos and sin are made once a step, for all layers.
+Requests arrive and end between steps. A step takes the next token of every decoding sequence and,
+within its budget of tokens, parts of prompts, all packed into one batch [T]. Positions, slots and
+the rows of cos and sin are computed once a step, for all layers.
 """
 
 import math
@@ -24,14 +24,14 @@ from rope_ext import positions
 class Request:
     name: int
     prompt: list[int]
-    new_tokens: int  # at most; fewer where the end-of-text token comes
-    arrival: int  # the step before which it comes
+    new_tokens: int  # at most; fewer with an end-of-text token
+    arrival: int  # the step before which it arrives
     generated: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
-    blocks_had: int = 0  # in all, and of these such that another request had had before
+    blocks_had: int = 0  # in all, and of these, reused blocks of other requests
     blocks_reused: int = 0
-    first_token: int | None = None  # the step that made it
+    first_token: int | None = None  # the step that generated it
     finished: int | None = None
 
     @property
@@ -40,12 +40,12 @@ class Request:
 
     @property
     def most_cached(self) -> int:
-        """The last token that is generated is never read."""
+        """The last generated token is never read, so it needs no slot."""
         return len(self.prompt) + self.new_tokens - 1
 
 
 class BlockAllocator:
-    """Blocks of the cache. The one that was given back last is the first to be taken again."""
+    """Free blocks of the cache. The block that was freed last is allocated first."""
 
     def __init__(self, blocks: int) -> None:
         self.free = list(reversed(range(blocks)))
@@ -65,12 +65,12 @@ class BlockAllocator:
 
 @dataclass
 class Step:
-    """What all layers of a step share: T packed tokens of n sequences, a part of each."""
+    """The inputs of a step for all layers: T packed tokens, a part of each of n sequences."""
 
     tokens: Tensor  # int64 [T]
-    bounds: list[int]  # n + 1: where the part of each sequence begins, and T
-    cached: list[int]  # n: tokens that each had before
-    block_table: Tensor  # int64 [n, most blocks], -1 where there is none
+    bounds: list[int]  # n + 1: the start of each sequence's part, and T
+    cached: list[int]  # n: earlier tokens of each sequence
+    block_table: Tensor  # int64 [n, most blocks], -1 for no block
     slots: Tensor  # int64 [T]
     cos: Tensor  # float32 [T, P]
     sin: Tensor  # float32 [T, P]
@@ -105,7 +105,7 @@ def apart(
 
 
 class Clock:
-    """Seconds that pass while it is running."""
+    """Sums up the seconds during which it runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -124,7 +124,7 @@ class Clock:
 
 
 class PagedLlama:
-    """The layers of a Llama of transformers, with attention of our own over a paged cache."""
+    """The layers of a Llama of transformers, with our attention over a paged cache."""
 
     def __init__(self, model: nn.Module, blocks: int, block_size: int, append: Append) -> None:
         self.model, self.append, self.block_size = model, append, block_size
@@ -141,7 +141,7 @@ class PagedLlama:
         self.clock = Clock(self.device)  # of rotation and append
 
     def prepare(self, parts: list[tuple[Request, int]]) -> Step:
-        """The next tokens of each request, as many as its number says, whose blocks it has."""
+        """The inputs for the next tokens of each request. Their blocks are allocated already."""
         bounds, cached, tokens = [0], [], []
         for request, count in parts:
             tokens += request.tokens[request.cached : request.cached + count]
@@ -162,7 +162,7 @@ class PagedLlama:
         return Step(ids, bounds, cached, block_table, slots, cos, sin)
 
     def __call__(self, step: Step) -> Tensor:
-        """The logits that follow the last token of each sequence's part, [n, vocabulary]."""
+        """The logits after the last token of each sequence's part, [n, vocabulary]."""
         x = self.model.model.embed_tokens(step.tokens)  # [T, hidden]
         for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -177,7 +177,7 @@ class PagedLlama:
         return self.model.lm_head(self.model.model.norm(x[step.last_tokens()]))
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
-        """Each sequence's part of q [T, H, D] to all of its tokens -> [T, H, D]."""
+        """Attention of each sequence's part of q [T, H, D] to all of its tokens: [T, H, D]."""
         out = torch.empty_like(q)
         for i, cached in enumerate(step.cached):
             begin, end = step.bounds[i : i + 2]
@@ -189,7 +189,7 @@ class PagedLlama:
             )
             part = q[begin:end].transpose(0, 1)[None]  # [1, H, tokens, D]
             mask = None
-            if end - begin > 1:  # each of its tokens sees itself and what comes before
+            if end - begin > 1:  # each token attends to itself and to earlier tokens
                 order = torch.arange(length, device=q.device)
                 mask = order <= order[cached:, None]
             seen = scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)
@@ -212,13 +212,13 @@ class Server:
         self.llama, self.budget, self.most_running, self.ends = llama, budget, most_running, ends
         self.allocator = BlockAllocator(blocks)
         self.running: list[Request] = []
-        self.mixed_steps = 0  # such with parts of prompts and with decoding
+        self.mixed_steps = 0  # steps with both parts of prompts and decoding
 
     def blocks_of(self, tokens: int) -> int:
         return math.ceil(tokens / self.llama.block_size)
 
     def admit(self, waiting: deque[Request], step: int) -> None:
-        """In the order of arrival, while there are blocks for all that a request may come to."""
+        """Admits requests in the order of arrival, while there are blocks for all their tokens."""
         promised = sum(self.blocks_of(r.most_cached) - len(r.blocks) for r in self.running)
         while waiting and waiting[0].arrival <= step and len(self.running) < self.most_running:
             need = self.blocks_of(waiting[0].most_cached)
@@ -228,7 +228,7 @@ class Server:
             self.running.append(waiting.popleft())
 
     def parts(self) -> list[tuple[Request, int]]:
-        """What a step takes of each request: decoding first, then of prompts what still goes."""
+        """The tokens of each request in a step: decoding first, then prompts within the budget."""
         left, parts = self.budget, []
         for request in sorted(self.running, key=lambda r: r.first_token is None):
             count = min(len(request.tokens) - request.cached, left)
@@ -239,7 +239,7 @@ class Server:
 
     @torch.inference_mode()
     def step(self, number: int) -> int:
-        """One batch through the model -> how many tokens it has made."""
+        """Runs one batch through the model. Returns the number of generated tokens."""
         parts = self.parts()
         decoding = sum(request.first_token is not None for request, _ in parts)
         self.mixed_steps += 0 < decoding < len(parts)
@@ -251,7 +251,7 @@ class Server:
         for (request, count), token in zip(parts, following, strict=True):
             request.cached += count
             if request.cached < len(request.tokens):
-                continue  # the prompt goes on
+                continue  # the prompt continues in the next step
             request.generated.append(token)
             made += 1
             if request.first_token is None:
@@ -263,7 +263,7 @@ class Server:
         return made
 
     def serve(self, requests: list[Request]) -> Iterator[int]:
-        """All requests, from arrival to end, a step at a time -> tokens that each step makes."""
+        """Serves all requests, a step at a time. Yields the tokens that each step generates."""
         waiting, number = deque(sorted(requests, key=lambda r: r.arrival)), 0
         while waiting or self.running:
             self.admit(waiting, number)

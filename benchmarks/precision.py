@@ -1,12 +1,12 @@
-"""How exact tables, rotations and scores are at long context: rope_ext's, and the usual ones.
+"""The precision of tables, rotations and scores at long context: rope_ext's and the usual ones.
 
     python benchmarks/precision.py [--quick] [--out DIR]
 
-On the CPU, without a clock, and the same in every run: head_dim 128, positions drawn from contexts
-of 4,096 to 2^31 tokens, and the last of each. The truth is cos and sin of position * inv_freq in 40
-digits (rope_ext/viz/figures/errors.py), for the float32 inv_freq that all are given. The usual way
-is that of transformers, with which it is compared bit by bit first. --out writes Markdown, CSV and
-a chart.
+On the CPU, without timing, with the same results in every run: head_dim 128, random positions from
+contexts of 4,096 to 2^31 tokens, and the last of each. The truth is cos and sin of position *
+inv_freq in 40 digits (rope_ext/viz/figures/errors.py), for the same float32 inv_freq. The usual way
+is that of transformers; its bits are compared with transformers first. --out writes Markdown, CSV
+and a chart.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from rope_ext.viz.figures.errors import exact, exact_parts
 HEAD_DIM, HEADS = 128, 4
 BASES = (10_000.0, 500_000.0)
 CONTEXTS = (4096, 32_768, 131_072, 1 << 20, 1 << 24, 1 << 31)
-FARTHEST = 64  # tokens between the two of a score
+FARTHEST = 64  # most tokens between q and k of a score
 POSITIONS, QUICK_POSITIONS = 256, 4  # of each context
-HIGH = 0.99  # the quantile that a row has beside the largest error
+HIGH = 0.99  # the quantile that a row shows besides the largest error
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 Table = tuple[Tensor, Tensor]  # cos, sin [N, P]
 # (inv_freq [P], positions [N]) -> the table
 MakeTable = Callable[[Tensor, Tensor], Table]
-# (x [N, H, D], inv_freq [P], positions [N]) -> x turned
+# (x [N, H, D], inv_freq [P], positions [N]) -> x rotated
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -66,12 +66,12 @@ TABLES: dict[str, MakeTable] = {
 
 
 def turn(table: MakeTable, x: Tensor, inv_freq: Tensor, positions: Tensor) -> Tensor:
-    """In float32, by the kernel of rope_ext, and rounded once to x's dtype."""
+    """Rotates in float32 by rope_ext's kernel, rounded once to x's dtype."""
     return rope_ext.apply_rotary(x, *table(inv_freq, positions), layout="thd")
 
 
 def turn_op_by_op(x: Tensor, inv_freq: Tensor, positions: Tensor) -> Tensor:
-    """By transformers: its table is in x's dtype, and so is each of its operations."""
+    """Rotates as transformers does: its table is in x's dtype, and each operation rounds to it."""
     table = (torch.cat((part, part), -1)[None] for part in usual(inv_freq, positions, x.dtype))
     heads_first = x.transpose(0, 1)[None]  # [1, H, N, D]
     turned, _ = apply_rotary_pos_emb(heads_first, heads_first, *table)
@@ -95,11 +95,11 @@ SCORES: dict[str, tuple[torch.dtype, Rotate]] = {
 
 
 def check_usual(inv_freq: Tensor, base: float, positions: Tensor) -> None:
-    """Raises WrongResult where the usual way has other bits than transformers."""
+    """Raises WrongResult if the usual way has other bits than transformers."""
     config = LlamaConfig(
         head_dim=HEAD_DIM, rope_parameters={"rope_type": "default", "rope_theta": base}
     )
-    for cast in (F32, F16, BF16):  # of the module: transformers' inv_freq follows
+    for cast in (F32, F16, BF16):  # a cast of transformers' module casts inv_freq
         module = LlamaRotaryEmbedding(config).to(cast)
         for dtype in (F32, F16, BF16):
             theirs = module(torch.empty((), dtype=dtype), positions[None])
@@ -113,22 +113,22 @@ def check_usual(inv_freq: Tensor, base: float, positions: Tensor) -> None:
 
 
 def table_errors(got: Table, truth: list[Table]) -> Tensor:
-    """Of cos and sin, absolute [2, N, P]; truth as of exact_parts."""
+    """Absolute errors of cos and sin [2, N, P]; truth from exact_parts."""
     parts = [(of.double() - near) - rest for of, (near, rest) in zip(got, truth, strict=True)]
     return torch.stack(parts).abs()
 
 
 def table_ulps(got: Table, truth: list[Table], dtype: torch.dtype) -> Tensor:
-    """The same in units in the last place that dtype has at the true value."""
+    """The same in units in the last place of dtype at the true value."""
     units = torch.stack([ulp(near, dtype) for near, _ in truth])
     return table_errors(got, truth) / units
 
 
 def frequency_errors(inv_freq: Tensor, base: float, positions: Tensor) -> dict[str, Tensor]:
-    """In radians [N, P]: of angles against those of base^(-2i / D), which float32 has to round.
+    """Errors of angles in radians [N, P], against base^(-2i / D), which float32 has to round.
 
-    In float64: exponents are exact, the power and its product are rounded, and so an angle is off
-    by at most 2^-51 of itself, which is 2^-20 radians at the position 2^31.
+    In float64: exponents are exact, the power and its product are rounded. So an angle is off by at
+    most 2^-51 of its value, which is 2^-20 radians at position 2^31.
     """
     formula = base ** (-torch.arange(0, HEAD_DIM, 2, dtype=F64) / HEAD_DIM)
     steps = positions[:, None].double()
@@ -142,14 +142,14 @@ def frequency_errors(inv_freq: Tensor, base: float, positions: Tensor) -> dict[s
 def rotation_errors(
     rotate: Rotate, x: Tensor, inv_freq: Tensor, positions: Tensor, truth: Table
 ) -> Tensor:
-    """Of each pair [N, H, P], relative to its length: so in radians, where it is an angle."""
+    """Errors of each pair [N, H, P], relative to its length: an angle error is in radians."""
     right = reference.apply_rotary(x.double(), *truth)
     error = rotate(x, inv_freq, positions).double() - right
     return lengths(error) / lengths(x.double())
 
 
 def lengths(x: Tensor) -> Tensor:
-    """Of the pairs (i, i + P) of x [..., D]: [..., P]."""
+    """Lengths of the pairs (i, i + P) of x [..., D]: [..., P]."""
     return torch.hypot(*x.chunk(2, -1))
 
 
@@ -162,13 +162,13 @@ def score_errors(
     distance: Tensor,
     truth: Table,
 ) -> Tensor:
-    """Of q · k / sqrt(D) [N, H] from the score of the same two tokens with k at position 0.
+    """Errors of q · k / sqrt(D) [N, H] against the score of the same tokens with k at position 0.
 
-    The sums are in float64, so that rotations alone err.
+    The sums are in float64, so that all errors come from the rotations.
 
     Args:
         q, k: [N, H, D].
-        first, distance: int64 [N]: k's position, and how many tokens q is past it.
+        first, distance: int64 [N]: k's position, and the tokens from k to q.
         truth: exact cos and sin of distance, [N, P].
     """
     got = scores(rotate(q, inv_freq, first + distance), rotate(k, inv_freq, first))
@@ -180,7 +180,7 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def largest_and_high(errors: Tensor) -> tuple[float, float]:
-    """NaN if any error is."""
+    """The largest error and its HIGH quantile; NaN if any error is NaN."""
     ordered = errors.flatten().sort().values  # NaN last
     return ordered[-1].item(), ordered[round(HIGH * (len(ordered) - 1))].item()
 
@@ -189,7 +189,7 @@ def largest_and_high(errors: Tensor) -> tuple[float, float]:
 
 
 def drawn_positions(context: int, count: int, generator: torch.Generator) -> Tensor:
-    """In order, the last of the context among them: int64 [count]."""
+    """Sorted random positions, including the last of the context: int64 [count]."""
     some = torch.randint(0, context, (count - 1,), generator=generator)
     return torch.cat((some, torch.tensor([context - 1]))).sort().values
 

@@ -1,4 +1,4 @@
-"""What precision.py measured, as Markdown, CSV and a chart."""
+"""Writes the results of precision.py as Markdown, CSV and a chart."""
 
 import csv
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ CHARTED = {
 
 @dataclass(frozen=True)
 class Row:
-    """An error of a way: the largest, and the one that 99% of them do not exceed."""
+    """An error of a way: the largest, and the one that 99% of the errors do not exceed."""
 
     quantity: str
     base: float
@@ -45,14 +45,14 @@ class Row:
 
 
 def markdown(rows: list[Row], setting: str) -> str:
-    """A section a quantity, a column a context."""
+    """A section for each quantity, a column for each context."""
     contexts = sorted({row.context for row in rows})
     what = "The largest error of all positions, pairs and heads (and what 99% do not exceed)."
     lines = [f"{setting}.", "", what]
     for quantity, what in QUANTITIES.items():
         cells: dict[tuple, list[str]] = {}
         for row in sorted((r for r in rows if r.quantity == quantity), key=lambda r: r.context):
-            digits = 4 if quantity == "ulp" else 2  # half a unit is the least there is
+            digits = 4 if quantity == "ulp" else 2  # half a unit is the least possible
             cell = f"{row.largest:.{digits}g} ({row.high:.{digits}g})"
             cells.setdefault((row.base, row.way), []).append(cell)
         lines += ["", f"## {what}", ""]
@@ -74,7 +74,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 @styled
 def chart(path: Path, rows: list[Row]) -> None:
-    """The largest error against the context: of tables, and of scores."""
+    """The largest error of tables and of scores against the context."""
     figure = new_figure(f"Largest error, base {CHARTED_BASE:,}, head_dim 128", 11, 5)
     for axes, (quantity, ways) in zip(figure.subplots(1, 2), CHARTED.items(), strict=True):
         for way in ways:

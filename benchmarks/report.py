@@ -1,4 +1,4 @@
-"""What the CPU benchmark says: Markdown tables, a CSV file and a chart."""
+"""The report of the CPU benchmark: Markdown tables, a CSV file and a chart."""
 
 import csv
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Result:
     left_out: dict[str, str]
 
     def fastest_peer(self, way: str) -> str | None:
-        """Of those that do what `way` does: where it pays for new memory, so do they."""
+        """The fastest of those that write into new or into existing memory as `way` does."""
         goal = self.goal_of(way)
         new_memory = goal is not None and (goal.floor or "").startswith("clone")
         kinds = (PEER,) if new_memory else (PEER, PEER_GIVEN_OUTPUTS)
@@ -38,7 +38,7 @@ class Result:
         return next((goal for goal in self.goals if goal.way == way), None)
 
     def measured(self, goal: Goal) -> Summary | None:
-        """Ratio to the floor, or without one microseconds; None if it was not timed."""
+        """The ratio to the floor, or microseconds without a floor; None if it was not timed."""
         if goal.way not in self.times:
             return None
         if goal.floor is None:
@@ -166,7 +166,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
 
 
 def chart(path: Path, results: list[Result], setting: str) -> None:
-    """A panel a case: the times of all ways as bars, and the goal as a line."""
+    """One panel a case: the times of all ways as bars, and the goal as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +210,7 @@ def chart(path: Path, results: list[Result], setting: str) -> None:
 
 
 def write(folder: Path, stem: str, results: list[Result], setting: str) -> list[Path]:
-    """Writes STEM.md, STEM.csv and STEM.png -> their paths."""
+    """Writes STEM.md, STEM.csv and STEM.png. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.{suffix}" for suffix in ("md", "csv", "png")]
     paths[0].write_text(f"# {stem}\n\n{markdown(results, setting)}")

@@ -1,4 +1,4 @@
-"""What the GPU benchmark says: Markdown tables, a CSV file and a chart."""
+"""The report of the GPU benchmark: Markdown tables, a CSV file and a chart."""
 
 import csv
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from operator_case import OperatorCase, operator_name
 from report import COLORS, MISSED, REACHED, number, row, times_cell
 
 COPY = "copy"  # the floor of each case: a device copy of as many bytes
-LAUNCH_SECONDS = 2e-6  # about what a launch takes in a graph
-JUDGED_SECONDS = 10e-6  # of which a launch is little
+LAUNCH_SECONDS = 2e-6  # approximate time of a launch in a graph
+JUDGED_SECONDS = 10e-6  # a launch is a small part of it
 ALLOWED = 1.10  # times the expected time
 CSV_COLUMNS = (
     *("case", "operator", "shape", "tokens", "way", "kind", "rounds", "least_bytes"),
@@ -23,7 +23,7 @@ CSV_COLUMNS = (
 
 @dataclass
 class Measured:
-    """A case's times by way, in the same rounds, or why there are none."""
+    """A case's times by way, in the same rounds, or the reason why there are none."""
 
     case: OperatorCase
     copy_rate: float  # bytes a second, of a large copy
@@ -33,7 +33,7 @@ class Measured:
 
     @property
     def expected(self) -> float:
-        """Seconds that the least bytes take at the rate of a large copy."""
+        """Seconds to move the least bytes at the rate of a large copy."""
         return self.case.least_bytes / self.copy_rate
 
     def over_expected(self, way: str) -> Summary:
@@ -41,7 +41,7 @@ class Measured:
 
     @property
     def verdict(self) -> str:
-        """Of rope_ext, in a graph."""
+        """The verdict on rope_ext in a graph."""
         if self.expected < JUDGED_SECONDS:
             return f"a launch takes {1e6 * LAUNCH_SECONDS:.0f} us"
         if not self.ways[OURS].graph:
@@ -53,7 +53,7 @@ class Measured:
 
 
 def over_expected_cell(result: Measured, way: str) -> str:
-    """Empty where a launch alone takes longer."""
+    """Empty if a launch alone takes longer."""
     if result.expected < LAUNCH_SECONDS:
         return ""
     return f"{result.over_expected(way).median:.2f}"
@@ -106,7 +106,7 @@ def explanation(copy_rate: float) -> str:
 
 
 def markdown(results: list[Measured], setting: str, problems: list[str]) -> str:
-    """problems: what makes the run a failure."""
+    """problems: the reasons why the run fails."""
     timed = [result for result in results if result.failure is None]
     lines = [f"{setting}.", ""]
     if problems:
@@ -124,7 +124,7 @@ def markdown(results: list[Measured], setting: str, problems: list[str]) -> str:
 
 
 def left_out_lines(results: list[Measured]) -> list[str]:
-    """What is left out for one reason in several cases is said once."""
+    """The ways that are left out, one line a reason."""
     labels: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for name, why in result.left_out.items():
@@ -173,7 +173,7 @@ def csv_row(result: Measured, name: str, times: Times) -> dict[str, object]:
 
 
 def chart(path: Path, results: list[Measured], setting: str) -> None:
-    """A line a case: each way's time over the expected one, or over that of a launch."""
+    """One line a case: each way's time over the expected time, or over that of a launch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +213,7 @@ def chart(path: Path, results: list[Measured], setting: str) -> None:
 def write_tables(
     folder: Path, stem: str, results: list[Measured], setting: str, problems: list[str]
 ) -> list[Path]:
-    """Writes STEM.md and STEM.csv -> their paths."""
+    """Writes STEM.md and STEM.csv. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.{suffix}" for suffix in ("md", "csv")]
     paths[0].write_text(f"# {stem}\n\n{markdown(results, setting, problems)}")

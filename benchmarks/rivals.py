@@ -1,4 +1,4 @@
-"""What the other ways to rotate q and k share, on a CPU and on a GPU."""
+"""The parts that the CPU and GPU benchmarks of other libraries share."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ class Skip(Exception):
 
 
 def reason(error: Exception) -> str:
-    """Why one that raised this is left out."""
+    """Why a way that raised this error is left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if isinstance(error, ImportError):
@@ -19,12 +19,12 @@ def reason(error: Exception) -> str:
 
 
 def widened(table: Tensor, interleaved: bool) -> Tensor:
-    """A column a channel, [..., R], from a column a pair, [..., P]."""
+    """A table [..., R] with a column a channel from one with a column a pair, [..., P]."""
     return table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
 
 
 def eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [B, S, H, D] as transformers rotates it: cos, sin [1|B, S, 1, R]."""
+    """x [B, S, H, D] rotated as in transformers: cos, sin [1|B, S, 1, R]."""
     rotary_dim = cos.shape[-1]
     rotated = x[..., :rotary_dim]
     if interleaved:

@@ -1,7 +1,7 @@
 """Other ways to rotate q and k on a CPU, each made for one Problem.
 
-A maker returns a Peer. It raises Skip where its library does not offer the case, and ImportError
-where the library is not installed.
+A maker returns a Peer. It raises Skip if its library does not have the case, and ImportError if the
+library is not installed.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from rivals import Skip, widened
 from torch import Tensor
 
 BASE = 10000.0  # of frequencies.default
-ANGLE_ROUNDINGS = 2  # of a frequency, and of its product with a position
+ANGLE_ROUNDINGS = 2  # of a frequency and of the angle
 
 Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """q and k to be rotated, and the angles in the forms that libraries take.
+    """q and k, and the angles in the forms that libraries take.
 
     q [B, S, Hq, D], k [B, S, Hk, D]; positions int64 [1|B, S]; inv_freq float32 [P];
     cos, sin float32 [1|B, S, P].
@@ -38,14 +38,14 @@ class Problem:
 @dataclass(frozen=True)
 class Peer:
     rotate: Rotation
-    interleaved: bool  # its convention; the one of its library where it has only one
+    interleaved: bool  # the convention of the case, or the only one of the library
     transposed: bool = False  # takes and returns [B, H, S, D], in the memory order of [B, S, H, D]
     trains: bool = True
-    given_outputs: bool = False  # writes into memory that it has already
-    angle_roundings: int = 0  # of an angle, to float32: the error grows with the position
+    given_outputs: bool = False  # writes into existing memory
+    angle_roundings: int = 0  # roundings of an angle to float32: the error grows with the position
 
     def layout(self, x: Tensor) -> Tensor:
-        """From [B, S, H, D] to what rotate takes, or back."""
+        """Converts [B, S, H, D] to the layout that rotate takes, or back."""
         return x.transpose(1, 2) if self.transposed else x
 
 
@@ -58,7 +58,7 @@ def make_transformers(problem: Problem) -> Peer:
         from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
     else:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-    # In each of them the table is cat(angles, angles); GLM reorders it at every call.
+    # In each of them the table is cat(angles, angles); GLM's function reorders it in every call.
     cos, sin = (widened(table, False).to(dtype) for table in (problem.cos, problem.sin))
     return Peer(
         lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), shape.interleaved, transposed=True
@@ -85,7 +85,7 @@ def make_complex(problem: Problem) -> Peer:
 
 
 def make_rotary_embedding_torch(problem: Problem) -> Peer:
-    """Takes angles, and computes their cosines in every call."""
+    """Takes angles, and computes cos and sin in every call."""
     from rotary_embedding_torch import apply_rotary_emb
 
     angles = problem.positions[..., None].float() * problem.inv_freq
@@ -102,7 +102,7 @@ def make_torchtune(problem: Problem) -> Peer:
 
     whole_head_only(problem)
     last = int(problem.positions.max())
-    with torch.inference_mode(False):  # its table may be used in training
+    with torch.inference_mode(False):  # so that its table can be used in training
         module = RotaryPositionalEmbeddings(problem.shape.head_dim, max_seq_len=last + 1)
     positions = problem.positions.expand(problem.q.shape[:2])
 
@@ -113,7 +113,7 @@ def make_torchtune(problem: Problem) -> Peer:
 
 
 def make_onnxruntime(problem: Problem) -> Peer:
-    """RotaryEmbedding of opset 23, q and k in one graph, into memory that is there already."""
+    """RotaryEmbedding of opset 23, q and k in one graph, into existing memory."""
     import numpy as np
     import onnx
     import onnxruntime
@@ -151,7 +151,7 @@ def make_onnxruntime(problem: Problem) -> Peer:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would otherwise spin into the time of the others
+    # otherwise its threads would spin while others are timed
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -172,9 +172,9 @@ def make_onnxruntime(problem: Problem) -> Peer:
 
 
 def make_ggml(problem: Problem) -> Peer:
-    """ggml_rope_ext, q and k in one graph, into memory that is there already.
+    """ggml_rope_ext, q and k in one graph, into existing memory.
 
-    It computes its cosines in every call.
+    Computes cos and sin in every call.
     """
     import ctypes
 
@@ -207,7 +207,7 @@ def make_ggml(problem: Problem) -> Peer:
     work = ctypes.create_string_buffer(max(1, plan.work_size))
     plan.work_data = ctypes.cast(work, ctypes.POINTER(ctypes.c_uint8))
 
-    pointed_at = positions, work  # by the graph
+    pointed_at = positions, work  # the graph points at these
 
     def rotate(q: Tensor, k: Tensor, _keep: object = pointed_at) -> tuple[Tensor, Tensor]:
         if q is not problem.q or k is not problem.k:
@@ -216,7 +216,7 @@ def make_ggml(problem: Problem) -> Peer:
         return outputs
 
     rotate.keeps = (positions, work)  # what the graph points at
-    # each frequency is the one before it times a ratio, which was rounded too
+    # each frequency is the previous one times a ratio that was rounded too
     roundings = shape.rotary_dim
     return Peer(
         rotate, shape.interleaved, trains=False, given_outputs=True, angle_roundings=roundings
@@ -229,7 +229,7 @@ def whole_head_only(problem: Problem) -> None:
 
 
 def angle_slack(problem: Problem, roundings: int) -> float:
-    """The error in radians of the largest angle after so many roundings to float32."""
+    """The error in radians of the largest angle after this many roundings to float32."""
     return int(problem.positions.max()) * torch.finfo(torch.float32).eps / 2 * roundings
 
 

@@ -1,7 +1,7 @@
 """Other libraries that rotate q and k, or normalise them, on a GPU.
 
-Each is a Way. Its `prepare` raises ImportError where the library is not installed, and Skip where
-the library does not offer the case; tables in the form and dtype that it wants are made there too.
+Each is a Way. Its `prepare` raises ImportError if the library is not installed, and Skip if the
+library does not have the case. It also makes tables in the form and dtype of the library.
 """
 
 import functools
@@ -25,7 +25,7 @@ def tables_like(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 def rows_like(
     cos: Tensor, sin: Tensor, position_ids: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Of a half-split rotation, a column a channel: [1|B, S, R]."""
+    """Rows of a half-split rotation, a column a channel: [1|B, S, R]."""
     rows = (t[None] if position_ids is None else t[position_ids] for t in (cos, sin))
     cos, sin = (widened(t, False).to(dtype) for t in rows)
     return cos, sin
@@ -56,7 +56,7 @@ def liger(arguments: Arguments) -> Arguments:
 
 
 def transformer_engine(arguments: Arguments) -> Arguments:
-    """CUDA, two launches; takes angles [S, 1, 1, R] and computes their sines in each launch."""
+    """CUDA, two launches; takes angles [S, 1, 1, R] and computes cos and sin in each launch."""
     from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
 
     if "position_ids" in arguments:
@@ -90,7 +90,7 @@ def rotation_rivals(in_place: bool) -> dict[str, Way]:
 
 
 def quack(arguments: Arguments) -> Arguments:
-    """RMSNorm in the CuTe DSL, of q and of k. QuACK rotates in the epilogue of a GEMM only."""
+    """RMSNorm in the CuTe DSL, of q and of k. QuACK rotates only in the epilogue of a GEMM."""
     from quack import rmsnorm
 
     if arguments["q_weight"].dim() > 1:
@@ -110,7 +110,7 @@ def norm_then_rotate(
     *,
     eps: float,
 ) -> Any:
-    """The norm of a library, and the rotation of rope_ext."""
+    """The norm of a library, then the rotation of rope_ext."""
     normalised = (norm(x, weight, eps=eps) for x, weight in ((q, q_weight), (k, k_weight)))
     return rope.apply_rotary_qk(*normalised, cos, sin, position_ids)
 

@@ -1,10 +1,10 @@
-"""Writes roofline.md: the time that memory bandwidth allows, and the bytes that others move.
+"""Writes roofline.md: the times that memory bandwidth allows, and the bytes of other methods.
 
     python benchmarks/roofline.py
 
-Nothing is timed. The bytes of rope_ext's kernels are counted by an emulator of the CUDA runtime
-where there is one (see CONTRIBUTING.md; FAKEGPU_FOOTPRINT=1): a launch over at most 64 tokens,
-scaled per token. Elsewhere the least that the operation needs is taken for them, and said so.
+Nothing is timed. An emulator of the CUDA runtime (see CONTRIBUTING.md; FAKEGPU_FOOTPRINT=1) counts
+the bytes of rope_ext's kernels in a launch over at most 64 tokens, scaled per token. Without an
+emulator the report uses the least bytes that the operation needs, and says so.
 """
 
 import contextlib
@@ -95,13 +95,13 @@ CUDA graph shrinks it. What fits in L2 stays there between eager's passes, which
 
 
 def head_bytes(case: Case, itemsize: int, in_place: bool) -> int:
-    """Of one head that a call reads, and writes; heads begin at sectors in all of the cases."""
+    """Bytes of a head that a call reads, and writes. In all cases heads start at sectors."""
     assert case.head_dim * itemsize % SECTOR == 0
     return in_sectors((case.rotary_dim if in_place else case.head_dim) * itemsize)
 
 
 def least_bytes(case: Case, itemsize: int, in_place: bool) -> float:
-    """Per token: each channel once in and once out, and a row of the table."""
+    """Per token: each channel read and written once, and a row of the table."""
     channels = case.heads * head_bytes(case, itemsize, in_place)
     return 2 * channels + case.rotary_dim * TABLE_BYTES
 
@@ -149,7 +149,7 @@ def counted_bytes(case: Case, dtype: torch.dtype, in_place: bool) -> float:
 
 
 def moved_bytes(case: Case, dtype: torch.dtype, in_place: bool, count: bool) -> float:
-    """Per token; counted, and then checked against the least."""
+    """Bytes per token: counted, and checked against the least; or the least."""
     least = least_bytes(case, dtype.itemsize, in_place)
     moved = counted_bytes(case, dtype, in_place) if count else least
     if moved < least:

@@ -1,7 +1,7 @@
 """Cases of the rotation: in place, out of place, forward and backward.
 
-Making one verifies every result against float64 first: a wrong one of rope_ext ends the run, a
-wrong one of another library leaves that library out.
+Creating a case verifies every result against float64: a wrong result of rope_ext ends the run, a
+wrong result of another library leaves that library out.
 """
 
 import functools
@@ -19,7 +19,7 @@ from verify import OURS_SLACK, PEERS_SLACK, check_rotation, exact_rows
 
 import rope_ext
 
-QUICK_TOKENS = 4096  # --quick: more of them for rope_ext and transformers only
+QUICK_TOKENS = 4096  # --quick: larger cases for rope_ext and transformers only
 
 
 def make_problem(shape: Case, dtype: torch.dtype, options: Options) -> Problem:
@@ -40,7 +40,7 @@ def make_problem(shape: Case, dtype: torch.dtype, options: Options) -> Problem:
 
 
 def tables(problem: Problem) -> tuple[Tensor, Tensor]:
-    """What rope_ext is given: a table [S, P] for all sequences, rows [B, S, P] for decoding."""
+    """Tables of rope_ext: [S, P] for all sequences; rows [B, S, P] for decoding."""
     if problem.shape.seq == 1:
         return problem.cos, problem.sin
     return problem.cos[0], problem.sin[0]
@@ -53,7 +53,7 @@ def verify(
     peer: Peer | None = None,
     **options: bool,
 ) -> None:
-    """q and k in x, [B, S, H, D] each, against what a peer, or rope_ext, made of them."""
+    """Verifies q and k [B, S, H, D] in x, rotated by a peer or by rope_ext."""
     cos, sin = exact_rows(problem.inv_freq, problem.positions)
     options["interleaved"] = problem.shape.interleaved if peer is None else peer.interleaved
     slack = OURS_SLACK if peer is None else PEERS_SLACK
@@ -79,7 +79,7 @@ def add_peers(
         try:
             peer = make(problem)
             function = step(problem, peer)
-        except Exception as error:  # one that fails must not stop the others
+        except Exception as error:  # a failure must not stop the other peers
             benchmark.left_out[name] = reason(error)
         else:
             other = peer.interleaved != problem.shape.interleaved
@@ -95,7 +95,7 @@ def forward(problem: Problem, peer: Peer) -> Callable[[], object]:
 
 
 def training_step(problem: Problem, peer: Peer | None) -> Callable[[], object]:
-    """Forward and backward of rope_ext, or of a peer; the gradients coming in are q and k."""
+    """Forward and backward of rope_ext, or of a peer. The incoming gradients are q and k."""
     if peer is None:
         cos, sin = tables(problem)
         peer = Peer(lambda q, k: rope_ext.apply_rotary_qk(q, k, cos, sin), False)

@@ -25,7 +25,7 @@ from rope_ext import reference
 
 rope = torch.ops.rope
 
-AXES = 3  # of time, height and width
+AXES = 3  # time, height and width
 
 
 def llama(step: str, tokens: int, interleaved: bool = False) -> Case:
@@ -44,7 +44,7 @@ def inv_freq_of(head_dim: int, rotary_dim: int) -> Tensor:
 
 @functools.cache
 def rows_of(shape: Case) -> Arguments:
-    """A table from FIRST_POSITION on, without positions in prefill; each sequence's in decode."""
+    """A table from FIRST_POSITION on; no positions in prefill, one for each sequence in decode."""
     inv_freq = inv_freq_of(shape.head_dim, shape.rotary_dim).cpu()
     length = shape.seq if shape.step == "prefill" else DECODE_STRIDE * shape.batch
     cos, sin = (t.cuda() for t in rope_ext.cos_sin_cache(inv_freq, length, start=FIRST_POSITION))
@@ -55,7 +55,7 @@ def rows_of(shape: Case) -> Arguments:
 
 
 def row_bytes(shape: Case) -> int:
-    """Of the table and of the positions."""
+    """Bytes of the table and of the positions."""
     table = 2 * shape.tokens * shape.rotary_dim // 2 * TABLE_BYTES
     return table + (in_sectors(shape.tokens * POSITION_BYTES) if shape.step == "decode" else 0)
 
@@ -69,7 +69,7 @@ def heads_of(shape: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def moved_bytes(shape: Case, heads: int, itemsize: int, in_place: bool) -> int:
-    """Heads read and written; in place, the sectors of their rotated channels."""
+    """Bytes of heads read and written; in place, the sectors of their rotated channels."""
     channels = in_sectors(shape.rotary_dim * itemsize) if in_place else shape.head_dim * itemsize
     return 2 * shape.tokens * heads * channels
 
@@ -78,14 +78,14 @@ def moved_bytes(shape: Case, heads: int, itemsize: int, in_place: bool) -> int:
 def model_rows(
     cos: Tensor, sin: Tensor, position_ids: Tensor | None, dtype: torch.dtype, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the step as a model makes them once for all layers: [1|B, S, 1, R]."""
+    """The rows that a model computes once a step for all layers: [1|B, S, 1, R]."""
     rows = (t[None] if position_ids is None else t[position_ids] for t in (cos, sin))
     cos, sin = (widened(t, interleaved).unsqueeze(-2).to(dtype) for t in rows)
     return cos, sin
 
 
 def eager_arguments(arguments: Arguments) -> Arguments:
-    """The rows of the table in the dtype and width of a model, and the rest."""
+    """The table's rows in the dtype and width of a model, and the other arguments."""
     rest = dict(arguments)
     xs = [rest.pop(name) for name in ("x", "q", "k") if name in rest]
     rows = rest.pop("cos"), rest.pop("sin"), rest.pop("position_ids", None)
@@ -103,7 +103,7 @@ def eager_rotation(
 def rotation(
     operator: Any, form: str, shape: Case, dtype: torch.dtype, compiled: bool = False
 ) -> OperatorCase:
-    """Of apply_rotary and apply_rotary_qk, new, in place or out."""
+    """A case of apply_rotary or apply_rotary_qk: new, in place or out."""
     names = [a.name for a in operator._schema.arguments]
     both, given = "k" in names, [name for name in names if name.startswith("out")]
     in_place = operator._schema.name.endswith("_")
@@ -158,7 +158,7 @@ def axes_of(pairs: int) -> Tensor:
 
 
 def float32_angles(inv_freq: Tensor, positions: Tensor, axes: Tensor | None = None) -> Tensor:
-    """As model libraries make them: rounded to float32. [..., P]."""
+    """Angles [..., P] as in model libraries: rounded to float32."""
     if axes is None:
         return positions[..., None].float() * inv_freq
     return positions[axes].movedim(0, -1).float() * inv_freq
@@ -171,7 +171,7 @@ def eager_at(
     position_ids: Tensor | None = None,
     axes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Tables of the dtype of q from angles in float32, and the rotation by them."""
+    """Rotates by tables of q's dtype from angles in float32."""
     if position_ids is None:
         position_ids = torch.arange(q.shape[1], device=q.device)[None]
     angles = float32_angles(inv_freq, position_ids, axes)
@@ -180,7 +180,7 @@ def eager_at(
 
 
 def rows_then(rotate: Any) -> Callable[..., Any]:
-    """The rows of the step by rope_ext, then its rotation by them."""
+    """rope_ext's rows of the step, then its rotation by them."""
 
     def steps(
         q: Tensor,

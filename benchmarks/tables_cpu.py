@@ -67,7 +67,7 @@ def verify_tables(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
 def add_angle_peer(
     benchmark: Benchmark, inv_freq: Tensor, positions: Tensor, exact: tuple[Tensor, ...]
 ) -> None:
-    """PyTorch, as model libraries use it: angles in float32, which rounds them."""
+    """PyTorch as model libraries use it: angles are rounded to float32."""
 
     def make() -> tuple[Tensor, Tensor]:
         angles = positions[..., None].float() * inv_freq

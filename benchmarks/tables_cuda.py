@@ -1,4 +1,4 @@
-"""GPU cases of cos and sin, of the gradient to inv_freq, and of the rotation's to its table."""
+"""GPU cases of cos and sin, of the gradient to inv_freq, and of the gradient to a table."""
 
 import functools
 
@@ -35,7 +35,7 @@ PAIRS = HEAD_DIM // 2
 
 
 def angle_bytes(rows: int, axes: int | None, positions: bool) -> int:
-    """cos and sin of so many rows, inv_freq, and the positions with their axes."""
+    """Bytes of cos and sin, inv_freq, and the positions with their axes."""
     table = 2 * rows * PAIRS * TABLE_BYTES + in_sectors(PAIRS * TABLE_BYTES)
     if axes is not None:
         table += PAIRS * POSITION_BYTES
@@ -125,7 +125,7 @@ def eager_backward(
 
 
 def backward(form: str, tokens: int, positions: bool) -> OperatorCase:
-    """Of cos_sin, or without positions of cos_sin_cache."""
+    """The gradient of cos_sin or, without positions, of cos_sin_cache."""
 
     def arguments() -> Arguments:
         shape = (1, tokens, PAIRS) if positions else (tokens, PAIRS)
@@ -175,7 +175,7 @@ def eager_table_backward(
     cos: Tensor,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """In float32: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin."""
+    """The gradient in float32: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin."""
     to_cos, to_sin = 0, 0
     for grad, x in ((grad_q, q), (grad_k, k)):
         (g1, g2), (x1, x2) = grad.float().chunk(2, -1), x.float().chunk(2, -1)

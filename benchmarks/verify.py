@@ -5,17 +5,17 @@ from torch import Tensor
 
 from rope_ext import reference
 
-# In units of eps of the dtype, relative to a pair's length. One rounding of the result is 0.5; the
-# rounded table 0.71, products 0.71 and a sum 0.5 are float32 in rope_ext, all in the dtype for
-# others: below 2 for float32, and 3 leaves others room for one more rounding.
+# In units of eps of the dtype, relative to a pair's length. Rounding the result is 0.5. The rounded
+# table is 0.71, products 0.71 and a sum 0.5: in float32 for rope_ext, in the dtype for others. The
+# total is below 2 for float32; 3 leaves room for one more rounding in other libraries.
 OURS_SLACK, PEERS_SLACK = 2.0, 3.0
-STEPS_SLACK = 8.0  # of several steps that each round to the dtype, relative to the largest result
-CHUNK = 256  # tokens turned in float64 at a time
-SAMPLE = 512  # tokens looked at where not all are
+STEPS_SLACK = 8.0  # for several steps that round to the dtype, relative to the largest result
+CHUNK = 256  # tokens rotated in float64 at a time
+SAMPLE = 512  # tokens of a sample
 
 
 class WrongResult(Exception):
-    """The message says which tensor, and by how much."""
+    """The message names the tensor and its error."""
 
 
 def check_rotation(
@@ -30,14 +30,14 @@ def check_rotation(
     inverse: bool = False,
     sample: bool = False,
 ) -> None:
-    """Raises WrongResult where got is not x turned by the angles of cos and sin.
+    """Raises WrongResult unless got is x rotated by the angles of cos and sin.
 
     Args:
         name: of got, for the message.
         got, x: [B, S, H, D].
         cos, sin: float64 [1|B, S, P], exact.
-        slack: allowed, relative to the length of a pair before it turned.
-        sample: look at SAMPLE tokens of each sequence, the first and the last among them.
+        slack: allowed error, relative to the length of a pair before its rotation.
+        sample: check SAMPLE tokens of each sequence, including the first and the last.
     """
     if got.shape != x.shape or got.dtype != x.dtype:
         raise WrongResult(f"{name} is {got.dtype} {list(got.shape)}, {x.dtype} {list(x.shape)}")
@@ -58,7 +58,7 @@ def check_rotation(
 
 
 def pair_lengths(x: Tensor, dim: int, interleaved: bool) -> Tensor:
-    """For each channel the length of its pair; of channels past dim, which do not turn, 0."""
+    """For each channel the length of its pair; 0 for channels past dim, which do not rotate."""
     lengths = torch.zeros_like(x)
     turned = x[..., :dim]
     if interleaved:
@@ -76,7 +76,7 @@ def exact_rows(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The unit in the last place that dtype has at exact float64 values."""
+    """The unit in the last place of dtype at exact float64 values."""
     exponent = torch.frexp(exact.abs()).exponent
     info = torch.finfo(dtype)
     return torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
@@ -95,15 +95,15 @@ def check_table(name: str, got: Tensor, exact: Tensor, *, ulps: float) -> None:
 
 
 def check_angles(name: str, got: Tensor, exact: Tensor, *, slack: float) -> None:
-    """For tables of angles that were rounded to float32: absolute."""
+    """Checks tables of angles that were rounded to float32. slack: absolute error."""
     error = (got.double() - exact).abs().max().item()
     if not error <= slack:
         raise WrongResult(f"{name} is wrong: error {error:.3g} above {slack:.3g}")
 
 
 def check_once_rounded(name: str, got: Tensor, exact: Tensor, *, roundings: int) -> None:
-    """Of rope_ext: one rounding of the result, and of numbers as large as the largest so many to
-    float32.
+    """Checks a result of rope_ext, which has one rounding to its dtype, and `roundings` to float32
+    of numbers up to the largest.
     """
     info = torch.finfo(got.dtype)
     noise = roundings * torch.finfo(torch.float32).eps * largest(exact)
@@ -113,7 +113,7 @@ def check_once_rounded(name: str, got: Tensor, exact: Tensor, *, roundings: int)
 
 
 def check_roughly(name: str, got: Tensor, exact: Tensor, *, angle_slack: float) -> None:
-    """Of others, which round on the way to a result; in units of the largest result."""
+    """Checks results of others, which round in each step, in units of the largest result."""
     slack = STEPS_SLACK * torch.finfo(got.dtype).eps + angle_slack
     check_within(name, got, exact, slack * largest(exact))
 
@@ -133,5 +133,5 @@ def largest(x: Tensor) -> float:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Float8 too, which PyTorch computes little with."""
+    """float64; also for float8, which supports few operations."""
     return x.float().double() if x.itemsize == 1 else x.double()

@@ -38,7 +38,7 @@ def _load_compiled_part():
 
 
 def _register_operators():
-    """Make the compiled part's functions operators of PyTorch, which a process can do once."""
+    """Register the compiled part's operators with PyTorch. A process can do this only once."""
     try:
         first = _C.register_operators()
     except RuntimeError as error:
@@ -92,5 +92,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names alone; what else the package has imported is there all the same."""
+    """Only the public names, without the modules that the package imports."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

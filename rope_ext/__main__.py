@@ -19,15 +19,15 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the commands themselves do."""
+    """Reports a wrong argument in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; --help shows the arguments\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command, or shows what there is without one. Returns the exit status: 0 good, 1 a
-    comparison failed, 2 can't run.
+    """Runs one command; without a command, lists them. Returns the exit status: 0 success, 1 a
+    comparison failed, 2 the command could not run.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -168,7 +168,7 @@ def at_least_one(text: str) -> float:
 
 
 def bounded(text: str, kind: Callable[[str], Number]) -> Number:
-    """A number of tokens, layers or times: from 1 to what a context can have."""
+    """Parses a number of tokens, layers or repetitions, from 1 to LAST_POSITION."""
     try:
         value = kind(text)
     except ValueError:
@@ -216,7 +216,7 @@ def run_integrations(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    # imported here: `info` needs none of what the demo needs
+    # imported here: the demo needs packages that `info` does not
     from rope_ext import demo
 
     return demo.run(args)

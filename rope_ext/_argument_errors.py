@@ -1,6 +1,6 @@
-"""Errors that name the wrong argument: one of another type, or in another layout.
+"""Errors that name an argument of the wrong type or layout.
 
-A function looks at its arguments only when it has failed, so a correct call pays nothing::
+A function checks its arguments only after it has failed, so a correct call pays nothing::
 
     try:
         ...
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-# The method that a number or a flag has to have, one of Python's or one that PyTorch converts.
+# A value is a number or a flag if it has this method: Python calls it, and so does PyTorch.
 _METHODS: dict[Any, str] = {int: "__index__", float: "__float__", bool: "__bool__"}
 _WORDS: dict[Any, str] = {
     Tensor: "a Tensor",
@@ -52,8 +52,8 @@ shown = _Shown().repr
 def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
     """Raises an error that names the wrong argument of the caller, if there is one.
 
-    function: the caller itself, for its annotations; name: for messages, its name in rope_ext if
-    left out. Does nothing in a graph of a compiler, where there is no frame of the caller.
+    function: the caller, whose annotations are checked; name: the name in messages, by default its
+    name in rope_ext. Does nothing while a compiler traces: the caller has no frame then.
     """
     if is_compiling():
         return
@@ -74,7 +74,7 @@ def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
 
 
 def describe(value: object) -> str:
-    """A value in an error about its type: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
+    """A value, as an error about its type shows it: 64.0, 'bshd', a list of 5, a numpy.ndarray."""
     if isinstance(value, (str, int, float, type(None), torch.dtype)):
         return shown(value)
     if isinstance(value, Tensor):
@@ -127,7 +127,7 @@ def _is_a(value: object, kind: Any) -> bool:
             return False
         if kind is bool and isinstance(value, int):
             number = value
-        return kind is float or -(2**63) <= number < 2**63  # that PyTorch can pass on
+        return kind is float or -(2**63) <= number < 2**63  # PyTorch passes integers as int64
     if get_origin(kind) is Literal:
         return isinstance(value, str)
     if get_origin(kind) is tuple:
@@ -142,14 +142,14 @@ def _words_of(kind: Any) -> str:
 
 
 def _check_layout(function: str, given: dict[str, Any]) -> None:
-    """Raises for x or q whose heads are where the layout has the sequence, if another one fits."""
+    """Raises if the shape of x or q contradicts `layout` but fits the other layout."""
     name = "x" if "x" in given else "q"
     x, k, cos = given[name], given.get("k"), given.get("cos")
     if x.dim() != 4:
         return
     layout, other = given["layout"], "bhsd" if given["layout"] == "bshd" else "bshd"
     seq, heads = (1, 2) if layout == "bshd" else (2, 1)
-    lengths = {}  # of the sequence, as other arguments have it
+    lengths = {}  # other argument -> the sequence's length that follows from it
     if given.get("position_ids") is not None:
         lengths["position_ids"] = given["position_ids"].shape[-1:]
     elif cos is not None and cos.dim() in (2, 3):
@@ -166,7 +166,7 @@ def _check_layout(function: str, given: dict[str, Any]) -> None:
 
 
 def _check_cache_layout(function: str, given: dict[str, Any]) -> None:
-    """Raises for a cache with its heads where cache_layout has the tokens of a block."""
+    """Raises if the shape of a cache contradicts cache_layout but fits the other one."""
     k, layout = given["k"], given["cache_layout"]
     if k.dim() < 3 or layout not in ("NHD", "HND"):
         return

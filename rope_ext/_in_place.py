@@ -1,4 +1,4 @@
-"""Rotations in place under autograd: what can't be done, and the node that tells autograd."""
+"""Rotations in place under autograd: the errors for what is not possible, and the node."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,8 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor, *_: Tenso
 
 
 def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:
-    """Raises what autograd would raise later, after the data have been written. Not in graphs and
-    transforms of torch.func, whose tensors stand for others.
+    """Raises the errors that autograd would raise only after the data were written. Graphs and
+    transforms of torch.func are not checked: their tensors are placeholders.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
         return
@@ -43,7 +43,7 @@ def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> 
 
 
 class _InPlaceRotation(torch.autograd.Function):
-    """Tells autograd that x has been rotated, which was done before. Saves no x."""
+    """Records in the graph that x has been rotated, after the rotation. Saves no copy of x."""
 
     @staticmethod
     def forward(

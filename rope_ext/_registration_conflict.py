@@ -15,14 +15,14 @@ def registered_by(own: str) -> str:
     found = [registrations_of(name) for name in of_rope]
     try:
         define_namespace("DEF", "rope", "", __file__, 0)
-    except RuntimeError as error:  # that of a namespace which is taken names the place
+    except RuntimeError as error:  # for a namespace that is taken, it names the source file
         found.append(str(error).partition("; latest registration")[0])
     places = {p for text in found for p in re.findall(r"(?:debug:|was) registered at (.+)", text)}
     return ", ".join([*sorted(places), *sorted(_loaded_copies() - {str(Path(own).resolve())})])
 
 
 def _loaded_copies() -> set[str]:
-    """Libraries of this process that are named as a compiled part of rope_ext, or as librope."""
+    """Libraries of this process with the file name of rope_ext's compiled part, or librope.so."""
     maps = Path("/proc/self/maps")
     files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/" in line}
     return {file for file in files if re.search(r"/(rope_ext/_C\.[^/]*|librope)\.so", file)}

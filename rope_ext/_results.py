@@ -90,7 +90,7 @@ def _rotate_in_place(
     options: dict[str, Any],
     layout: str,
 ) -> Any:
-    """In place under autograd, in a transform of torch.func or in a graph."""
+    """Rotates in place under autograd, in a transform of torch.func or in a graph."""
     rotation.check_rows(rotation.function, *rows)
     named = dict(zip(rotation.names, tensors, strict=True))
     check_differentiable_in_place(rotation.function, named)

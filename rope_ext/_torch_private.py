@@ -1,6 +1,6 @@
-"""Every private name of PyTorch that rope_ext uses, each by a public one of its own.
+"""Every private name of PyTorch that rope_ext uses, each under a public name of this file.
 
-A release of PyTorch that renames one of these is followed here.
+If a release of PyTorch renames one of these, only this file changes.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ single_level = enable_single_level_autograd_function
 SingleLevelFunction = _SingleLevelFunction
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 set_forward_mode_enabled = forward_ad._set_fwd_grad_enabled
-# At level 0, the only one: forward_ad.unpack_dual reads a counter that compiled graphs lack.
+# With level 0, the only one. Not forward_ad.unpack_dual: it reads a counter that compiled graphs
+# lack.
 unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
@@ -73,7 +74,7 @@ def is_tensor(argument: Any) -> bool:
 
 
 def name_of(operator: Any) -> str:
-    """rope::apply_rotary, rope::apply_rotary.out: of an overload, or of the only one."""
+    """The name of an overload, or of an operator with one overload: rope::apply_rotary.out."""
     if isinstance(operator, torch._ops.OpOverloadPacket):
         return operator._qualified_op_name
     overload = operator._overloadname
@@ -81,5 +82,5 @@ def name_of(operator: Any) -> str:
 
 
 def allows_implicit_replication(dtensor: Any) -> bool:
-    """Whether torch.distributed.tensor.experimental.implicit_replication() holds."""
+    """Whether torch.distributed.tensor.experimental.implicit_replication() is active."""
     return getattr(dtensor._op_dispatcher, "_allow_implicit_replication", False)

@@ -56,14 +56,14 @@ def cos_sin(
     attention_scaling: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of cos and sin for given positions, as :func:`cos_sin_cache` has them.
+    """Rows of cos and sin for given positions, as exact as those of :func:`cos_sin_cache`.
 
     Args:
         inv_freq, attention_scaling, dtype: as for :func:`cos_sin_cache`.
-        position_ids: of any shape, in tokens; may be negative. int32 or int64; or, for pixel
-            coordinates, interpolation and the like, float64, float32, float16 or bfloat16, of which
-            the angle is just as exact. With axes [A, ...]: a position an axis, such as time, height
-            and width.
+        position_ids: of any shape, in tokens; may be negative. int32 or int64, or, for pixel
+            coordinates or interpolation, float64, float32, float16 or bfloat16: the angle is just
+            as exact. With axes, [A, ...]: one position for each axis, such as time, height and
+            width.
         axes: int32 or int64 [P], each in [0, A): the angle of pair i is that of
             position_ids[axes[i]]. None: each token has one position, for all pairs.
 
@@ -79,8 +79,8 @@ def cos_sin(
             NaN on the CPU too.
         TypeError: for an argument of another type.
 
-    Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1), whose sections of pairs are one map,
-    as are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
+    Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1). Its sections of pairs are such a map,
+    and so are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
     try:
         _check_dtype(dtype)
@@ -92,6 +92,6 @@ def cos_sin(
 
 
 def _check_dtype(dtype: object) -> None:
-    """Before PyTorch gets it: PyTorch takes integers for dtypes and crashes on some."""
+    """Raises before PyTorch gets it: PyTorch takes integers for dtypes and crashes on some."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError("of another type: raise_argument_error names it")

@@ -1,5 +1,5 @@
-"""The rotation in plain PyTorch, for compilers: ``rope_ext.lowering("decompose")`` takes it, and
-``DECOMPOSITIONS``, a table for ``run_decompositions``.
+"""The rotation in plain PyTorch, for compilers: ``rope_ext.lowering("decompose")`` uses it, and
+``DECOMPOSITIONS`` is a table for ``run_decompositions``.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def apply_rotary(
     rotary_offset: int = 0,
     **options: Any,
 ) -> Tensor:
-    """As torch.ops.rope.apply_rotary."""
+    """torch.ops.rope.apply_rotary in plain PyTorch."""
     head_dim, dim = x.shape[-1], 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
     if dim < 2 or dim % 2 != 0 or not 0 <= rotary_offset <= head_dim - dim:
         _refuse(
@@ -47,7 +47,7 @@ def apply_rotary_qk(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As torch.ops.rope.apply_rotary_qk."""
+    """torch.ops.rope.apply_rotary_qk in plain PyTorch."""
     if q.dtype != k.dtype or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         _refuse(
             f"k of q's dtype and shape, {q.dtype} {list(q.shape)}, but for the number of heads",

@@ -49,26 +49,27 @@ def apply_rotary_qk_append_kv_(
             tensor. Of q's dtype, float8_e4m3fn or float8_e5m2.
         v_cache: as k_cache.
         slot_mapping: where each token is stored, block * block_size + offset: int32 or int64
-            [B, S] or [B * S], whatever the layout, or [T] if packed. A token with a negative slot
-            is rotated and not stored. So are the tokens past the end of a one-dimensional
-            slot_mapping that is shorter than q (q and k padded for a CUDA graph).
+            [B, S] or [B * S], for every layout, or [T] if packed. A token with a negative slot is
+            rotated and not stored. So are the tokens past the end of a one-dimensional slot_mapping
+            that is shorter than q (q and k padded for a CUDA graph).
         k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache. The rotated
             k, rounded to its dtype, is divided by k_scale, rounded to nearest, ties to even, and
-            stored. Values that are too large become the largest finite value of the dtype, NaN
-            stays NaN. None: 1.
+            k, rounded to its dtype, is divided by k_scale, rounded to nearest, ties to even, and
+            stored. Too large values become the largest finite value of the dtype; NaN stays NaN.
+            None: 1.
         v_scale: as k_scale.
 
     Raises:
         RuntimeError: for an invalid argument, before any tensor is modified. The message names the
-            operator, the argument, what was expected and what came. A slot outside of the cache, a
-            slot that two tokens have, and a scale that is not above 0 raise on the CPU. On CUDA,
-            unless ROPE_EXT_CHECK=1 is set, nothing is stored for a slot outside of the cache, one
-            of two tokens with the same slot is stored, and a wrong scale gives what the division
-            gives. If another thread writes to slot_mapping during the call, nothing is stored for a
-            slot outside of the cache on the CPU either.
+            operator, the argument, the expected and the given value. On the CPU, a slot outside of
+            the cache, a slot of two tokens and a scale that is not above 0 raise. On CUDA they
+            raise only if ROPE_EXT_CHECK=1 is set. Otherwise nothing is stored for a slot outside of
+            the cache, one of two tokens with the same slot is stored, and a wrong scale is used.
+            If another thread writes to slot_mapping during the call, nothing is stored for a slot
+            outside of the cache on the CPU either.
         TypeError: likewise, for an argument of another type, such as None or a list for a tensor.
-        ValueError: likewise, for an unknown layout or cache_layout, or one that is not that of the
-            tensors.
+        ValueError: likewise, for an unknown layout or cache_layout, or one that contradicts the
+            shapes.
 
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.

@@ -18,7 +18,7 @@ class lowering:
     before and after it.
 
     A call sets the choice from now on; in a ``with`` statement it is set until the end of the
-    block. The choice is for all threads, and for the rotations of the functions and modules of
+    block. The choice applies to all threads, and to the rotations of the functions and modules of
     rope_ext, forward and backward. Calls of ``torch.ops.rope`` stay operators, as do the tables of
     cos and sin and the rotation by angles, which need an exact reduction of the angles. When the
     choice changes, a graph is compiled again. Eager calls always run the operators.
@@ -56,5 +56,5 @@ class lowering:
 
 
 def decomposes() -> bool:
-    """Whether a graph is being made that gets the decompositions."""
+    """Whether a graph is being traced that gets the decompositions."""
     return _decomposes and torch.compiler.is_compiling()

@@ -42,8 +42,8 @@ def rotation_options(
 
 
 def check_order_stays(function: str, options: dict[str, Any], inplace: object = True) -> None:
-    """Refuses another order of the pairs in place, as the operators do: a graph, which rotates out
-    of place, would not.
+    """Raises if an in-place rotation would change the order of the pairs. The operators raise too,
+    but a graph rotates out of place, so its operators would not.
     """
     if inplace is not True:
         raise TypeError(

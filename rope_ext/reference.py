@@ -1,5 +1,5 @@
-"""The same mathematics in a few lines of plain PyTorch. The tests compare with it, and a compiler
-gets it where a graph is to have no operators (decompositions.py).
+"""The same mathematics in a few lines of plain PyTorch. The tests compare with it, and
+decompositions.py gives it to compilers, for graphs without operators.
 
 It computes in the dtype of its arguments, or in that of a wider cos and sin, and rounds to the
 dtype of x at the end. Pass float64 for the exact result.
@@ -34,7 +34,7 @@ def apply_rotary(
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
     out = interleaved if interleaved_out is None else interleaved_out
-    if cos.shape[-1] == dim:  # one angle a channel of the result, or of what inverse gives back
+    if cos.shape[-1] == dim:  # one angle a channel, in the order of the result (inverse: of x)
         order = interleaved if inverse else out
         (c1, c2), (s1, s2) = _pairs(cos, order), _pairs(sin, order)
     else:

@@ -31,8 +31,8 @@ def rms_norm_rotary_qk(
     A row becomes ``x / sqrt(mean(x^2) + eps) * weight``, then its R channels at rotary_offset are
     rotated as by :func:`rope_ext.apply_rotary_qk`; the others stay normalised. Arithmetic is in
     float32 (float64 for float64), rounded to q's dtype once, at the end. For float16 and bfloat16,
-    transformers also rounds after the norm and after each step of the rotation, so its results
-    differ from these by a few roundings, and these are nearer to the exact ones.
+    transformers also rounds after the norm and after each step of the rotation: its results differ
+    from these by a few roundings, and are less exact.
 
     Args:
         q, k: as for :func:`rope_ext.apply_rotary_qk`.
@@ -50,8 +50,8 @@ def rms_norm_rotary_qk(
     Differentiable for q, k, q_weight, k_weight, cos and sin, any number of times. Kernels compute
     the gradients to q, k and the weights, deterministically for any number of threads. Those to a
     weight are summed in float32 (float64 for float64), in an order that depends on the shapes
-    alone, and rounded once. Under ``torch.compile`` it stays an operator, whatever
-    :class:`rope_ext.lowering` says.
+    alone, and rounded once. Under ``torch.compile`` it stays an operator, also with
+    ``rope_ext.lowering("decompose")``.
 
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`. On CUDA a position

@@ -50,9 +50,9 @@ def apply_rotary(
         interleaved: pairs are neighbouring channels (RoFormer, GPT-J) instead of halves (GPT-NeoX,
             Llama in Hugging Face).
         interleaved_out: the order of the pairs in the result. None: that of x. False where
-            interleaved is True reads neighbours and writes halves, as DeepSeek-V3 does. For W = R
-            the columns of cos and sin are in the order of the result, or, if inverse, of x: the
-            backward of a rotation is the inverse with the two orders swapped, and the same table.
+            interleaved is True reads neighbours and writes halves, as DeepSeek-V3 does. If W = R,
+            the columns of cos and sin are in the order of the result, or of x if inverse. So the
+            backward is the inverse with the two orders swapped and the same table.
         inverse: rotate by the negative angles; for W = R, the transpose.
         layout: the order of x's dimensions. cos, sin and position_ids do not depend on it.
         inplace: write into x and return it. Differentiable for x, saves no copy of it. The pairs
@@ -65,12 +65,12 @@ def apply_rotary(
 
     Raises:
         RuntimeError: for an invalid argument, before any tensor is modified. The message names the
-            operator, the argument, what was expected and what came. A position outside of the table
-            raises on the CPU; on CUDA the rotated channels of its token become NaN, unless the
-            environment variable ROPE_EXT_CHECK=1 is set. If another thread writes to position_ids
-            during the call, they become NaN on the CPU too.
+            operator, the argument, the expected and the given value. A position outside of the
+            table raises on the CPU; on CUDA the rotated channels of its token become NaN, unless
+            the environment variable ROPE_EXT_CHECK=1 is set. If another thread writes to
+            position_ids during the call, they become NaN on the CPU too.
         TypeError: likewise, for an argument of another type, such as None or a list for a tensor.
-        ValueError: likewise, for an unknown layout, or one that is not that of the tensors.
+        ValueError: likewise, for an unknown layout, or one that contradicts the shapes.
 
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.

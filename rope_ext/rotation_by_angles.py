@@ -39,8 +39,8 @@ def apply_rotary_qk_at(
         q, k: as for :func:`apply_rotary_qk`.
         inv_freq: [P], radians per token; the first R = 2P channels from rotary_offset on rotate.
         position_ids: in tokens, [S], [1|B, S], or [T] if packed; int32, int64 or floating, of any
-            value. With axes a leading dimension A, a position an axis. None: 0, 1, 2, ... in each
-            sequence (over all T if packed).
+            value. With axes, a leading dimension A: one position for each axis. None: 0, 1, 2, ...
+            in each sequence (over all T if packed).
         axes: as for :func:`cos_sin`.
         attention_scaling: factor on cos and sin.
         rotary_offset: the first channel that rotates, 0 <= rotary_offset <= D - R.
@@ -48,7 +48,7 @@ def apply_rotary_qk_at(
         inplace: write into q and k and return them. Differentiable for q and k, saves no copy.
 
     Returns:
-        The rotated q and k. NaN where an angle is out of reach (see :func:`cos_sin`).
+        The rotated q and k. NaN for angles out of the range of :func:`cos_sin`.
 
     Raises:
         RuntimeError: as :func:`apply_rotary`, and for an axis outside of [0, A) as :func:`cos_sin`.
@@ -76,7 +76,7 @@ def _rotate_one(
     layout: Layout,
     **options: Any,
 ) -> Tensor:
-    """x rotated as q, beside a k without heads: no operator rotates one tensor by angles."""
+    """Rotates x as q, beside a k without heads: no operator rotates one tensor by angles."""
     no_heads = from_bshd(as_bshd(x, layout, "apply_rotary_qk_at")[..., :0, :], layout)
     rows = inv_freq, position_ids
     rotated, _ = apply_rotary_qk_at(x, no_heads, *rows, axes=axes, layout=layout, **options)

@@ -1,4 +1,4 @@
-"""Calls of an operator that writes to a cache by arguments in a dictionary, and what they give."""
+"""Calls of operators that write to a cache, with arguments in a dictionary, and their results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from support import assert_same_bits
 
 @dataclass(frozen=True)
 class Appending:
-    """operator: returns nothing; reference: the same in plain PyTorch, which gives what the tensors
-    named `written` become.
+    """operator: returns nothing. reference: the same in plain PyTorch; it returns what the tensors
+    in `written` become.
     """
 
     operator: torch._ops.OpOverloadPacket
@@ -23,7 +23,7 @@ class Appending:
         return dict(zip(self.written, self.reference(**on_host), strict=True))
 
     def append(self, arguments, function=None):
-        """By the operator, or by a function with its parameters."""
+        """Calls the operator, or a function with its parameters."""
         options = dict(arguments)
         schema = self.operator.default._schema
         names = [a.name for a in schema.arguments if not a.kwarg_only]
@@ -31,7 +31,7 @@ class Appending:
         assert (function or self.operator)(*positional, **options) is None
 
     def assert_appends(self, arguments, **options):
-        """The bits of the steps in plain PyTorch, and what is read is left alone."""
+        """The bits are those of the steps in plain PyTorch, and other tensors do not change."""
         kept = {name: t.clone() for name, t in arguments.items() if name not in self.written}
         expected = self.expected_of({**arguments, **options})
         self.append({**arguments, **options})

@@ -1,6 +1,6 @@
 """Chromium without a window, driven by selenium and the system's chromedriver.
 
-`python tests/browser.py docs/explore.png` takes the picture of the page that the README shows.
+`python tests/browser.py docs/explore.png` takes the README's picture of the page.
 
 Source of the commands and events: https://chromedevtools.github.io/devtools-protocol/
 """
@@ -20,7 +20,7 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 OPTIONS = (
     "--headless=new",
     "--no-first-run",
-    "--no-sandbox",  # containers let root have none; the pages are our own
+    "--no-sandbox",  # root has no sandbox in containers; the pages are our own
     "--disable-dev-shm-usage",
     "--disable-gpu",
     "--disable-background-networking",
@@ -40,7 +40,7 @@ KEYS = {
 
 
 def programs():
-    """The paths of a browser, $CHROMIUM first, and of its driver; None where one is missing."""
+    """The paths of a browser, $CHROMIUM first, and of its driver; None if one is missing."""
     names = (os.environ.get("CHROMIUM", ""), *PROGRAMS)
     browser = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
@@ -65,13 +65,13 @@ class Browser:
         return self._driver.execute_cdp_cmd(method, parameters)
 
     def open(self, path):
-        """Loads a file, at a size and colour scheme that `emulate` has set."""
+        """Loads a file, with the size and colour scheme that `emulate` has set."""
         for log in ("browser", "performance"):
-            self._driver.get_log(log)  # which forgets it
+            self._driver.get_log(log)  # this clears the log
         self._driver.get(Path(path).resolve().as_uri())
 
     def emulate(self, width, height, scheme="light", phone=False):
-        """A window of this size, in pixels, for eyes that like it light or dark."""
+        """Sets the size of the window, in pixels, and a light or dark scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -83,7 +83,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def evaluate(self, expression):
-        """The value of a JavaScript expression, or of the promise that it is."""
+        """The value of a JavaScript expression; a promise is awaited."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -92,11 +92,11 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key, times=1):
-        """A key of KEYS or a character, for what has the focus."""
+        """Presses a key of KEYS or a character, in the focused element."""
         ActionChains(self._driver).send_keys(KEYS.get(key, key) * times).perform()
 
     def problems(self):
-        """What was written to the console since the page was opened, and uncaught errors."""
+        """Console messages since the page was opened, and uncaught errors."""
         return self._driver.get_log("browser")
 
     def requests(self):
@@ -126,7 +126,7 @@ def main(path):
         browser.open(file)
         picture = Image.open(io.BytesIO(browser.picture()))
         browser.close()
-    # 256 colours are enough, and half of the bytes
+    # 256 colours are enough, and take half of the bytes
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 

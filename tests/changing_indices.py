@@ -1,9 +1,8 @@
-"""Calls each operator that takes indices while a thread moves one of these far outside and back.
+"""Calls each operator that takes indices while a thread changes one of them to invalid and back.
 
-`python changing_indices.py SECONDS`, a program of its own: a kernel that trusts an index which has
-been checked before would end it. A call either raises the error of the check, or gives the numbers
-that it gives for the index in range, but for what the index outside takes part in: that is NaN, or
-was not stored.
+`python changing_indices.py SECONDS` is a separate program: a kernel that trusts an index after its
+check would crash. A call either raises the error of the check, or gives the same numbers as for the
+valid index, except for the results of the invalid index: these are NaN, or were not stored.
 """
 
 import re
@@ -21,7 +20,7 @@ from rope_ext import _C
 rope = torch.ops.rope
 
 B, S, H, K, D, P, L = 2, 300, 4, 2, 64, 32, 700
-RANK, BLOCK = 96, 16  # of a latent, of a cache
+RANK, BLOCK = 96, 16  # of a latent; of a cache
 FAR = 2**40
 RUN, ROUNDS = 1000, 100  # writes of one value, of all values
 CHECKED = re.compile(
@@ -30,7 +29,7 @@ CHECKED = re.compile(
 
 
 def calls():
-    """What is called, by name: a function, and the index tensor that it reads."""
+    """The calls by name: a function, and the index tensor that it reads."""
     q, k = torch.randn(B, S, H, D), torch.randn(B, S, K, D)
     x = torch.randn(B, S, H, D, dtype=torch.bfloat16)
     grads = torch.ones_like(q), torch.ones_like(k)
@@ -110,11 +109,11 @@ def calls():
 
 
 def stress(name, call, indices, seconds):
-    """How often the call came through, and how often it raised."""
+    """How often the call succeeded, and how often it raised."""
     expected = call()
-    last = indices.view(-1).numpy()[-1:]  # checked last, and used long after
+    last = indices.view(-1).numpy()[-1:]  # checked last, and used much later
     values = np.tile(np.repeat((FAR, last[0], -FAR, last[0]), RUN), ROUNDS)
-    writes = as_strided(last, values.shape, (0,))  # all of one element: without the interpreter
+    writes = as_strided(last, values.shape, (0,))  # all write one element, without the interpreter
     stop = Event()
 
     def change():
@@ -145,7 +144,7 @@ def stress(name, call, indices, seconds):
 
 
 def main(seconds):
-    sys.setswitchinterval(1e-5)  # or the thread would run for 5 ms before a call can begin
+    sys.setswitchinterval(1e-5)  # otherwise the thread runs for 5 ms before a call can start
     torch.set_num_threads(1)
     every = calls()
     for capability in ("avx2", "portable"):

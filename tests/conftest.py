@@ -1,4 +1,4 @@
-"""Where the behaviour tests run: devices, and on the CPU both code paths."""
+"""The devices of the tests and, on the CPU, the code paths."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def device(request):
 
 @pytest.fixture(params=["avx2", "portable", CUDA])
 def backend(request):
-    """The device to test on, with each set of kernels that it has."""
+    """The device to test on, with each of its sets of kernels."""
     if request.param == "cuda":
         yield torch.device("cuda")
         return
@@ -35,7 +35,7 @@ def backend(request):
 
 @pytest.fixture(params=["avx2", "portable"])
 def cpu_kernels(request):
-    """Each set of kernels of the CPU, for what is tested there alone."""
+    """Each set of kernels of the CPU, for tests on the CPU only."""
     before = _C.build_info()["cpu_capability"]
     use_cpu_kernels(request.param)
     yield
@@ -44,7 +44,7 @@ def cpu_kernels(request):
 
 @pytest.fixture
 def avx2():
-    """Skips where the processor has no AVX2, the path to compare the portable one with."""
+    """Skips if the processor has no AVX2, with which the portable path is compared."""
     before = _C.build_info()["cpu_capability"]
     use_cpu_kernels("avx2")
     yield
@@ -53,7 +53,7 @@ def avx2():
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the old number is back after the test."""
+    """Sets the number of threads, and restores it after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -66,8 +66,8 @@ def use_cpu_kernels(name):
         pytest.skip(str(error))
 
 
-# An emulator of the CUDA runtime (CONTRIBUTING.md) executes the kernels of rope_ext; those of torch
-# run on the CPU in their place. Where that place can't be taken, a test has to wait for a GPU.
+# An emulator of the CUDA runtime (CONTRIBUTING.md) executes the kernels of rope_ext; torch's own
+# kernels run on the CPU instead. Tests for which that does not work wait for a GPU.
 EMULATED = "libfakegpu" in os.environ.get("LD_PRELOAD", "")
 INSIDE = "torch's own CUDA kernels are called inside of an operator or of autograd"
 COMPILED = "torch.compile does not work under the emulator"
@@ -137,7 +137,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--record-families"):
-        config.option.markexpr = config.option.keyword = ""  # a record is of all or of none
+        config.option.markexpr = config.option.keyword = ""  # a record needs all tests
     if works := config.getoption("--works"):
         plugin = works_with.Printed() if works == "print" else works_with.Recorded(README)
         config.pluginmanager.register(plugin)
@@ -145,7 +145,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def recording(request):
-    """Where results of model families go, to be written at the end; None in an ordinary run."""
+    """The results of model families, to be recorded at the end; None in an ordinary run."""
     if not request.config.getoption("--record-families"):
         yield None
         return
@@ -163,11 +163,11 @@ def recording(request):
     )
 
 
-# How many of the selected tests wait for a GPU: counted by each process, printed by the first.
+# The number of selected tests that wait for a GPU: each process counts them, the first prints it.
 WAITING = pytest.StashKey()
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k have selected
+@pytest.hookimpl(trylast=True)  # after the selection by -m and -k
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         waiting = [item for item in items if item.get_closest_marker("cuda")]

@@ -1,5 +1,5 @@
-// Counts what a process asks of the CUDA runtime: preloaded before it (LD_PRELOAD), it sees each call
-// first and hands it on, or fails it on demand. Used by test_cuda_streams.py.
+// Counts a process's calls of the CUDA runtime. Preloaded (LD_PRELOAD), it receives each call first and
+// passes it on, or lets it fail on demand. Used by test_cuda_streams.py.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>

@@ -1,7 +1,7 @@
-"""A small Llama that trains on several ranks, in each way that PyTorch has, and on one.
+"""A small Llama, trained on several ranks in each way that PyTorch has, and on one rank.
 
-Each scenario returns the losses of all steps and the gradients of the first, as one rank would have
-them. Run by test_distributed.py in processes of their own, so that nothing of pytest is needed.
+Each scenario returns the losses of all steps and the gradients of the first, as one rank computes
+them. test_distributed.py runs the scenarios in separate processes, which do not need pytest.
 """
 
 import datetime
@@ -60,7 +60,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """With learned frequencies, so that their gradient is looked at too."""
+    """With learned frequencies, so that their gradient is compared too."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def one_process():
 
 
 def with_tensor_parallel(model, mesh):
-    """Heads and hidden channels are sharded; q and k come to the rotation as DTensors."""
+    """Heads and hidden channels are sharded; q and k are rotated as DTensors."""
     plan = {name: ColwiseParallel(use_local_output=False) for name in ("wq", "wk", "wv")}
     plan |= {"wo": RowwiseParallel(), "down": RowwiseParallel()}
     plan |= {"gate": ColwiseParallel(), "up": ColwiseParallel()}
@@ -142,7 +142,7 @@ def tensor_parallel():
 
 
 def fully_sharded(mesh, model, tokens, targets, position_ids):
-    """The batch is cut along the mesh, and FSDP2 averages the gradients."""
+    """The batch is split along the mesh, and FSDP2 averages the gradients."""
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -177,7 +177,7 @@ def context_parallel(load_balanced=True):
     mine, everyones = parts[rank], torch.cat(parts)
     seen = mine[:, None] >= everyones
 
-    def gathered(x):  # from all ranks, each of which adds to the gradient
+    def gathered(x):  # from all ranks; each adds to the gradient
         everywhere = DTensor.from_local(x, mesh, [Shard(1)]).redistribute(placements=[Replicate()])
         return everywhere.to_local(grad_placements=[Partial()])
 
@@ -237,7 +237,7 @@ def rotation_and_gradients(*tensors):
 
 
 def pytorchs_context_parallel():
-    """torch.distributed.tensor.experimental.context_parallel, whose attention is that of CUDA."""
+    """torch.distributed.tensor.experimental.context_parallel; its attention needs CUDA."""
     from torch.distributed.tensor.experimental import context_parallel
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -247,7 +247,7 @@ def pytorchs_context_parallel():
     return torch.zeros(0), {}
 
 
-# The scenarios for each number of ranks: four take what two can't tell.
+# The scenarios for each number of ranks: four ranks run those that two can't distinguish.
 SCENARIOS = {
     2: {
         "tensor parallel": tensor_parallel,

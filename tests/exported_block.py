@@ -1,9 +1,9 @@
-"""Attention blocks to be exported, and the files that a program without Python reads.
+"""Attention blocks for export, and the files that a program without Python reads.
 
     python tests/exported_block.py FOLDER
 
-writes op.pt2 and decompose.pt2, a model that AOTInductor has packaged with either lowering, and for
-each NAME.cases, inputs and outputs of other sizes than it was exported with.
+writes op.pt2 and decompose.pt2, a model packaged by AOTInductor with either lowering, and for each
+NAME.cases, inputs and outputs of other sizes than those of the export.
 """
 
 import sys
@@ -18,11 +18,13 @@ import rope_ext
 HEADS, KV_HEADS, HEAD_DIM, ROWS = 4, 2, 16, 64
 DIM = HEADS * HEAD_DIM
 EXPORTED = (2, 8)  # batch and length
-SIZES = [(3, 17), (1, 5)]  # that it runs with
+SIZES = [(3, 17), (1, 5)]  # sizes that it runs with
 
 
 class Attention(nn.Module):
-    """As in Llama: grouped heads, causal. Rotates q and k [B, S, H, D] by the method `rotation`."""
+    """Attention as in Llama: grouped heads, causal. `rotation`: the way to rotate q and k [B, S, H,
+    D].
+    """
 
     def __init__(self, rotation: str) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ PACKAGED = ["frequencies", "length", "in_place"]  # each takes a C++ compiler se
 
 
 class Layers(nn.Module):
-    """Several ways to rotate, one after the other. Weights are the same each time."""
+    """Several ways to rotate, one after the other. The weights are always the same."""
 
     def __init__(self, rotations: list[str]) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ def exported(model: nn.Module, **options: bool) -> torch.export.ExportedProgram:
 
 
 def packaged(lowering: str, folder: Path) -> Path:
-    """Layers(PACKAGED) as compiled by AOTInductor; without gradients, so that in_place is that."""
+    """Layers(PACKAGED) compiled by AOTInductor; without gradients, so in_place stays in place."""
     with torch.no_grad(), rope_ext.lowering(lowering):
         program = exported(Layers(PACKAGED))
     file = folder / f"{lowering}.pt2"

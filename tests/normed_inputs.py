@@ -1,4 +1,4 @@
-"""Arguments for rms_norm_rotary_qk, and how far from the exact results its roundings may lead."""
+"""Arguments for rms_norm_rotary_qk, and the error bounds of its roundings."""
 
 from dataclasses import dataclass
 
@@ -71,13 +71,13 @@ def inputs_of(case, device):
 
 
 def in_float64(tensors, dtype):
-    """As the arithmetic sees them: a float64 table counts as rounded to float32 below float64."""
+    """As the arithmetic reads them: a float64 table counts as rounded to float32 below float64."""
     cos, sin = (t if dtype == F64 else t.float() for t in tensors[4:6])
     return on_cpu([*tensors[:4], cos, sin, tensors[6]], F64)
 
 
 def sizes_of(x, weight, rows, case):
-    """|x1 c| + |x2 s| of a rotation of |x|: bounds on the terms of each channel."""
+    """|x1 c| + |x2 s| for a rotation of |x|: bounds on the terms of each channel."""
     cos, sin, ids = rows
     options = {k: v for k, v in case.options.items() if k not in ("eps", "unit_offset")}
     both = [
@@ -95,9 +95,9 @@ def normalised(x, weight, case):
 
 
 def roundings(case, x):
-    """A sum of N squares in any order is off by at most N units (2^-24, or 2^-53) of itself, its
-    root by half of that; mean, eps, root, reciprocal, two products, 1 + weight and the rotation
-    round at most 8 times more. In float64 the reference does too.
+    """A sum of N squares in any order is off by at most N units (2^-24, or 2^-53), its root by half
+    of that. Mean, eps, root, reciprocal, two products, 1 + weight and the rotation add at most 8
+    roundings. In float64 the reference has the same errors.
     """
     row = x.shape[-1] * (x.shape[-2] if case.all_heads else 1)
     return (row / 2 + 8) * (2.0**-24 if case.dtype != F64 else 2 * 2.0**-53)

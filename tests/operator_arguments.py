@@ -23,10 +23,10 @@ class Sizes:
 def arguments_of(
     operator, sizes=None, *, seed=0, dtype=torch.float32, optional=True, rows=False, float8=True
 ):
-    """The tensors that an operator takes, by their names, and its other arguments without default.
+    """The tensors of an operator by name, and its other arguments without default.
 
-    seed: of the values. optional: with those that may be None. rows: cos and sin are no table, but
-    have a row for each token. float8: of caches, with scales.
+    seed: of the values. optional: include arguments that may be None. rows: cos and sin have a row
+    for each token instead of a table. float8: of caches, with scales.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
@@ -34,7 +34,7 @@ def arguments_of(
     makes_angles = operator.pairs == "inv_freq"
 
     def drawn(*shape):
-        # Names of one shape get other numbers, as do seeds.
+        # The name and the seed decide the values.
         drawn.count += 1
         return random(*shape, dtype=dtype, seed=100 * seed + drawn.count)
 

@@ -1,6 +1,6 @@
-"""What the config.json of published models says of their rotation."""
+"""The entries of published models' config.json that concern their rotation."""
 
-# The factors of Phi-3-mini-128k rise like these, from about 1 to 3 and to 64, a number a pair.
+# The factors of Phi-3-mini-128k rise like these, from about 1 to 3 and to 64, one number a pair.
 PHI3_SHORT = [round(1 + 2 * (i / 47) ** 2, 2) for i in range(48)]
 PHI3_LONG = [round(1.07 * (64 / 1.07) ** (i / 47), 2) for i in range(48)]
 
@@ -91,7 +91,7 @@ NESTED_YARN = config_json(
     },
 )
 
-# name: config.json with what is published that matters here, layer type, class of transformers
+# name: the relevant entries of the published config.json, layer type, class of transformers
 PUBLISHED = {
     "Llama-2-7b: no rope_theta": (config_json("llama", 4096, 32, 4096), None),
     "Llama-3.1-8B": (

@@ -1,5 +1,5 @@
-"""One process in the place of each rank, in turn: where ranks never talk, what they have can be
-computed one by one, and put together.
+"""One process that acts as each rank in turn: if ranks do not communicate, their results can be
+computed one by one and put together.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ RANKS = 4
 
 @contextlib.contextmanager
 def as_rank(rank, world=RANKS):
-    _clear_python_sharding_prop_cache()  # what PyTorch remembers has the rank that it was then
+    _clear_python_sharding_prop_cache()  # PyTorch's cache depends on the rank
     _clear_fast_path_sharding_prop_cache()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
@@ -30,7 +30,7 @@ def as_rank(rank, world=RANKS):
 
 
 def place(tensor, mesh, *placements):
-    """The rank's part of a tensor that every rank has whole."""
+    """The rank's part of a tensor that every rank has as a whole."""
     if tensor is None:
         return None
     everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
@@ -40,7 +40,7 @@ def place(tensor, mesh, *placements):
 
 
 def assembled(parts):
-    """The whole tensor, of what the ranks of a mesh of one dimension have; sizes as promised."""
+    """The whole tensor from the parts on a one-dimensional mesh; checks their sizes."""
     (placement,) = parts[0].placements
     assert all(part.placements == (placement,) for part in parts)
     locals_ = [part.to_local() for part in parts]
@@ -50,7 +50,7 @@ def assembled(parts):
         whole = torch.stack(locals_).sum(0)
     else:
         whole = locals_[0]
-        wide = torch.float32 if whole.element_size() == 1 else whole.dtype  # float8: none is equal
+        wide = torch.float32 if whole.element_size() == 1 else whole.dtype  # float8 has no ==
         assert all(torch.equal(part.to(wide), whole.to(wide)) for part in locals_)
     assert all(part.shape == whole.shape for part in parts)
     assert all(part.stride() == whole.stride() for part in parts)
@@ -58,7 +58,7 @@ def assembled(parts):
 
 
 def on_every_rank(function):
-    """function(mesh) -> DTensors, put together; it may communicate on no rank."""
+    """function(mesh) -> DTensors, put together. No rank may communicate."""
     results = []
     for rank in range(RANKS):
         with as_rank(rank), CommDebugMode() as communication:

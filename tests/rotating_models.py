@@ -1,4 +1,4 @@
-"""Models for the tests of patch: a small Llama, and modules of files of their own."""
+"""Models for the tests of patch: a small Llama, and modules of generated files."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ def tokens():
 
 
 def rotations_of_rope_ext(model, *args):
-    """How many of rope_ext's operators a forward pass calls."""
+    """The number of calls of rope_ext's operators in a forward pass."""
     with torch.no_grad(), torch.profiler.profile() as profile:
         model(*args)
     return sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
@@ -33,7 +33,7 @@ def standard(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def names_for_copies():
-    """What patch has added to the globals of files."""
+    """The names that patch has added to the globals of files."""
     return {
         (file, name)
         for file, module in list(sys.modules.items())
@@ -43,7 +43,7 @@ def names_for_copies():
 
 
 def file_of(source, **names):
-    """A module of Python from source that no file has."""
+    """A Python module from source, without a file."""
     file = types.ModuleType(f"file_of_a_model_{next(_numbers)}")
     vars(file).update(names, nn=nn)
     sys.modules[file.__name__] = file
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 def model_with(rotation, extra=""):
-    """A file whose Attention, and what else it has, calls `rotation` as apply_rotary_pos_emb."""
+    """A file whose Attention, and `extra`, call `rotation` as apply_rotary_pos_emb."""
     return file_of(ATTENTION + extra, apply_rotary_pos_emb=rotation)
 
 

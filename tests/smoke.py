@@ -1,4 +1,4 @@
-"""Every operator once, against plain torch: shows that a wheel works under the torch at hand.
+"""Every operator once, against plain torch: shows that a wheel works under the installed torch.
 
     python tests/smoke.py [TORCH_VERSION]
 

@@ -1,8 +1,8 @@
-"""What the behaviour tests share: random data, memory layouts, the exact answer and the distance
-allowed from it.
+"""Shared parts of the behaviour tests: random data, memory layouts, the exact result and the
+allowed error.
 
-Data are made on the CPU and moved, so that they are the same on every device; results are compared
-on the CPU.
+Data are made on the CPU and moved, so they are the same on every device; results are compared on
+the CPU.
 """
 
 import torch
@@ -31,14 +31,14 @@ def name_of(dtype):
 
 
 def guarded(*shape, dtype, device, guard=16):
-    """A dense tensor inside a larger one of known values, and the larger one."""
+    """A dense tensor inside a larger one with known values, and the larger one."""
     count = torch.Size(shape).numel()
     whole = random(guard + count + guard, dtype=dtype, device=device, seed=3)
     return whole[guard : guard + count].view(shape), whole
 
 
 def small_llama(layers):
-    """A Llama with grouped heads in float32, small enough for milliseconds."""
+    """A Llama with grouped heads in float32, small enough to run in milliseconds."""
     import transformers
 
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def random_table(*shape, dtype=torch.float32, device="cpu", seed=0):
 
 
 def random_slots(*shape, capacity, dtype=torch.int64, device="cpu", seed=0):
-    """Slots of a cache in any order, each once; every fourth token has none."""
+    """Unique slots of a cache in random order; every fourth token has none."""
     count = torch.Size(shape).numel()
     slots = torch.randperm(capacity, generator=torch.Generator().manual_seed(seed))[:count].clone()
     slots[3::4] = torch.tensor([-1, -2, -(2**31)])[torch.arange(len(slots[3::4])) % 3]
@@ -89,7 +89,7 @@ def in_layout(x, layout):
     return x.transpose(*swap).contiguous()
 
 
-# Memory layouts: each makes a view [B, S, H, D] from `base(*shape)`, a fresh dense tensor.
+# Memory layouts: each makes a view [B, S, H, D] from `base(*shape)`, a new dense tensor.
 VIEWS = {
     "dense": lambda base, B, S, H, D: base(B, S, H, D),
     "bhsd": lambda base, B, S, H, D: base(B, H, S, D).transpose(1, 2),
@@ -141,7 +141,7 @@ def on_cpu(tensors, dtype=None):
 
 def rounded_once(x, cos, sin, position_ids=None, **options):
     """Plain PyTorch in the dtype of the arithmetic (float64 for float64, else float32), then one
-    rounding to x's dtype. The operators' results are to have these bits.
+    rounding to x's dtype. The operators have the same bits.
     """
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_, cos, sin, position_ids = on_cpu([x, cos, sin, position_ids], arithmetic)
@@ -149,7 +149,7 @@ def rounded_once(x, cos, sin, position_ids=None, **options):
 
 
 def inverse_of(options):
-    """The options of the rotation back: what the backward is."""
+    """The options of the inverse rotation, which is the backward."""
     back = {**options, "inverse": not options.get("inverse", False)}
     if options.get("interleaved_out") is not None:
         back["interleaved"] = options["interleaved_out"]
@@ -190,10 +190,10 @@ def ulp(exact, dtype):
 
 
 def assert_derivatives(function, inputs):
-    """First and second derivatives in float64 against differences: of every input on the CPU, in
-    random directions (fast mode) elsewhere, where each evaluation is slow. On the CPU also forward,
-    forward over backward, and each as vmap calls it, in random directions: those are the operators
-    again, on every device.
+    """First and second derivatives in float64 against differences: on the CPU of every input; on
+    other devices, where each evaluation is slow, in random directions (fast mode). On the CPU also
+    forward, forward over backward, and each under vmap, in random directions: these derivatives
+    consist of the same operators on every device.
     """
     first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
     on_cpu = first.device.type == "cpu"
@@ -209,7 +209,7 @@ def assert_derivatives(function, inputs):
 
 
 class LargeTensors(TorchDispatchMode):
-    """The operations that make a tensor of at least `size` elements."""
+    """Records the operations that make a tensor of at least `size` elements."""
 
     def __init__(self, size):
         super().__init__()

@@ -1,4 +1,4 @@
-"""apply_rotary_qk_append_kv_: the bits of the separate steps, and nothing else written."""
+"""apply_rotary_qk_append_kv_ has the bits of the separate steps, and writes nothing else."""
 
 import math
 import re
@@ -126,7 +126,7 @@ def test_every_kind_of_rows(rows, backend):
 
 
 def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
-    """Packed, each stored, and spread over threads and blocks of threads."""
+    """Packed, all stored, and enough for several threads and blocks of threads."""
     block_size, heads, dim = 16, 3, 64
     cos, sin = random_table(50, dim // 2, device=device)
     cache = (-(-tokens // block_size) + 1, block_size, heads, dim)
@@ -146,7 +146,7 @@ def many_tokens(device, tokens, cache_dtype=torch.float8_e4m3fn):
 @pytest.mark.parametrize("count", [0, 1, S - 1, S, S + 2, B * S - 1])
 @pytest.mark.parametrize("batch", [B, 1, B * S], ids=lambda batch: f"batch {batch}")
 def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(batch, count, backend):
-    """Packed too, and with the slots in a view; one token a sequence is launched as a sequence."""
+    """Also packed, and with slots in a view; one token a sequence is launched as one sequence."""
     given = arguments(backend)
     for name in ("q", "k", "v", "position_ids"):
         given[name] = given[name].reshape(batch, -1, *given[name].shape[2:])
@@ -311,12 +311,12 @@ def test_nothing_at_all(backend):
 
 # ---- float8
 
-# As [T, Hk, D]; v is stored as it is, so each of its values becomes a float8.
+# As [T, Hk, D]; v is stored without rotation, so each of its values becomes a float8.
 STORED = (64, 4, 256)
 
 
 def stored_as_float8(values, cache_dtype, device, scale=None):
-    """values, 2^16 of them, as a cache stores them."""
+    """values, 2^16 of them, stored to a cache and read back."""
     v = values.view(STORED).to(device)
     tokens, heads, dim = STORED
     cache = torch.zeros(1, tokens, heads, dim, device="cpu").to(cache_dtype).to(device)
@@ -345,7 +345,7 @@ def test_every_value_of_16_bits_becomes_the_nearest_float8(dtype, cache_dtype, b
 
 
 def hard_values(cache_dtype):
-    """Every float8, what lies half-way between two and their neighbours in float32, the ends."""
+    """Every float8, midpoints between neighbours, the float32 values next to these, the ends."""
     finite = torch.arange(256).to(torch.uint8).view(cache_dtype).float()
     finite = finite[finite.isfinite()].unique()
     half_way = (finite[1:] + finite[:-1]) / 2
@@ -369,7 +369,7 @@ def test_float32_becomes_the_nearest_float8(cache_dtype, backend):
 
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=name_of)
 def test_float64_is_rounded_once(cache_dtype, backend):
-    """By float32 on the way, a value beside a half-way point would become that point."""
+    """Rounded first to float32, a value next to a midpoint would become the midpoint."""
     float8 = (
         torch.arange(127 if cache_dtype is FLOAT8[0] else 124).to(torch.uint8).view(cache_dtype)
     )
@@ -425,7 +425,8 @@ def slots_with(value, at):
 
 F8 = torch.float8_e4m3fn
 SLOT_SHAPES = "slot_mapping to have shape [B, S], or [B * S] or less, with B = 2, S = 5"
-# name -> (from the good arguments to those to replace, expected, got); looks: at values, on the CPU
+# name -> (the replaced arguments from the good ones, expected, got); looks: checks values, on the
+# CPU
 REFUSALS = {
     "v of another shape": (changed("v", lambda v: v[..., :8]), "v of k's shape [2, 5, 2, 16]",
                            "[2, 5, 2, 8]"),
@@ -569,14 +570,14 @@ def test_layout_of_the_cache_that_is_unknown_is_refused():
 
 @pytest.mark.parametrize("name", ["v", "k_cache", "v_cache", "slot_mapping", "v_scale"])
 def test_argument_on_another_device_is_refused(name):
-    """A meta tensor stands for any other device."""
+    """A meta tensor replaces one on another device."""
     given = arguments("cpu", cache_dtype=F8, scales=True)
     given[name] = given[name].to("meta")
     with pytest.raises(RuntimeError, match=f"expected {name} on the device of q, cpu, got meta"):
         APPENDING.append(given)
 
 
-# ---- CUDA, where values can't be looked at without waiting
+# ---- CUDA, where reading values would wait
 
 
 @pytest.mark.parametrize(
@@ -639,7 +640,7 @@ def test_position_outside_of_the_table_is_refused_on_the_cpu():
     expect_refusal(given, "position_ids in [0, 9), the rows of cos and sin", "9 at index [1, 3]")
 
 
-# ---- beside the rest of PyTorch
+# ---- with other features of PyTorch
 
 
 CALLS = {
@@ -699,7 +700,7 @@ def test_opcheck_of_the_append(scales, device):
     given = arguments(device, torch.bfloat16, F8 if scales else None, scales=scales)
     scale = {name: given.pop(name) for name in ("k_scale", "v_scale") if name in given}
     operator = rope.apply_rotary_qk_append_kv_.default
-    if scales:  # what is written is not compared: PyTorch has no allclose of float8
+    if scales:  # written tensors are not compared: PyTorch has no allclose for float8
         utils = ("test_autograd_registration", "test_faketensor")
         torch.library.opcheck(operator, tuple(given.values()), scale, test_utils=utils)
     else:
@@ -707,7 +708,7 @@ def test_opcheck_of_the_append(scales, device):
 
 
 def test_one_graph_for_all_lengths(device):
-    """Of torch.compile, with the slots and the caches as arguments of the graph."""
+    """torch.compile; the slots and the caches are arguments of the graph."""
     graphs = []
 
     def backend(graph, inputs):
@@ -730,8 +731,8 @@ def test_one_graph_for_all_lengths(device):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
 def test_nothing_is_copied_in_the_code_of_inductor():
-    """Functionalized on the way, but in the end q and k of a packed tensor, and caches that are
-    arguments of the graph, are written where they are.
+    """q and k of a packed tensor, and caches that are arguments of the graph, are written in place.
+    Functionalization on the way leaves no copy.
     """
     tokens, dim = 24, 8
 

@@ -1,4 +1,4 @@
-"""apply_rotary_mla_append_: DeepSeek's latent attention, the bits of the separate steps."""
+"""apply_rotary_mla_append_, of DeepSeek's latent attention, has the bits of the separate steps."""
 
 import re
 
@@ -172,7 +172,7 @@ def test_only_the_channels_of_a_view_of_q_that_rotate_are_written(view, order, b
 
 
 def test_q_and_the_compressed_row_of_larger_projections(backend):
-    """As models make them: q behind the channels without positions, kv_c and k_pe side by side."""
+    """As in models: q after the channels without positions, kv_c and k_pe side by side."""
     given = arguments(backend, torch.bfloat16, tokens=(7,))
     row = random(7, RANK + R, dtype=torch.bfloat16, device=backend)
     given["kv_c"], given["k_pe"] = row.split((RANK, R), dim=-1)
@@ -249,7 +249,7 @@ def within(name, other):
     return change
 
 
-# name -> (from the good arguments to those to replace, expected, got)
+# name -> (the replaced arguments from the good ones, expected, got)
 REFUSALS = {
     "int q": (changed("q", lambda q: q.int()), "q to be float64, float32, float16 or bfloat16",
               "int32"),
@@ -348,7 +348,7 @@ def test_more_channels_than_can_change_their_order_are_refused(device):
 
 @pytest.mark.parametrize("name", ["k_pe", "kv_c", "kv_cache", "slot_mapping", "scale"])
 def test_argument_on_another_device_is_refused(name):
-    """A meta tensor stands for any other device."""
+    """A meta tensor replaces one on another device."""
     given = arguments("cpu", cache_dtype=F8, scale=True)
     given[name] = given[name].to("meta")
     with pytest.raises(RuntimeError, match=f"expected {name} on the device of q, cpu, got meta"):
@@ -378,7 +378,7 @@ def test_bad_values_raise_on_cuda_where_asked(monkeypatch):
         expect_refusal({**given, **replaced}, expected, got)
 
 
-# ---- beside the rest of PyTorch
+# ---- with other features of PyTorch
 
 CALLS = {
     "operator": rope.apply_rotary_mla_append_,
@@ -424,7 +424,7 @@ def test_opcheck_of_the_append(device):
 
 
 def test_one_graph_for_all_lengths(device):
-    """Of torch.compile, with the slots and the cache as arguments of the graph."""
+    """torch.compile; the slots and the cache are arguments of the graph."""
     graphs = []
 
     def backend(graph, inputs):

@@ -1,4 +1,4 @@
-"""What the rotation computes: every kind of table, positions, dtype and size, to the last bit."""
+"""The rotation, to the last bit: every kind of table, positions, dtype and size."""
 
 from dataclasses import dataclass
 
@@ -152,7 +152,7 @@ def inputs_of(case, device):
         "one for all": (1, seq, width),
         "per token": (*tokens, width),
     }[case.table]
-    # For full width, halves and sine and cosine have nothing to do with each other.
+    # At full width, the two halves, and sine and cosine, are independent.
     table = random_table(*shape, dtype=case.table_dtype, device=device)
     ids_shape = {None: None, "S": (seq,), "1S": (1, seq), "BS": (B, seq), "T": (seq,)}[case.ids]
     ids = ids_shape and random_positions(*ids_shape, rows=rows, dtype=case.ids_dtype, device=device)
@@ -216,8 +216,8 @@ def test_any_number_of_pairs(pairs, order, backend):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("full_width", [False, True], ids=["angle a pair", "angle a channel"])
 def test_long_heads_of_short_sequences(full_width, order, backend):
-    """[B, H, S, D] in memory is walked by blocks of tokens, whose rows of the table share a scratch
-    memory: numbers of tokens and of pairs that do not divide it.
+    """[B, H, S, D] in memory is processed in blocks of tokens, whose table rows share a scratch
+    buffer: here with numbers of tokens and of pairs that are not multiples of it.
     """
     for dtype in (F32, BF16, F16, F64):
         for tokens in (*range(1, 18), 33):

@@ -1,5 +1,5 @@
-"""Tokens of several positions, an axis each, and positions that are no integers: cos_sin with axes
-and floating position_ids.
+"""Tokens with several positions, one for each axis, and positions that are not integers: cos_sin
+with axes and floating position_ids.
 """
 
 import math
@@ -40,7 +40,7 @@ def inv_freq_of(pairs, dtype=F32, device="cpu"):
     return rope_ext.frequencies.default(2 * pairs)[0].to(dtype).to(device)
 
 
-# ---- what the axes mean
+# ---- the meaning of axes
 
 # name -> axis of each pair
 MAPS = {
@@ -109,8 +109,8 @@ def test_reference_has_the_axes(device):
 
 
 def assert_near_theirs(got, theirs, ids, inv_freq, axes=None):
-    """They round the angle to float32, by at most 2^-24 of it, and so turn by as much; their cos
-    and sin are within an ulp, 2^-24, and ours within half of one: together less than 2^-23.
+    """They round the angle to float32, so the rotation is off by at most 2^-24 of the angle. Their
+    cos and sin are within an ulp, 2^-24, ours within half of one: together less than 2^-23.
     """
     position = ids.double().unsqueeze(-1) if axes is None else ids.double()[axes].movedim(0, -1)
     allowed = 2.0**-24 * (position * inv_freq.double()).abs() + 2.0**-23
@@ -132,7 +132,7 @@ def text_module(family, module, sections, head_dim):
 
 
 def interleaved(sections):
-    """Qwen3-VL: height and width take turns with time as long as they have pairs left."""
+    """Qwen3-VL: height and width take turns with time while they have pairs left."""
     axes = torch.zeros(sum(sections), dtype=torch.int64)
     for axis in (1, 2):
         axes[axis : 3 * sections[axis] : 3] = axis
@@ -162,7 +162,7 @@ def test_text_of_a_model_with_images(family, module, sections, axes):
 
 
 def test_sections_of_channels_of_hunyuan_vl():
-    """Cut without regard to pairs: one angle a channel, with the frequencies of both halves."""
+    """Sections split pairs: one angle a channel, with the frequencies of both halves."""
     sections = [10, 22, 18, 14]
     theirs = text_module("hunyuan_vl", "HunYuanVLRotaryEmbedding", sections, 128)
     ids = positions_of(4, B, S)
@@ -262,7 +262,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(dtype, device):
         reference.cos_sin(*wide, axes=axes.cpu()), wide, [s.cpu().double() for s in seeds]
     )
     for a, b, of in zip(got, exact, (BF16, dtype), strict=True):
-        # rounded once from float64; the sums cancel, so beside the unit one of their size counts
+        # rounded once from float64; the sums cancel, so one unit is added to their size
         unit = torch.finfo(of).eps
         torch.testing.assert_close(a.cpu().double(), b, rtol=unit, atol=2.0**-40)
 

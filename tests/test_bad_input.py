@@ -1,4 +1,4 @@
-"""Every refusal: it names operator, argument, expected and got, and nothing has been written."""
+"""Every error names operator, argument, expected and got, and nothing has been written."""
 
 import contextlib
 import re
@@ -38,7 +38,7 @@ ROTATIONS = {
     "apply_rotary_qk": rope_ext.apply_rotary_qk,
     "apply_rotary_qk in place": lambda *a, **k: rope_ext.apply_rotary_qk(*a, **k, inplace=True),
 }
-OPERATOR = {  # that the functions call
+OPERATOR = {  # the operators that the functions call
     "apply_rotary": "rope::apply_rotary",
     "apply_rotary in place": "rope::apply_rotary_",
     "apply_rotary_qk": "rope::apply_rotary_qk",
@@ -68,7 +68,7 @@ def rotate(rotation, arguments):
 
 
 def expect_refusal(rotation, arguments, expected, got, error=RuntimeError, operator=None):
-    """Runs the rotation; it has to raise the message and leave all tensors as they were."""
+    """Runs the rotation. It has to raise the message and to leave all tensors unchanged."""
     operator = operator or OPERATOR.get(rotation, rotation)
     first = "q" if rotation in OF_PAIRS else "x"
     message = f"{operator}: expected {expected.format(x=first)}"
@@ -83,20 +83,20 @@ def expect_refusal(rotation, arguments, expected, got, error=RuntimeError, opera
 
 
 def whole(t):
-    """All bytes of the allocation that t lies in."""
+    """All bytes of t's allocation."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).cpu()
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    change: Callable[[dict], dict]  # from the good arguments to those to replace
+    change: Callable[[dict], dict]  # good arguments -> replaced arguments
     expected: str  # {x} is x or q
     got: str
     ids: bool = True  # whether position_ids are among the good arguments
 
 
-# What is wrong with the arguments of any operator.
+# Wrong arguments of every operator.
 CASES = [
     # x
     Case("int x", lambda a: {"q": a["q"].int(), "k": a["k"].int()},
@@ -193,7 +193,7 @@ CASES = [
          f"position_ids to have shape [S] or [1|B, S] with B = {B}, S = {S}", f"[1, {B}, {S}]"),
 ]  # fmt: skip
 
-# What is wrong with k beside q.
+# Wrong k.
 PAIR_CASES = [
     Case("k of another B", lambda a: {"k": random(B + 1, S, K, D).to(a["q"])},
          f"k to have q's shape [{B}, {S}, {H}, {D}] in all but the number of heads",
@@ -241,7 +241,7 @@ def test_bad_argument_is_refused_and_nothing_written(case, rotation, device):
 @pytest.mark.parametrize("rotation", IN_PLACE)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 def test_another_order_of_the_pairs_is_refused_in_place(interleaved, rotation, device):
-    """A rotation writes its pairs where it read them."""
+    """An in-place rotation writes its pairs to where it read them."""
     arguments = {**good_arguments(device), "interleaved": interleaved}
     arguments["interleaved_out"] = not interleaved
     name = rotation.removesuffix(" in place")
@@ -252,7 +252,7 @@ def test_another_order_of_the_pairs_is_refused_in_place(interleaved, rotation, d
 
 @pytest.mark.parametrize("function", [rope_ext.apply_rotary, rope_ext.apply_rotary_qk])
 def test_another_order_of_the_pairs_is_refused_in_place_under_compile(function):
-    """Where a graph needs gradients it rotates out of place, which could do it."""
+    """A graph with gradients rotates out of place, so this would be possible there."""
     q = random(B, S, H, D).requires_grad_()
     cos, sin = random_table(S, P)
     count = 2 if function is rope_ext.apply_rotary_qk else 1
@@ -287,7 +287,7 @@ def test_k_that_does_not_go_with_q_is_refused_and_nothing_written(case, rotation
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_good_arguments_are_accepted(rotation, device):
-    """Or all of the refusals above would mean nothing."""
+    """Otherwise the errors above would prove nothing."""
     for ids in (True, False):
         arguments = good_arguments(device, ids=ids)
         q = arguments["q"].clone()
@@ -305,7 +305,7 @@ def test_good_arguments_are_accepted(rotation, device):
 def test_wrong_rank_is_refused_and_nothing_written(shape, rotation, device):
     arguments = good_arguments(device)
     arguments["q"] = random(*shape, device=device)
-    if rotation in OPERATOR:  # the functions look at the layout first
+    if rotation in OPERATOR:  # the functions check the layout first
         kept = arguments["q"].clone()
         name = "q" if rotation in OF_PAIRS else "x"
         function = rotation.split()[0]
@@ -473,7 +473,8 @@ def test_position_outside_raises_on_cuda_where_asked(value, at, dtype, rotation,
     )
 
 
-# One entry of what the gradient to a table is summed by: tensor, index, value.
+# One invalid entry of the arguments that the gradient to a table is summed by: tensor, index,
+# value.
 BAD_ENTRIES = [
     *(("token_order", 2, value) for value in (-1, 6, 2**63 - 1, -(2**63))),
     *(("row_offsets", 1, value) for value in (-1, 7, 2**63 - 1, -(2**63))),
@@ -483,7 +484,7 @@ BAD_ENTRIES = [
 
 @pytest.mark.parametrize(("name", "at", "value"), BAD_ENTRIES)
 def test_bad_tokens_and_rows_are_refused_and_on_cuda_add_nothing(name, at, value, device):
-    """Nor does CUDA read what lies outside: the emulator would find it."""
+    """On CUDA nothing is read outside of a tensor either: the emulator would report it."""
     tokens, rows = 6, 3
     grad, x = (random(tokens, H, D, dtype=torch.float64, seed=seed) for seed in (1, 2))
     cos = torch.zeros(rows, P, dtype=torch.float64)
@@ -513,7 +514,7 @@ def test_bad_tokens_and_rows_are_refused_and_on_cuda_add_nothing(name, at, value
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("argument", ["k", "cos", "sin", "position_ids"])
 def test_tensor_on_another_device_is_refused_and_nothing_written(argument, rotation, device):
-    """The meta device stands for the other one on a machine with a CPU alone."""
+    """The meta device replaces the other device on a machine without a GPU."""
     if argument == "k" and rotation not in OF_PAIRS:
         return
     arguments = good_arguments(device)
@@ -537,7 +538,7 @@ BACKWARD = {
 
 @pytest.mark.parametrize("operator", BACKWARD)
 def test_backward_of_tensors_on_two_devices_is_refused(operator):
-    """By the fake too, to which one tensor without data takes the whole call."""
+    """Raised by the fake too, which PyTorch calls if one tensor has no data."""
     arguments = BACKWARD[operator](random(B, S, H, D), random(S, P))
     for name, x in arguments.items():
         with pytest.raises(RuntimeError, match=rf"rope::{operator}: expected \w+ on the device of"):
@@ -546,7 +547,7 @@ def test_backward_of_tensors_on_two_devices_is_refused(operator):
 
 @pytest.mark.parametrize("rotation", ["rope::apply_rotary", "rope::apply_rotary_qk_"])
 def test_table_on_another_device_is_refused_by_the_kernel(rotation):
-    """The check behind every dispatcher's choice."""
+    """The kernel's own check, after the dispatcher's choice of a kernel."""
     arguments = good_arguments("cpu", ids=False)
     kept = arguments["q"].clone()
     cos, sin = arguments["cos"].to("meta"), arguments["sin"].to("meta")
@@ -574,7 +575,7 @@ WITHOUT_CUDA = {
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="built with CUDA")
 @pytest.mark.parametrize("operator", WITHOUT_CUDA)
 def test_cuda_tensor_with_a_build_without_cuda_says_so(operator):
-    """Sent to the CUDA kernel by hand: meta tensors stand for those that can't be made here."""
+    """The CUDA kernel is called directly: meta tensors replace CUDA tensors."""
     x, table = torch.empty(B, S, H, D, device="meta"), torch.empty(S, P, device="meta")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     arguments = WITHOUT_CUDA[operator](x, table)
@@ -582,7 +583,7 @@ def test_cuda_tensor_with_a_build_without_cuda_says_so(operator):
         getattr(rope, operator).default.redispatch(keys, *arguments)
 
 
-# ---- memory that is written twice, or read after it was written
+# ---- memory that is written twice, or read after a write
 
 
 @pytest.mark.parametrize("rotation", IN_PLACE)
@@ -606,7 +607,7 @@ def test_expanded_k_is_refused_in_place(rotation, device):
 
 @pytest.mark.parametrize("rotation", IN_PLACE)
 def test_windows_that_overlap_are_refused_in_place(rotation, device):
-    """As unfold makes them: no stride is 0."""
+    """As from unfold: no stride is 0."""
     arguments = good_arguments(device)
     line = random(200, device=device)
     arguments["q"] = line.as_strided((B, S, H, D), (80, 16, 8, 1))

@@ -1,4 +1,4 @@
-"""The benchmarks run, verify what they time, and report what they measured."""
+"""The benchmarks run, verify the results that they time, and report their measurements."""
 
 import csv
 import shutil
@@ -34,7 +34,7 @@ import rope_ext
 
 SMALL = Case("small", 2, 6, 4, 2, 16, 16)
 PARTIAL = Case("partial", 2, 6, 4, 2, 24, 16)
-BENCHMARKS = {  # each with arguments that keep it to a few seconds
+BENCHMARKS = {  # with arguments for a run of a few seconds
     "bench_rope": (bench_rope, ["--max-tokens=16"]),
     "bench_overhead": (bench_overhead, []),
     "bench_scaling": (bench_scaling, ["--max-tokens=512", "--threads=1"]),
@@ -50,7 +50,7 @@ def _one_thread(threads):
 
 @pytest.fixture
 def problem():
-    """Of a shape, as rope_ext gets it."""
+    """A problem of one shape, as rope_ext gets it."""
 
     def make(shape, dtype=torch.float32):
         return rotations_cpu.make_problem(shape, dtype, Options())
@@ -66,6 +66,7 @@ def rows_of(path):
 # ---- they run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeypatch, capsys):
     module, arguments = BENCHMARKS[name]
@@ -114,15 +115,15 @@ def test_a_right_rotation_is_accepted(problem):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda p: p.q,  # not turned
+        lambda p: p.q,  # not rotated
         lambda p: turned(p, interleaved=True),  # other pairs
-        lambda p: turned(p, inverse=True),  # the other way
+        lambda p: turned(p, inverse=True),  # inverse
         lambda p: turned(p).roll(1, 1),  # tokens in another place
         lambda p: rope_ext.apply_rotary(p.q, *rope_ext.cos_sin(p.inv_freq, p.positions + 1)),
-        lambda p: turned(p) + 1e-4 * (torch.arange(24) == 20),  # in a channel that does not turn
-        lambda p: turned(p).to(torch.bfloat16).float(),  # rounded more than float32 is
+        lambda p: turned(p) + 1e-4 * (torch.arange(24) == 20),  # in a channel that does not rotate
+        lambda p: turned(p).to(torch.bfloat16).float(),  # rounded further than float32
         lambda p: turned(p).double(),  # another dtype
-        lambda p: turned(p)[:, :-1],  # a token less
+        lambda p: turned(p)[:, :-1],  # one token less
         lambda p: turned(p) * float("nan"),
     ],
 )
@@ -225,7 +226,7 @@ GOALS = (Goal("ours", "floor", 1.5), Goal("other way", "floor", 1.0))
 
 
 def made_up(ours, goals=GOALS):
-    """Times in microseconds of a floor 1 to 3, of ours as given, and of two peers."""
+    """Times in microseconds: a floor of 1 to 3, ours as given, and two peers."""
     times = {"ours": ours, "floor": [1, 2, 3], "slow": [40, 80, 120], "fast": [4, 8, 12]}
     return report.Result(
         "made up",

@@ -1,5 +1,5 @@
-"""The GPU benchmark: every operator has a case, a wrong result fails the run, and the report says
-what was expected.
+"""The GPU benchmark: every operator has a case, a wrong result fails the run, and the report shows
+the expected times.
 """
 
 import csv

@@ -1,5 +1,5 @@
-"""The table of bytes that kernels move: what Nsight Compute prints is read right, and the
-emulator's counts are of all cases.
+"""The table of bytes that kernels move: Nsight Compute's output is parsed right, and the emulator's
+counts cover all cases.
 """
 
 import sys
@@ -14,7 +14,7 @@ import operators_cuda
 
 CASES = operators_cuda.cases(quick=False)
 
-# Of `ncu --csv --page raw --print-units base`: names, units, and a line a launch.
+# Output of `ncu --csv --page raw --print-units base`: names, units, and one line a launch.
 NCU = """==PROF== Connected to process 731 (/usr/bin/python3.12)
 ==PROF== Profiling "spin_kernel" - 0: 0%....50%....100% - 4 passes
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
@@ -102,6 +102,6 @@ def test_counts_of_a_gpu_are_held_against_the_emulator(size, dram_over, l2_over)
 
 
 def test_the_emulator_has_counted_every_case():
-    """After a change of cases, bytes_moved.py under the emulator writes the file anew."""
+    """If cases change, run bytes_moved.py under the emulator to write the file again."""
     rows = bytes_moved.read(bytes_moved.EMULATED)
     assert {(r["case"], int(r["least"])) for r in rows} == {(c.label, c.least_bytes) for c in CASES}

@@ -1,4 +1,4 @@
-"""In graphs: how many are compiled, what they copy, what they wait for, what each lowering makes.
+"""In graphs: the number of compilations, copies, waits for the device, and each lowering.
 
 That compiled functions have the bits of eager ones is also in test_integration.py.
 """
@@ -36,14 +36,14 @@ lowerings = pytest.mark.parametrize("to", ["op", "decompose"])
 
 @pytest.fixture(autouse=True)
 def lowered():
-    """Every test begins with nothing compiled, and leaves the lowering as it is at first."""
+    """Every test starts without compiled code and with the default lowering."""
     torch._dynamo.reset()
     yield
     rope_ext.lowering("op")
 
 
 def wrapper_code(function, *args):
-    """What Inductor's code calls, without its kernels."""
+    """The calls in Inductor's code, without its kernels."""
     _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *args)
     return code[code.index("def call(self, args)") : code.index("runner = Runner")]
 
@@ -53,8 +53,8 @@ def wrapper_code(function, *args):
 
 @lowerings
 def test_module_has_two_graphs_for_all_shapes_positions_and_tables(to, device):
-    """One with position_ids and one without, whatever the batch, the length and the positions, and
-    however long the table has become meanwhile. Sizes equal at first would be compiled as one.
+    """One with position_ids and one without, for every batch, length and positions, also after the
+    table has grown. Sizes that are equal at first would be compiled as one.
     """
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=8, device=device)
     counter = CompileCounterWithBackend("aot_eager")
@@ -94,7 +94,7 @@ def in_intermediate(x, cos, sin):
 @needs_compiler
 @pytest.mark.parametrize("function", [in_packed_qkv, in_graph_input, in_intermediate])
 def test_in_place_is_in_place_in_the_code_of_inductor(function):
-    """Functionalized on the way, but nothing is cloned or copied in the end."""
+    """Functionalization on the way leaves no clone and no copy."""
     x, table = random(96, 96), random_table(96, P)
     expected, before = function(x.clone(), *table), x.clone()
     _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), before, *table)
@@ -117,13 +117,13 @@ def test_out_of_place_is_one_allocation_each_in_the_code_of_inductor():
     assert "cpp_fused" not in code
 
 
-# ---- what is waited for
+# ---- waits for the device
 
 
 @lowerings
 def test_nothing_in_a_graph_waits_for_the_device(to):
     """No operator of forward or backward reads a value on the host, or has a shape that depends on
-    values: run with meta tensors, which have none, and raise where they are looked at or copied.
+    values. Run with meta tensors, which have no values, and raise if they are read or copied.
     """
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=8, learned=True)
     graphs = []
@@ -213,8 +213,8 @@ def rotation(name, dtype):
     ids=str,
 )
 def test_decomposed_rotation_has_the_bits_of_the_operator(name, dtype):
-    """In the code of Inductor, which contracts nothing on the CPU: forward, and to x backward. All
-    options, without it: test_decompositions_are_the_operators. The gradient to the table is summed
+    """In Inductor's code, which contracts nothing on the CPU: forward, and backward to x.
+    test_decompositions_are_the_operators covers all options. The gradient to the table is summed
     in another order: each is within n 2^-24 of the sum of the sizes of n <= 2 B S (H + K) products.
     """
     *leaves, ids, options = rotation(name, dtype)
@@ -247,7 +247,7 @@ def test_decomposed_rotation_has_the_bits_of_the_operator(name, dtype):
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_decompositions_are_the_operators(name):
-    """As run_decompositions uses them, in place of operators: forward, and backward to x."""
+    """Used by run_decompositions in place of operators: forward, and backward to x."""
     q, k, cos, sin, ids, options = rotation(name, torch.bfloat16)
 
     def function(q, k):
@@ -279,7 +279,7 @@ def test_exported_program_without_operators():
 
 
 def operators(function, *args):
-    """The operators of rope in the graph, and the results."""
+    """The rope operators in the graph, and the results."""
     graphs = []
 
     def backend(graph, inputs):
@@ -299,7 +299,7 @@ def test_lowering_holds_until_the_end_of_its_block_or_from_now_on():
     args = random(B, S, H, D), *random_table(L, P)
     assert operators(function, *args)[0]
     with rope_ext.lowering("decompose"):
-        assert operators(function, *args)[0] == []  # compiled again, not the graph that is there
+        assert operators(function, *args)[0] == []  # compiled again, not the old graph
         with rope_ext.lowering("op"):
             assert operators(function, *args)[0]
         torch._dynamo.reset()
@@ -361,7 +361,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_decomposition_refuses_what_the_operator_refuses(case):
-    """Plain PyTorch would broadcast some of it."""
+    """Plain PyTorch alone would broadcast some of these arguments."""
     shape, table, ids, options = REFUSED[case]
     x, cos, sin = random(*shape), random(*table), random(*table)
     ids = None if ids is None else random_positions(*ids, rows=S)

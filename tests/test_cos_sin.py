@@ -1,4 +1,4 @@
-"""Tables that are right: cos and sin at any position against 60 digits, and how to ask for them."""
+"""cos and sin at any position against 60 digits, and the ways to ask for tables."""
 
 import functools
 
@@ -15,7 +15,7 @@ F64, F32, F16, BF16 = DTYPES
 HEAD_DIM = 128  # 64 pairs
 POSITIONS = [0, 1, 4095, 131_071, 1_000_000, 10_000_000, 2**31 - 1]
 BASES = [1e4, 5e5]
-# Rounding twice, to float32 and then to 16 bits, would show as 2^-14 ulp of float16 more.
+# Rounding twice, to float32 and then to 16 bits, would add 2^-14 ulp of float16.
 TWICE = 2.0**-13
 DIGITS = 60
 
@@ -28,7 +28,7 @@ def inv_freq_of(base, dtype=F32, head_dim=HEAD_DIM):
 
 @functools.cache
 def exact(positions, inv_freq, scaling=1.0):
-    """cos and sin of position times inv_freq, each as (nearest float64, what it leaves) [S, P]."""
+    """cos and sin of position times inv_freq, each as (nearest float64, the remainder) [S, P]."""
 
     def split(value):
         nearest = float(value)
@@ -80,7 +80,7 @@ def test_16_bits_are_rounded_once(dtype, backend):
         assert worst_error(a, b, dtype) <= 0.5 + TWICE
 
 
-# Between tokens, below one and in the millions; as each dtype rounds them.
+# Between tokens, below one and in the millions, rounded to each dtype.
 FRACTIONS = [0.5, -0.3, 1e-3, 2.0**-20, 7.25, -196.6, 1234.567, 60_000.7, 1e6 + 0.1, 2.0**31 - 0.3]
 
 
@@ -106,7 +106,7 @@ def test_floating_position_that_is_out_of_reach_is_nan(position, backend):
 
 @pytest.mark.parametrize("inv_freq_dtype", DTYPES, ids=name_of)
 def test_angle_is_that_of_the_inv_freq_given(inv_freq_dtype, device):
-    """Not of one rounded to another dtype, nor of the formula."""
+    """The angle uses the inv_freq as given: not rounded to another dtype, not from the formula."""
     inv_freq = inv_freq_of(1e4, F64, head_dim=16).to(inv_freq_dtype)
     truth = exact((12_345, 1_000_003), tuple(inv_freq.double().tolist()))
     got = rope.cos_sin(inv_freq.to(device), torch.tensor([12_345, 1_000_003], device=device))
@@ -115,8 +115,8 @@ def test_angle_is_that_of_the_inv_freq_given(inv_freq_dtype, device):
         assert worst_error(a, b, a.dtype) <= 1
 
 
-# Angles close to multiples of pi/2, where what is left after the reduction is small and its
-# relative error large: numerators of the continued fraction of pi/2, and pi itself in float64.
+# Angles close to multiples of pi/2, where the reduced angle is small and its relative error large:
+# numerators of the continued fraction of pi/2, and pi itself in float64.
 NEAR_MULTIPLES = [
     (11, 1.0),
     (344, 1.0),
@@ -199,7 +199,7 @@ def test_angle_that_is_out_of_reach_is_nan_and_never_wrong(position, frequency, 
 
 
 def test_largest_angle_is_right(backend):
-    """Just below 2^50, where position and frequency are as float64 has them."""
+    """Just below 2^50, with a position and a frequency that float64 represents exactly."""
     position = 2**50 - 1
     truth = exact((position,), (1.0, 0.5))
     inv_freq = torch.tensor([1.0, 0.5], device=backend)
@@ -209,7 +209,7 @@ def test_largest_angle_is_right(backend):
         assert worst_error(a, b, F32) <= 1
 
 
-# ---- how tables are asked for
+# ---- ways to ask for tables
 
 
 SHAPES = [(), (1,), (7,), (2, 7), (3, 2, 7), (2, 1, 3, 1), (0,), (2, 0)]

@@ -1,7 +1,7 @@
 """Bytes that the CUDA kernels move, counted by an emulator of the CUDA runtime.
 
-It executes the real launches and counts every access; see CONTRIBUTING.md. Without it, and on a
-real GPU, there is nothing to count with.
+The emulator executes the real launches and counts every access; see CONTRIBUTING.md. Without it,
+and on a real GPU, these tests can't count.
 """
 
 import os
@@ -24,7 +24,7 @@ fakegpu_torch = pytest.importorskip(
 
 pytestmark = pytest.mark.cuda
 
-SECTOR = 32  # bytes: what memory moves at least
+SECTOR = 32  # bytes: the least that memory moves
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -45,8 +45,8 @@ class Shape:
         return self.interleaved_out is not None and self.interleaved_out != self.interleaved
 
     def sectors_asked_twice(self, tokens: int, dtype: torch.dtype, interleaved: bool) -> int:
-        """Of the order that a mixed rotation reads, or writes: where it is interleaved, the two
-        vectors of a thread are neighbours, and each asks for its half of a sector.
+        """In the interleaved order of a rotation between two orders. There the two vectors of a
+        thread are neighbours, and each asks for its half of a sector.
         """
         if not (self.mixed and interleaved):
             return 0
@@ -81,7 +81,7 @@ STEPS = {"prefill": (1, 48), "prefill of two": (2, 24), "decode": (1, 1), "decod
 
 @dataclass
 class Moved:
-    """What one call moved: bytes asked for by threads, and sectors touched."""
+    """The bytes that threads asked for in one call, and the sectors that it touched."""
 
     launches: int
     blocks: int
@@ -136,12 +136,12 @@ def sectors(byte_count: int) -> int:
 
 
 def pairs_a_thread(shape: Shape, dtype: torch.dtype) -> int:
-    """Of 16 bytes of x, or of each half."""
+    """Pairs in 16 bytes of x, or of each half."""
     return (8 if shape.interleaved and not shape.mixed else 16) // dtype.itemsize
 
 
 def table_bytes_a_thread(shape: Shape, dtype: torch.dtype) -> int:
-    """Of a float32 cos: below 16 for two pairs, in float64 and in interleaved float32."""
+    """Bytes of a float32 cos: below 16 for two pairs, in float64 and in interleaved float32."""
     return 4 * pairs_a_thread(shape, dtype)
 
 
@@ -212,8 +212,8 @@ def test_with_many_tokens_a_table_row_is_read_once():
 
 
 def test_strided_views_move_the_same_bytes():
-    """q and k of one packed projection: each head is a dense run of whole sectors, so nothing else
-    is touched.
+    """q and k of one packed projection: each head is a dense run of whole sectors, so no other
+    sector is touched.
     """
     batch, seq = STEPS["prefill"]
     heads = LLAMA.heads + LLAMA.k_heads
@@ -229,8 +229,8 @@ def test_strided_views_move_the_same_bytes():
 
 
 def test_halves_of_24_bytes_move_in_8_byte_steps():
-    """GPT-NeoX-20B: 24 of 96 channels. The second half begins at byte 24, so 8 bytes is the widest
-    access, and a sector that both halves share is asked for twice.
+    """GPT-NeoX-20B: 24 of 96 channels. The second half starts at byte 24, so the widest access is 8
+    bytes, and both halves ask for the sector that they share.
     """
     shape = Shape("GPT-NeoX-20B", 64, 64, 96, 24)
     batch, seq = STEPS["prefill"]
@@ -248,15 +248,15 @@ BLOCK_SIZE = 16
 
 
 def cache_of(tokens: int, *row: int, dtype: torch.dtype):
-    """A cache with twice the slots of the tokens, and a slot for each in any order."""
+    """A cache with two slots for each token, and a slot for each token in random order."""
     blocks = -(-2 * tokens // BLOCK_SIZE)
     cache = torch.zeros(blocks, BLOCK_SIZE, *row).to(dtype).cuda()
     return cache, torch.randperm(blocks * BLOCK_SIZE)[:tokens].cuda()
 
 
 def appended(shape: Shape, step: str, dtype: torch.dtype, cache_dtype: torch.dtype, stored=True):
-    """What apply_rotary_qk_append_kv_ moved; and bytes of: q and k that rotate, k and v, the two
-    caches, the table and the slots.
+    """The bytes that apply_rotary_qk_append_kv_ moved; and the bytes of rotated q and k, of k and
+    v, of the two caches, of the table and of the slots.
     """
     batch, seq = STEPS[step]
     tokens = batch * seq
@@ -280,7 +280,7 @@ def appended(shape: Shape, step: str, dtype: torch.dtype, cache_dtype: torch.dty
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if not s.mixed], ids=lambda s: s.name)
 def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, cache):
-    """The channels of k that do not rotate are read to be stored, those of q are not."""
+    """The channels of k that do not rotate are read and stored; those of q are not read."""
     cache_dtype = dtype if cache == "of the model" else cache
     moved, rotated, of_k, table, of_slots = appended(shape, step, dtype, cache_dtype)
     k_stays = of_k // shape.head_dim * (shape.head_dim - shape.rotary_dim) * dtype.itemsize
@@ -331,9 +331,9 @@ def test_append_of_latents_moves_them_once(step, out, cache_dtype):
 
 @pytest.mark.parametrize("all_heads", [False, True], ids=["Qwen3", "OLMo 2"])
 def test_normalised_heads_are_read_once(all_heads):
-    """And written once. A warp has two heads of 128 channels, and asks the caches once for the row
-    of the table (cos and sin, 16 sectors of float32) and for the weights, 8 sectors, or 16 where
-    each head has its own.
+    """And written once. A warp has two heads of 128 channels. It reads the row of the table (cos
+    and sin, 16 sectors of float32) once, and the weights: 8 sectors, or 16 if each head has its
+    own.
     """
     shape = LLAMA if not all_heads else Shape("OLMo 2 1B", 16, 16, 128, 128)
     batch, seq = STEPS["prefill of two"]
@@ -352,9 +352,9 @@ def test_normalised_heads_are_read_once(all_heads):
     assert moved.store_efficiency == 1
 
 
-# ---- as the benchmark reckons
+# ---- the benchmark's numbers
 
-# These write sums that a second launch reads.
+# These write sums, which a second launch reads.
 PARTIAL_SUMS = ("cos_sin_backward", "rms_norm_rotary_qk_backward")
 
 

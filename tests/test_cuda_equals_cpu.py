@@ -1,4 +1,4 @@
-"""CUDA gives the bits of the CPU wherever the arithmetic is the same.
+"""CUDA has the bits of the CPU if the arithmetic is the same.
 
 Rotation: two products and a sum, each rounded, no fused multiply-add. Tables: IEEE operations and
 fused multiply-adds in one order, no library sine. Gradient to inv_freq: one order of sums. Only the

@@ -1,7 +1,7 @@
-"""The operators launch on the current stream, wait for nothing and allocate their outputs alone.
+"""The operators launch on the current stream, never wait, and allocate only their outputs.
 
-That is what capture in a CUDA graph asks for. A small library, loaded before the CUDA runtime,
-counts the calls that a process makes to it.
+Capture in a CUDA graph requires that. A small library, loaded before the CUDA runtime, counts the
+calls that a process makes to the runtime.
 """
 
 import json
@@ -137,7 +137,7 @@ def test_failed_launch_raises_and_names_the_operator(name, found):
 
 
 def test_sources_call_nothing_that_waits():
-    """But for ROPE_EXT_CHECK=1, which copies the positions to the host through PyTorch."""
+    """Except for ROPE_EXT_CHECK=1, which copies the positions to the host through PyTorch."""
     waits = re.compile(r"\bcuda(\w*Synchronize|Memcpy\w*|Memset|Malloc\w*|Free\w*|StreamQuery)\b")
     sources = [
         path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".inl")

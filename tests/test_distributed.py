@@ -1,7 +1,7 @@
 """The operators on several ranks: DTensors, real processes that train, and a mesh of 1,024.
 
-What needs no communication is checked rank by rank in one process (ranks.py). The scenarios of
-distributed_training.py run in processes of their own.
+Calls without communication are checked rank by rank in one process (ranks.py). The scenarios of
+distributed_training.py run in separate processes.
 """
 
 import re
@@ -27,7 +27,7 @@ rope = torch.ops.rope
 B, S, H, KV_HEADS, D, ROWS = 4, 8, 4, 2, 8, 16
 DTYPE = torch.float64
 # Sums over tokens or heads are split over ranks and added in another order: each of n terms of size
-# about 1 is rounded n times at most, and n <= B S H = 128.
+# about 1 is rounded at most n times, and n <= B S H = 128.
 SUMS = {"rtol": 128 * torch.finfo(DTYPE).eps, "atol": 128**2 * torch.finfo(DTYPE).eps}
 # Training: sums of at most n = max(tokens, channels) = 64 terms, in about 20 operations a layer, in
 # forward and backward, whose errors add up over the steps (SGD on a loss that falls evenly).
@@ -168,7 +168,7 @@ def test_heads_of_q_and_k_shard_by_themselves(sharded):
     def gradients(x, y, cos, sin):
         leaves = [t.requires_grad_() for t in (x, y, cos, sin)]
         y, z = rope.apply_rotary_qk(*leaves)
-        (y**2).sum().backward()  # k has no part in this: its gradient is none, not zeros
+        (y**2).sum().backward()  # k is not used: its gradient is None, not zeros
         return [y.detach(), z.detach(), leaves[0].grad, leaves[2].grad, leaves[3].grad]
 
     def on_rank(mesh):
@@ -178,7 +178,7 @@ def test_heads_of_q_and_k_shard_by_themselves(sharded):
         return got
 
     expected = gradients(*(t.clone() for t in (q, k, *table)))
-    # The gradient of a sum over all ranks' heads is here the one that PyTorch sums: not ours to do.
+    # PyTorch sums the gradient over all ranks' heads; the operator must not do it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CommDebugMode, "get_total_counts", lambda self: 0)
         for got, whole in zip(on_every_rank(on_rank), expected, strict=True):
@@ -186,7 +186,7 @@ def test_heads_of_q_and_k_shard_by_themselves(sharded):
 
 
 def test_a_pending_sum_passes_through():
-    """Each rank has a part of the sum that x is: the rotation is linear."""
+    """Each rank has a term of the sum x. The rotation is linear."""
 
     def on_rank(mesh):
         x = place(q * dist.get_rank(), mesh, Partial()).requires_grad_()
@@ -353,7 +353,7 @@ def test_rows_of_several_axes_and_their_gradients(positions_at, inv_freq_at, tab
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("positions", [None, "S", "1S", "BS", "3BS"])
 def test_rotation_by_angles(positions, shard):
-    """In place and not, and back, of any shard; angles have one of their own if tokens do."""
+    """In place and not, and backward, for any shard; angles are sharded if tokens are."""
     inv_freq, axes = random(D // 2, dtype=DTYPE).abs(), torch.arange(D // 2) % 3
     sizes = {"3": 3, "1": 1, "B": B, "S": S}
     ids = None if positions is None else random(*map(sizes.get, positions), dtype=DTYPE)
@@ -378,7 +378,7 @@ def test_rotation_by_angles(positions, shard):
 
 
 def test_gradient_to_frequencies_of_the_rotation_by_angles_is_pending():
-    """Of tokens in sequence shards, each rank has a term of the sum."""
+    """With sequence shards, each rank has a term of the sum over tokens."""
     inv_freq = random(D // 2, dtype=DTYPE).abs()
 
     def gradient(q, k, grad_q, grad_k, inv_freq):
@@ -433,7 +433,7 @@ def test_dtype_of_a_table_is_that_which_was_asked_for(mesh):
         assert cos.dtype == sin.dtype == cos.to_local().dtype == dtype
 
 
-# ---- what is refused
+# ---- errors
 
 
 def refusals(mesh):
@@ -553,7 +553,7 @@ def test_1024_ranks(rank, load_balanced):
         assert rows[0].shape == (1, length, D // 2)
         y = rope_ext.apply_rotary(x, *rows)
         cos, sin = rope_ext.cos_sin_cache(inv_freq, length + 7)
-        if not load_balanced:  # the table alone says the same, wherever the rank is
+        if not load_balanced:  # the table alone gives the same on every rank
             tables = (DTensor.from_local(t, mesh, everywhere) for t in (cos, sin))
             assert torch.equal(rope_ext.apply_rotary(x, *tables).to_local(), y.to_local())
             assert mine[0] == number * part
@@ -627,7 +627,7 @@ def test_rotation_in_a_mesh_of_two_dimensions(trained):
 
 
 def test_pytorchs_context_parallel_has_no_attention_for_the_cpu(trained):
-    """So that the scenarios gather keys and values instead of sending them around."""
+    """So the scenarios gather keys and values instead of passing them around."""
     result = trained[2]["PyTorch's context_parallel"]
     assert "_scaled_dot_product_flash_attention_for_cpu.default does not have a sharding" in result
 
@@ -637,7 +637,7 @@ def test_pytorchs_context_parallel_has_no_attention_for_the_cpu(trained):
 
 @pytest.mark.parametrize("first", ["rope_ext", "torch.distributed.tensor"])
 def test_rules_are_there_whatever_is_imported_first(first, tmp_path):
-    """And DTensor, which takes long to import, is not imported without need."""
+    """DTensor, which is slow to import, is not imported without need."""
     code = f"""
 import sys
 import torch

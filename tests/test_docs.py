@@ -1,4 +1,4 @@
-"""The pages of docs/: examples run, links lead somewhere, and the site has every public name."""
+"""The pages of docs/: examples run, links are valid, and the site has every public name."""
 
 import re
 import subprocess
@@ -45,7 +45,7 @@ def test_links_lead_to_files(page: Path):
 
 
 def test_site_has_every_public_name(tmp_path: Path):
-    """Built with warnings as errors: docstrings that are no reStructuredText among them."""
+    """Built with warnings as errors, also for docstrings that are not valid reStructuredText."""
     inventories = pytest.importorskip("sphinx.util.inventory")
     command = [sys.executable, "-m", "sphinx", "-qW", "-d", tmp_path / "doctrees", DOCS, tmp_path]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

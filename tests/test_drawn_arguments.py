@@ -1,5 +1,5 @@
-"""Arguments drawn one by one, whether or not they fit each other: the right numbers, or a refusal
-that says why, exactly where they do not fit; and nothing is written but the result.
+"""Arguments drawn independently, so that they fit each other or not: the right numbers, or an error
+that gives the reason exactly if they do not fit; nothing but the result is written.
 """
 
 import pytest
@@ -14,7 +14,7 @@ OUTSIDE = (-1, -(2**31), 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1)
 
 
 def fits(x, cos, sin, position_ids, rotary_dim=None, rotary_offset=0, **_):
-    """The rules of the README and of apply_rotary's docstring, anew."""
+    """The rules of the README and of apply_rotary's docstring, implemented again."""
     *batch, S, _, D = x.shape
     rows, width = cos.shape[-2:]
     R = 2 * width if rotary_dim is None else rotary_dim
@@ -38,7 +38,7 @@ def fits(x, cos, sin, position_ids, rotary_dim=None, rotary_offset=0, **_):
 
 @st.composite
 def arguments(draw):
-    """x, cos, sin, position_ids, options: each likely to fit the others, none sure to."""
+    """x, cos, sin, position_ids, options: each fits the others often, but not always."""
 
     def usually(value, *others):
         return draw(st.sampled_from([value] * (12 * len(others)) + list(others)))

@@ -1,4 +1,4 @@
-"""RotaryEmbedding: what it computes, its table, and what casts, copies and state dicts do to it."""
+"""RotaryEmbedding: its results, its table, and the effect of casts, copies and state dicts."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ from rope_ext.module import tables as kept_tables
 
 B, S, H, K, D = 2, 5, 4, 2, 16
 LAYOUTS = ["bshd", "bhsd", "sbhd", "thd"]
-FIRST_ROWS = 2048  # of a table, where the model is meant for more
+FIRST_ROWS = 2048  # of a table, if the model is meant for more
 BASE = 10000.0
 
 
@@ -47,7 +47,7 @@ def tables_of(inv_freq, position_ids):
 
 
 def assert_rotated(got, x, inv_freq, position_ids, **options):
-    """To 2 ulp of float32 or x's dtype: the table here is rounded from float64, so may differ."""
+    """To 2 ulp of float32 or x's dtype: the table here is rounded from float64 and may differ."""
     cos, sin = tables_of(inv_freq, position_ids)
     if cos.dim() == 2 and x.dim() == 4:
         cos, sin = cos[None], sin[None]
@@ -185,7 +185,7 @@ def test_table_of_a_short_model_is_no_longer_than_it():
 
 
 def test_long_position_ids_need_no_table(device):
-    """The memory for a table up to 2^31 would be 137 GB."""
+    """A table up to 2^31 would need 137 GB."""
     q, k = q_and_k(device)
     module = make(device)
     ids = torch.tensor([2**31 - 6 + s for s in range(S)], device=device)
@@ -248,7 +248,7 @@ def test_write_to_learned_frequencies_through_data_is_seen(device):
 @torch.inference_mode()
 def test_write_to_an_inference_tensor_is_seen(device):
     module = make(device)
-    module.inv_freq = module.inv_freq.clone()  # its version is not counted
+    module.inv_freq = module.inv_freq.clone()  # its version is not checked
     module.table(4)
     module.inv_freq.mul_(2)
     cos, _ = module.table(4)
@@ -426,7 +426,7 @@ def test_compiles_to_one_graph_for_all_lengths(ids, device):
 
 
 def test_head_dim_is_enough_for_a_module():
-    """Without a number of positions there is no limit, and no scaling that needs the number."""
+    """Without a number of positions there is no limit. Scalings that need the number raise."""
     module = rope_ext.RotaryEmbedding(D)
     assert module.max_position_embeddings is None
     for seq in (3, 3000):
@@ -491,7 +491,7 @@ def test_module_left_on_meta_is_refused_beside_real_tensors():
             make("meta")(q, k, ids)
 
 
-# ---- what the table was made of
+# ---- the frequencies of the table
 
 
 def test_table_follows_a_replaced_inv_freq(device):
@@ -521,7 +521,7 @@ def test_inv_freq_that_requires_grad_gets_it_without_position_ids(device):
     module = make(device)
     module.inv_freq.requires_grad_()
     q, k = q_and_k(device)
-    module(q, k)[0].square().sum().backward()  # the norm is kept: a gradient, though of about 0
+    module(q, k)[0].square().sum().backward()  # the norm does not change: a gradient of about 0
     assert module.inv_freq.grad is not None
 
 

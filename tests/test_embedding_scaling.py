@@ -16,7 +16,7 @@ from rope_ext import RotaryEmbedding, frequencies, reference
 
 B, S, H, K, D = 2, 5, 4, 2, 16
 P = D // 2
-ORIGINAL = 64  # tokens that the regimes change after
+ORIGINAL = 64  # tokens after which the frequencies change
 ULP = 2.0**-23  # of float32 numbers of about 1
 
 SCALINGS = {
@@ -48,7 +48,7 @@ SCALINGS = {
 }
 BY_LENGTH = [name for name in SCALINGS if name.startswith(("dynamic", "longrope"))]
 IN_TRANSFORMERS = [name for name in SCALINGS if name not in ("ntk", BY_LENGTH[-1])]
-# positions of calls one after another: grow, stay, shrink a little, shrink below, grow again
+# positions of successive calls: grow, stay, shrink a little, shrink below, grow again
 LAST_POSITIONS = (10, 63, 64, 99, 70, 63, 62, 80, 300, 64, 5, 64)
 
 
@@ -78,7 +78,7 @@ def ids_up_to(last, device="cpu"):
 
 
 def truth(module, position_ids, length):
-    """cos, sin in float64, rounded, of the frequencies of a sequence of `length` tokens."""
+    """cos, sin in float64, rounded, with the frequencies of a sequence of `length` tokens."""
     inv_freq, attention_scaling = frequencies.from_scaling(
         D,
         module.scaling,
@@ -92,8 +92,8 @@ def truth(module, position_ids, length):
 
 
 def assert_tables(got, expected, *, device="cpu", largest=0.0):
-    """To 1 ulp. On CUDA, and by tensors, frequencies may be another rounding or two of pow: 4 ulp
-    of the largest angle (in radians).
+    """To 1 ulp. On CUDA, and by tensors, pow may round frequencies differently: 4 ulp of the
+    largest angle (in radians).
     """
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
@@ -102,7 +102,7 @@ def assert_tables(got, expected, *, device="cpu", largest=0.0):
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """Fails where a tensor's value becomes Python's: what makes the host wait for a GPU."""
+    """Fails if a tensor's value becomes a Python number: the host would wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (
@@ -112,12 +112,12 @@ class NoValueIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---- what is computed
+# ---- results
 
 
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
 def test_tables_are_those_of_transformers(name):
-    """Call after call. Theirs round the angle, to 2^-24 of it, and each of cos and sin twice."""
+    """Call after call. Theirs round the angle, to 2^-24 of it, and cos and sin twice."""
     transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -191,7 +191,7 @@ def test_empty_batches_are_rotated(name, packed, device):
         assert out.shape == shape
 
 
-# ---- the regime of each sequence
+# ---- the frequencies of each sequence
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
@@ -211,7 +211,7 @@ def test_regime_length_decides_for_each_sequence_as_if_it_were_alone(name, devic
             for options in (length, torch.tensor(length, device=device)):
                 alone = module(q[one], k[one], mine, regime_length=options)
                 for x, y in zip(together, alone, strict=True):
-                    # angles below 40 radians, of frequencies that may be rounded otherwise
+                    # angles below 40 radians, of frequencies that may be rounded differently
                     atol = 1.5 * ULP * (4 + 4 * 40) * y.abs().max().item()
                     torch.testing.assert_close(x[one], y, rtol=0, atol=atol)
     if name == "dynamic":
@@ -235,7 +235,7 @@ def test_regime_length_of_packed_sequences_is_one_a_token(name, device):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_keys_of_a_decoded_sequence_are_those_of_its_prefill_with_one_regime(name, device):
-    """A prompt of 60 and 10 new tokens, one by one: across the original length of 64."""
+    """A prompt of 60 and 10 new tokens, one by one: past the original length of 64."""
     module = make(name, device)
     total = 70
     q, k = q_and_k(device, seq=total)
@@ -245,7 +245,7 @@ def test_keys_of_a_decoded_sequence_are_those_of_its_prefill_with_one_regime(nam
     cache = torch.cat([module(q[:, s], k[:, s], ids[s], regime_length=total)[1] for s in steps], 1)
     assert_same_bits(cache, whole)
     cache = torch.cat([module(q[:, s], k[:, s], ids[s])[1] for s in steps], 1)
-    if name in BY_LENGTH:  # as documented: keys rotated before stay as they are
+    if name in BY_LENGTH:  # as documented: earlier keys keep their rotation
         assert not torch.equal(cache, whole)
     else:
         assert_same_bits(cache, whole)
@@ -523,7 +523,7 @@ def test_gradient_of_learned_frequencies_is_that_of_plain_float64(name, ids, dev
 
 
 def test_learned_frequencies_learn():
-    """From constant frequencies to those that made the target."""
+    """From constant frequencies to those of the target."""
     module = make("default", learned=True)
     with torch.no_grad():
         module.inv_freq.copy_(frequencies.constant(D, value=0.3)[0])

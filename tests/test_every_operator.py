@@ -1,7 +1,7 @@
-"""Every operator through every mechanism that it has beside its kernels (rope_ext/_engine).
+"""Every operator through every mechanism besides its kernels (rope_ext/_engine).
 
-Operators come from their records, arguments from their schemas: a new operator is covered by its
-record, and where it has an argument of a new name, by a value in operator_arguments.py.
+Operators come from their records, arguments from their schemas: the record of a new operator covers
+it. An argument with a new name also needs a value in operator_arguments.py.
 """
 
 import ast
@@ -26,10 +26,10 @@ from rope_ext._operators import OPERATORS
 
 PACKAGE = Path(rope_ext.__file__).parent
 N = 3  # samples of vmap
-SMALL = Sizes(B=1, S=2, H=1, K=1, D=4, L=3)  # for differences, number by number
+SMALL = Sizes(B=1, S=2, H=1, K=1, D=4, L=3)  # for numerical differences
 SHARDED = Sizes(B=4, S=4, H=4, K=4, D=8, L=5)
-# Sums over what ranks have in parts: of n <= B S H = 64 terms of about 1, each rounded n times at
-# most, of up to AXES L = 10 where a position is a factor.
+# Sums over parts on several ranks: n <= B S H = 64 terms of about 1, each rounded at most n times,
+# or of up to AXES L = 10 if a position is a factor.
 SUMS = {"rtol": 64 * 2**-52, "atol": 10 * 64**2 * 2**-52}
 
 every = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
@@ -41,7 +41,7 @@ def of(operators):
 
 
 def is_append(operator):
-    """It writes to something that is not like what rotates."""
+    """Whether it writes to a tensor other than those that rotate."""
     return bool({*operator.written} - {*operator.rotates, *operator.outs})
 
 
@@ -64,7 +64,7 @@ def in_every_variant(operators):
 
 
 def results_of(operator, given):
-    """What a call returns, then what it has written."""
+    """The results of a call, then the tensors that it has written."""
     returned = operator.overload(**given)
     returned = returned if isinstance(returned, (tuple, list)) else (returned,)
     return [x for x in (*returned, *(given[name] for name in operator.written)) if x is not None]
@@ -78,7 +78,7 @@ def cloned(given):
     return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
 
 
-# ---- the house
+# ---- the rules of the code
 
 
 def test_every_operator_has_a_record():
@@ -87,7 +87,7 @@ def test_every_operator_has_a_record():
 
 
 def code_of(folder):
-    """File names -> identifiers, and strings that are no docstrings."""
+    """File names -> identifiers, and strings that are not docstrings."""
     found = {}
     for path in (PACKAGE / folder).glob("*.py"):
         tree = ast.parse(path.read_text())
@@ -147,7 +147,7 @@ def test_kernel_for_every_device_and_kind_of_tensor(operator):
 
 
 def transposed(x, first, second):
-    """Of the same shape, with two dimensions in another order in memory."""
+    """Of the same shape, with two dimensions swapped in memory."""
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
@@ -177,7 +177,7 @@ def test_fake_is_like_the_real_one(operator, variant):
 
 @of(o for o in OPERATORS if len(o.tensors) > 1)
 def test_tensor_on_another_device_is_refused_by_name(operator):
-    """A tensor without data beside real ones does not come to the kernel."""
+    """PyTorch does not pass a tensor without data among real ones to the kernel."""
     given = arguments_of(operator)
     kept = cloned(given)
     for name in tensors_in(given):
@@ -191,7 +191,7 @@ def test_tensor_on_another_device_is_refused_by_name(operator):
 
 
 @in_every_variant(OPERATORS)
-@pytest.mark.filterwarnings("ignore")  # of what opcheck itself uses
+@pytest.mark.filterwarnings("ignore")  # warnings of opcheck itself
 def test_opcheck(operator, variant):
     given = arguments_of(operator, **variant, float8=False)
     if not operator.written:
@@ -268,8 +268,8 @@ def test_tensor_that_requires_grad_is_refused_by_name(operator):
 
 @in_every_variant(o for o in OPERATORS if not o.written)
 def test_derivatives(operator, variant):
-    """Of every result to every floating tensor, against differences in random directions: backward,
-    forward, twice, and as vmap calls them.
+    """Of every result by every floating tensor, against differences in random directions: backward,
+    forward, twice, and under vmap.
     """
     given = arguments_of(operator, SMALL, dtype=torch.float64, **variant)
     given = {name: with_grad(x) for name, x in given.items()}
@@ -295,7 +295,7 @@ def test_derivatives(operator, variant):
 
 
 def assert_vmap_is_a_loop(operator, of_samples, batched):
-    """The arguments of these names have a value for each sample."""
+    """The arguments with these names have a value for each sample."""
     shared = {n: x for n, x in of_samples[0].items() if n not in batched}
     stacked = [torch.stack([given[name] for given in of_samples]) for name in batched]
 
@@ -311,7 +311,7 @@ def assert_vmap_is_a_loop(operator, of_samples, batched):
 
 @in_every_variant(o for o in OPERATORS if not o.outs and not is_append(o))
 def test_vmap_is_a_loop(operator, variant):
-    """All tensors batched, and each by itself, beside what is written."""
+    """All tensors batched, and each alone, together with the written ones."""
     of_samples = [arguments_of(operator, seed=seed, **variant) for seed in range(N)]
     names = [*tensors_in(of_samples[0])]
     assert_vmap_is_a_loop(operator, of_samples, names)
@@ -373,7 +373,7 @@ def sharding_of(operator, given):
 
 
 def placed(given, mesh, placements):
-    """given as DTensors, replicated but for those that have another placement."""
+    """`given` as DTensors, replicated unless `placements` says otherwise."""
     return given | {
         n: place(x, mesh, *([placements[n]] if n in placements else []))
         for n, x in tensors_in(given).items()
@@ -389,7 +389,7 @@ def assert_refused(expected, on_rank):
 
 @in_every_variant(OPERATORS)
 def test_every_rank_computes_its_part(operator, variant):
-    """Axis by axis: what has it is sharded along it."""
+    """Axis by axis: all tensors with the axis are sharded along it."""
     given = arguments_of(operator, SHARDED, dtype=torch.float64, **variant)
     if "token_order" in given:
         pytest.skip("token_order is of each rank's tokens: test_distributed.py has it made")
@@ -416,7 +416,7 @@ def test_every_rank_computes_its_part(operator, variant):
 
 @every
 def test_what_is_whole_is_not_sharded(operator):
-    """A dimension without an axis, such as channels: no rank could do without the others."""
+    """A dimension without an axis, such as channels: every rank needs all of it."""
     given = arguments_of(operator, SHARDED)
     for name, axes in sharding_of(operator, given).axes.items():
         if given.get(name) is None:
@@ -433,7 +433,7 @@ def test_what_is_whole_is_not_sharded(operator):
 
 @every
 def test_a_pending_sum_passes_through_what_is_linear(operator):
-    """And nothing else: of a product of sums the parts are no parts."""
+    """And through nothing else: a product of sums is not the sum of products."""
     sharding = sharding_of(operator, arguments_of(operator, SHARDED))
     for name in sharding.axes:
         given = arguments_of(operator, SHARDED)
@@ -453,7 +453,7 @@ def test_a_pending_sum_passes_through_what_is_linear(operator):
 
 
 def is_alone(sharding, name):
-    """Each term of each result that there is has the name, or the result has none of it."""
+    """Whether each term of each existing result has the name, or none has."""
     terms = [result.terms for result in sharding.results]
     return all(
         all(name in term for term in of_result) or not any(name in t for t in of_result)

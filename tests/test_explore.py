@@ -1,4 +1,4 @@
-"""The page of `python -m rope_ext explore`, in a browser: its numbers, its keys, its looks."""
+"""The page of `python -m rope_ext explore` in a browser: numbers, keys, appearance."""
 
 import json
 import math
@@ -30,16 +30,16 @@ LONGROPE = {
     "short_factor": [1.0] * 8,
     "long_factor": [1.0 + i for i in range(8)],
 }
-# No other multiple of 8 than its own, a base that is not round.
+# An unusual multiple of 8, and a base that is not round.
 LONGROPE_CONFIG = {
     "head_dim": 16,
     "rope_theta": 12345.0,
     "max_position_embeddings": 32768,
     "rope_scaling": LONGROPE,
 }
-# The page and torch do the same operations in float32, each rounded once, but powers of base are
-# off by 1 ulp here or there, 2^-23: twice that for two powers in a mean, and llama3's ramp has up
-# to factor / 3 times as much of its own where it is steep, for factors up to 32.
+# The page and torch do the same operations in float32, each rounded once, but some powers of base
+# are off by 1 ulp, 2^-23. A mean has two powers: twice that. In llama3's steep ramp the error is up
+# to factor / 3 times as large, for factors up to 32.
 RELATIVE = 2.0**-23 * 16
 SHOWN = 0.5e-6  # of cos and sin: 6 digits are shown
 TABS = ["m", "m-exact", "n", "n-exact", "together", "pair"]
@@ -58,7 +58,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens the page; in the end it has fetched nothing else, and has not complained."""
+    """Opens the page. At the end it must not have loaded anything else or reported errors."""
     path = tmp_path / "page.html"
 
     def open_page(config=None, width=1000, scheme="light"):
@@ -96,7 +96,7 @@ def type_number(browser, id, number):
 
 
 def settings_of(browser):
-    """What the controls say that is shown."""
+    """The values of the visible controls."""
     settings = {id: number_of(browser, f"{id}-value") for id in ("base", "factor", "pair")}
     lengths = {id: int(number_of(browser, f"{id}-value")) for id in ("dim", "trained")}
     positions = {id: int(value_of(browser, f"{id}-exact")) for id in "mn"}
@@ -123,9 +123,9 @@ def test_frequencies_are_those_of_rope_ext(method, opened):
     browser = opened()
     for of in [
         {"base": 500000.0, "dim": 128, "factor": 8.0, "trained": 8192},  # Llama 3
-        {"base": 10000.0, "dim": 96, "factor": 32.0, "trained": 4096},  # exponents that are rounded
-        {"base": 100.0, "dim": 8, "factor": 1.0, "trained": 512},  # a factor that changes nothing
-        {"base": 1e7, "dim": 256, "factor": 1.5, "trained": 131072},  # every pair for itself
+        {"base": 10000.0, "dim": 96, "factor": 32.0, "trained": 4096},  # rounded exponents
+        {"base": 100.0, "dim": 8, "factor": 1.0, "trained": 512},  # a factor without effect
+        {"base": 1e7, "dim": 256, "factor": 1.5, "trained": 131072},  # one frequency a pair
         {"base": 1000.0, "dim": 64, "factor": 64.0, "trained": 16},  # a context of few turns
     ]:
         inv_freq, scaling = frequencies_of(method, **of)
@@ -170,7 +170,7 @@ def test_angles_are_exact_at_any_position(opened):
 
 
 def assert_numbers(browser):
-    """Those that the page shows are those of rope_ext, for what its controls say."""
+    """The numbers on the page are rope_ext's for the values of the controls."""
     of = settings_of(browser)
     inv_freq, scaling = frequencies_of(**of)
     pair, m, n = int(of["pair"]), of["m"], of["n"]
@@ -194,7 +194,7 @@ def assert_numbers(browser):
 
 
 def score(browser, of):
-    """q · k / sqrt(D) by apply_rotary in float64, with the vectors of the page."""
+    """q · k / sqrt(D) by apply_rotary in float64, with the page's vectors."""
     inv_freq, scaling = frequencies_of(**of)
     rotated = []
     for name, position in (("q", of["m"]), ("k", of["n"])):
@@ -237,7 +237,7 @@ def test_numbers_follow_factor_and_trained_context(method, opened):
     browser = opened()
     press(browser, "method", "ArrowDown", METHODS.index(method))
     press(browser, "pair", "Home")
-    press(browser, "pair", "PageUp", 5)  # about the middle, where every method has changed it
+    press(browser, "pair", "PageUp", 5)  # about the middle, where every method differs
     before = number_of(browser, "frequency")
     press(browser, "factor", "ArrowRight", 3)
     press(browser, "trained", "ArrowLeft", 1)
@@ -258,7 +258,7 @@ def test_numbers_follow_factor_and_trained_context(method, opened):
             {"head_dim": 64, "max_position_embeddings": 131072, "rope_scaling": LLAMA3},
             {"method": "llama3", "base": 10000, "dim": 64, "factor": 32, "trained": 8192},
         ),
-        (  # half of the channels rotate, and a length that no slider has
+        (  # half of the channels rotate; a length between the steps of the slider
             {
                 "head_dim": 88,
                 "partial_rotary_factor": 0.5,
@@ -293,7 +293,7 @@ def test_method_without_a_formula_here_is_shown_as_the_config_has_it(opened):
     assert browser.evaluate(disabled) == [False] * 4
     assert_numbers(browser)
     press(browser, "dim", "ArrowRight")
-    assert chart(browser).keys() == {*METHODS}  # no line for another head
+    assert chart(browser).keys() == {*METHODS}  # no line of another head
     press(browser, "method", "End")
     assert (value_of(browser, "method"), number_of(browser, "dim-value")) == ("config", 16)
 
@@ -326,7 +326,7 @@ def test_score_stays_put_when_both_tokens_move(opened):
 
 
 def test_number_is_typed_digit_by_digit_while_both_move(opened):
-    """m starts as 1, which would have n below 0: what is typed stays as it is until it is done."""
+    """m starts as 1, which would make n negative: typed text stays until it is complete."""
     browser = opened()
     start = settings_of(browser)
     assert start["m"] - start["n"] > 1
@@ -377,7 +377,7 @@ def test_pair_points_where_cos_and_sin_say(opened):
 
 
 def test_tables_have_the_colours_of_cos_and_sin(opened):
-    """cividis as matplotlib has it: nine of its colours, and straight lines, within 18 of it."""
+    """matplotlib's cividis: nine of its colours with straight lines between, within 18."""
     matplotlib = pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
     browser = opened()
     type_number(browser, "m-exact", 700)
@@ -404,9 +404,9 @@ def test_tables_have_the_colours_of_cos_and_sin(opened):
 
 
 def chart(browser):
-    """Tokens a turn of each pair, [P] for each method, read off its line.
+    """Tokens a turn of each pair, [P] for each method, read from its line.
 
-    The scale is read off the lines of the two contexts, whose tokens are given.
+    The scale is read from the lines of the two contexts, whose tokens are known.
     """
     (y1, tokens1), (y2, tokens2) = browser.evaluate(
         "[...document.querySelectorAll('#wavelength-chart .context')]"
@@ -442,7 +442,7 @@ def test_wavelength_chart_has_every_pair_of_every_method(opened):
 
 
 def test_page_has_the_extended_context_of_the_config(opened):
-    """That of Llama 3.1, whose factor is smaller than what its lengths say."""
+    """That of Llama 3.1, whose factor is smaller than the ratio of its lengths."""
     llama31 = {**LLAMA3, "factor": 8.0}
     browser = opened({"head_dim": 128, "max_position_embeddings": 131072, "rope_scaling": llama31})
     marked = (
@@ -456,7 +456,7 @@ def test_page_has_the_extended_context_of_the_config(opened):
 
 @pytest.mark.parametrize(("m", "n"), [(20, 12), (7, 1006), (1_000_303, 1_000_000)])
 def test_score_chart_has_the_scores_of_the_distances(m, n, opened):
-    """The height of each is linear in its score; the dot is at a corner of the line."""
+    """The height of each point is linear in its score; the dot is at a corner of the line."""
     browser = opened()
     type_number(browser, "m-exact", m)
     type_number(browser, "n-exact", n)
@@ -490,7 +490,7 @@ def test_page_says_what_the_shades_of_a_scaled_table_are(opened):
 
 
 def test_table_is_pointed_at(opened):
-    """What the sliders do, with a mouse or a finger."""
+    """The same as the sliders, with a mouse or a finger."""
     browser = opened()
     box = browser.evaluate("""(() => {
       const canvas = document.getElementById("sin-table");
@@ -506,7 +506,7 @@ def test_table_is_pointed_at(opened):
     assert_numbers(browser)
 
 
-# ------------------------------------------------------------------------------ for everyone
+# ------------------------------------------------------------------------------ accessibility
 
 
 def test_every_control_is_reached_by_tab_and_seen_to_be(opened):
@@ -536,7 +536,7 @@ def test_every_control_and_picture_has_a_name(opened):
         assert all(roles[role]), role
     assert len({name for role in NAMED for name in roles[role]}) == sum(NAMED.values())
     base = browser.evaluate("document.getElementById('base').getAttribute('aria-valuetext')")
-    assert base == "500,000"  # not where the slider stands
+    assert base == "500,000"  # not the value of the slider
 
 
 CONTRASTS = """(() => {
@@ -579,7 +579,7 @@ CONTRASTS = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1000])
 def test_page_fits_and_stands_out(width, scheme, opened):
-    """No way to scroll sideways on a phone; contrasts that WCAG 2.2 asks for (1.4.3, 1.4.11)."""
+    """No horizontal scrolling on a phone; the contrasts of WCAG 2.2 (1.4.3, 1.4.11)."""
     browser = opened(width=width, scheme=scheme)
     assert browser.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width] * 2
     outside = f"""[...document.querySelectorAll("body *:not(script, option)")]
@@ -592,7 +592,7 @@ def test_page_fits_and_stands_out(width, scheme, opened):
     assert [pair for pair in found["text"] if pair[1] < 4.5] == []
     assert len(found["line"]) > 10
     assert [pair for pair in found["line"] if pair[1] < 3] == []
-    # to be hit with a finger (2.5.8)
+    # large enough for a finger (2.5.8)
     small = """[...document.querySelectorAll("input, select")]
       .map((control) => [control.id, control.getBoundingClientRect()])
       .filter(([, { width, height }]) => Math.min(width, height) < 24).map(([id]) => id)"""

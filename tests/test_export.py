@@ -1,6 +1,6 @@
 """Programs of torch.export with dynamic sizes: run, saved and loaded, packaged by AOTInductor.
 
-A C++ program runs such packages without Python: tests/cpp/package, a stage of .ci/run.
+A C++ program runs such packages without Python: tests/cpp/package, in a stage of .ci/run.
 """
 
 import io
@@ -37,7 +37,7 @@ def operators(program):
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 @LOWERING
 def test_one_program_for_all_sizes_with_the_bits_of_the_model(lowering, strict):
-    rotations = PACKAGED if strict else ROTATIONS  # strict takes several times as long
+    rotations = PACKAGED if strict else ROTATIONS  # strict takes several times longer
     model = Layers(rotations).eval()
     with rope_ext.lowering(lowering):
         program = exported(model, strict=strict)
@@ -78,7 +78,7 @@ def test_program_is_differentiable():
 
 @LOWERING
 def test_package_of_aotinductor_has_the_numbers_of_the_model(lowering, tmp_path):
-    """Sums of products may come in another order, so it is near: what is wrong is off by 1e-3."""
+    """Sums of products may have another order, so it is near: an error would be 1e-3 or more."""
     run = torch._inductor.aoti_load_package(str(packaged(lowering, tmp_path)))
     model = Layers(PACKAGED).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The figures of `python -m rope_ext plot`: the numbers in them, read back from their axes."""
+"""The figures of `python -m rope_ext plot`: their numbers, read from their axes."""
 
 import cmath
 import functools
@@ -28,7 +28,7 @@ from rope_ext.viz.figures import errors, style  # noqa: E402
 F64 = torch.float64
 LONG = {"rope_type": "longrope", "factor": 16.0, "original_max_position_embeddings": 2048}
 CONFIGS = {
-    # half a million as base, no method of its own
+    # a base of half a million, no method
     "like Llama 3": viz.rope.LLAMA_LIKE,
     # an attention scaling that is not 1
     "yarn": {
@@ -52,7 +52,7 @@ CONFIGS = {
             "long_factor": [1.0 + i for i in range(8)],
         },
     },
-    # pairs that never turn
+    # pairs that never rotate
     "proportional": {
         "head_dim": 16,
         "max_position_embeddings": 512,
@@ -96,7 +96,7 @@ def marked(axes, *, across):
     return [(mark.get_ydata() if across else mark.get_xdata())[0] for mark in marks]
 
 
-# ------------------------------------------------------------------------------------------ what
+# ---------------------------------------------------------------------------------- the rotation
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def marked(axes, *, across):
         (CONFIGS["yarn"], (8192, 32768, 4.0, "yarn", 1 / 4)),
         (CONFIGS["longrope, partial"], (2048, 32768, 16.0, "longrope", 1 / 8)),  # the long factor
         (CONFIGS["proportional"], (512, 4096, 8.0, "proportional", 0)),
-        (  # max_position_embeddings are more than the factor makes of the original, as in Llama 3.1
+        (  # max_position_embeddings exceed the factor times the original length, as in Llama 3.1
             {
                 "head_dim": 64,
                 "max_position_embeddings": 131072,
@@ -129,7 +129,7 @@ def marked(axes, *, across):
             },
             (512, 2048, 4.0, "dynamic", 1 / 13),
         ),
-        (  # Hunyuan, which is trained with its alpha: that is not what its context is stretched by
+        (  # Hunyuan is trained with its alpha, which does not stretch the context
             {
                 "model_type": "hunyuan_v1_dense",
                 "head_dim": 64,
@@ -181,12 +181,12 @@ def test_contexts_factor_and_frequencies_of_a_config(config, expected):
             None,
             "those of the training, 4096, got 1024",
         ),
-        (  # a head whose pairs all turn at one speed, or the later ones faster
+        (  # pairs that all have one frequency, or increasing ones
             {"head_dim": 64, "max_position_embeddings": 64, "rope_theta": 1.0},
             None,
             "rope_theta to be above 1, got 1.0",
         ),
-        # positions that cos_sin is not made for
+        # positions that cos_sin does not support
         (
             {"head_dim": 64, "max_position_embeddings": 2**30},
             None,
@@ -288,7 +288,7 @@ def test_wavelengths_are_those_of_every_method(name):
 
 
 def test_wavelength_of_a_pair_by_formula():
-    """Of default and linear, by RoFormer's formula, without rope_ext's functions."""
+    """default and linear, by RoFormer's formula, without rope_ext's functions."""
     (axes,) = drawn("wavelengths", "like Llama 3").axes
     got = lines(axes)
     for pair in (0, 1, 31, 63):
@@ -316,7 +316,7 @@ def test_decay_is_the_bound_of_roformer_and_the_mean_score(name):
 
 
 def test_mean_score_is_that_of_random_vectors():
-    """What the axis says: q = k with independent channels, against a sample."""
+    """As the axis says: q = k with independent channels, compared to a sample."""
     ((distances, mean),) = lines(drawn("decay", "like Llama 3").axes[1]).values()
     at = 100
     cos, sin = rope_ext.cos_sin(rope_of("like Llama 3").inv_freq, distances[at : at + 1].long())
@@ -327,7 +327,7 @@ def test_mean_score_is_that_of_random_vectors():
 
 
 def score_by_formula(rope, q, k, distance):
-    """q · k / sqrt(D), q turned by the distance alone, in float64."""
+    """q · k / sqrt(D), q rotated by the distance alone, in float64."""
     P, R = rope.pairs, rope.rotary_dim
     q, k = q.double(), k.double()
     angle = distance * rope.inv_freq.double()
@@ -357,7 +357,7 @@ def test_scores_depend_on_the_distance_alone(name):
 
 
 def test_accuracy_is_the_distance_from_the_true_angle():
-    """At a few positions by 60 digits, one pair after the other; and the bounds everywhere."""
+    """At a few positions by 60 digits, pair by pair; and the bounds everywhere."""
     rope, name = rope_of("like Llama 3"), "like Llama 3"
     (axes,) = drawn("accuracy", name).axes
     (usual_name, (positions, usual)), (ours_name, (again, ours)) = lines(axes).items()
@@ -382,20 +382,20 @@ def test_accuracy_is_the_distance_from_the_true_angle():
                 ]
             worst = float(max(map(abs, off)))
             assert got[at].item() == pytest.approx(worst, rel=1e-6)
-    # cos and sin are each off by at most 1 ulp, 2^-24, so the angle by at most sqrt(2) of it
+    # cos and sin are each off by at most 1 ulp, 2^-24, so the angle by at most sqrt(2) times that
     assert ours.max() <= 2**0.5 * TABLE
     assert (usual <= positions * 2.0**-24 + 2 * TABLE).all()
-    assert usual[positions > 1e6].min() > 1e4 * ours.max()  # what the figure is there to show
+    assert usual[positions > 1e6].min() > 1e4 * ours.max()  # the message of the figure
 
 
 def test_positions_of_the_accuracy_are_odd():
-    """Others have fewer bits, which float32 rounds less."""
+    """Even positions have fewer bits, which float32 rounds less."""
     positions = errors.positions_shown()
     assert all(position % 2 for position in positions)
     assert len(positions) > 100
 
 
-# ---------------------------------------------------------------------------------------- looks
+# ---------------------------------------------------------------------------------- appearance
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -430,7 +430,7 @@ def test_lines_stand_out_from_white(color):
 @pytest.mark.parametrize("head_dim", [2, 4])
 @pytest.mark.parametrize("figure", FIGURES)
 def test_heads_of_one_and_two_pairs_are_drawn(figure, head_dim):
-    """Of the shortest context there is; where there are pairs on an axis, it has no fractions."""
+    """With the shortest possible context. An axis of pairs has no fractions."""
     rope = Rope.of({"head_dim": head_dim, "max_position_embeddings": 2})
     drawing = getattr(figures, figure)(rope)
     drawing.draw_without_rendering()
@@ -444,7 +444,7 @@ def test_heads_of_one_and_two_pairs_are_drawn(figure, head_dim):
     assert bool(pairs) == (figure in ("tables", "wavelengths"))
     if figure == "wavelengths":
         methods = [line.removesuffix(" (this model)") for line in lines(drawing.axes[0])]
-        assert ("ntk" in methods) == (head_dim > 2)  # it changes pairs after the first
+        assert ("ntk" in methods) == (head_dim > 2)  # it changes only pairs after the first
         seen = [line.get_marker() for line in drawing.axes[0].get_lines()[:4]]
         assert set(seen) == {"o" if head_dim == 2 else "None"}  # one point is no line
 
@@ -547,7 +547,8 @@ def sparse(path):
     return path
 
 
-# Of --config: what is there, as its bytes or as what makes it at a path, and why it is refused.
+# Contents of --config: the bytes, or a function that makes it at a path; and the reason of the
+# error.
 NO_CONFIG = {
     "nothing": (
         lambda path: path,

@@ -1,6 +1,6 @@
-"""Our functions beside flash-attention's own, where flash-attention and triton are
-unpacked: the stage "kernels" of .ci/run does it. Its Triton kernel is run by Triton's interpreter,
-on the CPU. Its files are imported by themselves: the package asks for a GPU.
+"""Our functions compared to flash-attention's own, if flash-attention and triton are installed, as
+in the stage "kernels hook" of .ci/run. Triton's interpreter runs its kernel on the CPU. Its files
+are imported without the package, which requires a GPU.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def file_of(name):
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """flash_attn.layers.rotary, with the kernel interpreted."""
+    """flash_attn.layers.rotary, with an interpreted kernel."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
@@ -122,7 +122,7 @@ def test_packed_in_place_forward_and_backward_are_those_of_flash_attention(
 
 
 def assert_near(ours, theirs):
-    """Both compute in float32 and round once, which Triton's interpreter does towards zero."""
+    """Both compute in float32 and round once; Triton's interpreter rounds towards zero."""
     for got, expected in zip(ours, theirs, strict=True):
         eps = torch.finfo(got.dtype).eps
         torch.testing.assert_close(got, expected, rtol=eps, atol=eps)

@@ -1,5 +1,5 @@
-"""flash-attention's signatures on the operators, beside its documented formula. Its own functions
-are in test_flash_attention.py.
+"""flash-attention's signatures on the operators, compared to its documented formula.
+test_flash_attention.py has its own functions.
 """
 
 from itertools import pairwise
@@ -38,7 +38,7 @@ def formula_of_x(
     cu_seqlens=None,
     max_seqlen=None,
 ):
-    """As flash-attention documents it, sequence by sequence, in the operators' arithmetic."""
+    """flash-attention's documented formula, sequence by sequence, in the operators' arithmetic."""
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     if cu_seqlens is None:
         ranges = [(b, slice(0, x.shape[1])) for b in range(x.shape[0])]
@@ -139,7 +139,7 @@ QKV = {
 
 
 def qkv_formula(qkv, cos, sin, cos_k=None, sin_k=None, num_heads_q=None, **options):
-    """q and k by themselves, v as it is."""
+    """q and k rotated separately, v unchanged."""
     if qkv.dim() == 5:
         q, k, v = qkv.unbind(2)
     else:
@@ -155,7 +155,7 @@ def kv_formula(kv, cos, sin, **options):
 
 
 def assert_rotates_in_place(rotate_, formula, packed, dtype):
-    """In the memory of `packed`, forward; one tensor of its size for the gradient, backward."""
+    """Forward in the memory of `packed`; backward with one tensor of its size."""
     leaf = packed.clone().requires_grad_()
     x = leaf.clone()
     y = rotate_(x)

@@ -1,4 +1,4 @@
-"""Frequencies: the formulas of the papers, dtype and device, and what is refused."""
+"""Frequencies: the formulas of the papers, dtype and device, and errors."""
 
 import inspect
 import math
@@ -17,7 +17,7 @@ def assert_equal(got, expected):
     assert got[1] == expected[1]
 
 
-# ---- formulas of papers, where transformers has none
+# ---- formulas of papers that transformers does not have
 
 
 def test_ntk_slows_the_slowest_pair_alpha_times_and_leaves_the_fastest():
@@ -59,7 +59,7 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
 
 
 def test_yarn_takes_the_ramp_as_numbers_of_pairs():
-    """Those that follow from beta_fast and beta_slow; and any others, by the formula in float64."""
+    """The pairs that follow from beta_fast and beta_slow; and others, by the formula in float64."""
     factor, original, head_dim, base = 16.0, 4096, 128, 10000.0
 
     def pair_that_turns(turns):
@@ -101,7 +101,7 @@ def test_a_call_without_tokens_has_the_frequencies_of_a_short_sequence(rope_type
 
 
 def test_xpos_tables_rotate_and_decay_with_the_distance():
-    """The score of q at m and k at n is that of RoPE times z ** ((m - n) / scale_base), a pair."""
+    """The score of q at m and k at n is RoPE's times z ** ((m - n) / scale_base), for each pair."""
     head_dim = 16
     inv_freq, log_scale = frequencies.xpos(head_dim, scale_base=8.0)
     z = (torch.arange(0, head_dim, 2) / head_dim + 0.4) / 1.4  # arXiv 2212.10554, with gamma = 0.4
@@ -133,7 +133,7 @@ def test_axial_shares_the_channels_of_a_head_among_the_axes(head_dim, axes, pair
 
 
 def test_axes_side_by_side_rotate_by_each():
-    """A token at (h, w): the score of two depends on the differences of h and of w alone."""
+    """A token at (h, w): the score of two depends only on the differences of h and of w."""
     inv_freq, _ = frequencies.axial(16, axes=2)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
@@ -170,7 +170,7 @@ def test_constant_frequencies_are_alike():
     assert attention_scaling == 1.0
 
 
-# ---- whatever the method
+# ---- all methods
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}

@@ -57,7 +57,7 @@ def config_object(json):
 
 
 def of_transformers(config, layer_type, length=None):
-    """inv_freq and attention factor as the family's rotary module has them."""
+    """inv_freq and attention factor of the family's rotary module."""
     if config.model_type == "gemma4_text":
         config = config.per_layer_config[layer_type]
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
@@ -97,7 +97,7 @@ def test_published_models_have_the_bits_of_transformers(name, form):
 
 
 def test_attention_factors_are_those_that_the_papers_give():
-    """YaRN: 0.1 ln 4 + 1. Phi-3: sqrt(1 + ln 32 / ln 4096). DeepSeek-V3: its two mscale cancel."""
+    """YaRN: 0.1 ln 4 + 1. Phi-3: sqrt(1 + ln 32 / ln 4096). DeepSeek-V3: equal mscale cancel."""
     for name, expected in (
         ("Qwen2.5-7B with YaRN", 0.1 * math.log(4) + 1),
         ("Phi-3-mini-128k", math.sqrt(1 + 5 / 12)),
@@ -130,7 +130,7 @@ def llama(head_dim, base, longest, **parameters):
 
 
 def compare(head_dim, base, longest, parameters, length=None):
-    """Function, dict and config against transformers."""
+    """Compares function, dict and config with transformers."""
     config = llama(head_dim, base, longest, **copy.deepcopy(parameters))
     rope_type = parameters["rope_type"]
     expected = ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)
@@ -305,7 +305,7 @@ def test_rotary_dim_of_a_config_counts():
 
 
 def test_su_is_an_older_name_of_longrope():
-    """As Phi-3 had it when it was published."""
+    """In the configs of Phi-3's publication."""
     json, _ = PUBLISHED["Phi-3-mini-128k"]
     older = {**json, "rope_scaling": {**json["rope_scaling"], "type": "su"}}
     for length in (None, 4097):
@@ -314,7 +314,7 @@ def test_su_is_an_older_name_of_longrope():
 
 
 def test_any_object_with_the_entries_is_a_config(monkeypatch):
-    """Without transformers: the frequencies import nothing of it."""
+    """Without transformers: the frequencies import none of it."""
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -355,7 +355,7 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
         assert got[1] == attention_scaling
 
 
-# ---- what a config.json leaves unsaid
+# ---- entries that a config.json omits
 
 
 @pytest.mark.parametrize("model_type", [name for name in HEAD_DIM if name != "kimi_k2"])
@@ -370,7 +370,7 @@ def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class(mo
             layer_type = None
         try:
             expected.append((layer_type, resolve(config, layer_type)))
-        except ValueError:  # one that needs a layer type: the test has the others
+        except ValueError:  # it needs a layer type, which other tests cover
             continue
     assert expected
     for layer_type, of_class in expected:
@@ -421,7 +421,7 @@ WITHOUT_CONFIG = (
 
 
 def of_record():
-    """Config class, conventions: of the models whose tokens have one position each."""
+    """Config class and conventions of the recorded models whose tokens have one position each."""
     spatial = ("vision", "2D", "after a prefix", "no heads", "from positions")
     for name, family in families.load()["families"].items():
         conventions = [
@@ -434,7 +434,7 @@ def of_record():
             yield pytest.param(module, family["model"], conventions, id=name)
 
 
-# whose "half-split" is the text, or the towers beside it
+# Their record also has towers with other conventions: the convention of the text model.
 OF_TEXT = {"mistral_large4": "interleaved in, halves out", "musicflamingo": "half-split"}
 
 

@@ -1,4 +1,4 @@
-"""from_config beside every rotary module of transformers, each made of its family's defaults."""
+"""from_config compared to every rotary module of transformers, each made from its defaults."""
 
 import inspect
 import warnings
@@ -13,7 +13,7 @@ from tiny_models import families, modeling  # noqa: E402
 from rope_ext import frequencies  # noqa: E402
 from rope_ext.frequencies.families import OTHER_FORMS  # noqa: E402
 
-# Why from_config refuses the defaults of these.
+# Why from_config raises for these defaults.
 REFUSED = {
     "EdgeTamVideoVisionRotaryEmbedding": "config to have head_dim",  # of memory attention, in 2D
     "Glm4MoeRotaryEmbedding": "even, .* got 21",  # 42 channels, of which a half
@@ -25,14 +25,14 @@ REFUSED = {
     "Sam3TrackerVideoVisionRotaryEmbedding": "config to have head_dim",
 }
 OTHERS = {
-    "MusicFlamingoRotaryEmbedding",  # for its sound, where from_config reads the text's part
-    "MiniMaxM3VLRotaryEmbedding",  # disregards rotary_dim, which checkpoints have beside the factor
+    "MusicFlamingoRotaryEmbedding",  # it rotates sound, while from_config reads the text's part
+    "MiniMaxM3VLRotaryEmbedding",  # ignores rotary_dim, which checkpoints have besides the factor
 }
 LEAST = 200  # modules, of all of transformers
 
 
 def rotary_modules(family):
-    """The rotary modules of a family that are made of a config, each with its config."""
+    """The rotary modules of a family that are made from a config, each with its config."""
     for name, owner in vars(modeling(family)).items():
         if not (inspect.isclass(owner) and issubclass(owner, nn.Module) and "Rotary" in name):
             continue
@@ -50,7 +50,7 @@ def rotary_modules(family):
 
 
 def of_module(module):
-    """Layer type, inv_freq, attention factor: all that a rotary module has."""
+    """Layer type, inv_freq, attention factor: everything in a rotary module."""
     for name, inv_freq in module.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
             layer_type = name.removesuffix("inv_freq").removesuffix("_") or None
@@ -58,7 +58,7 @@ def of_module(module):
             yield layer_type, inv_freq, getattr(module, f"{prefix}attention_scaling", 1.0)
 
 
-@pytest.mark.families
+@pytest.mark.slow
 def test_every_rotary_module_has_the_frequencies_that_from_config_reads_from_its_config():
     compared, refused = 0, set()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Frequencies of pixels, of axes and of xPos, and learned ones, beside rotary-embedding-torch."""
+"""Frequencies of pixels, axes and xPos, and learned ones, compared to rotary-embedding-torch."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_tokens_with_a_position_an_axis_are_rotated_as_by_the_library(freqs_for,
         rows.append([t.view(*shape, -1).expand(*sizes, -1) for t in tables])
     cos, sin = (torch.cat(parts, -1).flatten(0, -2)[None] for parts in zip(*rows, strict=True))
     got = rope_ext.apply_rotary(x.flatten(2, -2), cos, sin, interleaved=True, layout="bhsd")
-    # angles of at most 3.5 pi, in which each of two roundings is 2^-24 of it; normal numbers
+    # angles of at most 3.5 pi, with two roundings of 2^-24 each; normal numbers
     atol = 2 * MAX_FREQ / 2 * math.pi * 2.0**-24 * x.abs().max().item() * 2
     torch.testing.assert_close(got.view_as(x), expected, rtol=0, atol=atol)
 

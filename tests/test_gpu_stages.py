@@ -1,4 +1,4 @@
-"""What .ci/gpu is made of: time limits, a stand-in for ninja, what tests need."""
+"""The parts of .ci/gpu: time limits, the replacement of ninja, required imports of tests."""
 
 import importlib.machinery
 import importlib.util
@@ -30,7 +30,7 @@ def load_gpu():
     sys.path.insert(0, str(CI))
     loader = importlib.machinery.SourceFileLoader("gpu", str(CI / "gpu"))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
-    sys.modules["gpu"] = module  # a dataclass looks for its module
+    sys.modules["gpu"] = module  # a dataclass needs its module
     loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""Derivatives to x, cos, sin and inv_freq, once and twice: exact, deterministic, where asked."""
+"""Derivatives by x, cos, sin and inv_freq, once and twice: exact, deterministic, if required."""
 
 from dataclasses import dataclass
 
@@ -174,8 +174,8 @@ def exact_table_grads(xs, seeds, cos, sin, ids, options):
         outputs = [reference.apply_rotary(x, *tables, ids, **options) for x in xs]
         return torch.autograd.grad(outputs, tables, seeds)
 
-    # With x as it is, cos takes g1 x1 and g2 x2; with its channels swapped, g1 x2 and g2 x1: the
-    # terms of sin, or, for the transpose at full width, of the other half of sin.
+    # With x, cos has the terms g1 x1 and g2 x2. With its channels swapped, g1 x2 and g2 x1: the
+    # terms of sin or, for the transpose at full width, of the other half of sin.
     sizes = [x.abs() for x in xs], [g.abs() for g in seeds]
     cos_size = grads(*sizes)[0]
     dim, first = options.get("rotary_dim") or 2 * cos.shape[-1], options.get("rotary_offset", 0)
@@ -257,11 +257,11 @@ def test_gradient_to_inv_freq_at_long_context(dtype, backend):
     assert ((got.cpu().double() - exact).abs() <= allowed).all()
 
 
-# ---- the gradients that come in
+# ---- incoming gradients
 
 
 def test_expanded_gradients_are_accepted(device):
-    """As sum() makes them: stride 0 in all dimensions."""
+    """As from sum(): stride 0 in all dimensions."""
     q, k, cos, sin, ids, _ = inputs_of(CASES[2], device, torch.float32, torch.float32)
     leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
 
@@ -296,7 +296,7 @@ def test_gradients_with_other_strides_are_accepted(device):
 
 
 def test_a_gradient_of_one_output_only(device):
-    """The other comes in as zeros."""
+    """The other output's gradient is zeros."""
     q, k, cos, sin, ids, _ = inputs_of(CASES[1], device)
     leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
     out_q, _ = rope.apply_rotary_qk(*leaves, ids)
@@ -321,7 +321,7 @@ def test_backward_refuses_a_table_that_was_written_since(inplace, device):
 
 
 def test_expanded_gradients_are_accepted_twice(device):
-    """Gradients of gradients as sum() makes them."""
+    """Gradients of gradients as from sum()."""
     leaves = [t.requires_grad_() for t in inputs_of(CASES[2], device)[:4]]
     ids = torch.tensor(CASES[2].ids, device=device)
     seeds = [random(*x.shape, dtype=F64, device=device, seed=9) for x in leaves[:2]]
@@ -337,7 +337,7 @@ def test_expanded_gradients_are_accepted_twice(device):
         assert_same_bits(a, b)
 
 
-# ---- only where asked
+# ---- only if required
 
 
 @pytest.mark.parametrize("which", ["x", "cos", "sin", "none"])
@@ -363,11 +363,11 @@ def test_no_grad_records_nothing(device):
         assert not rope.apply_rotary(x, cos, sin).requires_grad
 
 
-# ---- the same bits every time
+# ---- the same bits in every run
 
 
 def many_tokens_grads(device):
-    """Gradients to cos and sin of rows that many tokens share, and to inv_freq."""
+    """Gradients to inv_freq, and to rows of cos and sin that many tokens share."""
     q = random(2, 300, 6, 32, device=device)
     k = random(2, 300, 2, 32, device=device)
     inv_freq = rope_ext.frequencies.default(32, device=device)[0].requires_grad_()
@@ -406,7 +406,7 @@ def test_portable_and_avx2_give_the_same_gradients(avx2):
 
 
 def test_inv_freq_is_learned(device):
-    """Frequencies a little off find the way back to those that made the data."""
+    """Training moves inaccurate frequencies back to those of the data."""
     true = torch.tensor([0.9, 0.21, 0.05], device=device)
     x = random(1, 24, 2, D, device=device)
     target = rope_ext.apply_rotary(x, *rope_ext.cos_sin_cache(true, 24))

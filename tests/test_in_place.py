@@ -1,4 +1,4 @@
-"""In place: the same numbers, nothing else written, version counters, autograd, refusals."""
+"""In place: the same numbers, no other writes, version counters, autograd, errors."""
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_writing_a_view_bumps_the_version_of_its_base(device):
 
 
 class PassThrough(TorchDispatchMode):
-    """Sees every operator and does nothing, as profilers, counters and checkpointing do."""
+    """Sees every operator and does nothing, like profilers, counters and checkpointing."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -164,7 +164,7 @@ def test_out_of_place_bumps_no_version(device):
 
 
 def test_backward_refuses_a_saved_tensor_that_was_rotated_in_place(device):
-    """By the direct operator on a tensor without gradient that another operator saved."""
+    """By the operator in place, on a tensor without gradient that another operator saved."""
     x = random(B, S, H, D, device=device)
     weight = random(B, S, H, D, device=device).requires_grad_()
     cos, sin = random_table(S, P, device=device)
@@ -190,7 +190,7 @@ def test_backward_refuses_a_saved_intermediate_that_was_rotated_in_place(togethe
 
 
 def test_lazy_clone_leaves_the_original_alone(device):
-    """A copy-on-write tensor is copied by whoever writes it."""
+    """A write to a copy-on-write tensor copies it first."""
     original = random(B, S, H, D, device=device)
     kept = original.clone()
     cos, sin = random_table(S, P, device=device)
@@ -204,7 +204,7 @@ def test_lazy_clone_leaves_the_original_alone(device):
 
 
 def gradients(rotate, device, **options):
-    """Gradients to leaf and weight of a loss with the rotation in its middle, and the loss."""
+    """Gradients to leaf and weight of a loss that contains the rotation, and the loss."""
     leaf = random(B, S, 3, H, D, dtype=F64, device=device).requires_grad_()
     weight = random(B, S, 3, H, D, dtype=F64, device=device, seed=1).requires_grad_()
     cos, sin = random_table(L, P, dtype=F64, device=device)
@@ -219,14 +219,14 @@ def gradients(rotate, device, **options):
 def views_in_place(qkv, cos, sin, ids, **options):
     q, k = qkv[:, :, 0], qkv[:, :, 1]
     rope_ext.apply_rotary_qk(q, k, cos, sin, ids, inplace=True, **options)
-    return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # through the base
+    return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # by the base
 
 
 def narrow_in_place(qkv, cos, sin, ids, **options):
     q, k = qkv.narrow(2, 0, 1).squeeze(2), qkv.narrow(2, 1, 1).squeeze(2)
     q = rope_ext.apply_rotary(q, cos, sin, ids, inplace=True, **options)
     k = rope_ext.apply_rotary(k, cos, sin, ids, inplace=True, **options)
-    return q, k, qkv[:, :, 2]  # through what the function returned
+    return q, k, qkv[:, :, 2]  # by the returned tensors
 
 
 def copies_in_place(qkv, cos, sin, ids, **options):
@@ -352,7 +352,7 @@ def test_tensors_of_both_kinds_are_rotated_in_inference_mode(device):
         assert_same_bits(k, expected[1])
 
 
-# ---- refusals: what autograd can't record is refused before it is written
+# ---- errors: if autograd can't record the write, an error is raised before it
 
 
 def leaf(device):

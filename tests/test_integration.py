@@ -1,4 +1,4 @@
-"""Beside the rest of PyTorch: opcheck, torch.compile, fakes, inference mode."""
+"""With other parts of PyTorch: opcheck, torch.compile, fakes, inference mode."""
 
 import shutil
 
@@ -126,7 +126,7 @@ def test_fake_output_has_the_strides_of_the_real_one(view):
     else:
         x = VIEWS.get(view, VIEWS["dense"])(lambda *shape: random(*shape), B, S, H, D)
     cos, sin = random_table(S, P)
-    if view == "channels first":  # of one channel each, so that the last stride is free
+    if view == "channels first":  # one channel, so that the last stride is arbitrary
         x = random(B, 2, S, H).permute(0, 2, 3, 1)[..., :2].contiguous()
         cos, sin = cos[:, :1], sin[:, :1]
     real = rope.apply_rotary_qk(x, x, cos, sin)
@@ -218,7 +218,7 @@ def test_one_graph_serves_all_sequence_lengths(function, grad, device):
 
 
 def test_no_more_than_one_recompilation_without_asking_for_dynamic_shapes(device):
-    """The first length is compiled as it is, the second for all others."""
+    """The first length is compiled as a constant, the second for all lengths."""
     run, counter = compiled(rotate_rows, dynamic=None)
     for seq in (5, 12, 7, 33, 6):
         inputs = compile_inputs(device, seq, grad=False)

@@ -1,7 +1,7 @@
-"""The operator behind the rotary hook of transformers, with the real `kernels` package.
+"""The operator in the rotary hook of transformers, with the real `kernels` package.
 
-For where a pair of transformers and kernels is installed that fit each other: the stage "kernels"
-of .ci/run has one, the test extra has none.
+Needs releases of transformers and kernels that work together: the stage "kernels hook" of .ci/run
+has them, the test extra does not.
 """
 
 import copy
@@ -56,7 +56,7 @@ SIZES = {
     "vocab_size": VOCABULARY,
 }
 
-# Each with another convention behind the same hook.
+# Models with different conventions and the same hook.
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES), "half-split"),
     "nanochat": (NanoChatForCausalLM, NanoChatConfig(**SIZES), "half-split, negative angle"),
@@ -98,7 +98,7 @@ def tiny(family, dtype=torch.float32):
 
 
 def release(model):
-    """Gives the model's hook its own function back, whatever a test before has bound to it."""
+    """Restores the hook's own function, whatever an earlier test has bound to it."""
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
         kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
 
@@ -116,7 +116,7 @@ def outputs_and_gradients(model, compiled=None):
 
 
 def assert_same_training(got, expected):
-    # Float32, from the same rotation: the gradients' products may be added in another order.
+    # Float32, from the same rotation: the gradients' products may be summed in another order.
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
     for name, grad in expected[1].items():
         torch.testing.assert_close(got[1][name], grad, rtol=1e-4, atol=1e-7, msg=name)
@@ -181,7 +181,7 @@ def test_training_in_bfloat16_differs_by_roundings_alone():
     kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
     logits, gradients = outputs_and_gradients(model)
     assert all(grad.isfinite().all() for grad in gradients.values())
-    # Not exact, as nothing is that goes through a model in bfloat16, and no worse than the model's.
+    # A model in bfloat16 is never exact: the patched model is no worse than the model itself.
     assert (logits - exact).abs().mean() < 1.5 * (own - exact).abs().mean()
 
 
@@ -223,7 +223,7 @@ def test_every_hooked_function_of_transformers_keeps_its_rotation(module):
 
 
 def attention():
-    """A module that has the hook, and no other layer that transformers has a kernel for."""
+    """A module that has the hook, and no other layer for which transformers has a kernel."""
     return tiny("llama").model.layers[0].self_attn
 
 
@@ -258,7 +258,7 @@ def test_the_mapping_of_transformers_is_not_touched():
     register_kernels()
     assert described() == before
     hub = before[HOOK]["cuda"]
-    assert list(hub) == [kernels.Mode.INFERENCE]  # else there is something to compare with
+    assert list(hub) == [kernels.Mode.INFERENCE]  # a training kernel would allow a comparison
 
 
 def test_in_a_context_only_the_rotation_is_replaced():

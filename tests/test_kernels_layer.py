@@ -1,5 +1,5 @@
-"""The layer for the kernels package without that package: which function it stands in for, and what
-it hands back to that function.
+"""The layer for the kernels package, without that package: the functions that it replaces, and the
+calls that it returns to the original function.
 """
 
 import sys
@@ -30,7 +30,7 @@ HALF_SPLIT = ALL_PAIRS[0]
 
 
 def function_of(pairs):
-    """A model's own function: the rotation in plain PyTorch."""
+    """A model's function: the rotation in plain PyTorch."""
 
     def rotary(q, k, cos, sin, unsqueeze_dim=1):
         cos, sin = pairs.rows(cos, sin)
@@ -43,7 +43,7 @@ def function_of(pairs):
 
 
 def hook_of(function):
-    """A function as kernels makes a hook of it, and with the layer bound to it."""
+    """A function as a hook of kernels, with the layer bound to it."""
 
     class Func(nn.Module):
         def forward(self, q, k, cos, sin, unsqueeze_dim=1):
@@ -217,7 +217,7 @@ def llama():
 
 @pytest.fixture
 def kernels(monkeypatch, llama):  # llama: imported without it
-    """What register_kernels takes from the package, and the mappings that it registers."""
+    """The parts of the package that register_kernels uses, and the mappings that it registers."""
     package = types.ModuleType("kernels")
     package.__version__ = "0.1"
     package.Mode = types.SimpleNamespace(TRAINING=1, TORCH_COMPILE=2)

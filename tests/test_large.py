@@ -1,4 +1,4 @@
-"""Tensors of more elements than 32 bits can count, in one piece."""
+"""Tensors with more elements than 32 bits can count."""
 
 import os
 
@@ -20,7 +20,7 @@ def free_bytes():
 
 @pytest.fixture
 def large():
-    """x bfloat16 [1, S, H, D]: zeros, but for TOKENS."""
+    """x bfloat16 [1, S, H, D]: zeros except at TOKENS."""
     if free_bytes() < 1.25 * BYTES:
         pytest.skip(f"needs {1.25 * BYTES / 2**30:.1f} GiB of free memory")
     x = torch.zeros(1, S, H, D, dtype=torch.bfloat16)

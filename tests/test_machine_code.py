@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from their machine code. Needs nvcc, no GPU."""
+"""The machine code of the CUDA kernels. Needs nvcc, no GPU."""
 
 import os
 import re
@@ -21,21 +21,21 @@ SOURCES = (
     "table_grad",
     "angles",
 )
-# Those that take long to compile: on three architectures.
+# Slow to compile: on three architectures.
 LONG_SOURCES = ("kv_cache", "rms_norm", "rms_norm_grad")
 LONG_ARCHS = ("80", "90", "120")
 
-# 2,048 threads and 65,536 registers a multiprocessor, given in steps of 8: 40 keep three quarters
-# of the threads resident (sm_120 has 1,536 threads, and keeps all). A table with one angle a
-# channel needs four values a pair, and the gradient four sums: there the bound is half. For eight
-# half-split pairs a thread sm_80 needs 48, which keeps five eighths; at 40 it would spill. So would
-# eight pairs on their way from one order to the other with four values, at 64: three eighths stay.
-# Angles computed on the way, in float64, take 64 too, and their gradient 80: the three eighths of
-# the threads that stay are more than the units of float64 keep up with.
+# A multiprocessor has 2,048 threads and 65,536 registers, allocated in steps of 8: 40 registers
+# keep three quarters of the threads resident (sm_120 has 1,536 threads, and keeps all). A table
+# with one angle a channel needs four values a pair, and the gradient four sums: there the bound is
+# half. Eight half-split pairs a thread need 48 on sm_80, which keeps five eighths; with 40 the
+# kernel would spill. Eight pairs between two orders with four values would spill too, so they have
+# 64: three eighths. Angles computed in float64 by the kernel need 64 too, and their gradient 80:
+# three eighths of the threads still exceed the throughput of the float64 units.
 MOST_REGISTERS = 40
 MOST_REGISTERS_WITH_FOUR_VALUES = 64
 MOST_REGISTERS_FROM_ORDER_TO_ORDER = 80
-# With a cache beside q and k, eight half-split pairs take more: the first of these that fits.
+# With a cache, eight half-split pairs need more: the first matching entry counts.
 MOST_REGISTERS_OF_APPEND = {
     "8, HalfSplit, KeyValueCache, true, true": 96,
     "8, HalfSplit, KeyValueCache, true": 80,
@@ -44,16 +44,19 @@ MOST_REGISTERS_OF_APPEND = {
 }
 MOST_REGISTERS_OF_ANGLE_GRADIENTS = 80
 MOST_REGISTERS_OF = {("80", "8, HalfSplit, false"): 48}
-# A row that is normalised stays in registers until its sums are known: eight channels a thread, and
-# their factors and turns, and for gradients as many of the gradient. Blocks have up to 512 threads:
-# with up to 128 registers one of them is resident, with 64 two.
+# A normalised row stays in registers until its sums are known: eight channels a thread, their
+# factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
+# threads: one block is resident with up to 128 registers, two with 64.
 MOST_REGISTERS_OF_NORMS = {"rms_norm_rotary_kernel": 96, "rms_norm_rotary_grad_kernel": 128}
 MOST_REGISTERS_OF_16_BIT_NORMS = 64  # half-split, one angle a pair
 
 ORDERS = ("HalfSplit", "Interleaved", "Either", "Any")  # enum Order of fragment.cuh
 WRAPPERS = ("Traits", "Fragment")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: there is no CUDA code to look at"),
+]
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Kernel:
 
 
 def tool(name: str) -> str:
-    """From PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or the toolkit's own."""
+    """The program from PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or the toolkit's own."""
     folders = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
     found = next((str(f / name) for f in folders if (f / name).exists()), shutil.which(name))
     if found is None:
@@ -107,7 +110,7 @@ def run(*command: str) -> str:
 
 
 def demangled(name: str) -> str:
-    """The kernel and what its traits are made of, such as kernel<__half, 8, HalfSplit, true>."""
+    """The kernel with the arguments of its traits, such as kernel<__half, 8, HalfSplit, true>."""
     text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"\(anonymous namespace\)::|rope::cuda::", "", text.strip())
     text = re.sub(r"\(Order\)(\d)", lambda order: ORDERS[int(order[1])], text)
@@ -220,7 +223,7 @@ def test_registers_leave_room_for_enough_threads(kernels):
 
 
 def test_channels_move_in_16_byte_instructions(kernels):
-    """In every kernel of the widest vectors: elements of N * sizeof == 16 bytes."""
+    """In every kernel with the widest vectors: N elements are 16 bytes."""
     size = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
     wide = [
         k
@@ -236,7 +239,7 @@ def test_channels_move_in_16_byte_instructions(kernels):
 
 
 def test_float64_arithmetic_only_where_the_data_are_float64(kernels):
-    """Angles are made in float64; what rotates narrower data by a table never computes in it."""
+    """Angles are computed in float64; a rotation of narrower data by a table never uses it."""
     arithmetic = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
     used = [
         (k.arch, k.name)
@@ -249,8 +252,8 @@ def test_float64_arithmetic_only_where_the_data_are_float64(kernels):
 
 
 def test_no_fused_multiply_add_in_a_rotation(kernels):
-    """Its two products and their sum are rounded one by one, as on the CPU (csrc/math/rotation.h).
-    Angles have some (csrc/math/angle.h), in a loop that writes no result.
+    """The two products and their sum are rounded one by one, as on the CPU (csrc/math/rotation.h).
+    Angles have fused ones (csrc/math/angle.h), in a loop that writes no result.
     """
     fused = ("DFMA", "HFMA2.BF16", "FFMA2")
     found = [
@@ -268,7 +271,7 @@ def moves(loop: list[str]) -> bool:
 
 
 def test_loops_over_heads_divide_nothing(kernels):
-    """Division is a reciprocal and steps around it, or a call of a routine that does the same."""
+    """A division is a reciprocal with correction steps, or a call of a routine for it."""
     dividing = ("MUFU.RCP", "I2F", "CALL", "F2I")
     rotations = [k for k in kernels if k.is_rotation]
     assert all(any(moves(loop) for loop in k.loops) for k in rotations)

@@ -1,9 +1,9 @@
-"""Every family of transformers that rotates: a tiny model of it, patched and not.
+"""Every family of transformers that rotates: a tiny model, patched and not.
 
-Float64 is the measure: what rope_ext computes in float32 may be twice as far from it as what the
-family's own float32 is, and NOISE more, which a tensor that is all rounding needs (the gradient of
-a bias of keys, say, is zero but for that). A model that can't run in float64 is measured by NOISE
-alone. Sines that are off by a factor of 1.0001 go past the limit in all but two of the models.
+Results are compared with float64. The error of rope_ext in float32 may be twice that of the
+family's own float32 result, plus NOISE, for tensors that are only rounding errors (such as the
+gradient of a bias of keys, which is zero in exact arithmetic). If a model can't run in float64, the
+limit is NOISE alone. Sines with a factor of 1.0001 exceed the limit in all models but two.
 """
 
 import collections
@@ -22,7 +22,7 @@ from rope_ext.__main__ import main  # noqa: E402
 from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch  # noqa: E402
 from rope_ext.integrations.transformers import families as families_of_record  # noqa: E402
 
-NOISE = 16 * torch.finfo(torch.float32).eps  # of the largest value among the tensors compared
+NOISE = 16 * torch.finfo(torch.float32).eps  # times the largest value of the compared tensors
 NEW_TOKENS = 6
 RECORD = families_of_record.load()
 recorded_release = pytest.mark.skipif(
@@ -31,20 +31,20 @@ recorded_release = pytest.mark.skipif(
 )
 
 
-# Of other releases than the recorded one, transformers 5.0 to 5.23:
+# For other releases than the recorded one, transformers 5.0 to 5.23:
 ROTATED_OTHERWISE = ("deepseek_v3", "esm", "gpt_oss", "modernbert", "qwen2_5_omni", "qwen2_vl")
-REFUSED = ("modernbert",)  # its attention was picked from a table of functions
+REFUSED = ("modernbert",)  # its attention came from a table of functions
 
 
 def parameters():
-    """All cases; those whose conventions an earlier one has already are marked `families`."""
+    """All cases. Those whose conventions an earlier case covers are marked `slow`."""
     seen = set()
     for case in CASES:
         conventions = tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
         if transformers.__version__ != RECORD["transformers"] and case.name in ROTATED_OTHERWISE:
             conventions = (case.name,)
         yield pytest.param(
-            case, id=case.name, marks=[pytest.mark.families] if conventions in seen else []
+            case, id=case.name, marks=[pytest.mark.slow] if conventions in seen else []
         )
         seen.add(conventions)
 
@@ -62,7 +62,7 @@ def test_patched_model_computes_the_same(case, recording):
 
 
 def result_of(case):
-    """What the record says of a case. Raises where the patched model computes something else."""
+    """The record of a case. Raises if the patched model's results differ."""
     try:
         originals = innermost(rotations(case.family))
         model = build(case)
@@ -138,7 +138,7 @@ def assert_as_close(new, own, exact, what):
 
 
 def counted(codes, function):
-    """The result, and how often each of the code objects ran."""
+    """The result, and the number of calls of each code object."""
     calls = collections.Counter()
 
     def count(frame, event, _):
@@ -153,7 +153,7 @@ def counted(codes, function):
 
 
 def generated(model, arguments, case):
-    """Tokens of greedy decoding with a cache; None where a model does not generate from tokens."""
+    """Tokens of greedy decoding with a cache; None if a model does not generate from tokens."""
     from_tokens = all(name.endswith(("_ids", "_mask")) for name in arguments)
     if not (from_tokens and case.generates and getattr(model, "can_generate", bool)()):
         return None
@@ -169,7 +169,7 @@ def generated(model, arguments, case):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.families)
+        pytest.param(family, marks=pytest.mark.slow)
         for family in families()
         if family not in NOT_RUN
     ],

@@ -1,4 +1,4 @@
-"""torch.onnx.export with the table of translations: onnxruntime against the operators."""
+"""torch.onnx.export with the table of translations: onnxruntime compared to the operators."""
 
 import copy
 import logging
@@ -25,14 +25,14 @@ import rope_ext
 from rope_ext.integrations.onnx import TRANSLATIONS
 
 B, S, H, D, L = 2, 7, 3, 16, 40
-R = 10  # of the D channels, where a part rotates
+R = 10  # of D channels, if a part rotates
 SIZES = [(B, S), (3, 11), (1, 1)]  # batch and length; exported with the first
 LIKE_X = {0: "batch", 1: "length"}
 
 
 class Case:
-    """A call of apply_rotary. Tables have one angle a pair, or, with rotary_dim given and `full`,
-    one a channel. `standard`: RotaryEmbedding says it, at the bits that are asked of it.
+    """A call of apply_rotary. Tables have one angle a pair or, with rotary_dim given and `full`,
+    one a channel. `standard`: it becomes the operator RotaryEmbedding, with the expected bits.
     """
 
     def __init__(self, rows="table", *, dtype=torch.float32, full=False, standard=True, **options):
@@ -41,7 +41,7 @@ class Case:
         self.table_dtype = options.pop("table_dtype", torch.float32)
 
     def inputs(self, batch, length):
-        """x, cos, sin and position_ids or none; x in float32, which NumPy has."""
+        """x, cos, sin and position_ids or none; x in float32, as NumPy has no bfloat16."""
         dim = self.options.get("rotary_dim", D)
         width = dim if self.full else dim // 2
         x = random(batch, length, H, D, seed=1)
@@ -79,7 +79,7 @@ class Case:
         return (x, table, table, *ids.get(self.rows, []))
 
     def rotated(self, x, cos, sin, position_ids=None):
-        """Of x in its dtype, as the operator does it."""
+        """x rotated in its dtype, as by the operator."""
         return torch.ops.rope.apply_rotary(x, cos, sin, position_ids, **self.options)
 
     def __call__(self, x, *rest):
@@ -109,7 +109,7 @@ CASES = {
     "bfloat16": Case("table, [B, S]", dtype=torch.bfloat16),
     "float16, float16 tables": Case(dtype=torch.float16, table_dtype=torch.float16),
     "float64 tables": Case("rows", table_dtype=torch.float64),
-    # what the standard has no words for
+    # not possible with the standard operator
     "float64": Case("table, [B, S]", dtype=torch.float64, standard=False),
     "float64, packed": Case("short table, packed", dtype=torch.float64, standard=False),
     **{
@@ -126,7 +126,7 @@ CASES = {
 
 
 class Calls(nn.Module):
-    """Each function on its own inputs: one program for them all."""
+    """Each function on its own inputs, as one program."""
 
     def __init__(self, functions):
         super().__init__()
@@ -160,7 +160,7 @@ def session_of(program):
 
 
 def run(session, inputs):
-    """Tensors of `inputs`, in order, through onnxruntime."""
+    """Runs tensors of `inputs`, in order, in onnxruntime."""
     named = zip(session.get_inputs(), inputs, strict=True)
     outputs = session.run(None, {given.name: np.asarray(x) for given, x in named})
     return [torch.from_numpy(y) for y in outputs]
@@ -194,7 +194,7 @@ def test_rotations_are_the_operators_own(program, size):
         x = x.to(case.dtype)
         got = got.to(case.dtype)
         try:
-            if case.standard and opset_version >= 23:  # which may contract a product and a sum
+            if case.standard and opset_version >= 23:  # it may contract a product and a sum
                 assert_near_exact(got, x, *rows, **case.options)
             else:
                 assert_same_bits(got, case.rotated(x, *rows))
@@ -218,9 +218,9 @@ class Tables(nn.Module):
 
 
 def test_tables_are_exact_to_one_rounding():
-    """Angles of positions below 2^29 and 24 bits of inv_freq are exact in float64, whose sine is
-    off by an ulp, 2^-53; attention_scaling rounds by as much. So those of float32 are equal, but
-    where the exact value is that near to the middle of two: one ulp then.
+    """Positions below 2^29 times 24 bits of inv_freq are exact in float64. Their sine is off by an
+    ulp, 2^-53, and attention_scaling rounds by as much. So float32 results are equal, unless the
+    exact value is that close to a midpoint: then one ulp.
     """
     inv_freq, _ = rope_ext.frequencies.default(64)
     model = Tables(inv_freq)
@@ -262,8 +262,8 @@ class ByAngles(nn.Module):
 
 
 def test_rotation_by_angles():
-    """The angles, below 2^9, are rounded to float64: cos and sin are off by 2^-44 at most. In
-    float32 rows and rotations are rounded as ours, each by 2^-24 of less than twice the largest.
+    """Angles below 2^9 are rounded to float64: cos and sin are off by at most 2^-44. In float32
+    rows and rotations are rounded like ours, each by 2^-24 of less than twice the largest.
     """
     model = ByAngles()
 
@@ -286,7 +286,7 @@ def test_rotation_by_angles():
 
 
 def assert_as_near_to_float64(program, model):
-    """Sums of products come in another order in onnxruntime, so float64 is the measure."""
+    """Sums of products have another order in onnxruntime, so both are compared with float64."""
     session = session_of(program)
     for size in BLOCK_SIZES:
         x, position_ids = block_inputs(*size)
@@ -299,7 +299,7 @@ def assert_as_near_to_float64(program, model):
 
 
 def test_model_is_as_near_to_float64_as_in_pytorch():
-    """Six layers of attention, each with another way to rotate."""
+    """Six layers of attention, each with a different way to rotate."""
     model = Layers(ROTATIONS)
     program = to_onnx(model, block_inputs(*EXPORTED), dynamic=(LIKE_X, LIKE_X))
     assert count(program, "RotaryEmbedding") == 2 * len(ROTATIONS)

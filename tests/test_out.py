@@ -1,4 +1,4 @@
-"""Into tensors of the caller: the same numbers, nothing else written, autograd, refusals."""
+"""Into tensors of the caller: the same numbers, no other writes, autograd, errors."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_tensor_that_requires_grad_is_refused_and_nothing_is_written(name, dev
 
 
 def refused(**changed):
-    """The message for a call with some of its tensors changed; out stays as it was."""
+    """The message for a call with some changed tensors; out does not change."""
     x = random(B, S, H, D)
     cos, sin = random_table(S, P)
     arguments = {"x": x, "cos": cos, "sin": sin, "out": torch.full_like(x, 7.0)}

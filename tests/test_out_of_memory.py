@@ -1,5 +1,5 @@
-"""Where memory runs out, PyTorch's own exception comes through: by its words and its type programs
-know that they may try again with less.
+"""If memory runs out, PyTorch's own exception is raised: programs recognise it by its words and its
+type, and retry with less.
 """
 
 import os
@@ -14,7 +14,7 @@ import rope_ext
 
 rope = torch.ops.rope
 
-B, S, D, P = 2**20, 2**20, 8, 4  # of tensors that take no memory, but results of 2^45 bytes
+B, S, D, P = 2**20, 2**20, 8, 4  # tensors without memory, but results of 2^45 bytes
 
 
 def vast(*shape):
@@ -62,7 +62,7 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
-# Memory of a process that may not grow by more than 100 MB.
+# Limits the memory of a process to 100 MB more than it has.
 LIMITED = """
 import resource
 import torch
@@ -106,7 +106,7 @@ print(rotate())
 
 
 def test_type_of_the_exception_comes_through():
-    """An allocator that raises what that of CUDA raises: by operators, functions and backward."""
+    """An allocator that raises like that of CUDA, for operators, functions and backward."""
     code = """
 import torch
 import rope_ext

@@ -1,4 +1,4 @@
-"""The package as such: what was built, which symbols it needs, how it loads or refuses to."""
+"""The package: build information, required symbols, and import, which loads it or raises."""
 
 import ctypes
 import importlib
@@ -23,21 +23,21 @@ from rope_ext.__main__ import main
 PACKAGE = Path(rope_ext.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
-# A name of namespace at, c10, torch or caffe2, anywhere in a mangled C++ name (Itanium C++ ABI,
+# A name of namespace at, c10, torch or caffe2 anywhere in a mangled C++ name (Itanium C++ ABI,
 # 5.1.2): N, qualifiers, then the length and the name of the first namespace.
 UNSTABLE = re.compile(r"N[rVK]*[RO]?(?:2at|3c10|5torch|6caffe2)\d")
 # The C functions of the LibTorch stable ABI.
 STABLE = re.compile(r"(?:aoti_)?torch_\w+")
 STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
-# The newest versions of symbols that manylinux_2_28 may need. The CUDA runtime, linked statically,
-# takes threads as the libc of the build has them, where 2.34 is the newest that they changed in.
+# The newest symbol versions that manylinux_2_28 allows. The static CUDA runtime uses the thread
+# functions of the build's libc, whose newest version is 2.34.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 NEWEST_WITH_CUDART = {**NEWEST, "GLIBC": (2, 34)}
-# Of the import of rope_ext where torch is there. About half of it where nothing else runs.
+# Limit for the import of rope_ext after torch. About half of it on an idle machine.
 IMPORT_SECONDS = 0.05
-# Bound only where torch has CUDA: libtorch_cuda is not linked.
+# Bound only if torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
-# What says why an allocation failed (csrc/host/allocation.cpp): bound where torch has it.
+# Tells why an allocation failed (csrc/host/allocation.cpp): bound if torch has it.
 WEAK_WHY = {
     "torch_exception_get_what_without_backtrace",
     "_ZN2at4_ops9new_empty4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEESt8optionalINS5_"
@@ -62,14 +62,14 @@ def capability():
 
 
 def undefined_symbols(elf):
-    """Name to binding (STB_GLOBAL, STB_WEAK) of each symbol that other libraries must bring."""
+    """Name -> binding (STB_GLOBAL, STB_WEAK) of each symbol that other libraries must define."""
     symbols = elf.get_section_by_name(".dynsym").iter_symbols()
     undefined = [symbol for symbol in symbols if symbol.name and symbol["st_shndx"] == "SHN_UNDEF"]
     return {symbol.name: symbol["st_info"]["bind"] for symbol in undefined}
 
 
 def run_python(code, folder, *options, **env):
-    """Run code in a new process; the package is found even where it is not installed."""
+    """Runs code in a new process, which finds the package even if it is not installed."""
     env = {"PYTHONPATH": str(PACKAGE.parent), **env}
     return subprocess.run(
         [sys.executable, *options, "-c", code],
@@ -139,7 +139,7 @@ def test_only_libtorch_and_the_system_are_linked(elf):
     tags = list(elf.get_section_by_name(".dynamic").iter_tags())
     needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
     assert "libtorch_cpu.so" in needed
-    assert "libtorch.so" in needed  # brings libtorch_cuda, and its stream, where torch has CUDA
+    assert "libtorch.so" in needed  # loads libtorch_cuda, and its stream, if torch has CUDA
     assert [name for name in needed if not LIBRARIES.match(name)] == []
     assert [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")] == []
     shared_cudart = any(name.startswith("libcudart") for name in needed)
@@ -159,7 +159,7 @@ def test_systems_of_manylinux_2_28_have_every_symbol(elf):
 
 
 def test_what_glibc_compatibility_lack_is_kept_inside(elf):
-    """csrc/host/glibc_compatibility.cpp: no other library may take these symbols from here."""
+    """csrc/host/glibc_compatibility.cpp: other libraries must not use its symbols."""
     source = (REPOSITORY / "csrc" / "host" / "glibc_compatibility.cpp").read_text()
     inside = set(re.findall(r'__asm__\(\s*"(\w+)"', source))
     assert len(inside) == 4
@@ -191,9 +191,9 @@ def test_build_info_says_what_was_built():
         assert info["no_cuda_reason"]
 
 
-# --------------------------------------------------------------------- GPUs that are built for
+# --------------------------------------------------------------------- GPU architectures of a build
 
-ALL_ARCHS = ["8.0", "9.0", "10.0+PTX"]  # of those of a release, what the tests' nvcc knows
+ALL_ARCHS = ["8.0", "9.0", "10.0+PTX"]  # the architectures of a release that the tests' nvcc knows
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ ALL_ARCHS = ["8.0", "9.0", "10.0+PTX"]  # of those of a release, what the tests'
     [
         (["9.0"], {}, ["9.0+PTX"]),
         (["9.0", "8.0", "9.0"], {}, ["8.0", "9.0+PTX"]),
-        (["12.1", "8.7"], {}, ["8.6", "10.3+PTX"]),  # between and after those that nvcc knows
-        (["6.1"], {}, ALL_ARCHS),  # before all of them
+        (["12.1", "8.7"], {}, ["8.6", "10.3+PTX"]),  # between and after nvcc's
+        (["6.1"], {}, ALL_ARCHS),  # before all of nvcc's
         (["No devices were found"], {}, ALL_ARCHS),
         ([], {}, ALL_ARCHS),  # no nvidia-smi
         (["9.0"], {"CUDA_VISIBLE_DEVICES": ""}, ALL_ARCHS),
@@ -278,8 +278,8 @@ def test_import_from_another_folder(tmp_path):
 
 
 def test_import_takes_little_beside_that_of_torch(tmp_path):
-    """Processor time, of several tries: the machine may be busy, and the first one may have to
-    compile to bytecode, as an installation does.
+    """Processor time, the least of several tries: the machine may be busy, and the first try may
+    have to compile to bytecode, as an installation does.
     """
     code = """
 import time, torch
@@ -293,7 +293,7 @@ print(time.process_time() - before)
 
 
 def test_import_brings_nothing_along(tmp_path):
-    """No other package, and nothing of PyTorch that it has not imported for itself."""
+    """No other package, and no module of PyTorch that PyTorch has not imported."""
     code = """
 import sys, torch
 before = {*sys.modules}
@@ -375,7 +375,7 @@ def test_second_import_is_refused_and_names_the_first(own, tmp_path):
 
 
 def test_library_without_python_that_came_first_is_named(tmp_path):
-    """A copy under the name of librope, whose operators are registered by hand."""
+    """A copy named librope, whose operators are registered by hand."""
     copy = tmp_path / "librope.so"
     shutil.copy(_C.__file__, copy)
     code = f"""
@@ -411,7 +411,7 @@ def test_types_are_shipped():
 
 
 def run_copy_without_compiled_part(tmp_path, *names):
-    """Import a copy of the package that holds empty files of these names; -S: nothing installed."""
+    """Imports a copy of the package with empty files of these names; -S: nothing is installed."""
     (tmp_path / "rope_ext").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
     for name in names:

@@ -21,7 +21,7 @@ def heads(device, count=H, dim=D, seed=0):
 
 
 def in_place(operator):
-    """The operator on copies of the tensors that it writes, which are returned."""
+    """The operator on copies of the tensors that it writes; returns the copies."""
 
     def call(*args, **options):
         names = operator.default._schema.arguments
@@ -59,7 +59,7 @@ def normed(device):
     return *two(device), random(D, device=device), random(D, device=device, seed=1)
 
 
-# what takes the arguments and then cos and sin -> (it, the arguments)
+# (function, the arguments before cos and sin)
 CALLS = {
     "apply_rotary": (rope.apply_rotary, lambda device: two(device)[:1]),
     "apply_rotary_": (in_place(rope.apply_rotary_), lambda device: two(device)[:1]),

@@ -40,7 +40,7 @@ def make_server(model, append=fused, ends=(), budget=8):
 
 
 def serve(model, append=fused, **options):
-    """One after the other step, with a look at the blocks in between."""
+    """Runs step by step, and checks the blocks between steps."""
     server, requests = make_server(model, append, **options), make_requests()
     for _ in server.serve(requests):
         held = [block for request in requests for block in request.blocks]
@@ -55,7 +55,7 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(model, append, device)
         assert request.generated == paged_decode.generated_alone(model, request)
         assert len(request.generated) == request.new_tokens
     assert server.mixed_steps > 0
-    assert requests[0].first_token >= 2  # its prompt is three steps long
+    assert requests[0].first_token >= 2  # its prompt takes three steps
     assert any(request.first_token > request.arrival + 3 for request in requests)  # it had to wait
     assert sum(request.blocks_reused for request in requests) > 0
     assert len(server.allocator.free) == BLOCKS

@@ -1,4 +1,4 @@
-"""patch(model): what it refuses, and what a rotation has to be for it not to."""
+"""The errors of patch(model), and the conditions for a recognized rotation."""
 
 import types
 
@@ -34,7 +34,7 @@ def model():
     return small_llama(LAYERS)
 
 
-# Rotations such as no model has: one function a file of a model.
+# Rotations that no model has: one function for each file of a model.
 
 
 def detached(q, k, cos, sin, unsqueeze_dim=1):
@@ -288,7 +288,7 @@ def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
             return standard(q, k, cos, sin, unsqueeze_dim)
 
     layer = Func()
-    layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel took its place
+    layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel replaced it
     rotation = recognition.recognize(layer)
     assert rotation is not None
     assert rotation.convention == STANDARD

@@ -1,6 +1,6 @@
-"""patch copies the code that is loaded, with all that is around it: decorators, other libraries.
+"""patch copies the loaded code with all its wrappers: decorators, other libraries.
 
-Each wrapper here changes what the model computes, so that one that is dropped shows in the logits.
+Each wrapper here changes the results of the model, so a lost wrapper shows in the logits.
 """
 
 import functools
@@ -60,7 +60,8 @@ class Graphs:
         return graph
 
 
-# ------------------------------------------------------- what another library puts around a method
+# ------------------------------------------------------- wrappers that other libraries add to a
+# method
 
 
 def doubling(function):
@@ -119,7 +120,7 @@ def test_what_is_around_a_forward_stays_around_it(wrap, tokens, monkeypatch):
     assert torch.equal(model(tokens).logits, expected)
     assert rotations_of_rope_ext(model, tokens) == LAYERS
     graphs = Graphs()
-    if wrap is counting:  # which torch.compile can't trace
+    if wrap is counting:  # torch.compile can't trace it
         assert wrapped.calls == 3 * LAYERS
     else:
         compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -161,7 +162,7 @@ def test_a_compiled_model_is_patched(of, tokens):
 
 
 class LowRank(nn.Module):
-    """In the place of a projection, as PEFT's LoRA."""
+    """Replaces a projection, like PEFT's LoRA."""
 
     def __init__(self, base):
         super().__init__()
@@ -216,9 +217,9 @@ def test_what_is_around_a_method_that_is_the_rotation_stays_around_it(monkeypatc
         torch.testing.assert_close(a, b)
 
 
-# ------------------------------------------------------------------------ what methods are made of
+# ------------------------------------------------------------------------ forms of methods
 
-# forward(self, q, k, cos, sin) of a class, and what it needs
+# forward(self, q, k, cos, sin) of a class, and the definitions that it needs
 METHODS = {
     "a private name": """
 class Derived(Attention):
@@ -298,7 +299,7 @@ def test_a_method_is_copied_as_it_is(source, monkeypatch):
     expected = module(*arguments())
     before = vars(file).keys()
     with patched(module):
-        monkeypatch.setattr(sys.modules[__name__], "standard", None)  # it is called no more
+        monkeypatch.setattr(sys.modules[__name__], "standard", None)  # it is no longer called
         got = module(*arguments())
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)

@@ -88,7 +88,7 @@ def test_padding_on_either_side_has_position_0(rows):
 
 @pytest.mark.parametrize("left", [False, True], ids=["packed", "padded on the left"])
 def test_padding_has_the_position_that_is_asked_for(left, device):
-    """Marked for slots, or with a row for a table: which has none for position -1."""
+    """-1 marks padding for slots; 0 is a row of a table, which has none for position -1."""
     if left:  # two tokens of padding, none, all three
         offsets = torch.tensor([-2, 4, -3], device=device)
         expected = [[-1, -1, 0], [4, 5, 6], [-1, -1, -1]]
@@ -115,7 +115,7 @@ def test_padding_has_the_position_that_is_asked_for(left, device):
     layout = "bshd" if left else "thd"
     rotated = rope_ext.apply_rotary(x, *table, for_a_table, layout=layout)
     assert rotated.isfinite().all()
-    assert torch.equal(rotated[marked == -1], x[marked == -1])  # row 0 turns by nothing
+    assert torch.equal(rotated[marked == -1], x[marked == -1])  # row 0 does not rotate
     rows = rope_ext.cos_sin(inv_freq.to(device), marked)
     by_rows = rope_ext.apply_rotary(x, *rows, layout=layout)
     assert torch.equal(by_rows[marked >= 0], rotated[marked >= 0])
@@ -132,7 +132,7 @@ def test_padding_has_the_position_that_is_asked_for(left, device):
 
 @st.composite
 def paged(draw):
-    """A table without holes, and positions that it has blocks for, or -1."""
+    """A table without holes, and positions with blocks in it, or -1."""
     rows, most, block_size = (
         draw(st.integers(0, 3)),
         draw(st.integers(0, 4)),
@@ -180,7 +180,7 @@ def test_slots_of_a_batch(device):
 @drawn
 @given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.data(), dtypes)
 def test_slots_and_lengths_from_pages_of_flashinfer(cached, page_size, data, dtype):
-    """A step's new tokens, whose pages are there; padded, as for CUDA graphs."""
+    """With the pages of a step's new tokens; padded, as for CUDA graphs."""
     new = [data.draw(st.integers(0, 3)) for _ in cached]
     lengths = [a + b for a, b in zip(cached, new, strict=True)]
     pages = [-(-length // page_size) for length in lengths]
@@ -213,7 +213,7 @@ def test_slots_and_lengths_from_pages_of_flashinfer(cached, page_size, data, dty
 
 def test_slots_of_a_batch_from_pages(device):
     kv_indptr = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=device)
-    kv_indices = torch.tensor([7, 2, 5, 9], device=device)  # the last is no sequence's
+    kv_indices = torch.tensor([7, 2, 5, 9], device=device)  # the last belongs to no sequence
     at = torch.tensor([[3, 4], [-1, -1], [-1, 2]], device=device)
     got = positions.slot_mapping(kv_indices, at, 4, kv_indptr=kv_indptr)
     assert got.tolist() == [[31, 8], [-1, -1], [-1, 22]]
@@ -224,7 +224,7 @@ def test_slots_of_a_batch_from_pages(device):
 
 
 def test_no_two_tokens_of_different_sequences_share_a_slot():
-    """Prompts, parts of them and tokens to decode in one batch, from boundaries to slots."""
+    """Prompts, parts of prompts and decoded tokens in one batch, from boundaries to slots."""
     cu_seqlens, cached = boundaries([5, 1, 3, 0]), torch.tensor([0, 9, 4, 2])
     block_table = torch.tensor([[0, 1, -1], [4, 2, 7], [3, 9, -1], [8, -1, -1]])
     at = positions.from_cu_seqlens(cu_seqlens, 12, offsets=cached)
@@ -255,7 +255,7 @@ ON_A_DEVICE = {
 
 @pytest.mark.parametrize("name", ON_A_DEVICE)
 def test_values_on_a_device_are_not_waited_for(name):
-    """The meta device has no values at all: what asked for one would raise."""
+    """The meta device has no values: reading one would raise."""
     call = ON_A_DEVICE[name]
     expected = call(torch.tensor)
     got = call(lambda values: torch.tensor(values, device="meta"))
@@ -287,8 +287,8 @@ def step_on_pages(qo_indptr, total, kv_indptr, kv_indices, last_page_len):
     return positions.slot_mapping(kv_indices, at, 4, sequence, **options)
 
 
-# Functions in a graph, and sizes and values of their arguments: no two alike, which the graph would
-# take for one.
+# Functions in a graph, with sizes and values of their arguments, all different: the graph would
+# treat equal ones as one.
 IN_A_GRAPH = {
     "packed": (
         packed_step,

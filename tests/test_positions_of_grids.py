@@ -1,4 +1,4 @@
-"""Positions of images, videos and text with them, beside those of transformers."""
+"""Positions of images, videos and text with them, compared to those of transformers."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
-MERGE = 2  # patches of a token's side, in transformers' grids
+MERGE = 2  # patches on each side of a token, in transformers' grids
 
 
 # ---- padding
@@ -89,7 +89,7 @@ either = st.one_of(image, video)
 
 @st.composite
 def prompts(draw, vision=either):
-    """Segments with text between any two grids, as chat templates have it."""
+    """Segments with text between any two grids, as in chat templates."""
     segments = [draw(text)] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 3))):
         segments += [draw(vision), draw(text)]
@@ -172,7 +172,7 @@ def test_frames_are_as_far_apart_as_in_qwen2_5_vl(segments, seconds):
 @drawn
 @given(prompts(vision=image), st.integers(2, 4), st.integers(1, 3))
 def test_frames_with_timestamps_are_images_to_qwen3_vl(segments, frames, stamp):
-    """In its prompts every frame of a video stands alone, after the text that tells its time."""
+    """In its prompts every frame of a video is separate, after the text with its time."""
     side = 3
     types, image_grid, _, mask = as_transformers_gets_it([segments])
     video = ([0] * stamp + [2] * side * side) * frames
@@ -189,7 +189,7 @@ def test_frames_with_timestamps_are_images_to_qwen3_vl(segments, frames, stamp):
     expected, _ = model.get_rope_index(
         of_model, types, types, image_grid, video_grid, attention_mask=mask
     )
-    for after in ("space", "max"):  # no frame lasts longer than it is wide
+    for after in ("space", "max"):  # no video has more frames than its width
         got = positions.mrope([*segments, *[stamp, (1, side, side)] * frames], after=after)
         assert torch.equal(got, expected[:, 0])
 
@@ -261,7 +261,7 @@ def test_pairs_are_of_the_axes_that_transformers_gives_them(module, sections, in
 
 @pytest.mark.parametrize("sections", [[24, 20, 20, 0], [11, 11, 10, 0], [2, 1, 1, 4], [1, 7, 0, 2]])
 def test_pairs_are_of_the_axes_that_ggml_gives_them(sections):
-    """ggml_mrope_cache_init of llama.cpp, IMROPE, with positions that are 0 on the last axis."""
+    """ggml_mrope_cache_init of llama.cpp, IMROPE, with positions of 0 on the last axis."""
     t, h, w, _ = sections
     expected = []
     for sector in range(sum(sections)):
@@ -291,7 +291,7 @@ def test_leftover_pairs_do_not_turn_in_llama_cpp():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["sections", "taking turns"])
 def test_rows_are_picked_from_the_tables_of_each_axis(interleaved, dtype, device):
-    """As cos_sin makes them at once; and as Qwen2-VL picks them from both halves."""
+    """Equal to the rows of cos_sin, and to those that Qwen2-VL takes from both halves."""
     sections, inv_freq = [4, 2, 2], rope_ext.frequencies.default(16)[0].to(device)
     ids = positions.mrope([3, (1, 4, 5), 2], device=device)[:, None].expand(3, 2, -1)
     axes = positions.mrope_axes(sections, interleaved=interleaved, device=device)

@@ -1,4 +1,4 @@
-"""Positions of the tokens that a rank has, under context parallelism."""
+"""Positions of a rank's tokens, under context parallelism."""
 
 from typing import ClassVar
 
@@ -25,12 +25,12 @@ def packed(lengths, dtype=torch.int64):
 
 
 def chunk_numbers(world, rank, load_balanced):
-    """The chunks of a rank, as Megatron-LM's get_batch_on_this_cp_rank picks them."""
+    """The chunks of a rank, as in Megatron-LM's get_batch_on_this_cp_rank."""
     return [rank, 2 * world - 1 - rank] if load_balanced else [rank]
 
 
 def transformer_engine_indices(cu_seqlens, total_tokens, world, rank):
-    """What the kernel behind thd_get_partitioned_indices computes, token by token."""
+    """The indices of the kernel of thd_get_partitioned_indices, token by token."""
     shares = [int(bound) // world for bound in cu_seqlens]
     indices = []
     for token in range(total_tokens // world):
@@ -76,7 +76,7 @@ def test_packed_sequences_are_cut_one_by_one(world, load_balanced, dtype, length
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("lengths", [[2], [1, 3, 2], [4, 1]])  # it has no empty sequences
+@pytest.mark.parametrize("lengths", [[2], [1, 3, 2], [4, 1]])  # the kernel needs nonempty sequences
 def test_packed_indices_are_those_of_transformer_engine(world, lengths):
     cu_seqlens = packed(lengths)
     total = int(cu_seqlens[-1])
@@ -98,7 +98,7 @@ def test_result_is_on_the_device_that_is_asked_for():
 
 @pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
 def test_result_is_made_on_its_device(function):
-    """A copy from the CPU would wait for the device, and can't go into a CUDA graph."""
+    """A copy from the CPU would wait for the device, and is not possible in a CUDA graph."""
 
     class Devices(TorchDispatchMode):
         seen: ClassVar = set()
@@ -120,7 +120,7 @@ def test_tokens_past_the_last_sequence_read_no_bound_where_values_are_not_looked
 
 
 def test_values_of_cu_seqlens_on_a_device_are_not_waited_for():
-    """The meta device has no values at all: what asked for one would raise."""
+    """The meta device has no values: reading one would raise."""
     on_device = packed([1, 2]).to("meta")
     got = positions.context_parallel(3 * UNIT, 2, 1, cu_seqlens=on_device)
     assert got.shape == (3 * UNIT // 2,)

@@ -1,4 +1,4 @@
-"""benchmarks/precision.py: its truth is true, errors of known size are found and have that size."""
+"""benchmarks/precision.py: its truth is right, and errors of known size are measured right."""
 
 import csv
 import math
@@ -38,7 +38,7 @@ def truth():
 
 
 def angles():
-    """As fractions, so exact: [N][P]."""
+    """Angles as fractions, and so exact: [N][P]."""
     return [[p * Fraction(f) for f in INV_FREQ.tolist()] for p in POSITIONS.tolist()]
 
 
@@ -73,7 +73,7 @@ def test_errors_of_a_table_are_those_put_in(truth):
     assert errors[1, 5, 0].item() == pytest.approx(2.0**-18)
     rest = torch.stack([rest for _, rest in truth]).abs()
     rest[0, 2, 3], rest[1, 5, 0] = errors[0, 2, 3], errors[1, 5, 0]
-    assert torch.equal(errors, rest)  # of the others, what rounding to float64 leaves
+    assert torch.equal(errors, rest)  # of the others, the error of rounding to float64
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -109,7 +109,7 @@ def test_a_wrong_table_is_found_to_be_wrong(wrong, truth, monkeypatch):
 
     assert largest(OURS(INV_FREQ, POSITIONS)) < 1.01 * FLOAT32
     assert not largest(WRONG_TABLES[wrong](INV_FREQ, POSITIONS)) < 30 * FLOAT32
-    # and so it is in the rows of a report
+    # the same in the rows of a report
     monkeypatch.setitem(precision.TABLES, precision.OURS, WRONG_TABLES[wrong])
     rows = list(precision.measured(1e4, 4096, 2))
     (row,) = (r for r in rows if (r.quantity, r.way) == ("ulp", precision.OURS))
@@ -145,7 +145,7 @@ def test_the_usual_way_is_held_against_transformers(monkeypatch):
 
 
 def test_frequencies_are_held_against_the_formula():
-    """One rounding leaves 2^-24 of an angle at most; inv_freq is a quotient of a rounded power."""
+    """One rounding leaves at most 2^-24 of an angle; inv_freq is a quotient of a rounded power."""
     inv_freq, _ = rope_ext.frequencies.default(precision.HEAD_DIM)
     position = 1_000_003
     of = precision.frequency_errors(inv_freq, 1e4, torch.tensor([position]))
@@ -163,7 +163,7 @@ def test_frequencies_are_held_against_the_formula():
 
 
 def turned_by(more):
-    """A rotation by an angle more, in float64."""
+    """A rotation by an additional angle, in float64."""
 
     def rotate(x, inv_freq, positions):
         angle = positions[:, None].double() * inv_freq.double() + more
@@ -193,9 +193,9 @@ def test_the_error_of_a_score_is_what_it_depends_on_beside_the_distance():
     def errors(rotate):
         return precision.score_errors(rotate, q, k, inv_freq, first, distance, truth)
 
-    # a constant turns both, and takes nothing away
+    # a constant added to both positions changes nothing
     assert errors(turned_by(0.5)).max() < 1e-12
-    # a frequency that is another: cos(d f') against cos(d f), over sqrt(2)
+    # another frequency: cos(d f') against cos(d f), over sqrt(2)
 
     def faster(x, inv_freq, positions):
         return turned_by(0)(x, 1.1 * inv_freq.double(), positions)
@@ -204,7 +204,7 @@ def test_the_error_of_a_score_is_what_it_depends_on_beside_the_distance():
     assert errors(faster).flatten().tolist() == pytest.approx(expected)
 
 
-# ---- what is measured, and reported
+# ---- measurement and report
 
 
 def test_the_largest_error_and_the_one_that_few_exceed():

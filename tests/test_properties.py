@@ -1,4 +1,4 @@
-"""Random shapes, strides, dtypes, tables and positions: what holds for all of them."""
+"""Random shapes, strides, dtypes, tables and positions, and the properties that hold for all."""
 
 import functools
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from rope_ext import _C
 rope = torch.ops.rope
 
 EXAMPLES = 250
-GUARD = 24  # elements before and after all data, never to be written
+GUARD = 24  # elements before and after all data that must not be written
 settings.register_profile("rope", deadline=None, derandomize=True, database=None,
                           max_examples=EXAMPLES)  # fmt: skip
 settings.load_profile("rope")
@@ -102,7 +102,7 @@ def inputs(draw):
 
 
 def with_capability(function):
-    """Runs function under the CPU kernels that its input names, where the processor has them."""
+    """Runs function with the CPU kernels that its input names, if the processor has them."""
 
     @functools.wraps(function)
     def wrapped(case, **others):
@@ -170,7 +170,7 @@ def test_any_gradient_to_x_is_the_transposed_rotation(case):
 
 @st.composite
 def two_views(draw):
-    """Two views [B, S, H, D] of one memory, with and without overlap."""
+    """Two views [B, S, H, D] of one memory, with or without overlap."""
     memory = torch.arange(2000, dtype=torch.float32)
     views = []
     batch, seq = draw(st.integers(1, 3)), draw(st.integers(1, 3))

@@ -1,4 +1,4 @@
-"""The README's Python examples run, from top to bottom, as one program; its commands are there."""
+"""The README's Python examples run, from top to bottom, as one program; its commands exist."""
 
 import re
 from pathlib import Path

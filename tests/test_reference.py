@@ -1,4 +1,4 @@
-"""The reference that judges the operators, judged itself: by hand and by complex numbers."""
+"""The reference for the operators, checked by hand and by complex numbers."""
 
 import torch
 from support import random, random_table
@@ -44,7 +44,7 @@ def test_columns_of_unequal_halves_are_in_the_order_of_the_result_by_hand():
     y = reference.apply_rotary(x, cos, sin, rotary_dim=4, **orders)
     first = [1 * 10 - 2 * 0.5, 3 * 20 - 4 * 0.25]
     assert y.flatten().tolist() == [*first, 2 * 30 + 1 * 0.125, 4 * 40 + 3 * 2.0]
-    # The way back, with the same table: the transposed matrix.
+    # The inverse with the same table: the transposed matrix.
     dense = torch.cat([reference.apply_rotary(row.view(1, 1, 4), cos, sin, rotary_dim=4, **orders)
                        for row in torch.eye(4)]).view(4, 4)  # fmt: skip
     back = {"interleaved": False, "interleaved_out": True, "inverse": True}

@@ -1,6 +1,6 @@
-"""Other libraries' signatures on the operators: each beside the library itself where that runs on a
-CPU, else beside its documented formula. flash-attention's and Transformer Engine's are in files
-of their own, and here with all of them.
+"""Other libraries' signatures on the operators, compared to the library if it runs on a CPU, else
+to its documented formula. flash-attention and Transformer Engine have their own files, and are part
+of the last section here.
 """
 
 import numpy as np
@@ -41,10 +41,10 @@ PAIRS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split",
 
 
 def assert_near(got, expected):
-    """Of the same shape and dtype, and within the tolerance that torch.testing has for it.
+    """Of the same shape and dtype, and within torch.testing's tolerance for it, a few roundings.
 
-    That is a few roundings. For float64 it is the one of float32: the libraries make their tables
-    in float32, as we do for float32 frequencies.
+    For float64 the tolerance is that of float32: the libraries compute their tables in float32, as
+    we do for float32 frequencies.
     """
     assert got.dtype == expected.dtype
     low = {"rtol": 1.3e-6, "atol": 1e-5} if got.dtype == torch.float64 else {}
@@ -52,7 +52,7 @@ def assert_near(got, expected):
 
 
 def assert_same_gradients(ours, theirs, *inputs):
-    """Gradients of both, to every input that has one, of the same random functional."""
+    """Compares the gradients of both to every input, for the same random functional."""
 
     def gradients(function):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -64,7 +64,7 @@ def assert_same_gradients(ours, theirs, *inputs):
     for got, expected in zip(gradients(ours), gradients(theirs), strict=True):
         if got.dtype in (torch.float64, torch.float32):
             assert_near(got, expected)
-        else:  # theirs is a sum of two gradients that were rounded before, of up to 4 each
+        else:  # theirs is a sum of two rounded gradients of up to 4 each
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, expected, rtol=2 * eps, atol=8 * eps)
 
@@ -156,7 +156,7 @@ def test_torchtune_frequencies_survive_casts_and_come_back_from_meta():
 
 # ---- rotary-embedding-torch
 
-UNCACHED = {"cache_if_possible": False}  # their cache has room for dim channels, no fewer
+UNCACHED = {"cache_if_possible": False}  # their cache has exactly dim channels
 
 LUCID = {
     "lang": ({"dim": D}, {}),
@@ -172,7 +172,7 @@ LUCID = {
 
 
 def both(options):
-    """Their module and ours."""
+    """Their module and ours, with the same options."""
     theirs = rotary_embedding_torch.RotaryEmbedding(**options)
     return theirs, ours_of_rotary_embedding_torch.RotaryEmbedding(**options)
 
@@ -241,7 +241,7 @@ def test_rotary_embedding_torch_xpos(options, dtype):
     for got, same in zip(results, expected, strict=True):
         if exact:
             assert_near(got, same)
-        else:  # they round the scale, and the positions it is made of, to the dtype as well
+        else:  # they also round the scale and its positions to the dtype
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(got, same, rtol=8 * eps, atol=8 * eps)
     if exact:
@@ -269,7 +269,7 @@ def test_rotary_embedding_torch_checkpoints_and_casts():
     torch.nn.init.uniform_(theirs.freqs)
     ours.load_state_dict(theirs.state_dict())
     assert_same_bits(ours.freqs, theirs.freqs)
-    assert ours.bfloat16().freqs.dtype == torch.bfloat16  # a parameter that is trained
+    assert ours.bfloat16().freqs.dtype == torch.bfloat16  # a trained parameter
     _, fixed = both({"dim": D})
     freqs = fixed.freqs.clone()
     assert_same_bits(fixed.bfloat16().freqs, freqs)
@@ -331,7 +331,7 @@ def test_onnx(case, with_positions, interleaved, dtype):
     x = random(*shape, dtype=dtype)
     inputs = {"X": x, "cos_cache": cos, "sin_cache": sin, "position_ids": position_ids}
     if "part" in case and len(shape) == 4:
-        attributes["num_heads"] = H  # onnxruntime asks for it here; the standard does not
+        attributes["num_heads"] = H  # onnxruntime requires it here; the standard does not
     got = ours_of_onnx.rotary_embedding(**inputs, **attributes)
     expected = by_onnxruntime(inputs, **attributes)
     # float16: onnxruntime rounds the products and the sum
@@ -391,11 +391,11 @@ def test_torch_functional_with_positions(batch, interleaved):
     assert_same_bits(got, torch_functional.rotary_embedding(x, *rows, interleaved=interleaved))
 
 
-# ---- all of them
+# ---- all functions
 
 
 def calls():
-    """One call of each function, and of each way to say where tokens are."""
+    """One call of each function, for each way to give positions."""
     x, t, packed = random(B, S, H, D), random(B, H, S, D), random(3 * S, H, D)
     k = random(B, S, KH, D)
     table = random_table(L, D // 2)
@@ -464,7 +464,7 @@ CALLS = pytest.mark.parametrize("call", calls())
 def test_nothing_of_the_size_of_x_is_made_but_the_result(call):
     function, args, options = calls()[call]
     with torch.no_grad():
-        function(*args, **options)  # what is made once is made
+        function(*args, **options)  # fills caches
         with LargeTensors(B * S * KH * D) as large:
             function(*args, **options)
     assert all(name.startswith("rope.apply_rotary") for name in large.made_by), large.made_by
@@ -479,7 +479,7 @@ def test_nothing_waits_for_a_value_on_the_device(call):
             name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
             for name, x in options.items()
         }
-        function(*fake, **options)  # raises where a value would be read
+        function(*fake, **options)  # raises if a value is read
 
 
 @CALLS

@@ -8,7 +8,7 @@ SUFFIXES = ("py", "cpp", "h", "inl", "cu", "cuh", "cmake", "json", "js", "css", 
 REFERENCE = re.compile(
     rf"(?<![\w/.*{{}}<>$-])(?:\.\./)*((?:[\w.-]+/)*[\w-]+\.(?:{'|'.join(SUFFIXES)}))(?![\w(/])"
 )
-# What users have, what is made, and what other projects have under these names
+# Files of users, generated files, and files of other projects
 ELSEWHERE = {
     "config.json", "path/to/config.json", "rope.html", "probe.cu", "Python.h",
     "rope_ext-config.cmake", "rope_ext-config-version.cmake",
@@ -22,7 +22,7 @@ ELSEWHERE = {
     "torchtune/modules/position_embeddings.py",
     "transformer_engine/pytorch/attention/rope.py",
 }  # fmt: skip
-# Pages on moving from another project name its files.
+# Pages on moving from another project contain names of its files.
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
 READ = [
     *(file for room in ("csrc", "rope_ext") for file in (REPOSITORY / room).rglob("*.*")),

@@ -1,5 +1,5 @@
-"""RMSNorm of q and k and their rotation in one pass: results and gradients as exact as one rounding
-at the end allows, wherever the tensors lie in memory, and those of models.
+"""RMSNorm of q and k and their rotation in one pass: results and gradients as exact as one final
+rounding allows, for all strides, and compared with models.
 """
 
 import pytest
@@ -101,9 +101,9 @@ def test_one_rounding_from_the_exact_result(case, backend):
 
 @cases
 def test_gradients_are_near_the_exact_ones(case, backend):
-    """To x: g w / rms and n mean(n g w) / rms, each term within the roundings of its factors, of
-    the sum over the row (N) and of 8 more. To the weights: a sum of n g of as many terms as there
-    are tokens, and heads where these share the weight.
+    """To x: g w / rms and n mean(n g w) / rms; each term is within the roundings of its factors, of
+    the sum over the row (N), and of 8 more. To the weights: a sum of n g over the tokens, and over
+    the heads if these share the weight.
     """
     tensors = inputs_of(case, backend)
     seeds = [random(*x.shape, dtype=case.dtype, device=backend, seed=9) for x in tensors[:2]]
@@ -143,8 +143,8 @@ def test_gradients_are_near_the_exact_ones(case, backend):
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
 @pytest.mark.parametrize("view", VIEWS, ids=VIEWS)
 def test_strides_change_no_bit(view, all_heads, backend):
-    """Of q, k, the gradients that come in, and the weights; k has a layout of its own. On CUDA
-    addresses that are not aligned are added up in another order of lanes: there, nearly none.
+    """Strides of q, k, incoming gradients and weights; k has a separate layout. On CUDA, unaligned
+    addresses change the order of sums over lanes: there, almost no bits differ.
     """
     case = Case("", "", D=32, dtype=BF16, all_heads=all_heads)
     tensors = inputs_of(case, backend)
@@ -188,7 +188,7 @@ def test_function_takes_every_layout(layout, device):
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)], ids=["B", "S", "H"])
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
 def test_sizes_of_zero(shape, all_heads, device):
-    """Weights that nothing used have a gradient of zero."""
+    """Unused weights have a gradient of zero."""
     q = random(*shape, 16, device=device)
     k = random(*shape[:2], 2, 16, device=device)
     q_weight, k_weight = (
@@ -245,7 +245,7 @@ def test_position_outside_of_the_table(device):
         assert nan.sum() == nan[:, 2].numel()
 
 
-# ---- the same bits every time
+# ---- the same bits in every run
 
 
 def many_tokens(device, all_heads):
@@ -307,8 +307,8 @@ def attention_of(family):
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "Olmo2"])
 @torch.no_grad()
 def test_norms_and_rotation_of_models(family, dtype):
-    """In float32 the model's own are as near to the exact numbers as rounding once and these
-    roundings allow; in bfloat16 they round more often, and are further away on average.
+    """In float32 the model's own results are as exact as one rounding and these roundings allow. In
+    bfloat16 they round more often, and are less exact on average.
     """
     attention, apply_rotary_pos_emb = attention_of(family)
     attention = attention.to(dtype)

@@ -1,4 +1,4 @@
-"""rms_norm_rotary_qk differentiated, compiled, batched, over several ranks, and what it refuses."""
+"""rms_norm_rotary_qk: differentiated, compiled, batched, on several ranks, and its errors."""
 
 import re
 
@@ -35,7 +35,7 @@ DERIVED = [
 
 @pytest.mark.parametrize("case", DERIVED, ids=lambda case: case.name)
 def test_gradcheck_and_gradgradcheck(case):
-    """To q, k, the weights, cos and sin."""
+    """By q, k, the weights, cos and sin."""
     *tensors, ids = (t if t is None else t[:3] if t.dim() == 1 and not t.is_floating_point() else t
                      for t in inputs_of(case, "cpu"))  # fmt: skip
     if not case.packed:
@@ -71,7 +71,7 @@ def test_gradient_of_one_result_leaves_the_other_tensor_alone(given, device):
 
 
 def test_gradients_to_the_table_are_not_rounded_on_the_way():
-    """Of bfloat16 q and k to a float32 table: as of the same numbers in float32."""
+    """From bfloat16 q and k to a float32 table: as from the same numbers in float32."""
     tensors = inputs_of(Case("", "", dtype=BF16, weight_dtype=F32), "cpu")
     wide = [t if t is None else t.float() for t in tensors]
     seeds = [random(*x.shape, dtype=BF16, seed=9) for x in tensors[:2]]
@@ -222,7 +222,7 @@ def test_every_rank_does_its_part_and_weight_gradients_add_up(dim, all_heads):
 # ---- refusals
 
 REFUSED = [
-    # what is changed, to what, what the message says
+    # changed argument, its value, the message
     ("k", lambda k: k[..., :8], "k to have q's shape"),
     ("k", lambda k: k.double(), "k of q's dtype float32, got float64"),
     ("q", lambda q: q[0, 0], "q to have shape [B, S, H, D] or [T, H, D], got [4, 16]"),
@@ -263,7 +263,7 @@ def test_refusals_name_what_is_wrong(name, change, message):
         rope.rms_norm_rotary_qk(**given)
     assert str(refusal.value).startswith("rope::rms_norm_rotary_qk: expected ")
     grads = {"grad_q": torch.zeros(B, S, 4, 16), "grad_k": torch.zeros(B, S, 2, 16)}
-    for further in (False, True):  # where it is differentiated in turn, PyTorch computes it
+    for further in (False, True):  # PyTorch computes a gradient that is differentiated in turn
         grads["grad_q"].requires_grad_(further)
         with pytest.raises(RuntimeError, match=re.escape(message)) as refusal:
             rope.rms_norm_rotary_qk_backward(**grads, **given)

@@ -1,4 +1,4 @@
-"""apply_rotary_qk_at: the rotation whose angles are computed as it goes has the bits of rows and
+"""apply_rotary_qk_at, which computes its angles in the kernel, has the bits of rows of cos_sin and
 apply_rotary_qk.
 """
 
@@ -37,7 +37,7 @@ def inv_freq_of(pairs, dtype=F32, device="cpu"):
 
 
 def by_rows(q, k, inv_freq, position_ids=None, *, axes=None, attention_scaling=1.0, **options):
-    """What the operator stands for."""
+    """The same by rows of cos and sin."""
     if position_ids is None:
         position_ids = torch.arange(q.shape[-3], device=q.device)
     dtype = F64 if q.dtype == F64 else F32
@@ -76,7 +76,7 @@ TOKENS = {
 
 
 def positions_of(shape, dtype, device, lead=()):
-    """Negative ones too."""
+    """Positions, also negative ones."""
     if shape is None:
         return None
     if dtype.is_floating_point:
@@ -104,8 +104,8 @@ def test_positions(dtype, tokens, axes, backend):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_orders_and_parts_of_a_head(dtype, inverse, order, backend):
-    """Pairs below, at and above whole vectors, channels before and after, on both sides of the rows
-    that are held at a time (128 angles, 1024 pairs).
+    """Numbers of pairs below, at and above whole vectors, channels before and after them, and more
+    pairs than the kernels hold at a time (128 angles, 1024 pairs).
     """
     for pairs, offset, after in (
         (24, 0, 0),
@@ -159,7 +159,7 @@ def test_frequencies_of_any_dtype_and_positions_and_frequencies_in_views(inv_fre
 
 @pytest.mark.parametrize("dtype", [F64, F16], ids=name_of)
 def test_long_sequences_with_heads_outermost_on_many_threads(dtype, backend):
-    """Blocks of 16 tokens, cut anywhere among their heads."""
+    """Blocks of 16 tokens, split anywhere among their heads."""
     q = random(B, 70, 40, 64, dtype=dtype, device=backend).transpose(1, 2).contiguous()
     k = random(B, 70, 3, 64, dtype=dtype, device=backend, seed=1).transpose(1, 2).contiguous()
     q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -169,7 +169,7 @@ def test_long_sequences_with_heads_outermost_on_many_threads(dtype, backend):
 
 
 def test_angle_that_is_out_of_reach_is_nan(backend):
-    """Of any dtype, bfloat16 too, whose NaN has to stay one when it is rounded."""
+    """For every dtype, also bfloat16, whose rounding has to keep NaN."""
     ids = torch.tensor([float("inf"), float("nan"), 2.0**60, 1.0], device=backend)
     for dtype in DTYPES:
         q, k = (random(1, 4, 2, D, dtype=dtype, device=backend, seed=s) for s in (1, 2))

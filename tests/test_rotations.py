@@ -1,4 +1,4 @@
-"""The rotations that transformers models are written with: recognized, and for every layout."""
+"""The rotations of transformers models: recognized, and right in every layout."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ FORMS = (*recognition._FORMS, *recognition._METHOD_FORMS)
 
 
 def spread(x):
-    """x with other numbers between its own: no stride is 1."""
+    """x with other numbers between its elements: no stride is 1."""
     return torch.stack((x, x + 1), -1)[..., 0]
 
 
@@ -44,7 +44,7 @@ def rotate(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
 
-# As releases of transformers from 5.0 on wrote them, in other words.
+# The functions of transformers releases from 5.0 on, rewritten.
 
 
 def interleaved_in_halves_out(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):

@@ -27,7 +27,7 @@ def every_value(dtype):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, order, backend):
-    """With angles at which sums are ties (cos = sin = 0.5), overflow (1) and are exact (0)."""
+    """With angles for which sums are ties (cos = sin = 0.5), overflow (1) and are exact (0)."""
     x = every_value(dtype).to(backend)
     tokens = x.shape[1]
     angles = torch.tensor([[0.5, 0.5], [1.0, 1.0], [1.0, 0.0], [0.3, 0.9]])
@@ -67,7 +67,7 @@ def test_float16_overflows_to_infinity_and_keeps_subnormals(backend):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_subnormals_are_kept(dtype, order, backend):
-    """Of x, of the table, of products and of sums; on more tokens than one thread takes."""
+    """Of x, of the table, of products and of sums; with more tokens than one thread takes."""
     tokens, pairs = 800, 20
     tiny = torch.finfo(dtype).smallest_normal
     table_dtype = torch.promote_types(dtype, torch.float32)
@@ -78,7 +78,7 @@ def test_subnormals_are_kept(dtype, order, backend):
     x[:, 1::4] *= 2 * tiny  # normal x whose products and sums are subnormal
     cos[2::4] *= table_tiny / 8  # subnormal tables
     sin[2::4] *= table_tiny / 8
-    x[:, 3::4] *= tiny**0.5  # neither is small
+    x[:, 3::4] *= tiny**0.5  # x and table are not small
     cos[3::4] *= tiny**0.5
     sin[3::4] *= tiny**0.5
     x = x.to(dtype)
@@ -105,7 +105,7 @@ def test_subnormals_are_kept_again_when_they_are_flushed_no_more(cpu_kernels):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_nan_of_any_payload_stays_nan(dtype, order, backend):
-    """Also where rounding it as a number would carry into its sign: all of its bits are set."""
+    """Also if rounding it as a number would carry into its sign: all of its bits are set."""
     nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     x = torch.ones(1, S, 2, D, dtype=dtype)
     x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])[0, 0] = -1
@@ -116,12 +116,12 @@ def test_nan_of_any_payload_stays_nan(dtype, order, backend):
     assert y[0, 3].eq(1).all()
 
 
-# Channels that do not rotate, pairs, more of them: all in vectors, in part of one, in both.
+# Channels before the rotated ones, pairs, channels after: whole vectors, part of one, and both.
 WIDTHS = [(0, P, 0), (3, 1, 0), (0, 5, 1), (2, 11, 3), (0, 41, 0)]
 
 
 def channels_of_pairs(before, pairs, interleaved):
-    """Of each pair, [P, 2]."""
+    """The two channels of each pair, [P, 2]."""
     first = torch.arange(pairs) * (2 if interleaved else 1)
     return before + torch.stack((first, first + (1 if interleaved else pairs)), -1)
 
@@ -130,14 +130,14 @@ def channels_of_pairs(before, pairs, interleaved):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_nan_and_infinity_stay_within_their_pair(dtype, order, width, backend):
-    """Each in every channel, token by token, of one of two heads; in both orders in memory."""
+    """One in every channel, token by token, in one of two heads; in both orders in memory."""
     before, pairs, after = width
     options = {"rotary_offset": before, **ORDERS[order]}
     D = before + 2 * pairs + after
     x = random(1, 3 * D, 2, D, dtype=dtype)
     cos, sin = random_table(3 * D, pairs)
     clean = rounded_once(x, cos, sin, **options)
-    hit = torch.zeros_like(x, dtype=torch.bool)  # channels of the result of which one is not finite
+    hit = torch.zeros_like(x, dtype=torch.bool)  # channels of the result that are not finite
     into = channels_of_pairs(before, pairs, options.get("interleaved", False))
     out_of = options.get("interleaved_out", options.get("interleaved", False))
     channels = channels_of_pairs(before, pairs, out_of)
@@ -160,7 +160,7 @@ def test_nan_and_infinity_stay_within_their_pair(dtype, order, width, backend):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_nan_in_the_table_reaches_its_pair_in_every_head(dtype, order, backend):
-    """In every column of cos and of sin, row by row."""
+    """One in every column of cos and of sin, row by row."""
     pairs = 19
     x = random(1, 2 * pairs, 3, 2 * pairs, dtype=dtype)
     cos, sin = random_table(2 * pairs, pairs)
@@ -191,7 +191,7 @@ def test_zeros_keep_the_signs_of_the_formula(dtype, backend):
 @pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_channels_that_do_not_rotate_keep_their_bits(dtype, inplace, backend):
-    """Even NaNs with a payload, which arithmetic would make quiet."""
+    """Even NaNs with a payload, which arithmetic would change."""
     as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[torch.finfo(dtype).bits // 8]
     before, after = 3, 5
     others = [*range(before), *range(before + D, before + D + after)]

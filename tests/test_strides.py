@@ -70,7 +70,7 @@ def test_expanded_input_gives_a_dense_output(expanded, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 5, 8])
 def test_misaligned_data_are_rotated_alike(offset, dtype, backend):
-    """Wide loads have to do without alignment to 16 bytes: of x, out, cos and sin."""
+    """Wide loads must not need an alignment of 16 bytes: of x, out, cos and sin."""
     D, P = 64, 32
     x = random(offset + B * S * H * D, dtype=dtype, device=backend)[offset:].view(B, S, H, D)
     angles = random(offset + 2 * S * P, dtype=dtype, device=backend)[offset:].view(2, S, P)
@@ -85,7 +85,7 @@ def test_misaligned_data_are_rotated_alike(offset, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("offset", [1, 2, 4, 5, 8])
 def test_rotation_from_a_misaligned_channel_on_is_the_same(offset, dtype, order, backend):
-    """The heads are aligned to 16 bytes and more; the first channel that rotates need not be."""
+    """Heads are aligned to 16 bytes or more; the first rotated channel need not be."""
     D, P = 80, 32
     x = random(B, S, H, D, dtype=dtype, device=backend)
     cos, sin = random_table(S, P, device=backend)
@@ -154,7 +154,7 @@ def test_position_ids_may_be_views(ids, dtype, backend):
 def test_offsets_past_32_bits(cpu_kernels):
     """Two tokens 2^31 elements apart, and two rows of the table."""
     far = 2**31 + 100
-    memory = torch.empty(far + 4096, dtype=torch.bfloat16)  # pages that no one writes cost nothing
+    memory = torch.empty(far + 4096, dtype=torch.bfloat16)  # unwritten pages take no memory
     x = memory.as_strided((1, 2, H, D), (0, far, D, 1), 5)
     angles = torch.empty(far + 4096, dtype=torch.bfloat16)
     cos, sin = (angles.as_strided((2, P), (far, 1), offset) for offset in (0, 1000))
@@ -169,10 +169,10 @@ def test_offsets_past_32_bits(cpu_kernels):
 SIZES = [  # B, S, H of q, H of k
     (1, 1, 32, 8),  # decode, one sequence
     (64, 1, 3, 1),  # decode, many sequences
-    (1, 1, 1031, 257),  # more heads than tokens: these are shared out
+    (1, 1, 1031, 257),  # more heads than tokens: threads share the heads
     (1, 700, 3, 1),  # more tokens than a thread takes at once
-    (3, 211, 2, 2),  # shares that end within a sequence
-    (130, 3, 1, 1),  # short sequences: shares of several
+    (3, 211, 2, 2),  # a thread's share ends within a sequence
+    (130, 3, 1, 1),  # short sequences: a share has several
 ]
 
 

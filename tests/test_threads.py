@@ -1,7 +1,7 @@
-"""Several Python threads in the operators at once: each gets the bits that one alone gets. And one
-that changes the indices of a call while the call goes on.
+"""Several Python threads call the operators at once: each gets the same bits as alone. And a thread
+changes the indices of a call during the call.
 
-ROPE_EXT_STRESS_SECONDS is how long they go on, 2 seconds unless it is given; .ci/run gives 30.
+ROPE_EXT_STRESS_SECONDS is their duration, by default 2 seconds; .ci/run sets 30.
 """
 
 import os
@@ -26,7 +26,7 @@ B, S, H, K, D, P, L = 2, 150, 4, 2, 64, 32, 200  # more than one thread of PyTor
 
 
 def in_threads(work):
-    """work(number of the thread) in each thread, all from the same moment on; the results."""
+    """Runs work(number of the thread) in each thread at the same time; returns the results."""
     start = Barrier(THREADS)
 
     def begin(thread):
@@ -38,7 +38,7 @@ def in_threads(work):
 
 
 def calls():
-    """Calls of every operator on inputs that all threads share, by name: each gives tensors."""
+    """Calls of every operator on inputs that all threads share, by name. Each returns tensors."""
     q, k = random(B, S, H, D), random(B, S, K, D)
     cos, sin = random_table(L, P)
     ids = random_positions(B, S, rows=L)
@@ -117,7 +117,7 @@ def test_eight_threads_get_the_bits_of_one(threads):
 
 
 def test_table_that_threads_grow_together_has_its_rows():
-    """Of one module, at lengths of their own: what a thread gets is never too short nor wrong."""
+    """The table of one module, for different lengths: a thread never gets too few or wrong rows."""
     deadline = time.monotonic() + SECONDS / 4
     inv_freq, _ = rope_ext.frequencies.default(D)
     whole = rope_ext.cos_sin_cache(inv_freq, 500)
@@ -136,7 +136,7 @@ def test_table_that_threads_grow_together_has_its_rows():
 
 
 def test_indices_that_change_during_a_call_give_nan_or_an_error():
-    """And never a crash: in a process of its own, as that would be one of pytest."""
+    """And never a crash: in a separate process, as a crash would end pytest."""
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("changing_indices.py"), str(SECONDS / 2)],
         env={**os.environ, "PYTHONPATH": str(Path(rope_ext.__file__).parents[1])},

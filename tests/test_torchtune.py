@@ -1,6 +1,6 @@
-"""The module of our signature beside torchtune's own, where torchtune is unpacked: the stage
-"kernels" of .ci/run does it, without what torchtune depends on. The rotary module needs none of it,
-so its file is imported by itself: the package asks for a torchao that is older than torch.
+"""The module with torchtune's signature compared to torchtune's own, if torchtune is installed: the
+stage "kernels hook" of .ci/run installs it without its dependencies. The file of the rotary module
+needs none of them and is imported without the package, which requires an old torchao.
 """
 
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -40,8 +40,8 @@ def test_forward_and_backward_are_torchtunes(positions, dtype):
         y = module(leaf, input_pos=input_pos)
         (y * weight).sum().backward()
         results.append((y, leaf.grad))
-    # Positions of 63 times frequencies rounded to float32: angles differ by up to 63 x 2^-24. They
-    # compute in float32, for float64 as well, and round the gradient's two parts one by one.
+    # Positions of 63 times frequencies, rounded to float32: angles differ by up to 63 x 2^-24. They
+    # compute in float32, also for float64, and round the gradient's two parts separately.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     for got, expected in zip(*results, strict=True):
         assert got.dtype == expected.dtype

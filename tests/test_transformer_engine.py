@@ -1,5 +1,5 @@
-"""Transformer Engine's signature on the operators: beside its unfused formula, restated here, and
-beside its own file where the package is unpacked: the stage "kernels" of .ci/run does it.
+"""Transformer Engine's signature on the operators, compared to its unfused formula, restated here,
+and to its own file if the package is installed, as in the stage "kernels hook" of .ci/run.
 """
 
 import inspect
@@ -63,7 +63,7 @@ def restated(
 
 
 def of_the_package(monkeypatch):
-    """Their file by itself: the package asks for its compiled part."""
+    """Their file, imported without the package, which requires its compiled part."""
     path = Path(PACKAGE.origin).parent / "pytorch/attention/rope.py"
     parts = ("", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.cpp_extensions.fused_attn")
     for name in ("transformer_engine_torch", *(f"transformer_engine{part}" for part in parts)):
@@ -125,13 +125,13 @@ def test_forward_and_backward_have_the_bits_of_the_unfused_formula(
     options = {"interleaved": interleaved, **CASES[case]}
     shape = SHAPES.get(options.get("tensor_format", "sbhd"))
     shape = shape or (T // options.get("cp_size", 1), H, D)
-    freqs = 3 * random(L, 1, 1, R)  # no two channels alike: a transpose that is wrong shows
+    freqs = 3 * random(L, 1, 1, R)  # all channels differ, so a wrong transpose shows
     t, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
     leaf = t.clone().requires_grad_()
     y = apply_rotary_pos_emb(leaf, freqs, fused="fused" in case, **options)
     (gradient,) = torch.autograd.grad(y, leaf, weight)
     assert y.stride() == t.stride()
-    # float16 and bfloat16: theirs rounds tables and products; ours is the float32 result, rounded.
+    # float16 and bfloat16: theirs rounds tables and products; ours rounds the float32 result.
     exact = t if dtype != torch.bfloat16 else t.float()
     leaf = exact.clone().requires_grad_()
     expected = documented(leaf, freqs, **options)

@@ -1,4 +1,4 @@
-"""patch(model): what it replaces, what undoes it, and that nothing else changes."""
+"""patch(model): what it replaces, how it is undone, and that nothing else changes."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ from rope_ext.integrations.transformers import (  # noqa: E402
 from rope_ext.integrations.transformers.patching import substituted  # noqa: E402
 
 LAYERS = 2
-# Dynamo before torch 2.12 takes no note of a module that has got a forward of its own.
+# Before torch 2.12 Dynamo does not notice that a module has got its own forward.
 NOTICES_A_PATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 STANDARD = "half-split"
 
@@ -38,7 +38,7 @@ def tokens():
     return rotating_models.tokens()
 
 
-# --------------------------------------------------------------------------- what a patch replaces
+# --------------------------------------------------------------------------- replaced rotations
 
 
 def test_every_layer_rotates_with_rope_ext_and_gives_the_same_logits(model, tokens):
@@ -61,8 +61,8 @@ def test_gradients_of_all_parameters_are_the_same(model, tokens):
     before = gradients()
     with patched(model):
         after = gradients()
-    # The rotation's backward adds its two products in another order than autograd's does, and
-    # float32 sums of 80 tokens round differently: parts in 2^-23 of the largest gradient, times 40.
+    # The rotation's backward adds its two products in another order than autograd, and float32 sums
+    # of 80 tokens round differently: 2^-23 of the largest gradient, times 40.
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=40 * 2.0**-23 * float(a.abs().max()))
 
@@ -70,7 +70,7 @@ def test_gradients_of_all_parameters_are_the_same(model, tokens):
 def test_generation_with_a_cache_gives_the_same_tokens(model, tokens):
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(tokens)
-    mask[0, :5] = 0  # left padding, hence positions of its own for each row
+    mask[0, :5] = 0  # left padding, so each row has its own positions
     before = model.generate(tokens, attention_mask=mask, **options)
     patch(model)
     assert torch.equal(model.generate(tokens, attention_mask=mask, **options), before)
@@ -99,7 +99,7 @@ def test_a_model_of_which_a_part_was_patched_is_patched_as_a_whole(model, tokens
 
 
 class ExactTables(nn.Module):
-    """In the place of a model's rotary_emb."""
+    """Replaces a model's rotary_emb."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,9 +114,9 @@ def test_a_model_that_holds_modules_of_rope_ext_is_patched(model, tokens):
     before = model(tokens).logits
     model.model.rotary_emb = ExactTables(model.config)
     assert len(patch(model).sites) == LAYERS
-    # Its own tables round angles, of less than 40 radians, by up to 2^-19.
+    # Its own tables round angles below 40 radians by up to 2^-19.
     torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=2**-12)
-    assert rotations_of_rope_ext(model, tokens) == LAYERS + 1  # and the rows of its table
+    assert rotations_of_rope_ext(model, tokens) == LAYERS + 1  # and the rows of the table
 
 
 def test_modules_keep_the_names_and_bases_of_their_classes(model):
@@ -225,7 +225,7 @@ def test_a_patch_inside_of_a_block_outlasts_it(model, tokens):
     assert rotations_of_rope_ext(model, tokens) == LAYERS
 
 
-# Blocks for the model and for its first layer: which is entered first, and which is left first.
+# Blocks for the model and for its first layer, in the order in which they are entered and left.
 BLOCKS = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
 
 
@@ -329,7 +329,7 @@ def test_hooks_of_accelerate_stay_before_and_after_a_patch(first, model, tokens)
     unpatch(model)
     assert rotations_of_rope_ext(model, tokens) == 0
     assert hook.calls == 2
-    hooks.remove_hook_from_module(attention)  # leaves the forward that it had kept on the module
+    hooks.remove_hook_from_module(attention)  # leaves the saved forward on the module
     patch(model)
     assert rotations_of_rope_ext(model, tokens) == LAYERS
     unpatch(model)

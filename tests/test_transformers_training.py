@@ -12,11 +12,11 @@ from rope_ext.demo import weights  # noqa: E402
 from rope_ext.demo.models import load_pretrained, text_tokens  # noqa: E402
 from rope_ext.integrations.transformers import patch  # noqa: E402
 
-STEPS, TOKENS, LEARNING_RATE = 20, 8, 1e-4  # few tokens: bfloat16 without instructions is slow
+STEPS, TOKENS, LEARNING_RATE = 20, 8, 1e-4  # few tokens: emulated bfloat16 is slow
 
-# What bfloat16 leaves undecided is how far the losses of the unpatched model move when its
-# attention is computed by another of transformers' own implementations, which are equal but for
-# rounding. The patched model may move as far; both are maxima over 20 steps, hence the factor.
+# The tolerance is the change of the unpatched model's losses when its attention is computed by
+# another of transformers' implementations, which are equal up to rounding. The patched model may
+# differ as much; both are maxima over 20 steps, hence the factor.
 NOISE_FACTOR = 2
 
 
@@ -31,12 +31,12 @@ def loaded():
 
 def losses(loaded, *, attention, patched):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
-    for parameter in model.parameters():  # not inv_freq, as from_pretrained(dtype=...)
+    for parameter in model.parameters():  # not inv_freq, like from_pretrained(dtype=...)
         parameter.data = parameter.data.bfloat16()
     model.set_attn_implementation(attention)
     if patched:
         patch(model)
-    with warnings.catch_warnings():  # it has another name in the newest transformers
+    with warnings.catch_warnings():  # the argument has another name in the newest transformers
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable()
     model.train()
@@ -52,6 +52,7 @@ def losses(loaded, *, attention, patched):
     return torch.stack(curve)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_over_20_steps_is_that_of_the_unpatched_model(loaded):
     unpatched = losses(loaded, attention="sdpa", patched=False)
     noise = (losses(loaded, attention="eager", patched=False) - unpatched).abs().max()

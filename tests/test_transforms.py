@@ -1,8 +1,8 @@
-"""In PyTorch's transforms: vmap, grad, jvp and their nestings, autocast, checkpointing; and for its
-tools: the profiler, the FLOP counter, deterministic algorithms.
+"""PyTorch's transforms: vmap, grad, jvp and their nestings, autocast, checkpointing; and its tools:
+the profiler, the FLOP counter, deterministic algorithms.
 
-Derivatives against differences, forward and batched ones too, are in test_gradients.py; here it is
-that transforms reach them. A vmap is compared with a loop.
+test_gradients.py compares derivatives with differences, also forward and batched ones; here
+transforms are applied to the functions. A vmap is compared with a loop.
 """
 
 import warnings
@@ -32,7 +32,7 @@ F64 = torch.float64
 
 # ---- vmap
 
-# name -> shapes of x (but for its heads), cos and sin, and position_ids
+# name -> shapes of x (without its heads), cos and sin, and position_ids
 LAYOUTS = {
     "table": ((B, S), (L, P), None),
     "table, ids S": ((B, S), (L, P), (S,)),
@@ -57,7 +57,7 @@ BATCHED = {
 
 
 def samples(shape, dim, make):
-    """A tensor of the shape, with N samples in a dimension more if dim is not None."""
+    """A tensor of the shape, with an additional dimension of N samples if dim is not None."""
     if shape is None:
         return None
     if dim is None:
@@ -152,7 +152,7 @@ def test_vmap_in_place_refuses_what_is_one_for_all_samples(device):
 
 @pytest.mark.parametrize("position", [-1, L])
 def test_position_past_the_table_of_its_sample_is_refused(position):
-    """The tables of all samples are one in memory: no position may reach that of the next."""
+    """The tables of all samples are joined in memory: no position may reach the next sample's."""
     x = random(B, S, H, D)
     cos, sin = random_table(N, L, P)
     ids = torch.full((S,), position)
@@ -169,8 +169,9 @@ def test_vmap_into_out_is_refused():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_each_sample(layout, device):
-    """vmap of grad: to x, cos and sin, each sample's alone. The rows of a table may be summed in
-    another order: each order is within n 2^-53 of the sum of n products' sizes, n <= 2 B S H.
+    """vmap of grad: the gradients to x, cos and sin of each sample alone. The rows of a table may
+    be summed in another order: each order is within n 2^-53 of the sum of n products' sizes, n <= 2
+    B S H.
     """
     tokens, table, ids = LAYOUTS[layout]
     make = partial(random, dtype=F64, device=device)
@@ -198,7 +199,7 @@ def test_gradients_of_each_sample(layout, device):
 
 
 def turned(inv_freq, x, ids):
-    """From frequencies to a number, through every operator that is differentiated."""
+    """A number from frequencies, through every differentiable operator."""
     cos, sin = rope_ext.cos_sin(inv_freq, ids)
     table = rope_ext.cos_sin_cache(inv_freq, S)
     return (rope_ext.apply_rotary(x, cos, sin) * rope_ext.apply_rotary(x, *table).sin()).sum()
@@ -225,7 +226,7 @@ def test_func_grad_has_the_bits_of_autograd(device):
 @pytest.mark.parametrize("argnums", [0, 1], ids=["inv_freq", "x"])
 def test_nested_derivatives_are_those_of_plain_torch(argnums, device):
     """Forward, backward and each over each. An entry is a sum of at most 2 S D products in float64:
-    1e-12 of the largest is more than they round, and less than any term that is forgotten.
+    1e-12 of the largest exceeds their rounding errors, and is less than any missing term.
     """
     inv_freq = rope_ext.frequencies.default(D, device=device)[0].double()
     x = random(1, S, 1, D, dtype=F64, device=device)
@@ -271,7 +272,7 @@ def test_tangent_of_the_table_leaves_other_channels_alone(device):
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_functions_in_place_are_transformed(layout, device):
-    """The operators in place would not tell of the tangent, the functions do."""
+    """The operators in place would not report the tangent; the functions do."""
     x, tangent = (random(B, S, S, D, device=device, seed=seed) for seed in (1, 2))
     cos, sin = random_table(L, P, device=device)
     rotate = partial(rope_ext.apply_rotary, cos=cos, sin=sin, layout=layout)
@@ -314,7 +315,7 @@ def test_writing_operators_refuse_tangents_and_write_nothing(name, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_dtypes_and_tables_as_they_are(dtype, device):
-    """x as it comes out of a layer under autocast is rotated by float32 tables, rounded once."""
+    """x from a layer under autocast is rotated by float32 tables, rounded once."""
     linear = torch.nn.Linear(D, D, device=device)
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L, device=device)
     x = random(B, S, H, D, device=device)
@@ -335,7 +336,7 @@ def test_autocast_leaves_dtypes_and_tables_as_they_are(dtype, device):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of an operator that reach a device."""
+    """Counts an operator's calls that reach a device."""
 
     def __init__(self, overload):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Tensors that are no plain memory, in every place of every operator: they are read right, or a
-refusal names the operator, by a function the argument too, before anything is written.
+"""Tensors without plain memory as each argument of every operator: they are read right, or an error
+names the operator (a function also the argument) before anything is written.
 """
 
 import functools
@@ -23,7 +23,7 @@ rope = torch.ops.rope
 
 B, S, H, D, P, L = 2, 3, 2, 16, 8, 9
 BLOCKS, BLOCK_SIZE, RANK = 2, 4, 8
-NOT_IN_MEMORY = {  # and a plain tensor of these values
+NOT_IN_MEMORY = {  # and a plain tensor of the same values
     "negated": (lambda x: torch._neg_view(x if x.element_size() == 1 else -x), lambda x: x),
     "zeros": (lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype), torch.zeros_like),
 }
@@ -70,7 +70,7 @@ CALLS |= {f"rope_ext.{o}": (o, f) for o in OPERATORS if (f := function_of(o)) is
 
 
 def arguments_of(operator):
-    """Values for the tensors that an operator takes, by their names, and for `length`."""
+    """Values for the tensors of an operator, by name, and for `length`."""
     names = ["x", "q", "k", "v", "out", "out_q", "out_k", "grad_q", "grad_k"]
     pool = {name: random(B, S, H, D, seed=i) for i, name in enumerate(names)}
     for table, seed in (("cos", 0), ("sin", 1)):
@@ -98,27 +98,27 @@ def written_by(operator):
 
 
 def places(make):
-    """Each call with each of its tensors made another: what is called, the place, the arguments."""
+    """Each call with each of its tensors replaced: name, operator, function, place, arguments."""
     for name, (operator, function) in CALLS.items():
         for place, x in arguments_of(operator).items():
             given = arguments_of(operator)
             try:
                 given[place] = make(given[place])
-            except Exception:  # there is none of this dtype or rank
+            except Exception:  # this kind does not exist for the dtype or rank
                 continue
             if isinstance(x, torch.Tensor):
                 yield name, operator, function, place, given
 
 
 def outcome(function, given, written):
-    """What a call returns, then what it has written."""
+    """The results of a call, then the tensors that it has written."""
     returned = function(**given)
     returned = returned if isinstance(returned, tuple | list) else (returned,)
     return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]
 
 
 def refusal(function, given, place):
-    """The message; all but what is at the place is compared with what it was."""
+    """The message. All other tensors are compared with their old values."""
     tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and n != place}
     kept = {n: x.clone() for n, x in tensors.items()}
     with pytest.raises((RuntimeError, ValueError)) as refused:
@@ -129,7 +129,7 @@ def refusal(function, given, place):
 
 
 def assert_names(message, name, operator, place):
-    """The operator or function; by a function also the argument."""
+    """The message names the operator or function; that of a function also the argument."""
     base = re.split(r"_?(\.out)?$", operator)[0]
     assert re.search(rf"rope(::|\.|_ext\.){base}", message), f"{name}, {place}: {message}"
     if name.startswith("rope_ext"):
@@ -160,7 +160,7 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
             expected[place] = plain(expected[place])
             try:
                 expected = outcome(function, expected, written)
-            except RuntimeError:  # of scales and slots of zero
+            except RuntimeError:  # for scales and slots of zero
                 assert_names(refusal(function, given, place), name, operator, place)
                 continue
             for a, b in zip(outcome(function, given, written), expected, strict=True):
@@ -170,7 +170,7 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
     assert {place for _, place in read} >= {"cos", "position_ids", "axes", "q_weight", "kv_c"}
 
 
-@pytest.mark.filterwarnings("ignore")  # of kinds that are new, or old
+@pytest.mark.filterwarnings("ignore")  # warnings about new or old kinds
 @pytest.mark.parametrize("kind", OF_OTHER_KINDS)
 def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     refused = set()
@@ -180,9 +180,9 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     assert refused >= set(OPERATORS) - {"cos_sin_cache"}  # jagged has two dimensions
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # used by forward_ad
 def test_no_tensor_is_taken_whose_gradient_or_tangent_would_be_lost():
-    """Results have one, or it is refused: also that of a scale, which nobody differentiates."""
+    """Either the result has a gradient, or an error is raised: also for a scale."""
 
     def with_grad(x):
         return x.requires_grad_()

@@ -1,4 +1,4 @@
-"""Processes that data loaders start: the operators work in them after they did in the parent."""
+"""Processes of data loaders: the operators work in them after use in the parent."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SAMPLES = 4
 
 
 def rotated(index, backward):
-    """What a rotation gives, and one in place, and a table: of numbers that depend on index."""
+    """A rotation, an in-place rotation and a table, from numbers that depend on index."""
     x = random(1, S, H, D, seed=index).requires_grad_(backward)
     cos, sin = (t.requires_grad_(backward) for t in random_table(S, P, seed=index))
     y = rope_ext.apply_rotary(x, cos, sin)
@@ -35,13 +35,13 @@ class Rotated(Dataset):
         return rotated(index, self.backward)
 
 
-# Once PyTorch has begun threads for a backward, of whatever, none works in a fork of the process.
+# Once PyTorch has started threads for any backward, none works in a fork of the process.
 @pytest.mark.parametrize(
     ("method", "workers", "backward"), [("fork", 2, False), ("spawn", 1, True)]
 )
 def test_workers_get_the_bits_of_the_parent(method, workers, backward, threads):
     threads(4)
-    expected = [rotated(index, backward) for index in range(SAMPLES)]  # threads have been started
+    expected = [rotated(index, backward) for index in range(SAMPLES)]  # this starts threads
     loader = DataLoader(
         Rotated(backward),
         batch_size=None,
@@ -54,5 +54,5 @@ def test_workers_get_the_bits_of_the_parent(method, workers, backward, threads):
     for got, want in zip(samples, expected, strict=True):
         for a, b in zip(got, want, strict=True):
             assert_same_bits(a, b)
-    for a, b in zip(rotated(0, backward), expected[0], strict=True):  # nor has the parent changed
+    for a, b in zip(rotated(0, backward), expected[0], strict=True):  # the parent is unchanged too
         assert_same_bits(a, b)

@@ -1,6 +1,6 @@
-"""Every function with every feature of PyTorch, once: the README's table of what works with what.
+"""Every function with every feature of PyTorch, once: the README's table "What works with what".
 
-Small and broad. That each works in all of its cases is in the other tests.
+One small case each. Other tests cover all cases.
 """
 
 import subprocess
@@ -27,23 +27,23 @@ from rope_ext import reference
 TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
 
-B, S, H, D, P, L = 8, 12, 4, 6, 3, 50  # all different: sizes that are equal are one in a graph
+B, S, H, D, P, L = 8, 12, 4, 6, 3, 50  # all different: a graph treats equal sizes as one
 SIZES = {"B": B, "H": H, "D": D, "P": P, "L": L}
 LENGTHS = (S, 20, 33)
 F64 = torch.float64
 
 # ---- the functions, and the same in plain PyTorch
 #
-# None writes what it is given: what is rotated in place, or written, is made in the function.
+# None writes its arguments: a tensor that is rotated in place or written is made in the function.
 
 module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L)
 
 
 class Function(NamedTuple):
-    axes: tuple[str, ...]  # of each tensor; "S" alone is the length, a number
+    axes: tuple[str, ...]  # for each tensor; "S" alone is the length, a number
     call: object
     plain: object
-    varies: tuple[str, ...] = ("BSHD", "LP", "P")  # what is differentiated and mapped
+    varies: tuple[str, ...] = ("BSHD", "LP", "P")  # inputs that are differentiated and mapped
 
 
 def table(inv_freq, length):
@@ -65,7 +65,7 @@ FUNCTIONS = {
         ("BSHD", "LP", "LP"),
         lambda x, cos, sin: (rope_ext.apply_rotary(x * 1, cos, sin, inplace=True),),
         lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
-        varies=("BSHD",),  # in place, tables that need gradients are refused
+        varies=("BSHD",),  # in place, tables that require grad raise
     ),
     "out=": Function(
         ("BSHD", "LP", "LP"),
@@ -98,7 +98,7 @@ def arguments(function, dtype=torch.float32, length=S):
 
 
 def varying(function, inputs):
-    """The function of the tensors that vary alone, and these."""
+    """The function of the varying tensors alone, and these tensors."""
     varies = [axes in function.varies for axes in function.axes]
 
     def call(*tensors, of=function.call):
@@ -119,7 +119,7 @@ def close(got, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1056 * 500 * 2.0**-53)
 
 
-# ---- the features. Each takes a function, and raises if it does not work with it.
+# ---- the features. Each takes a function, and raises unless the feature works with it.
 
 
 def differentiates(function, **checks):
@@ -161,12 +161,12 @@ def nests(function):
 
 
 def compiles(function, to):
-    """One graph for all lengths, with gradients where there are. Returns its operators' names."""
+    """One graph for all lengths, with gradients if there are any. Returns its operators' names."""
     torch._dynamo.reset()
     graphs, operators = [], set()
 
     def backend(graph, inputs):
-        graphs.append(length)  # twice for the first, where PyTorch looks at a float again
+        graphs.append(length)  # twice for the first, as PyTorch checks a float again
         operators.update(str(n.target) for n in graph.graph.nodes if "rope" in str(n.target))
         return lookup_backend("aot_eager")(graph, inputs)
 
@@ -261,7 +261,7 @@ def is_deterministic(function):
 
 
 def with_gradients(function):
-    """The results and, where there are gradients, these."""
+    """The results and, if there are any, their gradients."""
     call, tensors = varying(function, arguments(function, length=40))
     if function is FUNCTIONS["out="]:
         return call(*tensors)
@@ -278,7 +278,7 @@ def without_gradients(function):
 
 
 def is_sharded(function, axis):
-    """Along the axis where a tensor has it; the others are whole on each rank."""
+    """Tensors with the axis are sharded along it; the others are whole on each rank."""
 
     def on_rank(mesh):
         call = function.call
@@ -312,7 +312,7 @@ class Calls(torch.utils.data.IterableDataset):
 
 
 def runs_in_forked_workers(function):
-    """Without gradients: once PyTorch has begun threads for a backward, none works in a fork."""
+    """Without gradients: once PyTorch has started threads for a backward, none works in a fork."""
     expected = without_gradients(function)
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
     results = list(torch.utils.data.DataLoader(Calls(function), batch_size=None, **workers))
@@ -351,7 +351,7 @@ STAY_OPERATORS = {
     (PLAIN, "out="): "rope.apply_rotary.out",
     (PLAIN, "cos_sin"): "rope.cos_sin",
     (PLAIN, "cos_sin_cache"): "rope.cos_sin_cache",
-    (PLAIN, "RotaryEmbedding"): "rope.cos_sin_cache",  # of the table; the rotation is plain
+    (PLAIN, "RotaryEmbedding"): "rope.cos_sin_cache",  # for the table; the rotation is plain
 }
 
 
@@ -385,7 +385,7 @@ def test_function_with_feature(feature, name):
 
 
 def test_readme_says_what_tests_show(tmp_path):
-    """Of all tests that are marked, in whichever file."""
+    """Collects the marked tests of all files."""
     files = [str(f) for f in sorted(TESTS.glob("test_*.py")) if "mark.shows(" in f.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "shows"]
     command += ["--collect-only", "--works=print", *files]

@@ -1,4 +1,4 @@
-"""Arguments of another type, dtype or layout: the refusal names them, and what to do."""
+"""Arguments of another type, dtype or layout: the error names them, and the remedy."""
 
 import re
 import traceback
@@ -26,7 +26,7 @@ MODULE = RotaryEmbedding(D, max_position_embeddings=64)
 
 
 def tensors():
-    """One for each name that an argument has in some function or operator."""
+    """A tensor for each argument name of the functions and operators."""
     ids = random_positions(B, S, rows=L)
     order, offsets = tokens_by_row(ids, L)
     return {
@@ -62,7 +62,7 @@ def tensors():
     }
 
 
-# The function, what its refusals call it, and those of its arguments that a good call leaves out.
+# The function, its name in errors, and the arguments that a good call omits.
 FUNCTIONS = {
     "apply_rotary": (rope_ext.apply_rotary, "rope_ext.apply_rotary", {"out"}),
     "apply_rotary_qk": (rope_ext.apply_rotary_qk, "rope_ext.apply_rotary_qk", {"out"}),
@@ -80,7 +80,7 @@ FUNCTIONS = {
     "module's rows": (MODULE.cos_sin, "RotaryEmbedding.cos_sin", set()),
     "module's table": (MODULE.table, "RotaryEmbedding.table", set()),
 }
-WRONG = {  # what is none of a type; None is one where the annotation says so
+WRONG = {  # values of other types; None is allowed if the annotation says so
     Tensor: (None, [1.0, 2.0], np.ones(3), 1.5, "x", Tensor),
     int: (None, "64", 64.5, [1], torch.ones(2)),
     float: (None, "1", [1.0]),
@@ -91,12 +91,12 @@ WRONG = {  # what is none of a type; None is one where the annotation says so
 
 
 def wrong_values(name, annotation):
-    """What the annotation of an argument does not allow."""
+    """Values that an argument's annotation does not allow."""
     kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     values = [value for kind in kinds for value in WRONG.get(kind, ())]
     if any(get_origin(kind) is Literal for kind in kinds):
         values = [None, [], 7]
-    if Tensor in kinds:  # an int that is also a Tensor, or None
+    if Tensor in kinds:  # an int may also be a Tensor or None
         values = [value for value in values if not isinstance(value, Tensor)]
     if name == "inplace":
         values += [None, 0, torch.tensor(True)]
@@ -130,7 +130,7 @@ def test_argument_of_another_type_is_named_and_nothing_written(name, inplace):
             for n, before in bits.items():
                 assert_same_bits(given[n], before)
                 assert given[n]._version == 0
-    function(**given)  # or all of the above would mean nothing
+    function(**given)  # otherwise the errors above prove nothing
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_pytorch_converts_is_not_blamed_for_another_mistake():
 
 
 def test_argument_of_another_type_beside_a_compiler():
-    """A whole graph keeps the operator's words; parts of a graph are called as functions are."""
+    """In a full graph the operator raises; between parts of a graph the function does."""
 
     def rotate(x, cos, **options):
         return rope_ext.apply_rotary(x, cos, sin, **options)
@@ -223,7 +223,7 @@ def test_operator_names_the_argument_that_is_none(name):
     call_by_name(overload, given)
     for argument in overload._schema.arguments:
         if str(argument.type) != "Tensor" or (argument.name, name) == (
-            "inv_freq", "rope::cos_sin_cache",  # without a tensor no kernel is chosen
+            "inv_freq", "rope::cos_sin_cache",  # without a tensor the dispatcher has no kernel
         ):  # fmt: skip
             continue
         given = good_tensors(overload)
@@ -249,7 +249,7 @@ def test_operator_names_every_dtype_that_it_does_not_take(name):
             other = torch.empty(t.shape, dtype=dtype)
             got = str(dtype).removeprefix("torch.")
             got = {"bit": "uint1", "quint2x4": "quint2x4"}.get(got, got)
-            newer = "a dtype that this build does not know"  # under a PyTorch since
+            newer = "a dtype that this build does not know"  # under a later PyTorch
             message = rf"^{name}: expected {argument} .*, got ({got}|{newer})( \[.*)?$"
             with pytest.raises(RuntimeError, match=message):
                 call_by_name(overload, {**given, argument: other})
@@ -270,7 +270,7 @@ def test_dtype_of_a_table_that_pytorch_can_not_pass_on():
 
 
 def test_tensors_are_released_where_a_dtype_can_not_be_passed_on():
-    """The stable ABI throws for it while the other arguments wait to be taken."""
+    """For such a dtype the stable ABI throws while the other arguments are still on its stack."""
     inv_freq, position_ids = torch.ones(P), torch.arange(3)
     given = [StorageWeakRef(t.untyped_storage()) for t in (inv_freq, position_ids)]
     with pytest.raises(RuntimeError, match="Not yet supported ScalarType"):
@@ -358,11 +358,11 @@ def test_name_of_a_model_is_refused_with_what_loads_it():
                 function(model)
 
 
-# ---- what to do
+# ---- remedies
 
 
 def some(*names):
-    """Of the good arguments."""
+    """Some of the good arguments."""
     return {name: tensors()[name] for name in names}
 
 
@@ -402,11 +402,11 @@ def test_table_of_one_angle_a_channel_names_what_it_needs(function, names):
 
 
 def two_times_the_heads(given):
-    """More of them than rows."""
+    """More heads than rows."""
     return {name: torch.cat((t, t), 2) if name == "x" else t for name, t in given.items()}
 
 
-LAYOUTS = {  # by what the length of the sequence can be told
+LAYOUTS = {  # by the argument that gives the length of the sequence
     "positions": (rope_ext.apply_rotary, some("x", "cos", "sin", "position_ids")),
     "positions, in place": (in_place, some("x", "cos", "sin", "position_ids")),
     "rows": (rope_ext.apply_rotary, {**some("x"), **ROWS}),
@@ -430,7 +430,7 @@ def heads_first(given):
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_heads_where_the_sequence_should_be_name_the_layout(case):
-    """And the other way round."""
+    """And vice versa."""
     function, given = LAYOUTS[case]
     for layout, wrong in (("bhsd", heads_first(given)), ("bshd", given)):
         other = "bshd" if layout == "bhsd" else "bhsd"
@@ -447,7 +447,7 @@ def test_length_that_fits_no_layout_is_left_to_the_operator():
     for change in (
         {"position_ids": torch.arange(S + 1)},
         {"k": random(B, S + 1, K, D)},
-        {"k": random(B, 3, H, D)},  # H heads of another length: no part of q's S
+        {"k": random(B, 3, H, D)},  # H heads of another length, which does not divide q's S
         {"cos": cos[: S - 2], "sin": sin[: S - 2]},
     ):
         with pytest.raises(RuntimeError, match=r"^rope::apply_rotary_qk: expected (?!.*layout=)"):

@@ -1,7 +1,7 @@
-"""What families of transformers need beyond small sizes, to be built and run tiny, and why.
+"""Settings beyond small sizes that families of transformers need to be built and run tiny.
 
-A family without a row here is run by its language model as SIZES makes it. A family with rows is
-run by these alone; `Case(family)` is its language model.
+A family without a row here is run by its language model with SIZES. A family with rows is run by
+these alone; `Case(family)` is its language model.
 """
 
 import torch
@@ -22,7 +22,7 @@ from tiny_inputs import (
 from tiny_models import Case, families
 
 AXIS = {"rope_type": "default", "rope_theta": 10000.0}
-MROPE = {**AXIS, "mrope_section": [2, 3, 3]}  # pairs of a head that time, height and width turn
+MROPE = {**AXIS, "mrope_section": [2, 3, 3]}  # pairs of a head for time, height and width
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -41,7 +41,7 @@ MEMORY = {
 
 # Language models.
 LANGUAGE = [
-    # The default configuration leaves a size without which there is no model.
+    # The default configuration lacks a size that the model needs.
     *(
         Case(family, config={"head_dim": 16, "num_key_value_heads": 2})
         for family in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")
@@ -49,7 +49,7 @@ LANGUAGE = [
     Case("deepseek_v2", config={"num_experts_per_tok": 2}),
     Case(
         "deepseek_ocr2",
-        "DeepseekOcr2TextModel",  # the whole model wants an image
+        "DeepseekOcr2TextModel",  # the whole model needs an image
         {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     ),
     Case(
@@ -82,7 +82,7 @@ LANGUAGE = [
     Case("gemma3n", config={"num_kv_shared_layers": 0}),
     Case("molmo2", config={"adapter_config": {"vision_feature_layer": [-1]}}),
     Case("step3p7", config=text(sliding_window=8)),
-    # Layers that attend, among those of another kind.
+    # Attention layers among layers of another kind.
     Case("bamba", config={"attn_layer_indices": [1]}),
     Case("lfm2_moe", config={"layer_types": ["conv", "full_attention"]}),
     Case("recurrent_gemma", config={"num_hidden_layers": 3}),
@@ -115,22 +115,22 @@ LANGUAGE = [
             rope_parameters={**AXIS, "mrope_section": [3, 3, 2]}, moe_intermediate_size=[48, 48]
         ),
     ),
-    # generate() wants a sound after the text, or the hidden states of another model.
+    # generate() needs a sound after the text, or the hidden states of another model.
     *(Case(family, generates=False) for family in ("csm", "qwen3_omni_moe")),
     Case("gradium_phonon_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
     Case("pocket_tts", config={"flow_head_config": {"condition_dim": 64}}, generates=False),
     Case("qwen2_5_omni", config=text(rope_parameters=MROPE), generates=False),
-    # In float64, where a row of scores is masked by the least float64 and softmax is in float32,
-    # a token of padding becomes nan.
+    # In float64 a row of scores is masked by the least float64 and softmax is in float32, so a
+    # token of padding becomes nan.
     *(
         Case(family, inputs=unpadded)
         for family in ("gemma2", "granite_swa", "granitemoe_swa", "t5gemma", "vaultgemma")
     ),
-    # The language model alone: other parts are hard to make small.
+    # Only the language model: other parts are hard to make small.
     Case("granite4_vision", "Granite4VisionTextModel"),
     Case("higgs_audio_v2", "HiggsAudioV2ForConditionalGeneration"),
     Case("muse_spark", "MuseSparkTextModel"),
-    # The interleaved rotation is an option, on by default; this is the other one.
+    # The interleaved rotation is an option, on by default; this case turns it off.
     *(
         Case(family, config={"rope_interleave": False, **more}, variant="rope_interleave=False")
         for family, more in (
@@ -141,7 +141,7 @@ LANGUAGE = [
             ("youtu", {}),
         )
     ),
-    # As they come; these families have another row below.
+    # Unchanged; these families have another row below.
     Case("axk1"),
     Case("deepseek_v3"),
     Case("dots3_note"),

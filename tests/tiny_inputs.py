@@ -5,12 +5,12 @@ import inspect
 import torch
 from torch import nn
 
-SPECIAL = 64  # tokens from this one on mark images, ends of text and the like
+SPECIAL = 64  # tokens from this one on mark images, ends of text and so on
 ROWS, TOKENS, PADDING = 2, 10, 3  # of a batch; the last row begins with PADDING tokens of padding
 
 
 def tokens(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Token ids with left padding, and positions of each row where forward takes them."""
+    """Token ids with left padding, and positions of each row if forward takes them."""
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(1)
     mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
@@ -31,7 +31,7 @@ def unpadded(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def patches(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Two images as a list of patches, and how many of them each has in time, height and width."""
+    """Two images as a list of patches, and their numbers of patches in time, height and width."""
     grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
     config = model.config
     depth = getattr(config, "temporal_patch_size", getattr(config, "patch_temporal", 1))
@@ -46,12 +46,12 @@ def images(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def draw(**shapes):
-    """Inputs of random numbers, of these shapes after the first dimension."""
+    """Random inputs of these shapes after the first dimension."""
     return lambda model: {name: torch.randn(ROWS, *shape) for name, shape in shapes.items()}
 
 
 def shaped(*shape):
-    """Patches, in this shape."""
+    """Patches of this shape."""
 
     def inputs(model):
         pixels, grid = patches(model).items()
@@ -66,7 +66,7 @@ def speech(model):
 
 
 def song(model):
-    """Four tokens of text, then as many as the encoder makes of 16 frames of sound."""
+    """Four tokens of text, then as many as the encoder makes from 16 frames of sound."""
     ids = torch.tensor([[3, 4, 5, 6] + [model.config.audio_token_id] * 4])
     sound = {
         "input_features": torch.randn(1, 16, 16),

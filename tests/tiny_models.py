@@ -1,9 +1,9 @@
 """Tiny random models of every family in transformers that rotates: nothing is downloaded.
 
-A configuration is the family's own default with the common sizes made small (`SIZES`); what a
-family needs beyond that is a row with its reason in tiny_families.py. The weights are drawn anew,
-with a spread that gives attention something to choose from: as transformers initialises them,
-the scores of a tiny model are all near zero, and a wrong rotation would go unnoticed.
+A configuration is the family's default with small common sizes (`SIZES`); further settings of a
+family are a row with its reason in tiny_families.py. The weights are random with a larger spread:
+as transformers initialises them, all scores of a tiny model are near zero, and a wrong rotation
+would not be noticed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 ROTATION = re.compile(r"_?apply_(\w+_)?(rotary|rope)\w*|\w+_rope|\w+_apply_rotary_emb|rotate_\w+")
 VOCAB = 128
 
-# Size of a configuration's fields, by name: four heads of 16 channels, two heads of keys.
+# Values of configuration fields, by name: four heads of 16 channels, two heads of keys.
 SIZES = {
     64: "d_model embed_dim encoder_hidden_size hidden_size n_embd out_hidden_size output_dim "
     "projection_dim text_hidden_size vision_output_dim",
@@ -54,15 +54,15 @@ class Case:
 
     family: str
     model: str = ""  # the class; by default the family's language model
-    config: dict = dataclasses.field(default_factory=dict)  # beyond what SIZES does
+    config: dict = dataclasses.field(default_factory=dict)  # in addition to SIZES
     inputs: Callable = tokens  # model -> arguments of forward
-    variant: str = ""  # what tells it from the family's other cases
-    generates: bool = True  # False where generate() wants more than tokens
-    float64: bool = True  # False where a layer insists on float32
+    variant: str = ""  # distinguishes the family's other cases
+    generates: bool = True  # False if generate() needs more than tokens
+    float64: bool = True  # False if a layer requires float32
 
     @property
     def name(self) -> str:
-        """The family; with what tells this case from the family's language model."""
+        """The family, with the model and variant if it is not the family's language model."""
         part = self.variant or self.model
         return f"{self.family} ({part})" if part else self.family
 
@@ -106,7 +106,7 @@ def rotations(family: str) -> dict[CodeType, str]:
 
 
 def innermost(codes: dict[CodeType, str]) -> dict[CodeType, str]:
-    """Those that call no other of them: what all rotations of a family come down to."""
+    """The functions that call no other of them: those that rotate."""
     return {code: name for code, name in codes.items() if not {*codes.values()} & {*code.co_names}}
 
 
@@ -116,7 +116,7 @@ def tiny_config(config_class, overrides=None, special=None) -> PreTrainedConfig:
     default = config_class()
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            # a dictionary, as a file has it: some releases take nothing else
+            # a dictionary, as in a file: some releases take nothing else
             small[name] = tiny_config(type(value), overrides.pop(name, None), special).to_dict()
         elif TOKEN.fullmatch(name) and value is not None:
             small[name] = next(special)
@@ -129,7 +129,7 @@ def tiny_config(config_class, overrides=None, special=None) -> PreTrainedConfig:
     if types := vars(default).get("layer_types"):  # a layer of each kind, at least two
         small["layer_types"] = [*dict.fromkeys(types)] if len({*types}) > 1 else types[:2]
         small["num_hidden_layers"] = len(small["layer_types"])
-    if "kv_lora_rank" in small:  # latent attention has as many heads of keys as of queries
+    if "kv_lora_rank" in small:  # latent attention has equal numbers of key and query heads
         small["num_key_value_heads"] = small["num_attention_heads"]
     return config_class(**{**small, **overrides})
 

@@ -1,4 +1,4 @@
-"""The README's table "What works with what", of what tests with the marker `shows` show.
+"""The README's table "What works with what", from the tests with the marker `shows`.
 
     @pytest.mark.shows("FSDP2", "apply_rotary_qk")
     @pytest.mark.shows("vmap", "out=", result="refused")
@@ -44,7 +44,7 @@ FEATURES = (
 
 
 def claims(marks):
-    """{(feature, function): result} of markers; a name that the table does not have is an error."""
+    """{(feature, function): result} of markers. A name that is not in the table raises."""
     shown = {}
     for mark in marks:
         feature, *functions = mark.args
@@ -73,7 +73,7 @@ def inserted(document, shown):
 
 
 class Printed:
-    """Prints the table as it is where all collected tests pass."""
+    """Prints the table without changes if all collected tests pass."""
 
     def pytest_collection_finish(self, session):
         shown = {}
@@ -84,7 +84,7 @@ class Printed:
 
 
 class Recorded:
-    """Writes to a document what tests have shown. What one of them failed to show, none has."""
+    """Writes the results of the tests to a document. A claim with a failed test is left out."""
 
     def __init__(self, document):
         self.document, self.shown, self.failed = document, {}, set()

@@ -1,4 +1,4 @@
-"""In place of the package ninja, where that is not installed: the folder of the program."""
+"""Replaces the package ninja if it is not installed: the folder of the program."""
 
 from pathlib import Path
 

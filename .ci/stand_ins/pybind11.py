@@ -1,4 +1,4 @@
-"""In place of pybind11, where that is not installed: the headers that torch brings."""
+"""Replaces pybind11 if it is not installed: the headers that torch contains."""
 
 from pathlib import Path
 

@@ -101,7 +101,8 @@ CheckedTable check_table(const char* op, const TensorView& cos, const TensorView
            shape_text(cos));
   }
 
-  Table table{};
+  CheckedTable out{{}, rotary_dim, rotary_offset};
+  Table& table = out.table;
   table.cos = cos.const_data_ptr();
   table.sin = sin.const_data_ptr();
   table.dtype = dtype;
@@ -115,7 +116,7 @@ CheckedTable check_table(const char* op, const TensorView& cos, const TensorView
   table.full_width = full_width;
   // The order of the result; if inverse, that of x, which is the result of a rotation.
   table.interleaved = rotation.inverse ? rotation.interleaved : rotation.result_interleaved();
-  return {table, rotary_dim, rotary_offset};
+  return out;
 }
 
 RotaryArgs check_apply_rotary(const RotaryInputs& in) {

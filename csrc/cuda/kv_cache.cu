@@ -41,7 +41,7 @@ struct AppendTraits {
   static constexpr int blocks() {
     constexpr bool kPlain = !Cache::kGeneral && !Cache::kFloat8;
     if (kOrder == Order::Any) return resident_blocks(sizeof(E) == 8 ? 1024 : 1536);
-    if (kOrder == Order::Interleaved) return resident_blocks(N < 8 || Cache::kLatent ? 1280 : 1024);
+    if (kOrder == Order::Interleaved) return resident_blocks(N < 8 ? 1280 : 1024);
     if (N < 8) return resident_blocks(kPlain ? 1280 : 1024);
     if (kPlain) return resident_blocks(1024);
     if (Cache::kLatent) return resident_blocks(768);

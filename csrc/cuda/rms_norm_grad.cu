@@ -54,11 +54,10 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   };
   const auto fragment_at = [&](uint32_t first_head, uint32_t index) {
     const uint32_t head = index / plan.fragments, in_head = index - head * plan.fragments;
-    constexpr bool kSame = F::kOrder == Order::HalfSplit || F::kOrder == Order::Interleaved;
     const NormFragment x = norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head);
-    return RowFragment{first_head + head, in_head,
-                       kSame ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head),
-                       x};
+    return RowFragment{
+        first_head + head, in_head,
+        F::kOneOrder ? x : norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head), x};
   };
   const auto column_of = [&](const RowFragment& at, int i) {
     const int64_t of_head = all_heads ? at.head * rotary.head_dim : 0;

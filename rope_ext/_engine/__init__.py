@@ -1,8 +1,8 @@
-"""What PyTorch has to know of an operator beside its kernels: one mechanism a file.
+"""What PyTorch needs to know about an operator besides its kernels, one mechanism a file.
 
-Each reads the records (record.py) and schemas of the operators; none names an operator.
+Each file reads the records (record.py) and schemas of the operators; none names an operator.
 
-record.py       what a record says, with what is read from the schema
+record.py       the record of an operator, and what follows from its schema
 autograd.py     derivatives, backward and forward
 writes.py       version counters, and errors for tensors that can't be written
 negative_and_zero_tensors.py    tensors whose values are not those in memory
@@ -12,10 +12,10 @@ sharding.py     how an operator may be sharded: named axes
 placements.py   placements of the DTensors of a call
 dtensor.py      calls on local tensors
 flops.py        formulas for torch.utils.flop_counter
-calls.py        calls past autograd, if it has nothing to do
+calls.py        calls that skip the Autograd kernels if nothing is differentiated
 import_hook.py  registration with modules of PyTorch that are imported later
 
-Private names of PyTorch are in rope_ext/_torch_private.py alone.
+Only rope_ext/_torch_private.py uses private names of PyTorch.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ from rope_ext._engine.vmap import register_vmap_rules
 from rope_ext._engine.writes import register_writes
 
 
-@cache  # PyTorch takes it once
+@cache  # PyTorch allows one registration
 def register(operators: Sequence[Operator]) -> None:
-    """Registers everything, when the package is imported."""
+    """Registers the operators with every mechanism, when the package is imported."""
     register_fakes(operators)
     register_autograd(operators)
     register_writes(operators)

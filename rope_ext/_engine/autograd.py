@@ -1,8 +1,8 @@
 """Derivatives of the operators, backward and forward, in every transform of torch.func.
 
-Each operator gets one kernel at the dispatch key Autograd, as PyTorch's own have. It adds a node to
-the graph where a tensor requires grad, computes the tangent where a tensor has one, and otherwise
-only calls the operator.
+Each operator gets one kernel at the dispatch key Autograd, like PyTorch's own operators. The kernel
+adds a node to the graph if a tensor requires grad, computes the tangent if a tensor has one, and
+otherwise only calls the operator.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def register_autograd(operators: Sequence[Operator]) -> None:
 
 
 def _composing_kernel(operator: Operator, composed: Composed) -> Callable[..., Any]:
-    """Calls the operator; where it is differentiated, for its checks alone, and then the composed
-    function, whose result PyTorch can differentiate.
+    """Calls the operator. If the call is differentiated, the operator only checks the arguments,
+    and the result is that of the composed function, which PyTorch can differentiate.
     """
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
@@ -59,9 +59,9 @@ def _composing_kernel(operator: Operator, composed: Composed) -> Callable[..., A
 
 
 def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[..., Any]:
-    """torch.library.register_autograd has no tangents, and raises in the transforms of torch.func.
-    Each level of a transform calls this kernel by itself, as it calls PyTorch's kernels, so the
-    node is of a single level.
+    """Replaces torch.library.register_autograd, which has no tangents and raises in the transforms
+    of torch.func. PyTorch calls the kernel once for each level of a transform, so a node belongs to
+    a single level.
     """
     save, backward, tangent = derivative
     redispatch, is_grad_enabled = operator.overload.redispatch, torch.is_grad_enabled
@@ -105,7 +105,7 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
         ):
             with below_autograd():
                 return redispatch(keyset & keys_below_autograd, *args, **options)
-        args += tuple(positional[len(args) :])  # the dispatcher leaves out what is the default
+        args += tuple(positional[len(args) :])  # the dispatcher omits defaults
         call = _Call(keyset, options)
         if not transformed:
             output = node.apply(*args, call)
@@ -121,7 +121,7 @@ def _autograd_kernel(operator: Operator, derivative: Derivative) -> Callable[...
 
 @dataclass
 class _Call:
-    """What a node needs of a call beside its positional arguments."""
+    """What a node needs from a call besides the positional arguments."""
 
     keyset: Any
     options: dict[str, Any]
@@ -130,8 +130,9 @@ class _Call:
 
 
 class _Modes:
-    """Restores grad mode and forward mode to what they were when this was made. A node turns both
-    off; without this the outer levels of torch.func, which run inside it, would not differentiate.
+    """Restores the grad mode and the forward mode of the moment when this object was made. A node
+    turns both off; without this class the outer levels of torch.func, which run inside the node,
+    would not differentiate.
     """
 
     def __init__(self) -> None:
@@ -148,7 +149,7 @@ class _Modes:
 
 
 def last_stride_one(grad: Tensor) -> Tensor:
-    """Copies a gradient with another last stride, such as the expanded one of sum()."""
+    """A gradient whose last stride is 1: a copy if it is not, as for the expanded one of sum()."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
@@ -166,6 +167,6 @@ def save_all(ctx: Any, args: list[Any]) -> None:
 
 
 def both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients to cos and sin, with zeros for one that nothing depends on."""
+    """Gradients to cos and sin, with zeros for a missing one."""
     first = torch.zeros_like(second) if first is None else first
     return first, torch.zeros_like(first) if second is None else second

@@ -1,4 +1,4 @@
-"""Calls of the operators by the functions of rope_ext: past autograd, if it has nothing to do."""
+"""How the functions of rope_ext call operators: without autograd if nothing is differentiated."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ def call(
     options: dict[str, Any],
     written: tuple[Tensor, ...] = (),  # the tensors that it writes
 ) -> Any:
-    """operator(*args, **options), past autograd where nothing is differentiated.
+    """operator(*args, **options), without the Autograd kernels if nothing is differentiated.
 
-    The kernels of autograd.py and writes.py are Python, and take longer than all else of a small
-    call. Where nothing requires a gradient only versions have to be counted, which is done here.
-    Inference mode skips these kernels by itself, except for writes where a tensor was made outside
-    of it.
+    These kernels (autograd.py, writes.py) are written in Python and take most of the time of a
+    small call. If no tensor requires a gradient, only the version counters have to be increased,
+    which is done here. Inference mode skips the kernels by itself, except if a tensor is written
+    that was made outside of inference mode.
     """
     if is_compiling():  # first: a graph must not depend on the modes below
         return operator(*args, **options)
@@ -49,7 +49,7 @@ def call(
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """In Python alone, as torch.compile has to trace it."""
+    """Whether autograd or forward mode is at work. Python only, as torch.compile traces it."""
     if is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -58,7 +58,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether this is compiled, which makes a functional graph of it, or transformed by torch.func
-    or forward-mode differentiation, which support copy_ and not our node.
+    """Whether the call is compiled, or transformed by torch.func or forward-mode differentiation.
+    These support copy_, but not the node of an in-place rotation.
     """
     return is_compiling() or transforms_active() or in_forward_mode()

@@ -1,7 +1,7 @@
-"""The operators on DTensors: each rank calls the operator on its local tensors, and never
-communicates.
+"""The operators on DTensors: each rank calls the operator on its local tensors, without
+communication.
 
-Made of what is public in every supported torch: torch.library.register_torch_dispatch, and
+Uses only what is public in every supported torch: torch.library.register_torch_dispatch, and
 to_local, from_local and redistribute of DTensor.
 """
 

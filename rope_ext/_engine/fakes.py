@@ -1,6 +1,6 @@
-"""Fakes: shapes, dtypes and strides of results. Of the arguments a fake checks the device alone.
+"""Fakes: shapes, dtypes and strides of results.
 
-The operator checks all else when it runs.
+A fake checks only the devices of the arguments. The operator checks everything else when it runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def _fake(operator: Operator) -> Callable[..., Any]:
 
 
 def _check_device(operator: Operator, given: Given) -> None:
-    """A call with a meta tensor among real ones comes here, not to the operator."""
+    """PyTorch passes a call with a meta tensor among real ones to the fake, not to the operator."""
     device = given[operator.leading].device
     for name in operator.tensors:
         other = given[name]
@@ -53,7 +53,7 @@ def _results(operator: Operator, given: Given) -> tuple[Tensor, ...]:
 
 
 def _rotated_like(x: Tensor) -> Tensor:
-    """With x's order of dimensions in memory, if the channels are the last of them."""
+    """An empty tensor like x, in x's order of dimensions in memory if the channels come last."""
     out = torch.empty_like(x)
     return out if out.stride(-1) == 1 else _contiguous_like(x)
 

@@ -1,4 +1,4 @@
-"""Registers with modules of PyTorch that take long to import when someone else imports them."""
+"""Delays a registration with a module of PyTorch, which is slow to import, until it is imported."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def on_import(module: str, register: Callable[[], None]) -> None:
-    """Calls register: now if the module is there already, or as soon as it is."""
+    """Calls register as soon as the module is imported: now, if it has been."""
     if module in sys.modules:
         register()
     else:
@@ -15,7 +15,7 @@ def on_import(module: str, register: Callable[[], None]) -> None:
 
 
 class _Importing:
-    """Finds the module by the finders after this one, and registers once it is executed."""
+    """An import finder: leaves the module to the next finders, and registers after its import."""
 
     def __init__(self, module: str, register: Callable[[], None]) -> None:
         self.module, self.register = module, register

@@ -1,7 +1,7 @@
-"""Tensors whose values are not those in memory: lazily negated views, and zeros without memory.
+"""Tensors whose values differ from their memory: lazily negated views, and zeros without memory.
 
-The operator gets a copy, as PyTorch's own operators do. A tensor that is written raises an error:
-PyTorch copies the result back to it, and operators of rope_ext that write return no result.
+The operator gets a copy, as PyTorch's own operators do. If such a tensor is written, an error is
+raised: PyTorch would copy a result back, but operators of rope_ext that write return none.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Placements of the DTensors of a call, and the local tensors that follow from them.
 
-Axes are named: operands that have an axis in common are sharded along it together. Where an operand
-is replicated and another one sharded along an axis of both, each rank takes its part of it; what
-would need a collective raises an error, as only the caller knows where it is cheapest.
+Axes have names, and operands with a common axis are sharded along it together. If an operand is
+sharded along an axis and another one is replicated, each rank takes its part of the replicated one.
+A call that needs a collective raises an error: only the caller knows where it is cheapest.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Operand(NamedTuple):
     name: str
     tensor: Any  # a DTensor
     axes: Axes
-    linear: bool = False  # the result is linear in it, so that its sum may be pending
+    linear: bool = False  # the result is linear in it, so it may be a pending sum
     written: bool = False
 
 
@@ -116,7 +116,7 @@ def _plan_on(op: str, operands: list[Operand], mesh_dim: int) -> tuple[list[Any]
 
 
 def result_placements(op: str, result: Result, operands: list[Operand], plan: Plan) -> list[Any]:
-    """The result is a pending sum where an operand is one that it is linear in."""
+    """The result is a pending sum if an operand is one and the result is linear in it."""
     placements = plan.place(result.axes, result.summed)
     in_terms = frozenset().union(*result.terms)
     for mesh_dim in range(len(placements)):

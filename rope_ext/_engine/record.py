@@ -1,4 +1,4 @@
-"""The record of an operator: what its schema does not say, with what is read from the schema."""
+"""The record of an operator: what its schema does not say, and properties that follow from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ class Derivative(NamedTuple):
     """How an operator is differentiated, backward and forward."""
 
     save: Callable[[Any, list[Any]], None]  # (ctx, positional arguments)
-    backward: Callable[..., Grads]  # (ctx, *gradients of results) -> one a positional argument
+    backward: Callable[..., Grads]  # (ctx, *gradients of results) -> one per positional argument
     tangent: Callable[[list[Any], Grads, Given], Any]  # (arguments, tangents, options)
 
 
 class Composed(NamedTuple):
-    """The operator as a function of differentiable ones, called where it is differentiated."""
+    """The operator written as differentiable functions, which are called to differentiate it."""
 
-    function: Callable[..., Any]  # of the operator's arguments, all by name
+    function: Callable[..., Any]  # takes the operator's arguments, all by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Operator:
     name           "apply_rotary", "apply_rotary.out"
     rotates        the tensors that rotate, [B, S, H, D] or [T, H, D]
     pairs          the tensor whose last dimension counts pairs (or channels, with rotary_dim)
-    results        what results are like, or a function that makes fakes; None: like rotates
-    derivative     None for operators that write, which refuse tensors that require grad
+    results        the tensors that results are like, or a function that makes fakes; None: rotates
+    derivative     None for operators that write, which raise for tensors that require grad
     flops_rotated  operations for each channel that rotates
     flops_channel  further operations for each channel of the tensors that rotate
     vmap           None: by_sequences of vmap.py
@@ -91,7 +91,7 @@ class Operator:
 
     @cached_property
     def outs(self) -> tuple[str, ...]:
-        """The tensors that are written instead of results being returned."""
+        """The keyword arguments that receive the results."""
         return tuple(name for name in self.written if name not in self.positional)
 
     @cached_property
@@ -108,7 +108,7 @@ class Operator:
         return self.rotates[0] if self.rotates else self.pairs
 
     def named(self, args: tuple[Any, ...], options: Given) -> Given:
-        """The arguments of a call by name, without the defaults that the dispatcher leaves out."""
+        """The arguments of a call by name, without defaults, which the dispatcher omits."""
         return dict(zip(self.positional, args, strict=False)) | options
 
     def given(self, args: tuple[Any, ...], options: Given) -> Given:

@@ -1,8 +1,8 @@
 """How an operator may be sharded: the axes of its tensors, by name.
 
-Tensors that have an axis in common are sharded along it together. A rule gets an operator and its
-arguments and describes them in these terms; placements.py and dtensor.py follow the description.
-Nothing here imports torch.distributed.tensor.
+Tensors with a common axis are sharded along it together. A rule takes an operator and its arguments
+and returns a Sharding, which placements.py and dtensor.py apply. Nothing here imports
+torch.distributed.tensor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sharding:
 
     axes: dict[str, Axes]
     results: tuple[Result, ...] = ()
-    # Changes the local arguments that depend on the rank's place in the mesh.
+    # Changes the local arguments that depend on the rank's coordinates in the mesh.
     complete: Callable[[dict[str, Any], PartOfRange], None] = lambda arguments, part_of_range: None
     tokens_stay_whole: str = ""  # why tokens must not be sharded, for the message
 
@@ -60,8 +60,8 @@ def axes_of_x(x: Tensor, heads: str | None) -> Axes:
 
 
 def axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> Axes:
-    """The axes of rows [1|B, S, W] or [T, W]. A table [L, W] is not sharded: a rank may need any of
-    its rows.
+    """The axes of rows [1|B, S, W] or [T, W]. A table [L, W] is not sharded: a rank may need every
+    row.
     """
     if cos.dim() == 3:
         return (None if cos.shape[0] == 1 else BATCH, SEQUENCE, None)
@@ -83,8 +83,8 @@ def axes_of_positions(position_ids: Tensor | None, of_pairs: Tensor | None = Non
 def positions_in_table(
     op: str, x: Tensor, cos: Tensor, part_of_range: PartOfRange
 ) -> Tensor | None:
-    """The positions of a rank's tokens, where none are given and a table has a row for each token
-    of the whole sequence. None if each rank has the rows of its own tokens.
+    """The positions of a rank's tokens, for a call without position_ids and with a table that has a
+    row for each token of the whole sequence. None if each rank has the rows of its own tokens.
     """
     length = x.shape[-3]
     if cos.dim() != 2 or cos.shape[0] == length:  # rows are sharded with their tokens
@@ -103,9 +103,9 @@ def rotation_sharding(
     heads: tuple[str | None, ...] = HEADS_OF,
     is_linear: bool = True,
 ) -> Sharding:
-    """The rule of operators that rotate. Batch, sequence and heads may be sharded; a pending sum of
-    a tensor that rotates becomes one of its result. Results, or the tensors that take them, are
-    placed as the tensors that rotate; frequencies and weights are not sharded.
+    """The rule of operators that rotate. Batch, sequence and heads may be sharded. A pending sum of
+    a tensor that rotates gives a pending sum as its result. Results and `out` have the placements
+    of the tensors that rotate. Frequencies and weights are not sharded.
     """
     xs = [given[name] for name in operator.rotates]
     rows = given.get("cos")

@@ -16,12 +16,13 @@ from rope_ext._engine.record import Given, Operator, VmapRule
 
 Dims = dict[str, int | None]
 
-# register_vmap raises for an operator with a tensor keyword, so refusals go in by the key.
+# torch.library.register_vmap raises for an operator with a tensor keyword: a rule that raises an
+# error is registered at the dispatch key instead.
 _LIBRARY = torch.library.Library("rope", "IMPL")
 
 
 def register_vmap_rules(operators: Sequence[Operator]) -> None:
-    """Nothing is registered for operators that write into out: PyTorch refuses them then."""
+    """Operators that write into out get no rule: PyTorch raises an error for them."""
     for operator in operators:
         if {*operator.written} - {*operator.rotates, *operator.outs}:
             _LIBRARY.impl(operator.name, _refusal(operator), "FuncTorchBatched")
@@ -43,7 +44,7 @@ def _as_registered(operator: Operator) -> Callable[..., Any]:
 
 
 def _refusal(operator: Operator) -> Callable[..., None]:
-    """For operators that write to a cache, which all sequences share."""
+    """A rule that raises, for operators that write to a cache: all sequences share the cache."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError(
@@ -66,7 +67,7 @@ def _check_written_are_batched(operator: Operator, dims: Dims) -> None:
 
 
 def by_sequences(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
-    """Samples become sequences. If other tensors, such as weights, are batched: one call each."""
+    """Samples become sequences. If other tensors (weights) are batched: one call a sample."""
     beside = {*operator.tensors} - {*operator.rotates, "cos", "sin", "position_ids"}
     if any(dims[name] is not None for name in beside):
         return one_by_one(operator, count, dims, given)
@@ -133,7 +134,7 @@ def _rows(count: int, batch: int, seq: int, dims: Dims, given: Given) -> dict[st
             cos, sin = each(cos, batched_table, 3), each(sin, batched_table, 3)
     elif batched_table and ids is None:  # each sample has the rows 0, 1, 2, ...
         cos, sin = each(cos[:, :seq], True, 3), each(sin[:, :seq], True, 3)
-    elif batched_table:  # one table, in which each sample has its part
+    elif batched_table:  # one table, which joins those of the samples
         length, ids = cos.shape[1], each(ids, batched_ids, 2)
         first = length * torch.arange(count, device=ids.device).repeat_interleave(batch)[:, None]
         outside = (ids < 0) | (ids >= length)  # of the sample's part of the table

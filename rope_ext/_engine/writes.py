@@ -1,7 +1,7 @@
-"""Operators that write, in place, into out or to a cache: version counters, and refusals.
+"""Operators that write, in place, into out or to a cache: version counters, and errors.
 
-By a tensor's version counter autograd knows that it was written after it was saved; a C++ kernel
-does not count. Inference mode counts no versions and does not call this.
+Autograd compares version counters to detect that a saved tensor was written later. A C++ kernel
+does not increase them, so this file does. Inference mode counts no versions and skips this file.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,11 +42,11 @@ def check_may_be_written(operator: Any, written: tuple[Tensor, ...]) -> None:
                     "inference mode, got one"
                 )
     except AttributeError:
-        return  # a None, which the operator refuses
+        return  # for None the operator raises the error
 
 
 def _writing_kernel(operator: Operator) -> Callable[..., None]:
-    """Refuses tensors that require grad, runs the operator, and counts the versions up."""
+    """Raises for tensors that require grad, runs the operator, and increases version counters."""
     overload, written_tensors = operator.overload, operator.written_tensors
     redispatch = overload.redispatch
     is_inference_mode, is_grad_enabled = torch.is_inference_mode_enabled, torch.is_grad_enabled
@@ -79,7 +79,7 @@ def _refuse_gradients(operator: Operator, given: dict[str, Any]) -> None:
 
 
 def _instead(operator: Operator) -> str:
-    """What to do where a gradient is wanted."""
+    """What the caller can do to get a gradient."""
     if operator.outs:
         return "rotate without out"
     if {*operator.written} <= {*operator.rotates}:

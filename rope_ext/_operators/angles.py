@@ -1,8 +1,8 @@
 """cos and sin of positions, as a table and as rows, and the gradient to their frequencies.
 
-An angle is position * inv_freq. By the position cos' = -inv_freq sin and sin' = inv_freq cos; by
-inv_freq the factor is the position. Positions seldom require gradients, so their derivatives are
-composed of the operators in float64 and of PyTorch's own.
+An angle is position * inv_freq. Its derivatives by the position are cos' = -inv_freq sin and
+sin' = inv_freq cos; for those by inv_freq the factor is the position. Positions seldom require
+gradients, so their derivatives are composed of the operators in float64 and of PyTorch's own.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ def table_dtype(inv_freq: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if inv_freq.dtype == torch.float64 else torch.float32
 
 
-# All pairs of a token have one position; with axes, each pair has that of its axis. Sums go axis by
-# axis, as index_add_ is not deterministic on CUDA.
+# Without axes, all pairs of a token share its position; with axes, a pair has the position of its
+# axis. Sums are taken axis by axis, as index_add_ is not deterministic on CUDA.
 
 
 def _of_pairs(positions: Tensor, axes: Tensor | None) -> Tensor:
@@ -223,7 +223,7 @@ def _empty_rows(given: Given, positions: tuple[int, ...]) -> tuple[Tensor, Tenso
 def cos_sin_of_samples(
     operator: Operator, count: int, dims: dict[str, int | None], given: Given
 ) -> Any:
-    """Of cos_sin and cos_sin_cache."""
+    """The rule of cos_sin and cos_sin_cache."""
     axes = given.get("axes")
     of_axes, of_positions = dims.get("axes"), dims.get("position_ids")
     if dims["inv_freq"] is None and of_axes is None:

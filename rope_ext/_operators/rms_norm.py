@@ -41,7 +41,7 @@ class _Norm:
         self.n = x * self.inverse_rms
 
     def tangent(self, x: Tensor | None, weight: Tensor | None) -> Tensor | None:
-        """Of n times the factor, for tangents of x and of the weight."""
+        """The tangent of n times the factor, given those of x and of the weight."""
         if x is None and weight is None:
             return None
         tangent = torch.zeros_like(self.n)
@@ -129,7 +129,7 @@ def _composed_backward(
 
 
 def _sharding(operator: Operator, given: Given) -> Sharding:
-    """A row of [H, D] is all heads of a token, which must not be sharded then."""
+    """With a weight [H, D] a row is all heads of a token, so the heads must not be sharded."""
     heads = HEADS_OF if given["q_weight"].dim() == 1 else (None, None)
     return rotation_sharding(operator, given, heads, is_linear=False)
 

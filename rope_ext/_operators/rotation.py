@@ -31,7 +31,7 @@ rope = torch.ops.rope
 
 
 def _save(ctx: Any, args: list[Any], rotated: int) -> None:
-    """Saves what backward needs; the tensors that rotate only for gradients to the table."""
+    """Saves what backward needs. Only gradients to the table need the tensors that rotate."""
     cos, sin, position_ids = args[rotated : rotated + 3]
     ctx.table_needs_grad = any(ctx.needs_input_grad[rotated : rotated + 2])
     xs = args[:rotated] if ctx.table_needs_grad else ()
@@ -222,8 +222,8 @@ def _table_backward_of_samples(
         grads = operator.overload(*xs, cos.new_empty(count * batch, rows, width), **options)
         return tuple(g.view(count, *shape) for g in grads), (0, 0)
 
-    # One table, in which each sample has its part and one row more, for its tokens whose positions
-    # are outside of the table: they come after those of its last row.
+    # One table: each sample has its rows and one more, for its tokens with positions outside of the
+    # table, which come after those of its last row.
     tokens, device = batch * seq, cos.device
     token_order, row_offsets = given["token_order"], given["row_offsets"]
     if token_order is None:  # row i: token i of each sequence
@@ -240,7 +240,7 @@ def _table_backward_of_samples(
 
 
 def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
-    """token_order and row_offsets are those of the rank's tokens (:func:`tokens_by_row`)."""
+    """token_order and row_offsets describe the rank's tokens (:func:`tokens_by_row`)."""
     q, cos, token_order = given["q"], given["cos"], given["token_order"]
     of_x, rows = axes_of_x(q, HEADS), axes_of_rows(cos, q, token_order)
     terms = (frozenset(("grad_q", "q")), frozenset(("grad_k", "k")))
@@ -265,11 +265,12 @@ def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
     return Sharding(axes, (grad, grad), complete)
 
 
-# vmap in place calls the operator with new results, which allows another order of the pairs
+# Under vmap, a rotation in place calls the operator that returns new results, which would accept
+# another order of the pairs
 
 
 def check_order_stays(operator: Operator, given: Given) -> None:
-    """Raises the error of the operator in place."""
+    """Raises the error that the operator in place raises."""
     interleaved, interleaved_out = given["interleaved"], given["interleaved_out"]
     if interleaved_out is not None and interleaved_out != interleaved:
         raise RuntimeError(

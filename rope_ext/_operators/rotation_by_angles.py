@@ -41,7 +41,7 @@ def _save_at(ctx: Any, args: list[Any]) -> None:
 
 
 def _without_heads(x: Tensor) -> Tensor:
-    """A tensor without heads, in the place of a missing q or k."""
+    """A tensor without heads, which stands for a missing q or k."""
     return x[..., :0, :]
 
 
@@ -116,7 +116,7 @@ def _at_tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> 
 def _at_of_samples(
     operator: Operator, count: int, dims: dict[str, int | None], given: Given
 ) -> Any:
-    """By rows of cos and sin, of which each sample may have its own."""
+    """Rotates by rows of cos and sin, which may differ between samples."""
     arguments = dict(given)
     inv_freq, position_ids, axes = (arguments.pop(x) for x in ("inv_freq", "position_ids", "axes"))
     made: Given = {

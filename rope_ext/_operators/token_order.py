@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Does not import DTensor: if a tensor is one, its module has been imported."""
+    """Whether a tensor is a DTensor. Does not import DTensor: without its module there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def tokens_by_row(position_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The tokens sorted by their row. Each row is summed by itself and in this order, for the same
-    bits every time, on every device.
+    """The tokens sorted by their row. Each row is summed alone and in this order, so that the bits
+    are the same in every run and on every device.
 
     Returns:
         token_order: int64 [tokens], indices into the flattened position_ids.
@@ -28,8 +28,8 @@ def tokens_by_row(position_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def distributed_tokens_by_row(position_ids: Any, rows: int, *others: Any) -> tuple[Any, Any]:
-    """The same for DTensors, of each rank's tokens: where position_ids or the others, x and
-    gradients to it, are sharded along batch or sequence.
+    """:func:`tokens_by_row` of each rank's tokens, for DTensors: position_ids or the others (x, and
+    gradients to x) may be sharded along batch or sequence.
 
     token_order indexes the tokens of the rank. row_offsets count tokens, so they add up over ranks.
     """

@@ -1,10 +1,10 @@
-"""The demo: a real language model with its own rotary function and with rope_ext, side by side.
+"""The demo: a language model with its own rotary function and with rope_ext, side by side.
 
-weights.py   SmolLM2-135M: fetched, checked, converted, cached
-models.py    what is run: pretrained or random, and the text it reads
-rotary.py    puts another function in the place of a model's rotary function
-compare.py   what differs, in tokens, logits, gradients and time
-scaling.py   another rope scaling for the model, and what differs in frequencies and tables
+weights.py   SmolLM2-135M: downloaded, checked, cached
+models.py    the model, pretrained or random, and the text it reads
+rotary.py    replaces a model's rotary function
+compare.py   differences in tokens, logits, gradients and time
+scaling.py   another rope scaling for the model; differences in frequencies and tables
 """
 
 import argparse
@@ -27,11 +27,11 @@ NEEDED = ("transformers", "gguf", "accelerate")
 
 
 class CannotRun(Exception):
-    """The demo has nothing to compare; the message says why and what to do."""
+    """The demo has nothing to compare. The message gives the reason and the remedy."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo as the command line asks. Returns 0: all equal, 1: not, 2: it could not run."""
+    """Runs the demo. Returns 0: all equal, 1: something differs, 2: the demo could not run."""
     try:
         return clear_cache() if args.clear_cache else compare_and_report(args)
     except (
@@ -55,7 +55,7 @@ def compare_and_report(args: argparse.Namespace) -> int:
         raise CannotRun(f"--device {args.device}: torch {torch.__version__} finds no CUDA GPU")
     try:
         args.prompt.encode()
-    except UnicodeEncodeError:  # Python gives each byte that is no UTF-8 as half a surrogate
+    except UnicodeEncodeError:  # Python turns a byte that is not UTF-8 into a lone surrogate
         raise CannotRun(f"expected --prompt to be text in UTF-8, got {args.prompt!a}") from None
 
     model, tokenizer, title = load(args)
@@ -114,12 +114,12 @@ def compare_and_report(args: argparse.Namespace) -> int:
 
 
 def say(text: str) -> None:
-    """Progress, apart from the results."""
+    """Prints progress to stderr, apart from the results."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, object, str]:
-    """The model, its tokenizer, and what to call it."""
+    """The model, its tokenizer and its description."""
     random_title = (
         f"RANDOM WEIGHTS (seed {models.RANDOM_SEED}) in the shape of SmolLM2-135M, a token a byte: "
         "the text means nothing"
@@ -158,7 +158,7 @@ def clear_cache() -> int:
 
 @contextlib.contextmanager
 def usable(cache: Path) -> Iterator[None]:
-    """What the system refuses within the cache ends the demo with a message, not a traceback."""
+    """Turns an OSError in the cache into a message instead of a traceback."""
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def describe(
 
 
 def columns(left: str, right: str, width: int) -> str:
-    """Two texts beside one another, each wrapped to `width` characters."""
+    """Two texts side by side, each wrapped to `width` characters."""
     wrapped = [
         [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
         for text in (left, right)

@@ -1,8 +1,8 @@
 """Runs a model with its own rotary function and with rope_ext, and measures what differs.
 
-All in float32, where rope_ext does the arithmetic of x cos + rotate_half(x) sin in the same order,
-so that every difference is expected to be exactly 0. What may differ by a rounding is a sum that a
-model takes over q or k or their gradients (a norm's weight, say): torch orders it by their strides.
+All in float32, where rope_ext computes x cos + rotate_half(x) sin in the same order, so every
+difference is expected to be 0. Only sums that a model takes over q or k or their gradients (such as
+the gradient of a norm's weight) may differ by roundings: torch's order of terms depends on strides.
 """
 
 import statistics
@@ -23,12 +23,12 @@ from rope_ext.demo.rotary import (
     with_rope_ext,
 )
 
-# Each function rounds x1 c, x2 s and their sum once, by at most half a unit in the last place: it
-# is at most 2 * 2^-24 (|x1 c| + |x2 s|) from the exact value, and two are at most twice that apart.
+# A function rounds x1 c, x2 s and their sum once, each by at most half a unit in the last place. So
+# it is at most 2 * 2^-24 (|x1 c| + |x2 s|) from the exact value. Two functions are at most twice
+# that apart.
 ROTATION_TOLERANCE = 2 * FLOAT32_EPS
-# Differences further on are measured against what `one_ulp_off` does to the unpatched model. Twice,
-# because the largest of many rounding differences varies by less than that from one set of
-# roundings to another.
+# Later differences are compared to the effect of `one_ulp_off` on the unpatched model. Twice that,
+# as the largest of many rounding differences varies by less between sets of roundings.
 ONE_ULP_FACTOR = 2.0
 
 TIMING_ROUNDS = 41
@@ -36,12 +36,12 @@ TIMING_SECONDS_A_ROUND = 0.003
 
 
 class NeverCalled(Exception):
-    """The replacement did not run as often as the model's own function: it was not compared."""
+    """The replacement ran less often than the model's own function: nothing was compared."""
 
 
 @dataclass
 class Check:
-    """One comparison: `difference` must not pass `tolerance`."""
+    """One comparison, which passes if `difference` is at most `tolerance`."""
 
     name: str
     difference: float
@@ -55,7 +55,7 @@ class Check:
 
 @dataclass
 class Timing:
-    """Microseconds a call over the rounds of one function."""
+    """Microseconds a call of one function, over the rounds."""
 
     median: float
     low: float  # 10th percentile
@@ -64,7 +64,7 @@ class Timing:
 
 @dataclass
 class Generation:
-    """The tokens that both functions led to, int64 [tokens] each."""
+    """The tokens that each function generated, int64 [tokens]."""
 
     own: torch.Tensor
     ours: torch.Tensor
@@ -107,7 +107,7 @@ def generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tenso
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=tokens,
-        min_new_tokens=tokens,  # past the end of the answer too: more tokens to compare
+        min_new_tokens=tokens,  # also after the end of the answer: more tokens to compare
         do_sample=False,
         num_beams=1,
         temperature=None,
@@ -123,7 +123,7 @@ def compare_prompt(model: nn.Module, tokens: torch.Tensor) -> Prompt:
     rotation_differences = []
 
     def beside_rope_ext(original: Callable) -> Callable:
-        """`original`, with rope_ext run on the same arguments and compared."""
+        """`original`; rope_ext runs on the same arguments, and the results are compared."""
 
         def both(q, k, cos, sin, unsqueeze_dim=1):
             own = original(q, k, cos, sin, unsqueeze_dim)
@@ -160,7 +160,7 @@ def compare_prompt(model: nn.Module, tokens: torch.Tensor) -> Prompt:
 
 
 def rotation_difference(x, cos, sin, own, ours) -> torch.Tensor:
-    """Largest |own - ours| relative to |x cos| + |rotate_half(x) sin|, the size of what is added.
+    """Largest |own - ours| relative to |x cos| + |rotate_half(x) sin|, the size of the terms.
 
     x, own, ours [B, H, S, D] and cos, sin [1|B, 1, S, R], or with S and H swapped. Scalar.
     """
@@ -181,7 +181,7 @@ def compare_training_step(model: nn.Module, tokens: torch.Tensor) -> tuple[list[
 
     def gradients(make: Callable) -> tuple[dict[str, torch.Tensor], Tally]:
         model.train()
-        torch.manual_seed(0)  # the same dropout, should the model have any
+        torch.manual_seed(0)  # the same dropout, if the model has any
         with replaced_rotary(model, make) as tally:
             model(tokens, labels=tokens, use_cache=False).loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -224,7 +224,7 @@ def gradient_difference(a: dict, b: dict) -> tuple[float, float]:
 
 
 def time_side_by_side(call: Call, functions: list[Callable]) -> list[Timing]:
-    """Times the functions on the same arguments, in turns: a busy machine slows all of them."""
+    """Times the functions on the same arguments in turns, so that other load slows all of them."""
     device = call[0].device
 
     def seconds(function: Callable, times: int) -> float:

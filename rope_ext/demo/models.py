@@ -1,4 +1,4 @@
-"""What the demo runs: a pretrained model or a random one, its tokenizer, and real text to read."""
+"""The model of the demo, pretrained or random, its tokenizer, and text for it to read."""
 
 import inspect
 from pathlib import Path
@@ -20,16 +20,16 @@ SMOLLM2_SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
 RANDOM_SEED = 0
-# Twice the usual: attention and with it the position then decides which token comes next, where
-# smaller weights repeat one token and no comparison of tokens could fail.
+# Twice the usual: attention, and so the positions, then decides the next token. With smaller
+# weights the model repeats one token, and the comparison of tokens could not fail.
 RANDOM_STD = 0.04
 
 
 def load_pretrained(path_or_id: str) -> tuple[nn.Module, object]:
-    """The float32 model and its tokenizer, of a folder, a .gguf file or an id that is in the cache.
+    """The float32 model and its tokenizer, from a folder, a .gguf file or an id in the cache.
 
-    Never goes to the network. Raises what transformers raises when there is nothing to load:
-    OSError or ValueError.
+    Never uses the network. Raises OSError or ValueError, as transformers does, if there is nothing
+    to load.
     """
     import transformers
 
@@ -38,9 +38,9 @@ def load_pretrained(path_or_id: str) -> tuple[nn.Module, object]:
         file = Path(path_or_id).resolve()
         path_or_id, options["gguf_file"] = str(file.parent), file.name
         if hasattr(transformers, "GgufConfig"):
-            # without it weights may stay packed, in layers that can't be trained or saved
+            # without this, weights may stay packed in layers that can't be trained or saved
             unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # read once for both: of a GGUF file that takes seconds
+    # read once for both: reading a GGUF file takes seconds
     options["config"] = transformers.AutoConfig.from_pretrained(path_or_id, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -61,7 +61,7 @@ def random_model(layers: int) -> tuple[nn.Module, "ByteTokenizer"]:
 
 
 class ByteTokenizer:
-    """Stands in for a tokenizer: a token a byte, and token numbers instead of text."""
+    """Replaces a tokenizer: one token a byte, and token numbers instead of text."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -71,10 +71,10 @@ class ByteTokenizer:
 
 
 def real_text() -> str:
-    """About 700 kB of English that is on every machine: Python's own language reference."""
+    """About 700 kB of English on every machine: Python's own language reference."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some slimmed Pythons leave it out
+    except ImportError:  # some reduced Pythons omit it
         import argparse
 
         return inspect.getsource(argparse)
@@ -82,11 +82,11 @@ def real_text() -> str:
 
 
 def chat_tokens(tokenizer, prompt: str, device: torch.device) -> torch.Tensor:
-    """The prompt as a user's message where the model knows such -> int64 [1, tokens]."""
+    """The prompt, as a user's message if the model has a chat template -> int64 [1, tokens]."""
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        # the template has written the special tokens already
+        # the template has already added the special tokens
         return torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=device)
     return torch.tensor([tokenizer.encode(prompt)], device=device)
 
@@ -94,7 +94,7 @@ def chat_tokens(tokenizer, prompt: str, device: torch.device) -> torch.Tensor:
 def text_tokens(tokenizer, length: int, device: torch.device) -> torch.Tensor:
     """Exactly `length` tokens of real text -> int64 [1, length]."""
     text = real_text()
-    # 16 characters a token are more than enough for every tokenizer, and spare tokenizing all of it
+    # 16 characters a token suffice for every tokenizer; tokenizing the whole text would take longer
     tokens = tokenizer.encode(text[: 16 * length])
     while len(tokens) < length:
         tokens = tokens + tokens

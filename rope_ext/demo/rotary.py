@@ -1,4 +1,4 @@
-"""Puts other functions in the place of a transformers model's rotary function, and counts calls."""
+"""Replaces the rotary functions of a transformers model, and counts calls."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 
 class NotLlamaForm(Exception):
-    """The model's rotary function isn't the one that is replaced here."""
+    """The model's rotary function has another form than the replacement."""
 
 
 @dataclass
 class Tally:
-    """How often a function ran, and its last arguments (where no gradient is taken)."""
+    """How often a function ran, and its last arguments (if no gradient is taken)."""
 
     calls: int = 0
     last: Call | None = None
@@ -32,7 +32,7 @@ class Tally:
     def counting(self, function: Callable) -> Callable:
         def counted(q, k, cos, sin, unsqueeze_dim=1):
             self.calls += 1
-            if not torch.is_grad_enabled():  # else the graph of the step would be kept alive
+            if not torch.is_grad_enabled():  # otherwise this would keep the graph of the step alive
                 self.last = q, k, cos, sin, unsqueeze_dim
             return function(q, k, cos, sin, unsqueeze_dim)
 
@@ -44,17 +44,17 @@ def unchanged(original: Callable) -> Callable:
 
 
 def with_rope_ext(original: Callable) -> Callable:
-    """What patch(model) puts in the place of `original`."""
+    """The function by which patch(model) replaces `original`."""
     rotation = recognize(original)
     assert rotation is not None, "require_llama_form comes first"
     return rotation.replacement
 
 
 def one_ulp_off(original: Callable) -> Callable:
-    """`original` with every number that it returns, and every gradient that it receives, moved.
+    """`original`, with its results and the gradients that it receives moved by one unit.
 
-    Up or down by one unit in the last place, at random (seeded). What this changes in a model is
-    what another rounding may change: the yardstick for the tolerances.
+    Each number moves up or down by one unit in the last place, at random (seeded). The resulting
+    change in a model is the change that other roundings may cause: the scale of the tolerances.
     """
     generators = {}
 
@@ -73,7 +73,7 @@ def one_ulp_off(original: Callable) -> Callable:
 
 @contextlib.contextmanager
 def replaced_rotary(model: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[Tally]:
-    """Within the block every rotary function f of `model` is `make(f)`, counted; then f again."""
+    """Within the block every rotary function f of `model` is `make(f)`, with its calls counted."""
     forget_lengths(model)
     tally = Tally()
     with substituted(model, lambda function, rotation: tally.counting(make(function))):
@@ -81,7 +81,7 @@ def replaced_rotary(model: nn.Module, make: Callable[[Callable], Callable]) -> I
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """As if no sequence had been read: frequencies may depend on the longest one so far."""
+    """Resets the longest sequence so far, on which frequencies may depend."""
     for module in model.modules():
         if hasattr(module, "original_inv_freq") and hasattr(module, "original_max_seq_len"):
             module.inv_freq = module.original_inv_freq.clone()
@@ -89,7 +89,7 @@ def forget_lengths(model: nn.Module) -> None:
 
 
 def own_rotations(model: nn.Module) -> list[tuple[Callable, Rotation]]:
-    """The model's rotary functions, and what they compute. Raises UnrecognizedRotation."""
+    """The model's rotary functions and their rotations. Raises UnrecognizedRotation."""
     found = []
 
     def note(function: Callable, rotation: Rotation) -> Callable:
@@ -103,8 +103,8 @@ def own_rotations(model: nn.Module) -> list[tuple[Callable, Rotation]]:
 def require_llama_form(model: nn.Module) -> list[str]:
     """The full names of the model's rotary functions, all of Llama's form.
 
-    The comparisons call them with q and k and know the error of a half-split rotation; patch(model)
-    knows others. Raises NotLlamaForm with the reason.
+    The comparisons call them with q and k, and their tolerance is that of a half-split rotation;
+    patch(model) replaces other forms too. Raises NotLlamaForm with the reason.
     """
     try:
         rotations = own_rotations(model)

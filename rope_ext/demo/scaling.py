@@ -1,4 +1,4 @@
-"""Gives a model another rope scaling, and compares its frequencies and tables with rope_ext's."""
+"""Gives a model another rope scaling, and compares its frequencies and tables to rope_ext's."""
 
 import contextlib
 import inspect
@@ -13,13 +13,13 @@ from rope_ext.demo.compare import Check, generate
 from rope_ext.demo.rotary import forget_lengths
 
 TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-# Shorter than the prompt, where a longer sequence has other frequencies: so that it comes to that.
+# Shorter than the prompt, so that the frequencies for longer sequences are used.
 ORIGINAL_BY_LENGTH = 1024
 
 
 class NotScalable(Exception):
-    """The model can't have this scaling: its rotary embedding isn't one that takes its frequencies
-    from its config, or the numbers make no sense.
+    """The model can't have this scaling: its rotary embedding does not take its frequencies from
+    the config, or the numbers are invalid.
     """
 
 
@@ -28,7 +28,7 @@ def parameters(
 ) -> dict[str, Any]:
     """rope_parameters, without rope_theta, of a scaling by `factor` from `original` tokens on.
 
-    longest: max_position_embeddings of the model, the original length if that is None.
+    longest: max_position_embeddings of the model, the default of `original`.
     """
     if original is None:
         original = ORIGINAL_BY_LENGTH if rope_type in ("dynamic", "longrope") else longest
@@ -50,7 +50,7 @@ def parameters(
 
 
 def apply(model: nn.Module, rope_type: str, factor: float, original: int | None) -> str:
-    """Puts the scaling into the model's config and makes its rotary embedding anew; in words."""
+    """Sets the scaling in the model's config and renews its rotary embedding; returns a text."""
     config = model.config.get_text_config()
     (old,) = rotary_embeddings(model).values()
     scaling = parameters(
@@ -61,7 +61,7 @@ def apply(model: nn.Module, rope_type: str, factor: float, original: int | None)
     except ValueError as error:
         raise NotScalable(f"--rope-scaling {rope_type}: {error}") from error
     shown = {key: value for key, value in scaling.items() if not isinstance(value, list)}
-    if rope_type == "dynamic":  # there it is called so
+    if rope_type == "dynamic":  # transformers calls it so
         config.max_position_embeddings = scaling.pop("original_max_position_embeddings")
     config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
     for name in rotary_embeddings(model):
@@ -71,7 +71,7 @@ def apply(model: nn.Module, rope_type: str, factor: float, original: int | None)
 
 
 def rotary_embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """The one module, by name, that makes the model's cos and sin from position_ids."""
+    """The one module, by name, that computes the model's cos and sin from position_ids."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -87,7 +87,7 @@ def rotary_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_frequencies(model: nn.Module) -> Check:
-    """rope_ext.frequencies on the model's config against the model's own, bit for bit."""
+    """rope_ext.frequencies on the model's config, compared bit for bit to the model's own."""
     forget_lengths(model)
     (own,) = rotary_embeddings(model).values()
     inv_freq, attention_scaling = rope_ext.frequencies.from_config(model.config)
@@ -100,9 +100,9 @@ def check_frequencies(model: nn.Module) -> Check:
 
 
 def check_generation(model: nn.Module, prompt: torch.Tensor, own: torch.Tensor) -> Check:
-    """Tokens that follow the prompt with rope_ext's tables against those that followed before.
+    """Compares the tokens after the prompt with rope_ext's tables to those without.
 
-    The tables of transformers round the angle: to 2^-24 of it, less than decides between tokens.
+    The tables of transformers round the angle by 2^-24 of it, too little to change a token.
     """
     with torch.no_grad(), replaced_tables(model):
         ours = generate(model, prompt, len(own))

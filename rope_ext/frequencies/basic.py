@@ -1,4 +1,4 @@
-"""Frequencies without a change of context: all channels, or some of them."""
+"""Frequencies without an extension of the context, for all channels or some of them."""
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,7 +17,7 @@ def default(
 
     Args:
         head_dim: channels of a head, D.
-        base: the longest wavelength is 2 pi base tokens, nearly. Above 0. Often called rope_theta.
+        base: the longest wavelength is about 2 pi base tokens. Above 0. Often called rope_theta.
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: all of them.
         device: where to make inv_freq.
 
@@ -70,8 +70,8 @@ def proportional(
 ) -> tuple[Tensor, float]:
     """The frequencies of Gemma 4: ``base ** (-2 i / D) / factor`` for the first pairs, then zeros.
 
-    The first ``int(partial_rotary_factor * D // 2)`` pairs turn as fast as they would if all of the
-    head turned; the others have the frequency 0, which is no rotation.
+    The first ``int(partial_rotary_factor * D // 2)`` pairs have the frequencies that they have when
+    all of the head rotates; the others have the frequency 0, which is no rotation.
 
     Args:
         head_dim: channels of a head, D: even, at least 2.
@@ -92,6 +92,6 @@ def proportional(
     check_number("proportional", "factor", factor, least=1)
     check_number("proportional", "base", base, above=0)
     rotated = int(partial_rotary_factor * head_dim // 2)
-    # as many powers as transformers takes at once: the last bit of some depends on that
+    # the whole range at once, as in transformers: the last bit of some powers depends on it
     inv_freq = 1.0 / (base ** exponents(2 * rotated, device, head_dim))
     return pad(inv_freq, (0, head_dim // 2 - rotated)) / factor, 1.0

@@ -1,4 +1,4 @@
-"""What the functions of this package check, and the formula that they share."""
+"""Checks of the functions of this package, and the formula of the exponents."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from rope_ext._argument_errors import shown
 Device = torch.device | str | None
 
 LAST_POSITION = 2**31 - 1  # of cos_sin, and the longest context in tokens
-MOST_CHANNELS = 65_536  # of a head: 128 times the widest that there is
-# The largest number, in size, and 1 / LARGEST the smallest above 0: float32 holds products of two.
+MOST_CHANNELS = 65_536  # of a head: 128 times the widest known
+# The largest magnitude; 1 / LARGEST is the smallest above 0. float32 holds products of two.
 LARGEST = 1e15
 
 
 def refuse(function: str, name: str, expected: str, value: Any) -> NoReturn:
-    """Raises the ValueError that all of this package raises for a wrong value."""
+    """Raises the ValueError of this package for a wrong value."""
     message = f"expected {name} to be {expected}, got {shown(value)}"
     raise ValueError(f"frequencies.{function}: {message}")
 
@@ -55,7 +55,7 @@ def check_number(
 def check_integer(
     function: str, name: str, value: Any, *, least: int = 1, most: int = LAST_POSITION
 ) -> None:
-    """Refuses what is not an integer within the bounds: a number of tokens, channels, heads."""
+    """Raises unless the value is an integer within the bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         refuse(function, name, f"an integer of at least {least} and at most {most}", value)
 
@@ -63,7 +63,7 @@ def check_integer(
 def check_rotary_dim(
     function: str, head_dim: int, rotary_dim: int | None, *, least: int = 2, divisor: int = 2
 ) -> int:
-    """R: rotary_dim, or head_dim where it is None."""
+    """R: rotary_dim, or head_dim if rotary_dim is None."""
     if rotary_dim is None:
         name, value, most, of = "head_dim", head_dim, MOST_CHANNELS, ""
     else:
@@ -76,7 +76,7 @@ def check_rotary_dim(
 
 
 def check_factors(function: str, name: str, values: Sequence[float], pairs: int) -> None:
-    """Refuses what is not a list of `pairs` positive numbers."""
+    """Raises unless the value is a list of `pairs` positive numbers."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         refuse(function, name, f"a list of {pairs} numbers", values)
     if len(values) != pairs:
@@ -89,5 +89,5 @@ def check_factors(function: str, name: str, values: Sequence[float], pairs: int)
 
 
 def exponents(channels: int, device: Device, of: int | None = None) -> Tensor:
-    """2 i / of for each pair i of the channels, float32 [channels / 2]. of=None: of them all."""
+    """2 i / of for each pair i of the channels, float32 [channels / 2]. of=None: of channels."""
     return torch.arange(0, channels, 2, dtype=torch.int64, device=device).float() / (of or channels)

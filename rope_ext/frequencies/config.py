@@ -1,7 +1,7 @@
 """from_config: the frequencies that a Hugging Face config asks for.
 
-Reads config objects and the dicts of config.json alike, by the names of their entries: transformers
-itself is not imported.
+Reads config objects and the dicts of config.json by the names of their entries. transformers is not
+imported.
 """
 
 import os
@@ -34,15 +34,15 @@ NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 
 
 class Resolved(NamedTuple):
-    """What a config says of the rotation of one kind of layer."""
+    """The rotation of one layer type, as a config defines it."""
 
     head_dim: int
     rotary_dim: int
     base: float
     scaling: dict[str, Any]  # rope_type and its parameters
     max_position_embeddings: int | None
-    interleaved: bool  # as transformers has it for the model_type
-    other_rotation: str | None  # what the model_type does that interleaved does not say
+    interleaved: bool  # as transformers does it for the model_type
+    other_rotation: str | None  # another way in which the model_type rotates, in words
 
 
 def from_config(
@@ -57,26 +57,26 @@ def from_config(
     Args:
         config: a config object of transformers, or a dict as in config.json; with rope_parameters,
             for all layers or for each layer type, or in the older form with rope_theta and
-            rope_scaling. Of a config with a text_config it is that one.
-        layer_type: "full_attention", "sliding_attention" and the like, where layers differ.
+            rope_scaling. If it has a text_config, that one is read.
+        layer_type: "full_attention", "sliding_attention" and so on, if layer types differ.
         length: of the sequence, in tokens, for the rope types dynamic and longrope.
         device: where to make inv_freq.
 
     Returns:
-        inv_freq, float32 [P], and attention_scaling; None where layers of this type do not rotate.
-        The rotary_dim is 2 P. For vision towers (rope type axial) inv_freq is that of each axis, or
-        for Pixtral that of the rows and then of the columns.
+        inv_freq, float32 [P], and attention_scaling; None if layers of this type do not rotate. The
+        rotary_dim is 2 P. For vision towers (rope type axial) inv_freq is that of each axis, for
+        Pixtral that of the rows and then of the columns.
 
     Raises:
         ValueError: for the name or path of a config, a config without head_dim, an unknown
-            rope_type or layer_type, entries of another kind or size than they have to be, or that
-            ask for what is not computed here, and what the function of the rope_type refuses.
+            rope_type or layer_type, an entry of a wrong type or size, an entry that asks for
+            frequencies that are not computed here, and the errors of the rope_type's function.
 
-    Resolved as transformers does: partial_rotary_factor (rotary_pct, rotary_dim, and for latent
-    attention qk_rope_head_dim), head_dim or hidden_size / num_attention_heads, a factor of None
-    from max_position_embeddings, truncate of YaRN only where it is not nested by layer type. Two
-    things are not: partial_rotary_factor counts for every model, where Llama's classes disregard
-    it, and PhiMoE's long_factor is used for long sequences, as its authors published it.
+    Entries are read as transformers reads them: partial_rotary_factor (rotary_pct, rotary_dim, and
+    for latent attention qk_rope_head_dim), head_dim or hidden_size / num_attention_heads, a factor
+    of None from max_position_embeddings, truncate of YaRN only if it is not nested by layer type.
+    There are two differences: partial_rotary_factor counts for every model, while Llama's classes
+    ignore it; and PhiMoE's long_factor is used for long sequences, as its authors published it.
     """
     resolved = resolve(config, layer_type)
     if resolved is None:
@@ -100,7 +100,7 @@ def from_config(
 
 
 def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
-    """What the config says, without making frequencies of it; None for no rotation."""
+    """The rotation that a config defines, without its frequencies; None for no rotation."""
     _check_is_loaded(config)
     if not isinstance(layer_type, str | None):
         refuse("from_config", "layer_type", "a string or None", layer_type)
@@ -142,7 +142,7 @@ def resolve(config: Any, layer_type: str | None = None) -> Resolved | None:
 
 
 def _check_entries(entries: Entries, model_type: str) -> None:
-    """Refuses entries that ask for what is not computed here."""
+    """Raises for entries that ask for frequencies that are not computed here."""
     if model_type == "falcon" and entries.flag("alibi", default=False):
         raise ValueError(
             "frequencies.from_config: expected a config that rotates, got 'falcon' with alibi"
@@ -155,7 +155,7 @@ def _check_entries(entries: Entries, model_type: str) -> None:
 def _rope_type(parameters: Entries, model_type: str) -> str:
     rope_type = rope_type_of(parameters.config)
     if rope_type == "yarn" and model_type in ("phi3", "phi4_multimodal"):
-        return "longrope"  # an older name of theirs
+        return "longrope"  # its older name in these models
     if rope_type != "dynamic" or not parameters.number("alpha"):
         return rope_type
     own = model_type.startswith("hunyuan") or parameters.number("factor") is None
@@ -163,7 +163,7 @@ def _rope_type(parameters: Entries, model_type: str) -> str:
 
 
 def _rotates(entries: Entries, model_type: str, layer_type: str | None) -> bool:
-    """Whether layers of this type rotate, as the models have it beside their rope_parameters."""
+    """Whether layers of this type rotate, by the entries besides rope_parameters."""
     if layer_type is None:
         return True
     if layer_type != "sliding_attention":
@@ -174,7 +174,7 @@ def _rotates(entries: Entries, model_type: str, layer_type: str | None) -> bool:
             given and entries.first("sliding_window")[1] is None
         ):
             return False
-    of_layers = entries.per_layer(  # 0: none
+    of_layers = entries.per_layer(  # 0: no rotation
         "no_rope_layers", "layer_rope_theta", kind=(int, float), in_words="a number"
     )
     layer_types = _layer_types(entries)
@@ -191,10 +191,10 @@ def _layer_types(entries: Entries, *other_names: str) -> Sequence[str]:
 def _fill_in(
     scaling: dict[str, Any], rope_type: str, entries: Entries, longest: int | None, nested: bool
 ) -> None:
-    """The parameters that transformers takes from elsewhere in the config."""
+    """Sets the parameters that transformers takes from other entries of the config."""
     original = "original_max_position_embeddings"
     if rope_type == "dynamic":
-        scaling.pop(original, None)  # max_position_embeddings, always
+        scaling.pop(original, None)  # transformers always takes max_position_embeddings
     if rope_type in NEEDS_ORIGINAL_LENGTH:
         top = None if nested else entries.integer(original)
         if top is not None:
@@ -206,15 +206,15 @@ def _fill_in(
             if not Entries(scaling).number(name):  # 0 stands for the default
                 scaling.pop(name, None)
         if nested:
-            scaling.pop("truncate", None)  # read from the top level alone
+            scaling.pop("truncate", None)  # transformers reads it only at the top level
 
 
 def _parameters(
     entries: Entries, model_type: str, layer_type: str | None
 ) -> tuple[Entries | None, bool]:
-    """The parameters of this layer type, None for no rotation; and if they are nested by type."""
+    """Parameters of this layer type, None for no rotation; and whether they are nested by type."""
     new, old = entries.mapping("rope_parameters"), entries.mapping("rope_scaling")
-    # in an object rope_scaling may be another name of rope_parameters, with what was resolved
+    # in a config object rope_scaling may be another name of rope_parameters, with resolved entries
     parameters = (old or new) if entries.is_dict else (new or old)
     if not parameters and entries.is_dict and model_type in OWN_PARAMETERS:
         raise ValueError(
@@ -269,15 +269,15 @@ def _dims(
     if part is None and rotary_dim is None:
         part = PARTIAL.get(model_type)
     if rotated and entries.is_dict and (head_dim is None or part is None):
-        head_dim = rotated  # latent attention: a part of the head of its own
-        if model_type == "mistral4" and part is not None:  # of the whole head
+        head_dim = rotated  # latent attention: the rotated part is a head of its own
+        if model_type == "mistral4" and part is not None:  # part is of the whole head
             head_dim += entries.integer("qk_nope_head_dim", default=64, least=0, most=MOST_CHANNELS)
     if head_dim is None and entries.lacks("head_dim"):
         if layer_type == "full_attention":
             head_dim = FULL_HEAD_DIM.get(model_type)
         head_dim = head_dim or HEAD_DIM.get(model_type)
     if head_dim is None:
-        # embed_dim first: beside it, hidden_size is that of the language model
+        # embed_dim first: if both are there, hidden_size is that of the language model
         hidden = entries.integer("embed_dim", "hidden_size", "n_embd", "d_model")
         heads = entries.integer("num_attention_heads", "n_head", "n_heads", "num_heads")
         if heads is None:
@@ -287,7 +287,7 @@ def _dims(
                 "frequencies.from_config: expected config to have head_dim, or hidden_size and "
                 f"num_attention_heads, got {head_dim!r}, {hidden!r} and {heads!r}"
             )
-        # in Zamba2, attention has its input beside that of the model
+        # Zamba2's attention reads its input concatenated with that of the model
         head_dim = (2 * hidden if model_type == "zamba2" else hidden) // heads
     if is_proportional:
         return head_dim, head_dim
@@ -297,7 +297,7 @@ def _dims(
 
 
 def _head_dim_of_layer_type(entries: Entries, layer_type: str | None) -> int | None:
-    """head_dim where layer types differ in it, as in Gemma 4."""
+    """head_dim if layer types differ in it, as in Gemma 4."""
     if layer_type is None:
         return None
     if not entries.is_dict:
@@ -319,7 +319,7 @@ def _head_dim_of_layer_type(entries: Entries, layer_type: str | None) -> int | N
 
 
 def _check_is_loaded(config: Any) -> None:
-    """Refuses what a config is loaded by: a name, a path, a class."""
+    """Raises for what a config is loaded from: a name, a path, a class."""
     if isinstance(config, type):
         loaded = f"{config.__name__}() or its from_pretrained"
     elif isinstance(config, (str, os.PathLike)):
@@ -336,7 +336,7 @@ def _check_is_loaded(config: Any) -> None:
 
 
 def _layer(number: Any) -> int:
-    """The number of a layer that is a key in a config.json: "05" is 5."""
+    """A layer's number from its key in a config.json: "05" is 5."""
     text = number if isinstance(number, str) else shown(number)
     if not text.isdecimal() or len(text) > 9:
         refuse("from_config", "the keys of per_layer_config", "numbers of layers", number)

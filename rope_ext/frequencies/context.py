@@ -1,4 +1,4 @@
-"""Frequencies for contexts longer than those of the training: interpolation in its variants."""
+"""Frequencies for contexts longer than the training's: variants of interpolation."""
 
 import math
 from collections.abc import Sequence
@@ -64,13 +64,13 @@ def yarn(
     truncate: bool = True,
     device: Device = None,
 ) -> tuple[Tensor, float]:
-    """YaRN: fast pairs stay as they are, slow ones are interpolated, those between in proportion.
+    """YaRN: fast pairs are kept, slow ones are interpolated, pairs between are mixed by a ramp.
 
     With ``w[i] = base ** (-2 i / R)`` and O the original_max_position_embeddings, pair i makes
     ``O w[i] / (2 pi)`` turns in the original context. The pair that makes r turns is
-    ``i(r) = R ln(O / (2 pi r)) / (2 ln base)``. The ramp g[i] rises from 0 at low to 1 at high,
-    ``inv_freq = w / factor * g + w * (1 - g)``, where low is i(beta_fast) and high i(beta_slow),
-    both within 0 and R - 1, or else both are given.
+    ``i(r) = R ln(O / (2 pi r)) / (2 ln base)``. The ramp g[i] rises from 0 at low to 1 at high, and
+    ``inv_freq = w / factor * g + w * (1 - g)``. low is i(beta_fast) and high is i(beta_slow), both
+    clamped to [0, R - 1], unless both are given.
 
     attention_scaling is attention_factor if given; else, with ``m(s) = 0.1 s ln(factor) + 1``,
     ``m(mscale) / m(mscale_all_dim)`` where both are given and not 0; else ``m(1)``. Models in the
@@ -80,20 +80,19 @@ def yarn(
     Args:
         head_dim, base, rotary_dim, device: as for :func:`default`; base above 1.
         factor: how many times longer the context becomes; at least 1. None:
-            max_position_embeddings / O, as transformers has it: with fewer than O, the slow pairs
-            turn faster.
+            max_position_embeddings / O, as in transformers: below O, slow pairs become faster.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O. Not
-            needed where factor, low and high are given.
+            needed if factor, low and high are given.
         max_position_embeddings: the longest sequence, in tokens; only for a factor of None.
         beta_fast: turns in O tokens from which a pair stays as it is; above 0. None: 32.
         beta_slow: turns in O tokens up to which a pair is interpolated; above 0, at most beta_fast.
             None: 1.
-        low, high: the ends of the ramp, as numbers of pairs that need not be whole, low at most
-            high; both, in the place of beta_fast and beta_slow.
+        low, high: the ends of the ramp in pairs, need not be whole, low at most high. Both are
+            given, or none; they replace beta_fast and beta_slow.
         attention_factor: factor on cos and sin; above 0.
         mscale, mscale_all_dim: see above; 0 or more. One alone is without effect.
-        truncate: round the ends of the ramp that follow from beta_fast and beta_slow to whole
-            pairs, outwards.
+        truncate: round low and high, if they follow from beta_fast and beta_slow, outwards to whole
+            pairs.
 
     Returns:
         inv_freq, float32 [R / 2], and attention_scaling.
@@ -101,9 +100,9 @@ def yarn(
     Raises:
         ValueError: for an argument outside of these bounds.
 
-    Source: YaRN, arXiv 2309.00071, definitions 1 and 2, section 3.4; the variants with mscale and
-    truncate as rope type "yarn" of transformers has them; low and high as TensorRT-LLM's
-    fused_qk_norm_rope (fusedQKNormRopeKernel.cu, compute_freq_yarn) and SGLang's take them.
+    Source: YaRN, arXiv 2309.00071, definitions 1 and 2, section 3.4; for mscale and truncate, rope
+    type "yarn" of transformers; for low and high, TensorRT-LLM's fused_qk_norm_rope
+    (fusedQKNormRopeKernel.cu, compute_freq_yarn) and SGLang.
     """
     rotary_dim = check_rotary_dim("yarn", head_dim, rotary_dim)
     check_number("yarn", "base", base, above=1)
@@ -140,7 +139,7 @@ def yarn(
     pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
     kept = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
     wavelengths = base ** exponents(rotary_dim, device)
-    # 1 - kept, not the ramp itself, and factor * wavelengths first: for the bits of transformers
+    # Same bits as transformers: 1 - kept instead of the ramp, and factor * wavelengths first.
     inv_freq = 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
     if attention_factor is not None:
@@ -163,7 +162,7 @@ def _ramp_of_turns(
     beta_slow: float | None,
     truncate: bool,
 ) -> tuple[float, float]:
-    """The pairs between which the ramp rises: those that make beta_fast and beta_slow turns."""
+    """low and high: the pairs that make beta_fast and beta_slow turns."""
     beta_slow = 1.0 if beta_slow is None else beta_slow
     beta_fast = 32.0 if beta_fast is None else beta_fast
     check_number("yarn", "beta_slow", beta_slow, above=0)
@@ -183,7 +182,7 @@ def _ramp_of_turns(
 def _given_ramp(
     low: float | None, high: float | None, beta_fast: float | None, beta_slow: float | None
 ) -> tuple[float, float]:
-    """low and high, which stand for beta_fast and beta_slow; checked."""
+    """low and high as given, checked."""
     if beta_fast is not None or beta_slow is not None:
         raise ValueError(
             "frequencies.yarn: expected either low and high or beta_fast and beta_slow, got both"
@@ -208,10 +207,10 @@ def longrope(
     long_mscale: float | None = None,
     device: Device = None,
 ) -> tuple[Tensor, float]:
-    """LongRoPE: ``inv_freq[i] = base ** (-2 i / R) / f[i]`` by factors found for each pair.
+    """LongRoPE: ``inv_freq[i] = base ** (-2 i / R) / f[i]`` with a factor for each pair.
 
     f is long_factor for sequences of more than O = original_max_position_embeddings tokens, else
-    short_factor. attention_scaling is long_mscale or short_mscale, likewise, if given;
+    short_factor. attention_scaling is long_mscale or short_mscale, by the same rule, if given;
     else attention_factor if given; else ``sqrt(1 + ln(factor) / ln(O))``.
 
     Args:
@@ -220,10 +219,11 @@ def longrope(
         original_max_position_embeddings: the longest sequence of the training, in tokens, O; at
             least 2.
         factor: how many times longer the context becomes; at least 1. Only for attention_scaling,
-            so not needed where that is given. transformers has max_position_embeddings / O.
+            so not needed if that is given. In transformers max_position_embeddings / O.
         length: of the sequence, in tokens; 0 or more. None: at most O.
         attention_factor: factor on cos and sin; above 0.
-        short_mscale, long_mscale: the same for either regime (Phi-3.5-MoE); both or none.
+        short_mscale, long_mscale: factor on cos and sin for short and long sequences
+            (Phi-3.5-MoE); both or none.
 
     Returns:
         inv_freq, float32 [R / 2], and attention_scaling.
@@ -231,8 +231,8 @@ def longrope(
     Raises:
         ValueError: for an argument outside of these bounds.
 
-    Source: LongRoPE, arXiv 2402.13753, section 3; the attention factor of Phi-3, arXiv 2404.14219,
-    as rope type "longrope" of transformers has it.
+    Source: LongRoPE, arXiv 2402.13753, section 3; rope type "longrope" of transformers, for the
+    attention factor of Phi-3, arXiv 2404.14219.
     """
     rotary_dim = check_rotary_dim("longrope", head_dim, rotary_dim)
     check_number("longrope", "base", base, above=0)
@@ -285,7 +285,7 @@ def llama3(
     rotary_dim: int | None = None,
     device: Device = None,
 ) -> tuple[Tensor, float]:
-    """Llama 3.1: slow pairs are interpolated, fast ones stay, those between in proportion.
+    """Llama 3.1: slow pairs are interpolated, fast ones are kept, pairs between are mixed.
 
     Pair i has ``w[i] = base ** (-2 i / R)`` and makes ``t = O w[i] / (2 pi)`` turns in the original
     context of O tokens. It becomes w / factor for t < low_freq_factor, stays w for
@@ -296,7 +296,7 @@ def llama3(
         head_dim, base, rotary_dim, device: as for :func:`default`.
         factor: how many times longer the context becomes; at least 1.
         low_freq_factor: turns in O tokens up to which a pair is interpolated; above 0.
-        high_freq_factor: turns in O tokens from which a pair stays; above low_freq_factor.
+        high_freq_factor: turns in O tokens from which a pair is kept; above low_freq_factor.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
 
     Returns:

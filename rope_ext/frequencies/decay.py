@@ -19,8 +19,8 @@ def xpos(
 
     z[i] = (2 i / R + gamma) / (1 + gamma), so that the score of two tokens carries
     ``z[i] ** (distance / scale_base)``. The rotation is that of :func:`default`. q and k need
-    tables of their own, and n is best counted from the middle of the context, since the factors
-    leave the range of float32 at ``|n|`` of about 35,000 for the default arguments::
+    different tables. Count n from the middle of the context, since the factors leave the range of
+    float32 at ``|n|`` of about 35,000 for the default arguments::
 
         inv_freq, log_scale = frequencies.xpos(64)
         cos, sin = rope_ext.cos_sin(inv_freq, position_ids)                     # [B, S, P]
@@ -31,11 +31,11 @@ def xpos(
     Args:
         head_dim, base, rotary_dim, device: as for :func:`default`.
         scale_base: distance in tokens at which scores have decayed by z; above 0.
-        gamma: how alike the decays of the pairs are; above 0.
+        gamma: makes the decays of the pairs more alike; above 0.
 
     Returns:
         inv_freq, float32 [R / 2], and ``log_scale = ln(z) / scale_base``, float32 [R / 2], at most
-        0: there is no one attention_scaling.
+        0. There is no attention_scaling that q and k share.
 
     Raises:
         ValueError: for an argument outside of these bounds.

@@ -1,4 +1,4 @@
-"""The entries of a config: the one place that reads them, and checks what each of them is."""
+"""Reads the entries of a config and checks their type and size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,8 @@ MOST_LAYERS = 65_536
 class Entries:
     """A config object of transformers, or a dict as in config.json.
 
-    Each method takes the names that an entry has had and returns the first that is there and not
-    None, else the default. What is not of the kind and size that it has to be raises a ValueError
-    with the name of the entry.
+    Each method takes the names that an entry has had and returns the first value that is not None,
+    else the default. A value of a wrong type or size raises a ValueError that names the entry.
     """
 
     def __init__(self, config: Any) -> None:
@@ -21,7 +20,7 @@ class Entries:
         self.is_dict = isinstance(config, Mapping)
 
     def first(self, *names: str) -> tuple[str, Any]:
-        """The name that the entry has here, and its value, of any kind."""
+        """The name that the entry has in this config, and its value, of any type."""
         for name in names:
             value = self.config.get(name) if self.is_dict else getattr(self.config, name, None)
             if value is not None:
@@ -29,7 +28,7 @@ class Entries:
         return names[0], None
 
     def lacks(self, name: str) -> bool:
-        """Whether a config.json leaves the entry to the class of the config."""
+        """Whether a config.json omits the entry, so that the config's class has the default."""
         return self.is_dict and name not in self.config
 
     def number(self, *names: str, default: Any = None, **bounds: float) -> Any:
@@ -58,7 +57,7 @@ class Entries:
         return self._of_kind(name, Mapping, "a dict", {})
 
     def per_layer(self, *names: str, kind: type | tuple[type, ...], in_words: str) -> Sequence[Any]:
-        """A list with a value for each layer, such as layer_types; empty if it is not there."""
+        """A list with a value for each layer, such as layer_types; empty if there is none."""
         name, values = self.first(*names)
         if values is None:
             return ()

@@ -1,6 +1,6 @@
-"""What a config.json leaves unsaid, by model_type: defaults of transformers' config classes."""
+"""Entries that a config.json may omit, by model_type: defaults of transformers' config classes."""
 
-# rope_theta where it is not 10,000
+# rope_theta, if not 10,000
 BASE = {
     "apertus": 12e6,
     "apertus1p5_text": 12e6,
@@ -66,7 +66,7 @@ BASE = {
     "solar_open": 1e6,
 }
 
-# partial_rotary_factor where it is not 1
+# partial_rotary_factor, if not 1
 PARTIAL = {
     "bamba": 0.5,
     "dots3_note_audio_encoder": 0.5,
@@ -95,7 +95,7 @@ PARTIAL = {
     "zaya": 0.5,
 }
 
-# head_dim where it is not hidden_size / num_attention_heads; for latent attention qk_rope_head_dim
+# head_dim, if not hidden_size / num_attention_heads; for latent attention qk_rope_head_dim
 HEAD_DIM = {
     "afmoe": 128,
     "axk1": 64,
@@ -186,7 +186,7 @@ HEAD_DIM = {
     "youtu": 64,
     "zaya": 128,
 }
-# and of the layers of full attention
+# head_dim of full_attention layers, if it differs
 FULL_HEAD_DIM = {
     "diffusion_gemma_text": 512,
     "embedding_gemma2_text": 512,
@@ -194,13 +194,13 @@ FULL_HEAD_DIM = {
     "gemma4_unified_text": 512,
 }
 
-# Whose layers of other types than sliding_attention do not rotate; of the last ones, only if the
-# config has a sliding_window at all.
+# Only layers of type sliding_attention rotate in these models. For the second set this holds only
+# if the config has a sliding_window.
 ONLY_SLIDING = {"afmoe", "beam", "cohere2", "cohere2_moe", "flint"}
 ONLY_SLIDING_IF_ANY = {"exaone4", "exaone_moe", "kolibri1"}
 
-# In their older configs, without rope_parameters, two kinds of layers have bases of their own:
-# the key of each, what it is if not there, and whether rope_scaling is for these layers.
+# Older configs of these models, without rope_parameters, have two bases. For each layer type: the
+# entry, its default, and whether rope_scaling applies to these layers.
 _GEMMA = {
     "full_attention": ("rope_theta", 1e6, True),
     "sliding_attention": ("rope_local_base_freq", 1e4, False),
@@ -223,7 +223,7 @@ TWO_BASES = {
     "t5gemma2_text": _GEMMA,
 }
 
-# Whose rope_parameters, where a config.json has none, are others than one base for all layers.
+# The default of rope_parameters in these models is not a single base for all layers.
 OWN_PARAMETERS = {
     "apertus",
     "apertus1p5_text",
@@ -285,7 +285,7 @@ OWN_PARAMETERS = {
     "zaya",
 }
 
-# Families whose frequencies are other than their rope_parameters say.
+# The frequencies of these models do not follow from rope_parameters.
 OTHER_FORMS = {
     "chatglm": "has rope_ratio and kv_channels instead",
     "dinov3_vit": "turns by normalised coordinates",
@@ -297,15 +297,16 @@ OTHER_FORMS = {
     "vjepa2": "turns by the frame, row and column of a patch",
 }
 
-# Families whose frequencies are as usual, but whose rotation is more than one of halves or pairs.
+# The frequencies of these models follow from rope_parameters, but they do not rotate only halves or
+# only pairs from the first channel on.
 OTHER_ROTATIONS = {
     "axk2": "rotates halves in its indexer and pairs in its attention",
     "deepseek_v32": "rotates halves in its indexer and pairs in its attention",
     "deepseek_v4": "rotates the last channels of a head",
 }
 
-# Pairs are neighbouring channels. DeepSeek-V3's family also orders the rotated channels by halves,
-# q and k alike, which leaves the scores as they are.
+# Pairs are neighbouring channels. DeepSeek-V3's family also reorders the rotated channels into
+# halves, in q and k alike, which does not change the scores.
 INTERLEAVED = {
     "axk1",
     "bailing_hybrid",

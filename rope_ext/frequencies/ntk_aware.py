@@ -1,4 +1,4 @@
-"""NTK-aware scaling: a longer context by a larger base, which slows the low frequencies most."""
+"""NTK-aware scaling: a larger base for a longer context, which slows low frequencies the most."""
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ def ntk(
 ) -> tuple[Tensor, float]:
     """NTK-aware scaling: :func:`default` with ``base * alpha ** (R / (R - 2))``.
 
-    The lowest frequency becomes alpha times slower, the highest stays as it is.
+    The lowest frequency is divided by alpha, the highest stays as it is.
 
     Args:
         head_dim, base, device: as for :func:`default`.
         alpha: how many times longer the context becomes; at least 1.
-        factor: another name of alpha, which many configs have. One of the two, or both alike.
+        factor: another name of alpha, used by many configs. Give one of the two, or equal values.
         rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
 
     Returns:
@@ -64,10 +64,10 @@ def ntk_alpha(
     rotary_dim: int | None = None,
     device: Device = None,
 ) -> tuple[Tensor, float]:
-    """The name that transformers gives to :func:`ntk` in Hunyuan's models.
+    """:func:`ntk` under the name that transformers gives to it in Hunyuan's models.
 
-    :func:`default` with ``base * alpha ** (R / (R - 2))``. Their config.json says rope type
-    "dynamic" with an alpha; the length of the sequence plays no part.
+    :func:`default` with ``base * alpha ** (R / (R - 2))``. Their config.json has rope type
+    "dynamic" with an alpha; the length of the sequence has no effect.
 
     Args:
         head_dim, alpha, base, rotary_dim, device: as for :func:`ntk`.
@@ -122,18 +122,18 @@ def dynamic_ntk(
 ) -> tuple[Tensor, float]:
     """NTK-aware scaling by the length of the sequence.
 
-    :func:`ntk` with ``alpha = factor * L / O - (factor - 1)``, where L is length, but at least O,
-    the original_max_position_embeddings: nothing changes up to O, and at L tokens the context is
-    stretched as far as it is needed.
+    :func:`ntk` with ``alpha = factor * L / O - (factor - 1)``, where O is
+    original_max_position_embeddings and L the length, but at least O. So up to O tokens the
+    frequencies are those of :func:`default`.
 
     Args:
         head_dim, base: as for :func:`default`.
-        device: as there. None: that of a length that is a tensor.
+        device: as for :func:`default`. None: the device of length, if it is a tensor.
         factor: how fast the context is stretched; at least 1 and below 2^31.
         original_max_position_embeddings: the longest sequence of the training, in tokens, O.
-            transformers takes max_position_embeddings of the config.
-        length: of the sequence, in tokens; 0 or more. An integer tensor of any shape is read on its
-            device, without waiting for it. None: O.
+            In transformers max_position_embeddings of the config.
+        length: of the sequence, in tokens; 0 or more. An integer tensor of any shape stays on its
+            device, and the host does not wait for it. None: O.
         rotary_dim: channels that rotate, R: even, 4 <= R <= D. None: all of them.
 
     Returns:
@@ -151,7 +151,7 @@ def dynamic_ntk(
     check_number("dynamic_ntk", "base", base, above=0)
     original = original_max_position_embeddings
     check_integer("dynamic_ntk", "original_max_position_embeddings", original)
-    alpha = factor * 2**31 / original - (factor - 1)  # of the longest sequence there is
+    alpha = factor * 2**31 / original - (factor - 1)  # for the longest possible sequence
     _stretched_base("dynamic_ntk", base, alpha, rotary_dim)
     if isinstance(length, Tensor):
         if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
@@ -173,7 +173,7 @@ def dynamic_ntk(
 def stretched_by(
     length: Tensor, exponents: Tensor, *, factor: float, original: int, base: float
 ) -> Tensor:
-    """inv_freq [*length.shape, P] of dynamic_ntk for lengths of at least original; unchecked."""
+    """inv_freq [*length.shape, P] of dynamic_ntk, for lengths of at least original. No checks."""
     rotary_dim = 2 * exponents.shape[-1]
     times = length * factor if isinstance(factor, int) else length.float() * factor
     alpha = times.float() / original - (factor - 1)

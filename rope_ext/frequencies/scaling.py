@@ -1,4 +1,4 @@
-"""from_scaling: every method from a dict in the terms of Hugging Face (rope_type and the rest)."""
+"""from_scaling: every method from a dict in the terms of Hugging Face (rope_type and so on)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,13 +49,13 @@ METHODS: dict[str, tuple[Callable[..., tuple[Tensor, float]], set[str], set[str]
     ),
     "proportional": (proportional, set(), {"factor", "partial_rotary_factor"}),
 }
-BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the length of the sequence
+BY_LENGTH = ("dynamic", "longrope")  # their frequencies depend on the length of the sequence
 # what other names say
 ALIASES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}
 
 
 def rope_type_of(scaling: Mapping[str, Any] | None) -> Any:
-    """rope_type, or type as older configs call it; "default" without either."""
+    """rope_type, or its older name type; "default" if there is neither."""
     scaling = scaling or {}
     name = scaling.get("rope_type")
     if name is None:
@@ -66,7 +66,7 @@ def rope_type_of(scaling: Mapping[str, Any] | None) -> Any:
 
 
 def known_keys(rope_type: Any, function: str = "from_scaling") -> set[str]:
-    """The keys of a rope type; raises a ValueError for one that is not known."""
+    """The keys of a rope type. Raises a ValueError for an unknown rope type."""
     if not isinstance(rope_type, str) or rope_type not in METHODS:
         refuse(function, "rope_type", f"one of {', '.join(METHODS)}", rope_type)
     _, needed, optional = METHODS[rope_type]
@@ -87,21 +87,22 @@ def from_scaling(
 
     Args:
         head_dim: channels of a head, D.
-        scaling: rope_type and its parameters, named as the arguments of its function here. The rope
-            types: default, linear, ntk, ntk_alpha, dynamic (:func:`dynamic_ntk`), yarn (without
-            low and high), longrope, llama3, proportional. A value of None is as none given. None:
-            default.
-        base, rotary_dim, device: as for :func:`default`. proportional has all of D rotate.
-        max_position_embeddings: in tokens. For dynamic the original_max_position_embeddings, and
-            for yarn and longrope factor times them, where the dict does not have these.
-        length: of the sequence, for dynamic (also a tensor) and longrope; without effect on others.
+        scaling: rope_type and its parameters, named like the arguments of its function here. The
+            rope types: default, linear, ntk, ntk_alpha, dynamic (:func:`dynamic_ntk`), yarn
+            (without low and high), longrope, llama3, proportional. A parameter of None counts as
+            missing. None: default.
+        base, rotary_dim, device: as for :func:`default`. proportional takes all of D as rotary_dim.
+        max_position_embeddings: in tokens. If the dict lacks them, gives dynamic its
+            original_max_position_embeddings, and yarn and longrope their factor, the ratio of the
+            two.
+        length: of the sequence, for dynamic (also a tensor) and longrope; no effect on others.
 
     Returns:
         inv_freq, float32 [P], and attention_scaling.
 
     Raises:
-        ValueError: for an unknown rope_type, a key that it does not have, a key that it needs and
-            that is not there, and what its function refuses.
+        ValueError: for an unknown rope_type, an unknown or missing key, and the errors of the
+            rope_type's function.
 
     Source: rope_parameters of transformers, modeling_rope_utils.py.
     """
@@ -132,7 +133,7 @@ def from_scaling(
     if rope_type == "longrope" and "factor" not in options and max_position_embeddings is not None:
         original = options["original_max_position_embeddings"]
         if isinstance(original, int) and original > 0:
-            # below 1 it is without effect, as in transformers
+            # a ratio below 1 has no effect, as in transformers
             options["factor"] = max(1.0, max_position_embeddings / original)
     if rope_type in BY_LENGTH:
         options["length"] = length
@@ -147,7 +148,7 @@ def split_scaling(
     rotary_dim: int | None,
     scaling: Mapping[str, Any] | None,
 ) -> tuple[float, int, dict[str, Any]]:
-    """base, rotary_dim and the rest of scaling, of which the first two may come."""
+    """base, rotary_dim and scaling without them: the first two may be entries of scaling."""
     if scaling is not None and not isinstance(scaling, Mapping):
         raise ValueError(
             f"RotaryEmbedding: expected scaling to be a dict or None, got {shown(scaling)}"

@@ -1,6 +1,6 @@
-"""Frequencies for images and volumes, and starting points of learned ones.
+"""Frequencies for images and volumes, and initial values of learned frequencies.
 
-A token at (h, w) has one position an axis; its angles are those of the axes side by side.
+A token at (h, w) has one position on each axis. Its angles are those of one axis after the other.
 
     inv_freq, _ = frequencies.axial(64, axes=2)   # [16], for each axis
     axes = torch.arange(2).repeat_interleave(16)  # the axis of each pair
@@ -31,17 +31,18 @@ def axial(
     alternating: bool = False,
     device: Device = None,
 ) -> tuple[Tensor, float]:
-    """Frequencies of each axis of an image (2) or a volume (3): a head's channels are shared out.
+    """Frequencies of each axis of an image (2) or a volume (3). The axes share a head's channels.
 
     An axis gets ``R = 2 (D // axes // 2)`` channels and ``inv_freq[i] = base ** (-2 i / R)``, the
-    same for each; channels past axes * R do not rotate. With alternating, the axes take turns in
-    the frequencies of the whole head, ``base ** (-2 j / D)``: pair j belongs to axis j % axes.
+    same for each; channels past axes * R do not rotate. With alternating, the frequencies of the
+    whole head, ``base ** (-2 j / D)``, go to the axes in turn: pair j belongs to axis j % axes.
 
     Args:
-        head_dim: channels of a head, D: even, at least 2 axes; with alternating a multiple of it.
+        head_dim: channels of a head, D: even, at least 2 axes; with alternating a multiple of 2
+            axes.
         axes: 1 or more.
         base, device: as for :func:`default`.
-        alternating: as Pixtral has it.
+        alternating: as in Pixtral.
 
     Returns:
         inv_freq, float32 [R / 2], for every axis; with alternating, [axes, D / 2 / axes]. And
@@ -76,7 +77,7 @@ def pixel(
 
     Args:
         rotary_dim: channels of this axis, R: even, at least 2.
-        max_freq: half turns from -1 to 1 of the fastest pair; at least 2 (the slowest makes 2).
+        max_freq: half turns of the fastest pair from -1 to 1; at least 2. The slowest pair makes 2.
         size: pixels of the axis; at least 2. None: radians per unit, not per token.
         device: where to make inv_freq.
 

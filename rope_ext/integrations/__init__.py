@@ -1,1 +1,1 @@
-"""rope_ext in the place of what other libraries rotate with."""
+"""rope_ext in other libraries: under their function names, in transformers, in ONNX."""

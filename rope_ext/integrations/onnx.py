@@ -2,15 +2,15 @@
 
     torch.onnx.export(model, inputs, opset_version=23, custom_translation_table=TRANSLATIONS)
 
-A rotation becomes the standard operator RotaryEmbedding of opset 23. What that has no words for is
-written in plain ONNX, to the same numbers: float64, one angle a channel (W = R), and any rotation
-where opset_version is below 23. The tables of cos and sin are computed in float64.
+A rotation becomes the standard operator RotaryEmbedding of opset 23. Rotations that it can't
+express become basic ONNX operators with the same results: float64, one angle a channel (W = R), and
+every rotation if opset_version is below 23. The tables of cos and sin are computed in float64.
 
-Arithmetic is in float32 (float64 for float64) and rounded once, as in the operators themselves: of
-float16 and bfloat16 there are casts around a rotation. What the operators check as they run, the
-runtime does: a position outside of the table, or a table that is too short.
+Arithmetic is in float32 (float64 for float64) and rounded once, as in the operators themselves:
+float16 and bfloat16 are cast before and after a rotation. The ONNX runtime raises the errors for a
+position outside of the table and for a table that is too short.
 
-ONNX has no operators that write. Where a model rotates in place and needs no gradient, export it
+ONNX has no operators that write. If a model rotates in place and needs no gradient, export it
 within ``rope_ext.lowering("decompose")``.
 
 Source: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html.
@@ -31,7 +31,7 @@ except ImportError as error:
         f"rope_ext.integrations.onnx needs the package onnxscript, as torch.onnx does ({error})"
     ) from error
 
-Value = onnx_types.TensorType  # what is traced, an onnx_ir.Value, as the exporter reads annotations
+Value = onnx_types.TensorType  # of a traced onnx_ir.Value; the exporter reads annotations
 INT64, FLOAT, DOUBLE = onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE
 
 
@@ -59,15 +59,15 @@ def apply_rotary(
         x = op.Unsqueeze(x, [0])
     x = op.Transpose(x, perm=[0, 2, 1, 3])  # [B, H, S, D]
     ids = None if by_token else _positions(x, position_ids)
-    # onnxruntime refuses a table of fewer rows than tokens, as those of packed sequences may be.
+    # onnxruntime refuses a table with fewer rows than tokens, which packed sequences may have.
     if ids is not None and (packed or not standard):
         cos, sin, ids = _rows(cos, ids), _rows(sin, ids), None
 
-    # The standard leaves channels as they are past those that rotate.
+    # The standard operator leaves the channels after those that rotate as they are.
     end = head_dim if standard and order == interleaved else rotary_offset + dim
     y = x if (rotary_offset, end) == (0, head_dim) else _channels(x, rotary_offset, end)
     if standard:
-        # Older releases of onnxruntime ask how many heads there are if a part of the head rotates.
+        # Older onnxruntime releases need the number of heads if a part of the head rotates.
         part = {"rotary_embedding_dim": dim, "num_heads": heads if isinstance(heads, int) else 0}
         attributes = part if rotary_offset + dim < end else {}
         y = _standard(y, cos, op.Neg(sin) if inverse else sin, ids, interleaved, **attributes)
@@ -147,7 +147,7 @@ def apply_rotary_qk_at(
     interleaved_out: bool | None = None,
     inverse: bool = False,
 ) -> tuple[Value, Value]:
-    """rope::apply_rotary_qk_at, in ONNX: by rows."""
+    """rope::apply_rotary_qk_at, in ONNX: by rows of cos and sin."""
     tokens = 1
     if position_ids is not None:
         tokens = len(position_ids.shape) - (axes is not None)
@@ -157,7 +157,7 @@ def apply_rotary_qk_at(
         position_ids = op.Range(_int64(0), length, _int64(1))
     dtype = DOUBLE if q.dtype == DOUBLE else FLOAT
     rows = cos_sin(inv_freq, position_ids, axes, attention_scaling, dtype)
-    for row in rows:  # which apply_rotary asks for; the exporter knows them of results alone
+    for row in rows:  # apply_rotary reads these; the exporter sets them only for results
         row.shape = onnx_ir.Shape([*([None] * tokens), inv_freq.shape[0]])
         row.dtype = onnx_ir.DataType(dtype)
     rest = rotary_offset, interleaved, interleaved_out, inverse
@@ -177,7 +177,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
 def _standard(
     x: Value, cos: Value, sin: Value, ids: Value | None, interleaved: bool, **attributes: int
 ) -> Value:
-    """x [B, H, S, D] rotated by rows [1|B, S, P], or by those of a table [L, P] that ids have."""
+    """x [B, H, S, D] rotated by rows [1|B, S, P], or by rows ids of a table [L, P]."""
     if ids is None:
         cos, sin = _for_each_sequence(cos, x, 3), _for_each_sequence(sin, x, 3)
     else:
@@ -195,10 +195,10 @@ def _plain(
     order: bool,
     inverse: bool,
 ) -> Value:
-    """x [B, H, S, R] rotated by rows [1|B, S, W], as reference.apply_rotary does it."""
+    """x [B, H, S, R] rotated by rows [1|B, S, W], like reference.apply_rotary."""
     cos, sin = op.Unsqueeze(cos, [1]), op.Unsqueeze(sin, [1])  # the same for all heads
     c1, c2, s1, s2 = cos, cos, sin, sin
-    if by_channel:  # one angle a channel of the result, or of what inverse gives back
+    if by_channel:  # one angle a channel, in the order of the result (inverse: of x)
         columns = interleaved if inverse else order
         (c1, c2), (s1, s2) = _pairs(cos, dim, columns), _pairs(sin, dim, columns)
     if inverse:  # the transpose
@@ -222,7 +222,7 @@ def _int64(n: int | list[int] | Value) -> Value:
 
 
 def _positions(x: Value, position_ids: Value | None) -> Value:
-    """The rows of a table that the tokens of x [B, H, S, D] have: int64 [1|B, S]."""
+    """The table rows of the tokens of x [B, H, S, D]: int64 [1|B, S]."""
     if position_ids is None:
         length = op.Squeeze(op.Shape(x, start=2, end=3), [0])
         return op.Unsqueeze(op.Range(_int64(0), length, _int64(1)), [0])
@@ -232,13 +232,13 @@ def _positions(x: Value, position_ids: Value | None) -> Value:
 
 def _rows(table: Value, ids: Value) -> Value:
     """The rows [1|B, S, W] of the table [L, W]."""
-    # Gather counts negative ones from the end: none may come to it.
+    # Gather counts negative indices from the end, so they must not reach it.
     refused = _int64(torch.iinfo(torch.int64).max)
     return op.Gather(table, op.Where(op.Less(ids, _int64(0)), refused, ids), axis=0)
 
 
 def _for_each_sequence(t: Value, x: Value, rank: int) -> Value:
-    """t [1|B, S, ..] as [B, S, ..] for x [B, H, S, D]."""
+    """Expands t [1|B, S, ..] to [B, S, ..] for x [B, H, S, D]."""
     batch = op.Shape(x, start=0, end=1)
     return op.Expand(t, op.Concat(batch, _int64([1] * (rank - 1)), axis=0))
 

@@ -1,7 +1,7 @@
-"""Frequencies that depend on the length of a sequence: the regime, and its cos and sin.
+"""The scalings whose frequencies depend on the length of a sequence, and their cos and sin.
 
-Everything is computed on the device, with tensors. Nothing waits for a value or branches on data,
-so graphs can be captured and compiled, one for all lengths.
+Everything is computed with tensors on the device, without waiting for values and without branches
+on data. So graphs can be captured and compiled, and one graph serves all lengths.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from rope_ext.module.tables import tables
 
 
 class LongRope(NamedTuple):
-    """The two regimes of longrope."""
+    """longrope: one set of frequencies for short sequences, another one for long ones."""
 
     original_max_position_embeddings: int
     short_inv_freq: Tensor  # [P]
@@ -24,9 +24,10 @@ class LongRope(NamedTuple):
     long_scaling: float
 
     def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin of the positions, long where length ([] or one a sequence) is past the original.
+        """cos, sin of the positions, with long frequencies for lengths past the original.
 
-        positions: position_ids, or a number of them, 0, 1, 2, ...
+        positions: position_ids, or a number n for the positions 0 to n - 1.
+        length: [], or one for each sequence.
         """
         is_long = length > self.original_max_position_embeddings
         if length.dim() == 0 and self.short_scaling == self.long_scaling:
@@ -48,7 +49,7 @@ class DynamicNtk(NamedTuple):
     inv_freq: Tensor  # [P], up to the original length
 
     def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin of the positions, by the frequencies of length ([] or one a sequence)."""
+        """cos, sin of the positions, with the frequencies of length ([] or one a sequence)."""
         original = self.original_max_position_embeddings
         stretched = stretched_by(
             length, self.exponents, factor=self.factor, original=original, base=self.base
@@ -58,15 +59,15 @@ class DynamicNtk(NamedTuple):
             return tables(inv_freq, positions)
         if not isinstance(positions, Tensor):
             positions = torch.arange(positions, device=length.device)[None]
-        # the operators take one inv_freq; float64 is as exact for positions below 2^29
+        # the operators take one inv_freq for all; float64 is as exact for positions below 2^29
         cos, sin = reference.cos_sin(_beside(inv_freq, positions), positions)
         return cos.float(), sin.float()
 
     def longest_so_far(self, seen: Tensor, length: Tensor) -> Tensor:
-        """The length that decides, from the longest so far, `seen`, and now.
+        """The length that decides the frequencies, from the previous one, `seen`, and this call's.
 
-        It grows, and falls back to the original when a sequence is shorter than that. An empty one
-        leaves it.
+        It only grows, but a sequence shorter than the original length resets it to that. An empty
+        sequence does not change it.
         """
         original = self.original_max_position_embeddings
         longer = torch.where(length < original, original, torch.maximum(seen, length))
@@ -83,7 +84,7 @@ def longest(positions: Tensor | int, device: torch.device) -> Tensor:
 
 
 def _beside(x: Tensor, positions: Tensor | int) -> Tensor:
-    """x [], [B, C] or [T, C] so that it broadcasts with rows [B, S, P] or [T, P]."""
+    """Reshapes x [], [B, C] or [T, C] to broadcast with rows [B, S, P] or [T, P]."""
     packed = isinstance(positions, Tensor) and positions.dim() == 1
     return x if x.dim() < 2 or packed else x.unsqueeze(1)
 
@@ -91,7 +92,7 @@ def _beside(x: Tensor, positions: Tensor | int) -> Tensor:
 def checked_regime_length(
     regime_length: int | Tensor | None, inv_freq: Tensor
 ) -> int | Tensor | None:
-    """regime_length itself; raises if it is no length."""
+    """Returns regime_length; raises if it is not a length."""
     if isinstance(regime_length, Tensor):
         if regime_length.dtype not in (torch.int32, torch.int64) or regime_length.dim() > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The frequencies that a module holds: float32 for good, on the module's device."""
+"""The frequencies of a module: always float32, on the module's device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 
 class FrequencyTensors(nn.Module):
-    """Holds what :meth:`_frequencies` makes, as buffers or, if they are learned, as parameters.
+    """Holds the tensors of :meth:`_frequencies` as buffers or, if they are learned, as parameters.
 
-    ``.to(...)`` moves them to another device, but ``.half()`` and the like leave their dtype.
-    Buffers are not in the state dict: they follow from the module's arguments. An ``inv_freq`` in a
-    state dict, as older checkpoints have it, is accepted and not used.
+    ``.to(...)`` moves them to another device, but ``.half()`` and similar calls do not change their
+    dtype. Buffers are not in the state dict, as they follow from the module's arguments. An
+    ``inv_freq`` in the state dict of an older checkpoint is accepted and ignored.
     """
 
     inv_freq: Tensor  # float32 [P], radians per token
     learned: bool
 
     def _frequencies(self, device: torch.device | str | None) -> tuple[Any, ...]:
-        """The tensors by name, made for the device; a subclass may return more after them."""
+        """The tensors by name, on the device; a subclass may return more values after them."""
         raise NotImplementedError
 
     def _hold_frequencies(self, made: dict[str, Tensor]) -> None:
@@ -30,14 +30,14 @@ class FrequencyTensors(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrequencyTensors":
-        """Follows moves to another device, but keeps dtypes, and the values after to_empty()."""
+        """Moves to another device, but keeps dtypes, and the values after to_empty()."""
         was_meta = self.inv_freq.is_meta
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if tensor.is_meta else tensor.to(result.device)
 
-        with torch.inference_mode(False):  # what is moved in inference mode may be written later
+        with torch.inference_mode(False):  # a tensor moved in inference mode may be written later
             super()._apply(moved, recurse)
             if was_meta and not self.inv_freq.is_meta:
                 made, *_ = self._frequencies(self.inv_freq.device)

@@ -1,4 +1,4 @@
-"""RotaryEmbedding: what its arguments and its calls mean."""
+"""RotaryEmbedding: its arguments and its calls."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,54 +27,54 @@ from rope_ext.rotation import apply_rotary_qk
 class RotaryEmbedding(FrequencyTensors):
     """Rotates q and k by their positions.
 
-    With position_ids the angles are computed for just these positions, once a call; without, they
-    come from a table of the positions 0, 1, 2, ... which doubles when a longer sequence comes.
-    Tokens with several positions need rows of ``cos_sin(module.inv_freq, position_ids, axes=...)``.
-    inv_freq and the table are float32 and stay so through ``.half()`` and ``.bfloat16()``. Neither
-    is part of the state dict: they follow from the arguments. An ``inv_freq`` in a state dict, as
-    older checkpoints have it, is accepted and not used. Only learned frequencies are parameters,
-    and in the state dict. The table follows writes into inv_freq, except writes through ``.data``
-    to frequencies that are not learned: PyTorch does not count those.
+    With position_ids the angles are computed for these positions in each call. Without, they come
+    from a table of the positions 0, 1, 2, ..., which at least doubles for a longer sequence. Tokens
+    with several positions need rows of ``cos_sin(module.inv_freq, position_ids, axes=...)``.
+    inv_freq and the table stay float32 through ``.half()`` and ``.bfloat16()``. Neither is in the
+    state dict, as they follow from the arguments. An ``inv_freq`` in the state dict of an older
+    checkpoint is accepted and ignored. Only learned frequencies are parameters, and in the state
+    dict. The table follows writes into inv_freq, except writes through ``.data`` to frequencies
+    that are not learned: PyTorch does not count those.
 
-    Two scalings have frequencies that depend on the length of the sequence, which is one more than
-    the largest position of a call, over the whole batch, as in transformers:
+    Two scalings have frequencies that depend on the length of the sequence. As in transformers, the
+    length is one more than the largest position of a call, over the whole batch:
 
-    - "dynamic": they are stretched for the longest sequence so far, from the original length on,
-      until a sequence is shorter than that again. What is remembered is ``max_seq_len_cached``, a
-      tensor on the device.
+    - "dynamic": beyond the original length, the frequencies are stretched for the longest sequence
+      so far, until a sequence is shorter than the original length. The module remembers this length
+      as ``max_seq_len_cached``, a tensor on the device.
     - "longrope": long factors for sequences past the original length, else short ones.
 
-    Keys that are in a cache already stay as they were rotated, so a sequence that crosses the
-    original length while it is decoded has keys of two regimes, as in transformers. `regime_length`
-    avoids that. It is the length that a sequence is going to have, such as its prompt and the new
-    tokens together. Given in each call, it decides for all keys of the sequence, whatever else is
-    in the batch. It also makes "dynamic" work with activation checkpointing, which calls the module
-    a second time, after ``max_seq_len_cached`` has changed.
+    Keys in a cache stay as they were rotated. So a sequence that crosses the original length during
+    decoding has keys with two sets of frequencies, as in transformers. `regime_length` avoids that:
+    it is the final length of a sequence, such as that of its prompt and its new tokens together. If
+    it is given in each call, it alone decides the frequencies of the sequence, for any other
+    sequences in the batch. It also makes "dynamic" work with activation checkpointing, which calls
+    the module a second time, after ``max_seq_len_cached`` has changed.
 
     Args:
         head_dim: channels of a head, D.
-        base: see :func:`rope_ext.frequencies.default`. None: rope_theta of scaling, or 10,000.
+        base: see :func:`rope_ext.frequencies.default`. None: rope_theta of scaling, else 10,000.
         rotary_dim: channels that rotate, R: even, 2 <= R <= D. None: partial_rotary_factor of
             scaling times D, or D.
-        max_position_embeddings: positions that the model is meant for, in tokens, below 2^31. No
-            limit: the table starts with at most that many rows, or 2048, and longer sequences are
-            rotated just as exactly. None: not known; a scaling that needs the number raises.
+        max_position_embeddings: positions that the model is meant for, in tokens, below 2^31. Not a
+            limit: the table starts with at most this many rows, or 2048, and longer sequences are
+            rotated just as exactly. None: unknown; a scaling that needs the number raises.
         scaling: rope_type and its parameters, in the terms of Hugging Face; see
             :func:`rope_ext.frequencies.from_scaling`. rope_theta and partial_rotary_factor may be
             among them. None: "default".
         learned: inv_freq is a parameter; training starts from the frequencies of `scaling`.
         interleaved: pairs are neighbouring channels instead of halves.
-        device: where inv_freq lies; the module's ``.to(...)`` moves it.
+        device: of inv_freq; the module's ``.to(...)`` moves it.
 
     Raises:
         ValueError: for an argument out of bounds, and for learned frequencies with a scaling whose
             frequencies depend on the length.
     """
 
-    inv_freq: Tensor  # float32 [P], radians per token; of longrope and dynamic, up to the original
-    long_inv_freq: Tensor  # float32 [P], of longrope, past it
-    exponents: Tensor  # float32 [P], of dynamic: those of the base
-    max_seq_len_cached: Tensor  # int64 [], of dynamic: the length that its frequencies are for
+    inv_freq: Tensor  # float32 [P], radians per token; up to the original length
+    long_inv_freq: Tensor  # float32 [P], for longrope, past the original length
+    exponents: Tensor  # float32 [P], for dynamic: those of the base
+    max_seq_len_cached: Tensor  # int64 [], for dynamic: the length that decides
 
     def __init__(
         self,
@@ -111,10 +111,10 @@ class RotaryEmbedding(FrequencyTensors):
                 "RotaryEmbedding: expected a rope_type whose frequencies do not depend on the "
                 f"length when learned=True, got {self.rope_type!r}"
             )
-        with torch.inference_mode(False):  # what is made in inference mode can't be trained
+        with torch.inference_mode(False):  # tensors made in inference mode can't be trained
             made, self.attention_scaling, self.long_attention_scaling = self._frequencies(device)
         self._hold_frequencies(made)
-        # Tables [L, P] are no buffers: they follow from inv_freq, and are made when needed.
+        # Tables [L, P] are not buffers: they follow from inv_freq and are made when needed.
         self._tables = TableCache()
 
     @classmethod
@@ -127,18 +127,17 @@ class RotaryEmbedding(FrequencyTensors):
         interleaved: bool | None = None,
         device: torch.device | str | None = None,
     ) -> "RotaryEmbedding | None":
-        """The rotation that a Hugging Face config asks for; None where such layers do not rotate.
+        """The rotation that a Hugging Face config defines; None if such layers do not rotate.
 
         Args:
             config, layer_type: as for :func:`rope_ext.frequencies.from_config`.
             learned, device: as for the class.
-            interleaved: as for the class. None: as models of the config's model_type have it in
-                transformers.
+            interleaved: as for the class. None: as in transformers for the config's model_type.
 
         Raises:
-            ValueError: for what :func:`rope_ext.frequencies.from_config` refuses, for the configs
-                of vision towers, whose tokens have several positions each, and for models that
-                rotate in more than one way.
+            ValueError: as :func:`rope_ext.frequencies.from_config`; for the configs of vision
+                towers, whose tokens have several positions each; and for models that rotate in more
+                than one way.
         """
         resolved = configs.resolve(config, layer_type)
         if resolved is None:
@@ -168,7 +167,7 @@ class RotaryEmbedding(FrequencyTensors):
     def _frequencies(
         self, device: torch.device | str | None
     ) -> tuple[dict[str, Tensor], float, float]:
-        """The tensors by name, and the factors on cos and sin of both regimes."""
+        """The tensors by name, then the factors on cos and sin of short and long sequences."""
 
         def make(length: int | None) -> tuple[Tensor, float]:
             return frequencies.from_scaling(
@@ -194,7 +193,7 @@ class RotaryEmbedding(FrequencyTensors):
 
     @property
     def original_max_position_embeddings(self) -> int:
-        """The longest sequence, in tokens, of the training before the context was extended."""
+        """The longest sequence of the training before the context was extended, in tokens."""
         key = "original_max_position_embeddings"
         return self.scaling.get(key, self.max_position_embeddings)
 
@@ -211,15 +210,15 @@ class RotaryEmbedding(FrequencyTensors):
         """Returns q and k, rotated.
 
         Args:
-            q: [B, S, H, D], or as layout says, "bhsd", "sbhd" or "thd" ([T, H, D]).
+            q: [B, S, H, D] or, by layout, "bhsd", "sbhd" or "thd" ([T, H, D]).
             k: of q's shape and dtype, but for its number of heads.
             position_ids: int32, int64 or floating [S], [1|B, S], or [T] for "thd", in tokens, of
                 any size. None: 0, 1, 2, ... in each sequence.
             layout: the order of the dimensions of q and k.
             regime_length: for "dynamic" and "longrope", the length in tokens that decides the
-                frequencies: an integer, or int32 or int64 [], or one a sequence [B], or for "thd"
-                one a token [T]. Leaves max_seq_len_cached as it is. Without effect on other
-                scalings. None: from the positions.
+                frequencies: an integer, or int32 or int64 [], or one for each sequence [B], or for
+                "thd" one for each token [T]. Does not change max_seq_len_cached. No effect on other
+                scalings. None: one more than the largest position.
             inplace: write into q and k.
 
         Raises:
@@ -258,7 +257,7 @@ class RotaryEmbedding(FrequencyTensors):
                 layout=layout,
                 inplace=inplace,
             )
-            self._remember(seen)  # only after a call that has not raised
+            self._remember(seen)  # only if the call did not raise
             return rotated
         except Exception:
             raise_argument_error(RotaryEmbedding.forward, "RotaryEmbedding")
@@ -267,7 +266,7 @@ class RotaryEmbedding(FrequencyTensors):
     def cos_sin(
         self, position_ids: Tensor, *, regime_length: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 ``[*position_ids.shape, P]``: once a step, for all layers.
+        """cos and sin, float32 ``[*position_ids.shape, P]``: call it once a step, for all layers.
 
         Args:
             position_ids: int32, int64 or floating [B, S] or [T], in tokens.
@@ -284,8 +283,8 @@ class RotaryEmbedding(FrequencyTensors):
     def _cos_sin(
         self, position_ids: Tensor, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
-        inv_freq = self.inv_freq  # once: a module finds its tensors slowly
+        """cos, sin, and the new max_seq_len_cached; None: unchanged."""
+        inv_freq = self.inv_freq  # only once: attribute look-up in a module is slow
         length = checked_regime_length(regime_length, inv_freq)
         if isinstance(length, Tensor) and length.dim() == 1:
             rows = position_ids.shape[0]
@@ -302,7 +301,7 @@ class RotaryEmbedding(FrequencyTensors):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [L, P], of the positions 0 to L - 1, where L >= length.
 
-        With a regime_length [B] of "dynamic" or "longrope" there is one for each: [B, L, P].
+        With a regime_length [B] of "dynamic" or "longrope", one table for each: [B, L, P].
         """
         try:
             cos, sin, seen = self._table(length, regime_length)
@@ -315,11 +314,11 @@ class RotaryEmbedding(FrequencyTensors):
     def _table(
         self, length: int, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cos, sin, and the max_seq_len_cached from now on; None: as it is."""
+        """cos, sin, and the new max_seq_len_cached; None: unchanged."""
         inv_freq = self.inv_freq
         regime = checked_regime_length(regime_length, inv_freq)
-        # A kept table would bind a graph to its length, stops gradients, and misses what is
-        # written to learned frequencies through .data, which no version counts.
+        # A kept table would bind a graph to its length, stop gradients, and miss writes to learned
+        # frequencies through .data, which no version counts.
         afresh = torch.compiler.is_compiling() or self.learned or inv_freq.requires_grad
         if self.rope_type == "dynamic" or (
             self.rope_type == "longrope" and (afresh or isinstance(regime, Tensor))
@@ -339,8 +338,8 @@ class RotaryEmbedding(FrequencyTensors):
     def _by_length(
         self, positions: Tensor | int, regime_length: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cos, sin of position_ids or of 0 to positions - 1, in the regime of the length; and the
-        max_seq_len_cached from now on; None: as it is.
+        """cos, sin of position_ids or of 0 to positions - 1, with the frequencies of the length;
+        and the new max_seq_len_cached; None: unchanged.
         """
         original = self.original_max_position_embeddings
         if isinstance(regime_length, Tensor):

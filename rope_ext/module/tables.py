@@ -18,12 +18,12 @@ def tables(
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: results have no values until it is replayed."""
+    """Whether a CUDA graph is being captured: tensors have no values before its replay."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Table(NamedTuple):
-    """cos, sin [L, P], and the inv_freq and its version that they were made of."""
+    """cos, sin [L, P], with the inv_freq and its version that they were computed from."""
 
     inv_freq: Tensor
     version: int
@@ -32,8 +32,8 @@ class _Table(NamedTuple):
 
 
 class TableCache:
-    """One table for each name. It is made anew when its frequencies change. It grows to at least
-    twice its length, by computing the missing rows.
+    """One table for each name. A table is made again if its frequencies change. If it is too short,
+    the missing rows are computed, at least as many as it has.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class TableCache:
     def get(
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
     ) -> tuple[Tensor, Tensor]:
-        """cos, sin [L, P] with L >= length, and L >= first_rows when it is first made."""
+        """cos, sin [L, P] with L >= length, and for a new table L >= first_rows."""
         if inv_freq.is_inference() or _is_captured(inv_freq):  # no version, or no values
             return tables(inv_freq, length, attention_scaling)
         version = inv_freq._version

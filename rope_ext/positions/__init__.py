@@ -1,16 +1,16 @@
-"""Where tokens are: the position_ids that cos_sin, the rotations and KV caches take.
+"""Positions of tokens: the position_ids of cos_sin, of the rotations and of KV caches.
 
-Small functions of tensor operations: on every device, in compiled graphs, never waiting for a
-device. Positions are int64, in tokens. What makes no sense raises a ValueError that names function,
-argument, what was expected and what came, and what is no tensor, where one belongs, a TypeError;
-values of tensors are looked at on the CPU alone.
+Small functions of tensor operations: they run on every device and in compiled graphs, and never
+wait for a device. Positions are int64, in tokens. Wrong values raise a ValueError that names the
+function, the argument, the expected and the given value; a wrong type in place of a tensor raises a
+TypeError. Values of tensors are checked only on the CPU.
 
 The files::
 
     sequences.py  packed batches, tokens after those of a cache, padded batches
     pages.py      slots of a paged KV cache, tokens of its sequences
-    grids.py      images and volumes: a position an axis
-    multimodal.py M-RoPE: text with images and videos; which axis turns which pair
+    grids.py      images and volumes: one position for each axis
+    multimodal.py M-RoPE: text with images and videos; the axis of each pair
     ranks.py      context parallelism: the tokens of a rank
 """
 

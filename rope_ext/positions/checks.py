@@ -1,4 +1,4 @@
-"""What the functions of this package check, and when values may be looked at."""
+"""Checks of the functions of this package, and when values can be checked."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,8 +18,8 @@ def refuse(function: str, expected: str, got: object) -> NoReturn:
 
 
 def values_known(*tensors: Tensor | None) -> bool:
-    """Whether values may be looked at. On a device that would wait for it; in a graph, under a
-    transform and in tensors that stand for others there are none.
+    """Whether values can be read. On a device that would wait for the device; in a graph, under a
+    transform and in placeholder tensors there are none.
     """
     return (
         not torch.compiler.is_compiling()
@@ -29,7 +29,7 @@ def values_known(*tensors: Tensor | None) -> bool:
 
 
 def check_size(function: str, name: str, value: Any, least: int | None = 0, hint: str = "") -> None:
-    """least: None if any integer will do. hint: what to do about one that is less."""
+    """Raises unless value is an integer of at least `least` (None: any). hint: for smaller ones."""
     integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     if not integer or (least is not None and value < least):
         expected = "an integer" if least is None else f"an integer of at least {least}"
@@ -45,7 +45,7 @@ def check_list(function: str, name: str, value: Any) -> None:
 
 
 def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> None:
-    """int32 or int64, of as many dimensions as one of the shapes, "[B, S]", has."""
+    """Raises unless int32 or int64, with as many dimensions as one of the shapes, "[B, S]"."""
     check_tensor(function, name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         refuse(function, f"{name} of dtype int32 or int64", tensor.dtype)
@@ -54,7 +54,7 @@ def check_integers(function: str, name: str, tensor: Tensor, *shapes: str) -> No
 
 
 def check_shape(function: str, name: str, tensor: Tensor, meaning: str, *sizes: int) -> None:
-    """The very sizes; meaning: how they are called, "[B, S]"."""
+    """Raises for other sizes. meaning: the sizes by name, "[B, S]"."""
     check_tensor(function, name, tensor)
     if tuple(tensor.shape) != sizes:
         refuse(function, f"{name} to have shape {meaning}, {list(sizes)}", list(tensor.shape))
@@ -67,7 +67,7 @@ def check_device(function: str, name: str, tensor: Tensor, of: str, other: Tenso
 
 
 def check_mask(function: str, attention_mask: Tensor) -> Tensor:
-    """bool [B, S] of an attention_mask of that shape: which tokens count."""
+    """attention_mask as bool [B, S]: True for tokens, False for padding."""
     check_tensor(function, "attention_mask", attention_mask)
     counts = attention_mask
     if attention_mask.dtype is not torch.bool:
@@ -82,7 +82,7 @@ def check_mask(function: str, attention_mask: Tensor) -> Tensor:
 
 
 def check_not_negative(function: str, name: str, tensor: Tensor, hint: str = "") -> None:
-    """Looks at the values where that is possible."""
+    """Raises for negative values, if values can be read."""
     if values_known(tensor) and (tensor < 0).any():
         index = (tensor < 0).nonzero()[0].tolist()
         got = f"{tensor[tuple(index)].item()} at index {index}"
@@ -90,7 +90,7 @@ def check_not_negative(function: str, name: str, tensor: Tensor, hint: str = "")
 
 
 def check_bounds(function: str, name: str, bounds: Tensor, least: int = 1) -> None:
-    """Boundaries of sequences: but for their values, and how many sequences there are at least."""
+    """Checks boundaries of sequences, except for their values. least: number of sequences."""
     check_integers(function, name, bounds, "[sequences + 1]")
     if bounds.shape[0] < least + 1:
         refuse(function, f"{name} to have shape [sequences + 1]", list(bounds.shape))
@@ -99,7 +99,7 @@ def check_bounds(function: str, name: str, bounds: Tensor, least: int = 1) -> No
 def check_lengths(
     function: str, name: str, bounds: list[int], multiple_of: int = 1, of: str = ""
 ) -> None:
-    """Of the sequences between the values of the tensor `name`."""
+    """Checks the lengths of the sequences between the values of the tensor `name`."""
     for i, (begin, end) in enumerate(pairwise(bounds)):
         length = end - begin
         if length < 0 or length % multiple_of != 0:

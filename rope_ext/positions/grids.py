@@ -1,4 +1,4 @@
-"""Images and volumes: a position on each axis of every patch."""
+"""Images and volumes: the position of every patch on each axis."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ _NAMES = ("frames", "height", "width")
 
 def grid(*sizes: int, merge: int = 1, device: Device = None) -> Tensor:
     """Positions of the patches of an image, ``grid(height, width)``, or of a video, ``grid(frames,
-    height, width)``: one on each axis.
+    height, width)``, on each axis.
 
     Args:
         sizes: patches along each axis, two or three of them.
-        merge: 1: patches in rows (row-major; frames outermost). m: blocks of m x m patches of a
-            frame follow one another, each in rows, as vision towers want them that merge a block
-            into a token (spatial_merge_size). Height and width are then multiples of it.
+        merge: 1: patches in row-major order, frames outermost. m: blocks of m x m patches of a
+            frame follow one another, each in row-major order, for vision towers that merge a block
+            into one token (spatial_merge_size). m divides height and width.
         device: of the result.
 
     Returns:
@@ -42,7 +42,7 @@ def grid(*sizes: int, merge: int = 1, device: Device = None) -> Tensor:
 
 
 def patch_centers(*sizes: int, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
-    """Coordinates of the centres of patches, from -1 to 1 over each axis, whatever its size.
+    """Coordinates of the centres of patches, from -1 to 1 over each axis, for every size.
 
     The centre of patch i of n is at ``2 (i + 1/2) / n - 1``. In DINOv3 an angle is 2 pi times the
     coordinate times inv_freq.
@@ -53,18 +53,18 @@ def patch_centers(*sizes: int, dtype: torch.dtype = torch.float32, device: Devic
         device: of the result.
 
     Returns:
-        [A, tokens], A = 2 or 3, in rows as :func:`grid`.
+        [A, tokens], A = 2 or 3, in the order of :func:`grid`.
 
     Raises:
         ValueError: for another number of sizes, negative ones, or another dtype.
 
-    Source: DINOv3 (transformers, get_patches_center_coordinates), with its bits in float32.
+    Source: DINOv3 (transformers, get_patches_center_coordinates), with the same bits in float32.
     """
     _check_sizes("patch_centers", sizes)
     check_type("rope_ext.positions.patch_centers", "dtype", dtype, torch.dtype)
     if dtype not in (torch.float32, torch.float64):
         refuse("patch_centers", "dtype to be float32 or float64", dtype)
-    # In this order for the bits: (2 i + 1 - n) / n would be rounded otherwise.
+    # This order of operations gives the bits of DINOv3; (2 i + 1 - n) / n rounds differently.
     axes = [
         2 * ((torch.arange(size, dtype=dtype, device=device) + 0.5) / size) - 1 for size in sizes
     ]

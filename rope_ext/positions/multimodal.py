@@ -4,9 +4,9 @@
     axes = positions.mrope_axes([16, 24, 24])            # time, height, width of the 64 pairs
     cos, sin = cos_sin(inv_freq, position_ids, axes=axes)
 
-Pair i of a token turns by position ``position_ids[axes[i]]``. Text has the same position on all
-axes, and so the angles of plain RoPE. Where cos and sin of each axis are there already,
-:func:`mrope_rows` takes each pair from its axis.
+Pair i of a token rotates by position ``position_ids[axes[i]]``. Text has the same position on all
+axes, and so the angles of plain RoPE. If cos and sin of each axis exist already,
+:func:`mrope_rows` selects the axis of each pair.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from rope_ext.positions.checks import (
 )
 from rope_ext.positions.grids import grid
 
-# Tokens of text; or frames, height and width, in tokens; and positions from one frame to the next.
+# A number of text tokens; or frames, height and width in tokens; or these and the frames' step.
 Segment = int | tuple[int, int, int] | tuple[int, int, int, float]
 After = Literal["max", "space"]
 Leftover = Literal["first", "last"]
@@ -40,27 +40,26 @@ Leftover = Literal["first", "last"]
 def mrope(segments: Sequence[Segment], *, after: After = "max", device: Device = None) -> Tensor:
     """Positions of a sequence of text, images and videos, on the axes time, height and width.
 
-    Text counts on from where the last segment ended, alike on the three axes. An image or a video
-    is a grid whose first token is there, with positions of their own on each axis. Packed
-    sequences are joined: ``torch.cat([mrope(a), mrope(b)], 1)``.
+    Text continues where the last segment ended, with equal positions on the three axes. An image or
+    a video is a grid that starts there, with different positions on each axis. Packed sequences are
+    joined: ``torch.cat([mrope(a), mrope(b)], 1)``.
 
     Args:
-        segments: one after the other: an int, so many tokens of text; or a tuple (frames, height,
-            width), in tokens (after patches are merged), 1 frame for an image. A fourth number is
-            the step from one frame to the next, ``tokens_per_second * second_per_grid_t`` in
-            Qwen2.5-VL: positions are ``floor(frame * step)``. Where timestamps stand between the
-            frames of a video, as in Qwen3-VL, each frame is a segment.
-        after: where the next segment begins. "max": past the largest position so far, as Qwen2-VL
-            was published, as transformers 4 has it and vLLM. "space": past the larger of height
-            and width, as transformers 5 has it; another number only where a video lasts longer
-            than that.
+        segments: in order: an int, the number of text tokens; or a tuple (frames, height, width) in
+            tokens (after patches are merged), 1 frame for an image. A fourth number is the step
+            from one frame to the next, ``tokens_per_second * second_per_grid_t`` in Qwen2.5-VL:
+            positions are ``floor(frame * step)``. If timestamps stand between the frames of a
+            video, as in Qwen3-VL, each frame is a segment.
+        after: where the next segment starts. "max": after the largest position so far, as in the
+            Qwen2-VL paper, transformers 4 and vLLM. "space": after the larger of height and width,
+            as in transformers 5. They differ only if a video has more frames than that.
         device: of the result.
 
     Returns:
-        int64 [3, T]. A token that is generated next is at their largest + 1, on each axis.
+        int64 [3, T]. The next generated token is at the largest position + 1, on each axis.
 
     Raises:
-        ValueError: for a segment that is neither, or an after that is neither.
+        ValueError: for an invalid segment or `after`.
 
     Source: Qwen2-VL, arXiv 2409.12191, section 2.1; get_rope_index of transformers.
     """
@@ -74,11 +73,11 @@ def mrope_batch(
     after: After = "max",
     device: Device = None,
 ) -> Tensor:
-    """Positions of several sequences, each as of :func:`mrope`, padded to one length.
+    """Positions of several sequences, each as from :func:`mrope`, padded to one length.
 
     Args:
         sequences: the segments of each.
-        attention_mask: bool or int [B, S]: 1 for tokens, of which row b has as many as sequence b.
+        attention_mask: bool or int [B, S]: 1 for tokens; row b has as many as sequence b has.
             None: sequences are padded on the right, to the longest.
         after: as for :func:`mrope`.
         device: of the result. None: that of attention_mask, or the default device.
@@ -87,11 +86,11 @@ def mrope_batch(
         int64 [3, B, S]; 0 for padding.
 
     Raises:
-        ValueError: as :func:`mrope`; for no sequences, and for an attention_mask of another shape
-            or, looked at on the CPU alone, of other numbers of tokens.
-        TypeError: for what is no list, or no tensor.
+        ValueError: as :func:`mrope`; for no sequences, for an attention_mask of another shape and,
+            on the CPU, for one with other numbers of tokens.
+        TypeError: for a wrong type in place of a list or a tensor.
 
-    Source: as of :func:`mrope`; padding has position 0 as in transformers 5.
+    Source: as for :func:`mrope`; padding has position 0 as in transformers 5.
     """
     function = "mrope_batch"
     check_list(function, "sequences", sequences)
@@ -117,7 +116,7 @@ def mrope_batch(
     if longest == 0:
         return padded.new_zeros(3, *counts.shape)
     counts = counts.to(padded.device)
-    # Which token of its sequence each is. Gathered, so that no number of tokens has to be known.
+    # Index of each token in its sequence. gather, as a mask would need the number of tokens.
     index = (counts.cumsum(1) - 1).clamp(0, longest - 1)
     return padded.gather(2, index.expand(3, -1, -1)).masked_fill(~counts, 0)
 
@@ -135,24 +134,25 @@ def mrope_axes(
         sections: pairs of each axis, in their order (mrope_section of Hugging Face, the four
             ``rope.dimension_sections`` of a GGUF file).
         interleaved: False: the pairs of an axis are neighbours (Qwen2-VL, GLM-4V). True: the axes
-            take turns, pair j being of axis j % A as long as that has pairs left (Qwen3-VL).
-        leftover: interleaved, the axis of pairs whose turn is that of an axis without pairs left.
-            "first", as in transformers. "last", as in ggml (llama.cpp's IMROPE): the last of the
-            sections takes no turns. Its position is 0 in llama.cpp, so that these pairs do not
-            turn: position_ids are [4, ...], ``torch.nn.functional.pad(mrope(...), (0, 0, 0, 1))``.
-            For [24, 20, 20, 0] they are pairs 61 and 62, of time in transformers.
+            take turns: pair j belongs to axis j % A, if that axis has pairs left (Qwen3-VL).
+        leftover: if interleaved, the axis of the pairs whose turn falls on an axis without pairs
+            left. "first", as in transformers. "last", as in ggml (llama.cpp's IMROPE): the last
+            section, which then takes no turns. Its position is 0 in llama.cpp, so these pairs do
+            not rotate: position_ids are [4, ...],
+            ``torch.nn.functional.pad(mrope(...), (0, 0, 0, 1))``. For [24, 20, 20, 0] they are
+            pairs 61 and 62, which in transformers belong to time.
         device: of the result.
 
     Returns:
-        int64 [P], P the sum of sections.
+        int64 [P], where P is the sum of sections.
 
     Raises:
-        ValueError: for sections that are not numbers of pairs; interleaved, for a leftover that is
-            neither, and with "first" for sections that do not fit.
+        ValueError: for sections that are not numbers of pairs; if interleaved, for an unknown
+            leftover, and with "first" for a section with more pairs than turns.
 
     Source: recomposition_frequencies of transformers' Qwen2-VL and Qwen3-VL; for "last",
-    ``ggml_mrope_cache_init`` in llama.cpp's ggml/src/ggml-cpu/ops.cpp, where sections that do not
-    fit lose pairs to the last axis.
+    ``ggml_mrope_cache_init`` in llama.cpp's ggml/src/ggml-cpu/ops.cpp, which gives the pairs of
+    sections that are too large to the last axis.
     """
     function = "mrope_axes"
     if not interleaved:
@@ -174,27 +174,26 @@ def mrope_axes(
 
 
 def mrope_rows(cos: Tensor, sin: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of cos and sin from those of each axis: pair i of a token from its axis, ``axes[i]``.
+    """Rows of cos and sin from those of each axis: pair i of a token is that of axis ``axes[i]``.
 
-    For tables that another library made for all axes (Qwen2-VL of transformers 4, Liger, the rows
-    that vLLM reads from its cache); ``cos_sin(inv_freq, position_ids, axes=axes)`` makes the rows
-    at once.
+    For tables of all axes that another library made (Qwen2-VL of transformers 4, Liger, the rows
+    that vLLM reads from its cache). ``cos_sin(inv_freq, position_ids, axes=axes)`` makes the rows
+    directly.
 
     Args:
         cos: [A, ..., W], such as [A, B, S, W] or [A, T, W], any dtype: a row of each axis for each
             token.
         sin: as cos.
         axes: int32 or int64 [W], each in [0, A): the axis of each column, ``mrope_axes(sections)``
-            for W = P. Where halves are the same, W = 2P, cut them, ``cos[..., :P]``, or repeat the
-            axes, ``axes.repeat(2)``.
+            for W = P. If W = 2P with equal halves, cut them, ``cos[..., :P]``, or repeat the axes,
+            ``axes.repeat(2)``.
 
     Returns:
-        cos, sin: [..., W], of cos's dtype: the very numbers. Differentiable, twice.
+        cos, sin: [..., W], of cos's dtype, copied exactly. Differentiable, twice.
 
     Raises:
-        ValueError: for wrong shapes, dtypes and devices. An axis outside of [0, A) raises on the
-            CPU; where values can't be looked at, on other devices and in graphs, its columns become
-            NaN.
+        ValueError: for wrong shapes, dtypes and devices, and on the CPU for an axis outside of
+            [0, A). On other devices and in graphs the columns of such an axis become NaN.
 
     Source: apply_multimodal_rotary_pos_emb of Qwen2-VL; MRotaryEmbedding of vLLM.
     """
@@ -219,12 +218,12 @@ def mrope_rows(cos: Tensor, sin: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def axial_axes(pairs_per_axis: Sequence[int], *, device: Device = None) -> Tensor:
-    """The axis of each pair, where every axis has a run of neighbouring pairs.
+    """The axis of each pair, if the pairs of every axis are neighbours.
 
-    For ``inv_freq, _ = frequencies.axial(head_dim, axes=2)``, the frequencies of each axis, that is
+    For ``inv_freq, _ = frequencies.axial(head_dim, axes=2)``, the frequencies of each axis, use
     ``axial_axes([len(inv_freq)] * 2)`` with ``inv_freq.repeat(2)``. HunYuan-VL has one angle a
-    channel, and axes of neighbouring channels: ``axial_axes([2 * n for n in sections])`` with
-    ``inv_freq.repeat(2)`` and rotary_dim.
+    channel, and the channels of an axis are neighbours: ``axial_axes([2 * n for n in sections])``
+    with ``inv_freq.repeat(2)`` and rotary_dim.
 
     Args:
         pairs_per_axis: how many pairs each axis has, in their order.
@@ -234,7 +233,7 @@ def axial_axes(pairs_per_axis: Sequence[int], *, device: Device = None) -> Tenso
         int64 [P], P the sum of pairs_per_axis.
 
     Raises:
-        ValueError: for what is not a list of numbers of pairs.
+        ValueError: unless pairs_per_axis is a list of numbers of pairs.
     """
     return _axes("axial_axes", "pairs_per_axis", pairs_per_axis, device)
 
@@ -258,7 +257,7 @@ def _mrope(function: str, segments: Sequence[Segment], after: After, device: Dev
         refuse(function, "after to be 'max' or 'space'", repr(after))
     check_list(function, "segments", segments)
     parts = [torch.zeros(3, 0, dtype=torch.int64, device=device)]
-    start: int | Tensor = 0  # a tensor after frames whose step is not 1: it stays on the device
+    start: int | Tensor = 0  # a tensor on the device after frames with a step
     for i, segment in enumerate(segments):
         name = f"segments[{i}]"
         if not isinstance(segment, tuple):
@@ -278,7 +277,7 @@ def _mrope(function: str, segments: Sequence[Segment], after: After, device: Dev
             check_type(f"rope_ext.positions.{function}", f"{name}[3]", segment[3], float)
             if not segment[3] >= 0:
                 refuse(function, f"{name}[3], the step of frames, to be at least 0", segment[3])
-            # Rounded as transformers rounds it.
+            # Rounded as in transformers.
             ids = torch.cat(((ids[:1].float() * segment[3]).long(), ids[1:]))
             if after == "max" and ids.shape[1] > 0:
                 largest = ids.amax() + 1

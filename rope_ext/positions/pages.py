@@ -1,4 +1,4 @@
-"""Slots of a paged KV cache: where the key and value of each token are kept."""
+"""Slots of a paged KV cache: the place of each token's key and value."""
 
 import torch
 from torch import Tensor
@@ -28,31 +28,31 @@ def slot_mapping(
 ) -> Tensor:
     """The slot of each token: ``block * block_size + position % block_size``.
 
-    Block ``position // block_size`` of a sequence is the entry of that number in its row of
-    block_table, or, with kv_indptr, in its part of kv_indices.
+    Block ``position // block_size`` of a sequence is the entry with this index in its row of
+    block_table or, with kv_indptr, in its part of kv_indices.
 
     Args:
         block_table: int32 or int64 [B, blocks of a sequence]: the blocks of each sequence, in
-            order; below 0 where it has none. With kv_indptr, the kv_indices of FlashInfer: int32 or
-            int64 [pages], at least as many as kv_indptr ends with, those of one sequence after
-            those of another.
-        positions: int32 or int64 [1|B, S], or [T] with sequence: in tokens. Below 0: no slot.
+            order; negative for no block. With kv_indptr, the kv_indices of FlashInfer: int32 or
+            int64 [pages], the pages of one sequence after those of another, at least as many as the
+            last value of kv_indptr.
+        positions: int32 or int64 [1|B, S], or [T] with sequence: in tokens. Negative: no slot.
         block_size: tokens of a block, at least 1 (the page_size of FlashInfer).
         sequence: int32 or int64 [T], in [0, B): the sequence of each token of a packed batch
             (:func:`sequence_of_tokens`).
-        kv_indptr: int32 or int64 [B + 1]: where the pages of each sequence begin in kv_indices,
-            from 0 on, and where those of the last one end.
+        kv_indptr: int32 or int64 [B + 1]: where the pages of each sequence start in kv_indices,
+            from 0, and where those of the last sequence end.
         mask: bool, of positions' shape: False for tokens that get no slot, such as padding.
 
     Returns:
-        int64 [B, S] or [T]; -1 for tokens that get no slot, which nothing is stored of.
+        int64 [B, S] or [T]; -1 for tokens without a slot: nothing is stored for them.
 
     Raises:
-        ValueError: for a position whose sequence has no block for it, and for a sequence that
-            block_table does not have; where values can't be looked at, on other devices and in
-            graphs, such slots are -1. For a kv_indptr that falls or ends past kv_indices; and for
-            wrong shapes, dtypes and devices.
-        TypeError: for what is no tensor.
+        ValueError: for wrong shapes, dtypes and devices. On the CPU also for a position whose
+            sequence has no block for it, and for a sequence that block_table does not have: on
+            other devices and in graphs such slots are -1. On the CPU also for a kv_indptr that
+            decreases or ends past kv_indices.
+        TypeError: for a wrong type in place of a tensor.
 
     Source: PagedAttention, arXiv 2309.06180, section 4.2; slot_mapping is vLLM's term, kv_indptr
     and kv_indices those of FlashInfer (``append_paged_kv_cache``).
@@ -62,13 +62,13 @@ def slot_mapping(
         positions = positions.expand(rows, -1)
         mask = None if mask is None else mask.expand(rows, -1)
     wanted = positions >= 0 if mask is None else (positions >= 0) & mask
-    if rows == 0 or block_table.shape[-1] == 0:  # there is no entry to read
+    if rows == 0 or block_table.shape[-1] == 0:  # no entry to read
         slots = torch.full_like(positions, -1, dtype=torch.int64)
         found = torch.zeros_like(wanted)
     else:
         index = torch.div(positions.long(), block_size, rounding_mode="floor")
         last = block_table.shape[-1] - 1
-        row, known = None, True  # each row of positions is that of its sequence
+        row, known = None, True  # each row of positions belongs to its sequence
         if sequence is not None:
             row, known = sequence.long().clamp(0, rows - 1), (sequence >= 0) & (sequence < rows)
         if kv_indptr is None:
@@ -89,24 +89,24 @@ def slot_mapping(
 
 
 def seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
-    """How many tokens each sequence of a paged cache has, from the pages it has.
+    """How many tokens each sequence of a paged cache has.
 
-    Where pages are those of a step's new tokens too, as FlashInfer has them, the new tokens are the
-    last of these: ``from_cu_seqlens(qo_indptr, T, offsets=seq_lens(...) - qo_indptr.diff())`` are
-    their positions.
+    If the pages already include a step's new tokens, as in FlashInfer, these are the last ones:
+    ``from_cu_seqlens(qo_indptr, T, offsets=seq_lens(...) - qo_indptr.diff())`` gives their
+    positions.
 
     Args:
         kv_indptr: int32 or int64 [B + 1]: where the pages of each sequence begin.
         kv_last_page_len: int32 or int64 [B]: tokens in the last page of each, from 1 to page_size;
-            of a sequence without pages, its tokens: 0.
+            0 for a sequence without pages.
         page_size: tokens of a page, at least 1.
 
     Returns:
         int64 [B], in tokens.
 
     Raises:
-        ValueError: for wrong shapes, dtypes and devices; on the CPU, for a kv_indptr that falls and
-            a kv_last_page_len that is no number of tokens of a page.
+        ValueError: for wrong shapes, dtypes and devices; on the CPU, for a kv_indptr that decreases
+            and for an impossible kv_last_page_len.
 
     Source: FlashInfer, ``get_seq_lens``.
     """
@@ -140,7 +140,7 @@ def _check(
     kv_indptr: Tensor | None,
     mask: Tensor | None,
 ) -> int:
-    """How many sequences there are."""
+    """Checks the arguments and returns the number of sequences."""
     function = "slot_mapping"
     check_size(function, "block_size", block_size, least=1)
     if kv_indptr is None:

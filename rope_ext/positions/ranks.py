@@ -1,7 +1,7 @@
-"""Positions of the tokens that a rank has, when sequences are cut across ranks (context parallel).
+"""Positions of a rank's tokens, if sequences are split across ranks (context parallelism).
 
-They go where any position_ids go: ``cos_sin(inv_freq, positions.context_parallel(..., device=
-x.device))`` are the rows of a rank's tokens, once a step, for all layers.
+They serve as position_ids: ``cos_sin(inv_freq, positions.context_parallel(..., device=x.device))``
+gives the rows of a rank's tokens, once a step, for all layers.
 """
 
 import torch
@@ -26,31 +26,31 @@ def context_parallel(
     cu_seqlens: Tensor | None = None,
     device: Device = None,
 ) -> Tensor:
-    """Positions in their sequence of the tokens that a rank has.
+    """Positions of a rank's tokens in their sequence.
 
     Load-balanced, a sequence is cut into 2 * world chunks, and rank r has chunk r and chunk
     2 * world - 1 - r, in this order: with a causal mask all ranks then have the same work.
-    Otherwise it is cut into world chunks, and rank r has chunk r. Of packed sequences each one is
-    cut by itself.
+    Otherwise it is cut into world chunks, and rank r has chunk r. Packed sequences are cut one by
+    one.
 
     Args:
         seq_len: tokens of the whole sequence, S, or of all packed sequences together, T.
         world: ranks that share the sequence.
-        rank: of these, 0 <= rank < world.
+        rank: this rank, 0 <= rank < world.
         load_balanced: two chunks for each rank, from both ends (zig-zag), instead of one.
-        cu_seqlens: int32 or int64 [sequences + 1]: where each packed sequence begins in the whole
-            batch, and at the end T. Every length is a multiple of the number of chunks. Values are
-            looked at on the CPU alone: elsewhere that would wait for the device.
-        device: of the result: that of the rank's tokens, ``x.device``, as sizes are integers, which
-            are on none. None: that of cu_seqlens, or PyTorch's default device, the CPU.
+        cu_seqlens: int32 or int64 [sequences + 1]: where each packed sequence starts in the whole
+            batch, and T at the end. Every length is a multiple of the number of chunks. Values are
+            checked only on the CPU, as reading them would wait for the device.
+        device: of the result, usually that of the rank's tokens, ``x.device``. None: that of
+            cu_seqlens, or PyTorch's default device, the CPU.
 
     Returns:
-        int64 [S / world] or [T / world], in tokens. ``x[:, context_parallel(...)]`` are the rank's
-        tokens of x [B, S, ...]; for packed ones see :func:`context_parallel_indices`.
+        int64 [S / world] or [T / world], in tokens. ``x[:, context_parallel(...)]`` selects the
+        rank's tokens of x [B, S, ...]; for packed ones see :func:`context_parallel_indices`.
 
     Raises:
-        ValueError: for a length that the chunks do not divide, a rank that is not of the world, and
-            cu_seqlens that are not the boundaries of seq_len tokens.
+        ValueError: for a length that is not a multiple of the chunks, a rank outside of
+            [0, world), and cu_seqlens that are not boundaries of seq_len tokens.
 
     Source: ring attention with load balance as in Megatron-LM (get_batch_on_this_cp_rank),
     TransformerEngine (thd_get_partitioned_indices) and torch.distributed.tensor.experimental.
@@ -74,9 +74,9 @@ def context_parallel_indices(
     Arguments, errors and source are those of :func:`context_parallel`.
 
     Returns:
-        int64 [S / world] or [T / world]: ``x[context_parallel_indices(...)]`` are the rank's tokens
-        of packed x [T, ...]. Those of all ranks, one after the other, are a permutation, whose
-        ``argsort()`` brings gathered tokens back into order.
+        int64 [S / world] or [T / world]: ``x[context_parallel_indices(...)]`` selects the rank's
+        tokens of packed x [T, ...]. The indices of all ranks, one after the other, are a
+        permutation, whose ``argsort()`` brings gathered tokens back into order.
     """
     function = "context_parallel_indices"
     return _tokens(function, seq_len, world, rank, load_balanced, cu_seqlens, device)[0].to(device)
@@ -91,8 +91,8 @@ def _tokens(
     cu_seqlens: Tensor | None,
     device: Device,
 ) -> tuple[Tensor, Tensor | None]:
-    """Indices of the rank's tokens, and for packed ones where the sequence of each begins. They are
-    made on the device of cu_seqlens, or else on `device` itself: a copy would wait for it.
+    """Indices of the rank's tokens, and for packed ones the start of each token's sequence. They
+    are made on the device of cu_seqlens, or else on `device`: a copy would wait for it.
     """
     chunks = _check(function, seq_len, world, rank, load_balanced, cu_seqlens)
     made_on = device if cu_seqlens is None else cu_seqlens.device
@@ -102,15 +102,15 @@ def _tokens(
         starts = None
     else:
         bounds = cu_seqlens.long()
-        # A rank has the same share of each sequence, in order, so that its token says the sequence.
+        # A rank has an equal share of each sequence, in order, which gives each token's sequence.
         sequence = torch.searchsorted(bounds[1:] // world, token, right=True)
         starts = bounds[sequence]
-        # Past the last sequence, where values could not be looked at, there is no next one.
+        # There is no sequence after the last; unchecked values may lead there.
         ends = bounds[(sequence + 1).clamp(max=len(bounds) - 1)]
         begin, chunk = starts, (ends - starts) // chunks
     within = token - begin // world
     if load_balanced:
-        # The second chunk is number 2 world - 1 - rank; `within` counts one chunk already.
+        # The second chunk is number 2 world - 1 - rank; `within` is past the first chunk already.
         number = torch.where(within < chunk, rank, 2 * world - 2 - rank)
     else:
         number = rank
@@ -125,7 +125,7 @@ def _check(
     load_balanced: bool,
     cu_seqlens: Tensor | None,
 ) -> int:
-    """The number of chunks."""
+    """Checks the arguments and returns the number of chunks."""
     check_size(function, "world", world, least=1)
     check_size(function, "rank", rank)
     check_size(function, "seq_len", seq_len)

@@ -28,16 +28,16 @@ def from_cu_seqlens(
 ) -> Tensor:
     """Positions of the tokens of packed sequences: 0, 1, 2, ... in each.
 
-    With offsets they count on from the tokens that a sequence has in its cache. Prompts, parts of
-    prompts and single tokens to decode may be mixed: a sequence of one token with an offset is a
-    step of decoding.
+    With offsets, positions continue after the tokens that a sequence has in its cache. Prompts,
+    parts of prompts and decoding steps may be mixed in a batch: a sequence of one token with an
+    offset is a decoding step.
 
     Args:
-        cu_seqlens: int32 or int64 [sequences + 1]: where each sequence begins in the batch, from 0
-            on, and where the last one ends. Sequences may be empty.
-        total: tokens of the batch, T. None: the last of cu_seqlens, which has to be read, so it is
-            for the CPU and outside of graphs. Larger for a batch that is padded to a fixed size.
-        offsets: tokens that come before: of each sequence, int32 or int64 [sequences], or of all.
+        cu_seqlens: int32 or int64 [sequences + 1]: where each sequence starts in the batch, from 0,
+            and where the last one ends. Sequences may be empty.
+        total: tokens of the batch, T. None: the last value of cu_seqlens, which can be read only on
+            the CPU and outside of graphs. Larger for a batch that is padded to a fixed size.
+        offsets: tokens before the first: for each sequence, int32 or int64 [sequences], or for all.
         padding: the position of tokens past the last sequence, at least -1. -1 marks them:
             :func:`slot_mapping` gives them no slot, and cos_sin takes it as any position. A table
             has no row -1: the rotation raises on the CPU, and on CUDA q and k of these tokens
@@ -48,9 +48,9 @@ def from_cu_seqlens(
         int64 [T], in tokens.
 
     Raises:
-        ValueError: for a total that is not known or too small, for boundaries that fall, for
-            negative offsets, and for wrong shapes, dtypes and devices. Values of tensors are looked
-            at on the CPU alone.
+        ValueError: for an unknown or too small total, for cu_seqlens that decrease, for negative
+            offsets, and for wrong shapes, dtypes and devices. Values of tensors are checked only on
+            the CPU.
     """
     function = "from_cu_seqlens"
     check_size(function, "padding", padding, least=-1)
@@ -87,23 +87,23 @@ def sequence_of_tokens(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
 def from_offsets(
     offsets: Tensor | int, seq_len: int, *, padding: int | None = None, device: Device = None
 ) -> Tensor:
-    """Positions of the next tokens of sequences, as many of each: decoding with a KV cache.
+    """Positions of the next tokens of sequences, the same number for each: decoding with a cache.
 
     Args:
-        offsets: tokens that come before: int32 or int64 [B], or an int for all sequences. -n, with
-            padding: the first n tokens of the S are padding, on the left.
+        offsets: tokens before the first: int32 or int64 [B], or an int for all sequences. With
+            padding, -n means that the first n of the S tokens are padding, on the left.
         seq_len: next tokens of each sequence, S.
-        padding: the position of tokens before the first of their sequence, at least -1, with the
-            meaning that it has for :func:`from_cu_seqlens`: -1 for tokens without a slot, 0 for a
-            row of a table. None: there are none, and negative offsets are refused.
+        padding: the position of tokens before the first of their sequence, at least -1, as for
+            :func:`from_cu_seqlens`: -1 for tokens without a slot, 0 for a row of a table. None:
+            negative offsets raise.
         device: of the result, where offsets is an int.
 
     Returns:
-        int64 [B, S], or [1, S] for an int, which the operators take for any B.
+        int64 [B, S], or [1, S] for an int, which fits every B.
 
     Raises:
         ValueError: for a negative seq_len, for negative offsets without padding, for a wrong shape
-            or dtype. Values of tensors are looked at on the CPU alone.
+            or dtype. Values of tensors are checked only on the CPU.
     """
     function = "from_offsets"
     check_size(function, "seq_len", seq_len)
@@ -122,32 +122,32 @@ def from_offsets(
 
 
 def from_attention_mask(attention_mask: Tensor) -> Tensor:
-    """Positions in padded sequences, whichever side is padded: those of tokens that count.
+    """Positions in sequences that are padded on either side.
 
     Args:
-        attention_mask: bool, int32 or int64 [B, S]: 1 for tokens, 0 for padding. With a cache S are
-            all tokens so far, and ``from_attention_mask(...)[:, -new:]`` those of the step.
+        attention_mask: bool, int32 or int64 [B, S]: 1 for tokens, 0 for padding. With a cache, S
+            counts all tokens so far, and ``from_attention_mask(...)[:, -new:]`` are the new ones.
 
     Returns:
         int64 [B, S]: 0, 1, 2, ... for tokens, from left to right, and 0 for padding.
 
     Raises:
-        ValueError: for a wrong shape or dtype and, on the CPU, other values than 0 and 1.
+        ValueError: for a wrong shape or dtype and, on the CPU, for values other than 0 and 1.
 
-    Source: generate of transformers 5, which has 0 for padding, where transformers 4 had 1.
+    Source: generate of transformers 5, which has 0 for padding; transformers 4 had 1.
     """
     counts = check_mask("from_attention_mask", attention_mask)
     return (counts.cumsum(1) - 1).masked_fill(~counts, 0)
 
 
 def _tokens(function: str, cu_seqlens: Tensor, total: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """0, 1, ..., T - 1; the sequence of each token, past the last one their number; and cu_seqlens,
-    int64.
+    """0, 1, ..., T - 1; the sequence of each token (the number of sequences for padding); and
+    cu_seqlens as int64.
     """
     check_bounds(function, "cu_seqlens", cu_seqlens, least=0)
     token = torch.arange(_total(function, cu_seqlens, total), device=cu_seqlens.device)
     bounds = cu_seqlens.long()
-    # As many sequences end before a token as come before its own, empty ones included.
+    # A token's sequence is the number of sequences that end at or before it, empty ones included.
     return token, torch.searchsorted(bounds[1:], token, right=True), bounds
 
 

@@ -12,15 +12,15 @@ from rope_ext.viz import FIGURES
 from rope_ext.viz.rope import Rope
 
 NEEDED = ("matplotlib", "mpmath")
-MOST_BYTES = 2**24  # of a config.json; those of models have some thousands
+MOST_BYTES = 2**24  # of a config.json; those of models have a few thousand
 
 
 class CannotShow(Exception):
-    """There is nothing to show; the message says why and what to do."""
+    """There is nothing to show. The message gives the reason and the remedy."""
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Writes the figures that were asked for. Returns 0, or 2 if it could not run."""
+    """Writes the figures. Returns 0, or 2 if it could not run."""
     return status_of("plot", draw, args)
 
 
@@ -32,7 +32,7 @@ def explore(args: argparse.Namespace) -> int:
 def status_of(
     name: str, command: Callable[[argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
-    """Runs a command; what is wrong is one line on stderr."""
+    """Runs a command, and prints an error as one line on stderr."""
     try:
         command(args)
     except (CannotShow, OSError, ValueError) as error:
@@ -68,7 +68,7 @@ def read(args: argparse.Namespace) -> Rope:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What a config.json says, or that in the folder of a model."""
+    """Reads a config.json, or that in the folder of a model."""
     path = path / "config.json" if path.is_dir() else path
     argument = f"--config {str(path)!r}"
     if not path.exists():
@@ -76,7 +76,7 @@ def config_of(path: Path) -> dict[str, Any]:
             f"{argument}: No such file. Nothing is downloaded: give the path of a config.json, or "
             "of a folder that has one"
         )
-    if not path.is_file():  # to read a FIFO would be to wait
+    if not path.is_file():  # reading a FIFO would wait
         raise CannotShow(f"{argument}: expected a file, got a folder, a FIFO or a device")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
@@ -86,7 +86,7 @@ def config_of(path: Path) -> dict[str, Any]:
         config = json.loads(content.decode())
     except RecursionError:
         raise CannotShow(f"{argument}: expected JSON, got brackets nested too deeply") from None
-    except ValueError as error:  # also of integers with thousands of digits
+    except ValueError as error:  # also for integers with thousands of digits
         raise CannotShow(f"{argument}: expected JSON, got {error}") from error
     if not isinstance(config, dict):
         raise CannotShow(f"{argument}: expected a dict, got {type(config).__name__}")
@@ -94,7 +94,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def writable(path: Path) -> Path:
-    """The path, if a file can be there: to write to a FIFO would be to wait."""
+    """The path, unless it can't be a regular file: writing to a FIFO would wait."""
     if path.exists() and not path.is_file():
         raise CannotShow(
             f"--out {str(path)!r}: expected the path of a file, got a folder, a FIFO or a device"

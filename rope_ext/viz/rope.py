@@ -10,16 +10,16 @@ from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.frequencies.config import from_config, resolve
 from rope_ext.frequencies.scaling import from_scaling, rope_type_of
 
-# Of Llama 3 8B.
+# The rotation of Llama 3 8B.
 LLAMA_LIKE: dict[str, Any] = {
     "model_type": "llama",
     "head_dim": 128,
     "rope_theta": 500000.0,
     "max_position_embeddings": 8192,
 }
-MOST_CHANNELS = 1024  # that rotate: twice the widest head there is; more take minutes to draw
-# What Llama 3.1 has: for configs that do not stretch their context by a factor. The alpha of
-# ntk_alpha is no such factor: Hunyuan's models are trained with it.
+MOST_CHANNELS = 1024  # that rotate: twice the widest known head; more take minutes to draw
+# Scalings that do not stretch the context by a factor: for these, the other methods use FACTOR and
+# LLAMA3, those of Llama 3.1. Hunyuan's models are trained with the alpha of ntk_alpha.
 NOT_STRETCHED = ("default", "longrope", "ntk_alpha", "proportional")
 FACTOR = 8.0
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -27,7 +27,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotation of a model, and what its context could be stretched by.
+    """The rotation of a model, and the factor by which methods stretch its context.
 
     Attributes:
         head_dim, rotary_dim: channels of a head, D, and those that rotate, R.
@@ -35,7 +35,7 @@ class Rope:
         scaling: rope_type and its parameters, as for ``frequencies.from_scaling``.
         trained: tokens of the context of the training.
         extended: tokens of the stretched context.
-        factor: of the methods that the model does not have itself; at least 1.
+        factor: of the methods other than the model's own; at least 1.
         inv_freq: float32 [P], radians per token, as in a sequence of `extended` tokens.
         attention_scaling: factor on cos and sin.
     """
@@ -61,9 +61,9 @@ class Rope:
                 max_position_embeddings.
 
         Raises:
-            ValueError: for a config that ``from_config`` refuses, whose layers of this type do not
+            ValueError: as ``from_config``, and for a config whose layers of this type do not
                 rotate, or more than 1,024 channels, whose positions have several axes, whose base
-                is not above 1, whose context is shorter than that of the training or longer than
+                is at most 1, whose context is shorter than that of the training or longer than
                 2^31 - 1, or that has no max_position_embeddings of at least 2.
         """
         if from_config(config, layer_type) is None:
@@ -78,7 +78,7 @@ class Rope:
             raise ValueError(
                 f"viz: expected rotary_dim to be at most {MOST_CHANNELS}, got {rope.rotary_dim}"
             )
-        if rope.base <= 1:  # no pair would be slower than the first
+        if rope.base <= 1:  # otherwise no pair is slower than the first
             raise ValueError(f"viz: expected rope_theta to be above 1, got {rope.base}")
         longest = rope.max_position_embeddings
         trained = rope.scaling.get("original_max_position_embeddings") or longest
@@ -94,7 +94,7 @@ class Rope:
         factor = stretched_by or longest / trained
         if factor == 1 and rope_type in NOT_STRETCHED:
             factor = FACTOR
-        if factor < 1:  # yarn's, where it follows from the lengths
+        if factor < 1:  # yarn's, if it follows from the lengths
             raise ValueError(
                 "viz: expected max_position_embeddings to be at least those of the training, "
                 f"{trained}, got {longest}"
@@ -129,7 +129,7 @@ class Rope:
         return len(self.inv_freq)
 
     def methods(self) -> dict[str, Tensor]:
-        """inv_freq [P] of each method: the model's own as it has it, the others by `factor`."""
+        """inv_freq [P] of each method: the model's own from its config, the others by `factor`."""
         original = {"original_max_position_embeddings": self.trained}
         parameters: dict[str, dict[str, Any]] = {
             "default": {},
@@ -139,7 +139,7 @@ class Rope:
             "llama3": {"factor": self.factor, **LLAMA3, **original},
         }
         if self.pairs == 1:
-            del parameters["ntk"]  # it leaves the first pair as it is, and there is no other
+            del parameters["ntk"]  # it changes all pairs but the first, the only one
         others = {
             name: self.frequencies({"rope_type": name, **of_method})
             for name, of_method in parameters.items()
@@ -153,12 +153,12 @@ class Rope:
 
 
 def wavelengths(inv_freq: Tensor) -> Tensor:
-    """Tokens that a turn takes: float64, as inv_freq; inf where nothing turns."""
+    """Tokens that a turn takes: float64, like inv_freq; inf for pairs that do not rotate."""
     return 2 * math.pi / inv_freq.double()
 
 
 def in_words(wavelength: float) -> str:
-    """How long a turn takes."""
+    """The wavelength as text."""
     if math.isinf(wavelength):
         return "never turns"
     return f"a turn in {wavelength:{',.0f' if wavelength >= 100 else '.3g'}} tokens"

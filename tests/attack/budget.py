@@ -1,4 +1,4 @@
-"""How long an attack runs: ROPE_EXT_ATTACK_SECONDS for each, or the default of the test suite."""
+"""The duration of an attack: ROPE_EXT_ATTACK_SECONDS, or the default of the test suite."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Calls that fit, of every operator: the arguments by their names in its schema, from a seed."""
+"""Valid calls of every operator, from a seed: the arguments by their names in its schema."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,8 @@ from support import DTYPES
 
 rope = torch.ops.rope
 
-# What may have any strides; and what has to be contiguous. All else has a last stride of 1.
+# Arguments with any strides, and those that have to be contiguous. All others have a last stride of
+# 1.
 ANY_STRIDES = {"inv_freq", "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
                "grad_cos", "grad_sin"}  # fmt: skip
 CONTIGUOUS = {"token_order", "row_offsets"}
@@ -197,7 +198,7 @@ def overload_of(name: str) -> torch._ops.OpOverload:
 
 
 def call_operator(name: str, arguments: Arguments) -> object:
-    """By position where the schema has no keyword; what is not given is left out."""
+    """Passes arguments by position if the schema has no keyword. Missing ones are left out."""
     overload = overload_of(name)
     arguments = dict(arguments)
     positional = [
@@ -215,7 +216,7 @@ def written(name: str) -> list[str]:
 
 
 def described(arguments: Arguments) -> str:
-    """What makes the case, in one line."""
+    """The case in one line."""
 
     def text(x: object) -> str:
         if not isinstance(x, torch.Tensor):

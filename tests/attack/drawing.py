@@ -1,4 +1,4 @@
-"""Arguments that fit each other, drawn from a seed: what the calls of several operators share."""
+"""Arguments that fit each other, drawn from a seed; shared by the calls of several operators."""
 
 import random
 
@@ -8,11 +8,11 @@ from support import DTYPES, FLOAT8
 Arguments = dict[str, object]
 
 PAIRS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 19, 23, 24, 31, 32, 33, 40, 64)  # tails of vectors
-MANY = 2**20  # more elements than this are one, expanded
+MANY = 2**20  # larger tensors are expanded from one element
 
 
 class Draw(random.Random):
-    """Choices and tensors, of a seed."""
+    """Random choices and tensors from a seed."""
 
     def __init__(self, seed: str) -> None:
         super().__init__(seed)
@@ -43,9 +43,9 @@ class Draw(random.Random):
 
 
 def rotated(d: Draw, *names: str) -> tuple[Arguments, int]:
-    """Tensors [*tokens, heads, D] of one dtype, and how many pairs of their channels rotate."""
+    """Tensors [*tokens, heads, D] of one dtype, and the number of pairs that rotate."""
     tokens = (d.size(3), 300 if d.chance(0.005) else d.size(6))  # 300: for several threads
-    if d.chance(0.02):  # nothing, at a size that no loop comes to an end of
+    if d.chance(0.02):  # empty, with a size too large for a loop
         tokens = d.choice(((0, 2**40), (2**40, 0)))
     tokens = tokens[1:] if tokens[1] < MANY and d.chance(0.25) else tokens
     pairs = d.choice(PAIRS)
@@ -66,7 +66,7 @@ def options(d: Draw, x: torch.Tensor, pairs: int, *, reorders: bool) -> Argument
 
 
 def rows(d: Draw, x: torch.Tensor, pairs: int, *, by_channel: bool = True) -> Arguments:
-    """cos and sin, and what may come with them: position_ids, rotary_dim."""
+    """cos and sin, and sometimes position_ids and rotary_dim."""
     *batch, seq = x.shape[:-2]
     out: Arguments = {}
     width = pairs
@@ -92,7 +92,7 @@ def rows(d: Draw, x: torch.Tensor, pairs: int, *, by_channel: bool = True) -> Ar
 
 
 def positions(d: Draw, shape: tuple[int, ...]) -> torch.Tensor:
-    """Positions of angles, of every dtype that these may have."""
+    """Positions of angles, of every allowed dtype."""
     if torch.Size(shape).numel() > MANY:
         return positions(d, (1,) * len(shape)).expand(shape)
     dtype = d.choice((torch.int32, torch.int64, *DTYPES))
@@ -114,7 +114,7 @@ def with_axes(d: Draw, shape: tuple[int, ...], pairs: int) -> Arguments:
 
 
 def slots(d: Draw, x: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
-    """Blocks and their size, and a slot of each token of x [*tokens, H, D]: none twice."""
+    """The number of blocks, their size, and a unique slot for each token of x [*tokens, H, D]."""
     tokens = x.shape[:-2]
     count = 0 if tokens.numel() == 0 else tokens.numel()
     block_size = d.randint(1, 5)

@@ -1,10 +1,10 @@
-"""Every operator of torch.ops.rope on a CUDA device, with small arguments drawn from seeds: what
-compute-sanitizer looks at, and an emulator of the CUDA runtime.
+"""Every operator of torch.ops.rope on a CUDA device, with small arguments drawn from seeds, for
+compute-sanitizer and for an emulator of the CUDA runtime.
 
     python tests/attack/every_operator.py [CALLS]     # of each operator
 
-Fails where an operator has no call in calls.py, and under the emulator, which knows what was
-launched, also where a kernel of csrc/ was not.
+Fails if an operator has no call in calls.py. Under the emulator, which records launches, it also
+fails if a kernel of csrc/ was not launched.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def call_once(name: str, seed: int) -> bool:
     try:
         call_operator(name, arguments)
     except RuntimeError as error:
-        # A kernel of torch's own, launched by the operator: the emulator has none of them.
+        # The operator launches a kernel of torch's own; the emulator has none of these.
         if fakegpu_torch is None or "at::native" not in str(error):
             raise
         return False
@@ -48,7 +48,7 @@ def call_once(name: str, seed: int) -> bool:
 
 
 def not_launched() -> set[str]:
-    """The kernels of the sources, each in all its forms together, that no call has launched."""
+    """The kernels of the sources that no call has launched, in any of their instances."""
     csrc = Path(__file__).parents[2] / "csrc"
     text = "".join(file.read_text() for file in sorted(csrc.rglob("*.cu*")))
     kernels = set(re.findall(r"__global__[^{]*?\s(\w+)\(const", text))

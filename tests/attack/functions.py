@@ -7,7 +7,7 @@ from drawing import Arguments, Draw
 
 import rope_ext
 
-# Function to the operators that it calls, each with what else it is given.
+# Function -> the operators that it calls, each with the other arguments of the function.
 FUNCTIONS: dict[str, dict[str, Arguments]] = {
     "apply_rotary": {
         "rope::apply_rotary": {},
@@ -37,7 +37,7 @@ CACHES = ("k_cache", "v_cache")
 
 
 def arguments_of(d: Draw, name: str, function: str, call: Arguments) -> Arguments:
-    """Those of the function, from those of the operator."""
+    """The arguments of the function, from those of the operator."""
     takes = inspect.signature(getattr(rope_ext, function)).parameters
     call = {**call, **FUNCTIONS[function][name]}
     if "layout" in takes:
@@ -49,7 +49,7 @@ def arguments_of(d: Draw, name: str, function: str, call: Arguments) -> Argument
 
 
 def in_layout(call: Arguments) -> Arguments:
-    """From the orders of dimensions of the operators to those of the call, or back."""
+    """Transposes from the operators' orders of dimensions to those of the call, or back."""
     swap = SWAPS[call.get("layout", "bshd")]
     swaps = dict.fromkeys(IN_LAYOUT, swap)
     swaps |= dict.fromkeys(CACHES, (1, 2) if call.get("cache_layout") == "HND" else None)
@@ -65,13 +65,13 @@ def call_function(function: str, call: Arguments) -> object:
 
 
 def operator_of(function: str, call: Arguments) -> str:
-    """The one that such a call is to be as."""
+    """The operator that a call of the function has to equal."""
     if call.get("out") is not None or call.get("out_q") is not None:
         return f"rope::{function}.out"
     return f"rope::{function}_" if call.get("inplace") else f"rope::{function}"
 
 
 def of_operator(call: Arguments) -> Arguments:
-    """The arguments that the operator has too, as it has them."""
+    """The arguments that the operator has too, in its order of dimensions."""
     own = ("layout", "cache_layout", "inplace")
     return {n: x for n, x in in_layout(call).items() if n not in own}

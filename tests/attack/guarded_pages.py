@@ -1,4 +1,4 @@
-"""Tensors in memory whose first or last byte lies beside a page that kills who touches it."""
+"""Tensors whose first or last byte borders on a page that must not be accessed."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Pages:
-    """Bytes between two pages that may not be read nor written."""
+    """Bytes between two pages that can't be read or written."""
 
     def __init__(self, pages: int) -> None:
         size = pages * PAGE
@@ -27,7 +27,7 @@ class Pages:
 
 
 class Arena:
-    """Pages for the tensors of a case, used again by the next."""
+    """Pages for the tensors of a case, reused by the next case."""
 
     def __init__(self) -> None:
         self.free: dict[int, list[Pages]] = {}
@@ -47,7 +47,7 @@ class Arena:
 
 
 def strides_of(d: Draw, t: torch.Tensor, name: str) -> list[int]:
-    """The dimensions in any order in memory, with gaps between."""
+    """Strides for the dimensions in any order in memory, with gaps."""
     if name in CONTIGUOUS:
         return list(t.stride())
     strides, order = list(t.stride()), list(range(t.dim()))
@@ -66,9 +66,9 @@ def strides_of(d: Draw, t: torch.Tensor, name: str) -> list[int]:
 
 
 def placed(arena: Arena, d: Draw, t: torch.Tensor, name: str, *, is_written: bool) -> torch.Tensor:
-    """A copy of t at one end of its pages, up to 15 bytes off: not always a multiple of its
-    elements, as in a file of weights that is mapped to memory. Where nothing is written, elements
-    may lie in each other's place.
+    """A copy of t at one end of its pages, up to 15 bytes off: not always a multiple of the element
+    size, like weights in a file that is mapped to memory. In tensors that are not written, elements
+    may overlap.
     """
     strides, size, extent = strides_of(d, t, name), t.element_size(), 0
     in_one_place = not is_written and name != "slot_mapping" and t.dim() > 1 and d.chance(0.1)

@@ -1,5 +1,5 @@
-"""What may come in the place of an argument: each way takes the seed and what fits, and gives
-another; None where there is none of its kind, or what PyTorch raises where it makes none.
+"""Hostile replacements of an argument. Each function takes the seed and the valid argument, and
+returns a replacement; None if there is none of its kind; or the error that PyTorch raises for it.
 """
 
 import warnings
@@ -11,11 +11,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 FAKES = FakeTensorMode()
-# All dtypes of PyTorch, without their second names.
+# All dtypes of PyTorch, without their aliases.
 DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
-# Tensors of the others need a scale too (in_another_form).
+# Tensors of the other dtypes also need a scale (in_another_form).
 TENSOR_DTYPES = [x for x in DTYPES if not str(x).startswith(("torch.qint", "torch.quint"))]
-OF_NUMBERS = {6: torch.float32, 7: torch.float64}  # dtypes as PyTorch counts them
+OF_NUMBERS = {6: torch.float32, 7: torch.float64}  # PyTorch's numbers of dtypes
 LIMITS = (-1, 0, 1, 2**15, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**31), -(2**63))
 FLOATS = (0.0, -0.0, -1.0, 5e-324, 1e-45, 1e-300, 1e38, 1e308, *map(float, ("nan", "inf", "-inf")))
 
@@ -34,11 +34,11 @@ NOT_PRINTED = set(filter(not_printed, TENSOR_DTYPES))
 
 
 class Plain(torch.Tensor):
-    """A subclass that changes nothing."""
+    """A subclass without changes."""
 
 
 class Listening(torch.Tensor):
-    """A subclass that sees every function, and lets it be."""
+    """A subclass that sees every function and does nothing."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -52,7 +52,7 @@ class Deaf(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without data of its own, which knows operators alone."""
+    """A tensor without data of its own, which only handles operators."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -79,11 +79,11 @@ class Wrapper(torch.Tensor):
         return tree_map(lambda x: Wrapper(x) if isinstance(x, torch.Tensor) else x, result)
 
 
-# ---- in the place of a tensor: kinds
+# ---- replacements of a tensor: kinds
 
 
 def no_tensor(d: Draw, t: torch.Tensor) -> object:
-    t = torch.ones(3) if t.dtype in NOT_PRINTED else t  # PyTorch prints what it refuses
+    t = torch.ones(3) if t.dtype in NOT_PRINTED else t  # PyTorch prints a refused tensor
     array = np.ones(tuple(t.shape)) if t.numel() < 1000 else np.ones(3)
     return d.choice((
         None, 3, 2.5, True, "cos", b"", [t], (t, t), {}, [1.0, 2.0], array, np.float32(1), object(),
@@ -94,7 +94,7 @@ def no_tensor(d: Draw, t: torch.Tensor) -> object:
 def subclass(d: Draw, t: torch.Tensor) -> torch.Tensor:
     kind = d.choice((Plain, Listening, Deaf, Wrapper, torch.nn.Parameter, torch.nn.Buffer))
     t = t.detach().as_subclass(torch.Tensor)
-    if kind is Wrapper:  # within one PyTorch looks at no bit
+    if kind is Wrapper:  # PyTorch ignores the bits of the inner tensor
         return kind(t.resolve_conj().resolve_neg())
     if kind is torch.nn.Parameter:
         return kind(t, requires_grad=t.is_floating_point() and d.chance(0.5))
@@ -106,8 +106,8 @@ def without_data(d: Draw, t: torch.Tensor) -> torch.Tensor:
 
 
 def in_another_form(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
-    """What is no plain memory, or can't be written."""
-    if max(t.shape, default=0) > 2**20:  # PyTorch would go through 2^40 empty rows
+    """A tensor without plain memory, or one that can't be written."""
+    if max(t.shape, default=0) > 2**20:  # PyTorch would loop over 2^40 empty rows
         return None
     return d.choice((
         t.to_sparse, t.to_sparse_csr, t.to_mkldnn,
@@ -119,7 +119,7 @@ def in_another_form(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
 
 
 def lazy_bits(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
-    """With the negative or the conjugate bit, or a copy that is made when it is written."""
+    """With the negative or the conjugate bit, or a copy-on-write tensor."""
     if d.chance(0.3):
         return torch._lazy_clone(t)
     if not t.is_floating_point() or t.dtype.itemsize == 1:
@@ -159,7 +159,7 @@ def rank(d: Draw, t: torch.Tensor) -> torch.Tensor:
 
 
 def size(d: Draw, t: torch.Tensor) -> torch.Tensor:
-    """A dimension more or less, or one longer, shorter, empty."""
+    """One dimension more or less, or one dimension longer, shorter or empty."""
     if t.dim() == 0:
         return t[None]
     dim = d.randrange(t.dim())
@@ -186,7 +186,7 @@ def order(d: Draw, t: torch.Tensor) -> torch.Tensor | None:
 
 
 def strides(d: Draw, t: torch.Tensor) -> torch.Tensor:
-    """Gaps, elements in one place, and strides that no one follows."""
+    """Gaps, overlapping elements, and unusual strides."""
     dim = d.randrange(t.dim())
     far = d.choice((0, 2**31, 2**40, 2**62, 2**63 - 1))
     alone = [n <= 1 or t.numel() == 0 for n in t.shape]
@@ -200,7 +200,7 @@ def strides(d: Draw, t: torch.Tensor) -> torch.Tensor:
 
 
 def values(d: Draw, t: torch.Tensor) -> torch.Tensor:
-    """An index or a number at the end of what there is, or behind it."""
+    """An index or a number at the end of the valid range, or outside."""
     out = t.clone(memory_format=torch.contiguous_format)
     if t.dtype.itemsize == 1:
         out.view(torch.uint8).random_(generator=d.generator)
@@ -217,7 +217,7 @@ OF_TENSORS = (no_tensor, subclass, without_data, in_another_form, lazy_bits, of_
               rank, size, order, strides, values)  # fmt: skip
 
 
-# ---- in the place of a number or a word
+# ---- replacements of a number or a word
 
 
 def integer(d: Draw, value: object) -> object:
@@ -256,7 +256,7 @@ def text(d: Draw, value: object) -> object:
 
 
 def is_dense(x: object) -> bool:
-    """Whether x is a tensor with memory of its own on the CPU that can be looked at."""
+    """Whether x is a tensor with its own memory on the CPU that can be read."""
     return (
         isinstance(x, torch.Tensor)
         and not isinstance(x, torch._subclasses.FakeTensor | Wrapper)

@@ -1,5 +1,5 @@
-"""Arguments that do not fit: of every operator, and of the functions that call it. Either an error
-that names the operator, before any byte is written, or the right numbers.
+"""Invalid arguments of every operator and of the functions that call it give either an error that
+names the operator, before any byte is written, or the right numbers.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import rope_ext
 
 CALLED = [*((name, None) for name in OPERATORS), *ENTRIES]
 MODES = (torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode)
-# PyTorch makes no such tensor.
+# PyTorch can't make such a tensor.
 NOT_MADE = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
 
 
@@ -49,7 +49,7 @@ def attack(number, note):
     if any(isinstance(x, FakeTensor) for x in tensors) and (
         is_huge(call) or any(x.dtype in hostile.NOT_PRINTED for x in tensors)
     ):
-        return  # PyTorch prints a mixture that it refuses; where it can't, it leaves guards behind
+        return  # PyTorch prints refused mixtures; if that fails, it leaves guards behind
     mode = d.choice(MODES)
     by = f"rope_ext.{function}" if function else name
     note(f"{by}, {' and '.join(said) or 'as it is'}; {mode.__name__}, {described(call)}")
@@ -60,7 +60,7 @@ def attack(number, note):
 
 
 def changed(d, name, function, call):
-    """Changes an argument, or two that share memory then, and says what."""
+    """Changes an argument, or lets two share memory, and describes the change."""
     tensors = [n for n, x in call.items() if is_dense(x) and "Tensor" in str(kind_of(name, n))]
     if tensors and d.chance(0.05):
         way = d.choice((hostile.FAKES.from_tensor, lambda t: t.to("meta")))
@@ -73,7 +73,7 @@ def changed(d, name, function, call):
     argument = d.choice(list(call))
     way, new = replacement(d, kind_of(name, argument), argument, call[argument])
     if new is call[argument] or (
-        # PyTorch takes any number for a dtype, and looks for it behind the end of a list.
+        # PyTorch takes any number for a dtype, and reads past the end of a list.
         argument == "dtype" and not function and type(new) is int and new not in hostile.OF_NUMBERS
     ):
         return []
@@ -82,7 +82,7 @@ def changed(d, name, function, call):
 
 
 def replacement(d, kind, argument, old):
-    """How an argument of this kind in the schema is replaced, and by what; by itself if not."""
+    """The replacement of an argument of this kind in the schema, and its name."""
     if kind is None:
         way = hostile.text
     elif argument == "dtype":
@@ -102,7 +102,7 @@ def replacement(d, kind, argument, old):
 
 
 def share_memory(d, call, first, second):
-    """Puts two arguments into one buffer, over each other or side by side."""
+    """Puts two arguments into one buffer, overlapping or side by side."""
     a, b = call[first], call[second]
     if a.shape == b.shape and a.dtype == b.dtype and d.chance(0.3):
         call[second] = a

@@ -1,7 +1,7 @@
 """Damaged and hostile configs: a ValueError that says what is wrong, or the right frequencies.
 
-Never another exception, never more than a second, and never memory for what is refused. Batches of
-examples of seeds 0, 1, 2, ... until the time of budget.py is up.
+Never another exception, never more than a second, and never memory for a refused config. Batches of
+examples of seeds 0, 1, 2, ... run until the time of budget.py is over.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from rope_ext.frequencies.scaling import rope_type_of
 from rope_ext.viz import Rope
 
 BATCH = 50
-SECONDS = 1.0  # of processor time, of one call
-BYTES = 2**23  # of one tensor, and of Python's objects in one call; 65,536 channels take 2^17
+SECONDS = 1.0  # processor time of one call
+BYTES = 2**23  # for one tensor, and for Python's objects in one call; 65,536 channels take 2^17
 FORM = re.compile(r"(frequencies\.\w+|RotaryEmbedding(\.\w+)?|viz): expected .+, got .+")
-# 2^-24 of the exponent, times ln of the largest base in float32, and a few roundings beside
+# 2^-24 of the exponent, times ln of the largest base in float32, and a few more roundings
 RELATIVE = 2.0**-24 * 128
 
 KINDS = ["sliding_attention", "full_attention"]
@@ -49,7 +49,7 @@ MOE_MSCALE = {"short_mscale": 1.2, "long_mscale": 1.5, "original_max_position_em
 PHIMOE = {"type": "longrope", "short_factor": PHI3_SHORT, "long_factor": PHI3_LONG, **MOE_MSCALE}
 CONFIGS = [
     *(config for config, _ in PUBLISHED.values()),
-    # entries that the published ones above do not have
+    # entries that the published configs above do not have
     config_json("smollm3", 2048, 16, 65536, rope_theta=2e6, **LAYERS),
     config_json("granite_swa", 2048, 16, 8192, layer_types=KINDS, layer_rope_theta=[1e4, 0.0]),
     config_json("dots3_note_text", 512, 4, 4096, rope_parameters={"rope_theta": 8e7}, head_dim=128,
@@ -83,7 +83,7 @@ def nested(depth, wrap):
 
 
 def around_itself(value):
-    """A list or a dict that is in itself."""
+    """A list or a dict that contains itself."""
     (value.append if isinstance(value, list) else lambda inner: value.update(head_dim=inner))(value)
     return value
 
@@ -106,8 +106,8 @@ VALUES = st.sampled_from(HOSTILE) | SMALL
 
 
 def places(value):
-    """Each place of a value in dicts and lists, as the one around it and its key; none in the
-    hostile values, which stay as they are for the next example.
+    """Each value in nested dicts and lists, as its container and its key. Hostile values are left
+    out, so that they stay the same for the next example.
     """
     if not isinstance(value, (dict, list)) or any(value is hostile for hostile in HOSTILE):
         return
@@ -141,7 +141,7 @@ def damaged(draw, originals):
 
 
 class SmallTensors(TorchDispatchMode):
-    """Nothing is computed that is larger than the frequencies of the largest head."""
+    """Raises if a tensor is larger than the frequencies of the largest head."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -151,8 +151,8 @@ class SmallTensors(TorchDispatchMode):
 
 
 def timed(function, *args, **options):
-    """What a call returns, and its seconds. A slow call is timed a second time: the first may have
-    imported a module, or run the garbage collector over all that a test process keeps.
+    """Result and seconds of a call. A slow call is timed again: the first one may have imported a
+    module, or run the garbage collector for the whole test process.
     """
     for _ in range(2):
         start = time.thread_time()
@@ -164,7 +164,7 @@ def timed(function, *args, **options):
 
 
 def answer(function, *args, **options):
-    """What a call returns, or None for a refusal in the documented form; within its bounds."""
+    """The result of a call, or None for an error in the documented form; within the bounds."""
     (result, refusal, peak), spent = timed(traced, function, *args, **options)
     if refusal is not None:
         assert type(refusal) is ValueError, refusal
@@ -176,7 +176,7 @@ def answer(function, *args, **options):
 
 
 def traced(function, *args, **options):
-    """What a call returns, its ValueError, and the largest memory that Python's objects took."""
+    """The result of a call, its ValueError, and the peak memory of Python's objects."""
     result = refusal = None
     tracemalloc.start()
     try:
@@ -191,7 +191,7 @@ def traced(function, *args, **options):
 
 
 def assert_right(rope, inv_freq, attention_scaling, length=None):
-    """By the formulas in float64: what they are, or for ramps what they lie between."""
+    """Compares with the formulas in float64, or for ramps with their bounds."""
     channels, scaling, kind = rope.rotary_dim, rope.scaling or {}, rope_type_of(rope.scaling)
     assert inv_freq.dtype == torch.float32
     assert inv_freq.isfinite().all()

@@ -1,5 +1,5 @@
-"""Every operator on tensors beside pages that may not be touched: no byte outside of a tensor is
-read or written, and the results are right to the last bit.
+"""Every operator on tensors that border on inaccessible pages: no byte outside of a tensor is read
+or written, and the results are right to the last bit.
 """
 
 import torch
@@ -51,7 +51,7 @@ def attack(number, note):
     for want, got, argument in zip(expected, results, outputs or "0123", strict=False):
         want.check(got, argument)
     ordinary = contiguous(inputs)
-    _C.set_cpu_capability("portable")  # whose bits are those of every path
+    _C.set_cpu_capability("portable")  # all paths have the same bits
     for got, same in zip(results, results_of(name, ordinary), strict=True):
         assert_same_bits(got, same)
     for argument in outputs:

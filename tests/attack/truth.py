@@ -1,5 +1,5 @@
-"""What a call of an operator has to give: bits where the documents promise them, else the exact
-numbers and how far from them one may be.
+"""The right result of a call of an operator: bits where the documents promise them, else the exact
+numbers and the allowed error.
 """
 
 import itertools
@@ -47,7 +47,7 @@ class Truth:
 
 
 def truth(name: str, arguments: Arguments) -> list[Truth]:
-    """Of what the operator writes, in the order of its schema; else of its results."""
+    """Of the tensors that the operator writes, in the order of its schema; else of its results."""
     operator = name.removeprefix("rope::").removesuffix(".out")
     if written(name):
         operator = operator.removesuffix("_")
@@ -55,14 +55,14 @@ def truth(name: str, arguments: Arguments) -> list[Truth]:
     x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
     assert not (unfit := _unfit(arguments)), f"taken: {unfit}"
     if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
-        # No token has a position; those that tokens of other sequences would have are anything.
+        # No token has a position, so the positions of other sequences' tokens are arbitrary.
         arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
         arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
     return TRUTHS[operator](arguments)
 
 
 def _unfit(a: Arguments) -> list[str]:
-    """Arguments with values that no call may have."""
+    """Arguments with values that are always invalid."""
     scales = [name for name in ("scale", "k_scale", "v_scale") if a.get(name) is not None]
     unfit = [name for name in scales if not ((a[name] > 0) & a[name].isfinite()).all()]
     if "slot_mapping" in a:
@@ -73,7 +73,7 @@ def _unfit(a: Arguments) -> list[str]:
 
 
 def rotation_of(a: Arguments) -> Arguments:
-    """The options of the rotation that are given."""
+    """The given options of the rotation."""
     return {name: a[name] for name in ROTATION if a.get(name) is not None}
 
 
@@ -84,7 +84,7 @@ def _rotate(a: Arguments) -> list[Truth]:
 
 
 def _append(a: Arguments) -> list[Truth]:
-    """As the reference, from what the rotation gives rounded once."""
+    """By the reference, from the rotation's result rounded once."""
     q, k = (truth.value for truth in _rotate(a))
     caches = [
         reference._stored(a[f"{x}_cache"], rows, a["slot_mapping"], a.get(f"{x}_scale"))
@@ -116,7 +116,7 @@ def _at(a: Arguments) -> list[Truth]:
 
 
 def _angles(a: Arguments, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [.., 1|P] and angles [.., P] in float64; NaN where they are out of reach."""
+    """Positions [.., 1|P] and angles [.., P] in float64; NaN for angles out of range."""
     ids, axes = a.get("position_ids"), a.get("axes")
     if ids is None:
         ids = a.get("start", 0) + torch.arange(length)
@@ -133,7 +133,7 @@ def _table(a: Arguments) -> list[Truth]:
     dtype = dtype or (F64 if given == F64 else torch.float32)
     scaling = float(a.get("attention_scaling", 1.0))
     exact = [angles.cos() * scaling, angles.sin() * scaling]
-    # The angle is off by half an ulp of float64 here, its sine by as much and one more.
+    # The angle here is off by half an ulp of float64; its sine by as much, and by one ulp more.
     here = abs(scaling) * (angles.abs() + 2) * 2.0**-52
     return [Truth(x, 0.5 * ulp(x.nan_to_num(), dtype) + here, dtype) for x in exact]
 
@@ -195,7 +195,7 @@ def _cos_sin_backward(a: Arguments) -> list[Truth]:
 
 
 def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
-    """The arguments in float64, as the arithmetic sees them, and the case of normed_inputs."""
+    """The arguments in float64 as the arithmetic reads them, and the case of normed_inputs."""
     dtype = a["q"].dtype
     for name in ("cos", "sin") if dtype != F64 else ():
         a[name] = a[name].float()

@@ -1,5 +1,5 @@
-"""What has to come of a call: an error that names the operator, before any byte is written, or the
-right numbers, and nothing else written.
+"""The allowed outcomes of a call: an error that names the operator, before any byte is written; or
+the right numbers, without any other write.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from hostile import OF_NUMBERS, Wrapper, is_dense
 from torch._subclasses import FakeTensor
 from truth import truth
 
-MANY = 2**20  # a loop over so many sequences or tokens takes too long
+MANY = 2**20  # a loop over more sequences or tokens takes too long
 EXACT_FOR_ANY_NUMBER = ("rope::cos_sin", "rope::cos_sin_cache")
 OF_FUNCTIONS = {"inplace": "bool", "layout": None, "cache_layout": None}
-# What PyTorch says in its own words, of any operator.
+# PyTorch's own errors, for any operator.
 WORDS_OF_PYTORCH = {
     r"Inference tensors cannot be saved for backward": "autograd, of what it is to keep",
     r"convert all Tensors to FakeTensors first": "a fake tensor beside real ones",
@@ -52,7 +52,7 @@ def check(name, function, call, mode, replaced, *, fits):
 def check_error(error, function, before, *, fits, hollow):
     said = f"{type(error).__name__}: {str(error)[:1000]}"
     assert not fits, f"refused: {said}"
-    # Of tensors that are all without data the shapes are looked at when the operator runs.
+    # If no tensor has data, the operator checks the shapes when it runs.
     assert hollow or is_documented(error, function), said
     for t, then, version in before:
         assert torch.equal(bytes_of(t), then), f"written, then refused: {said}"
@@ -68,14 +68,14 @@ def is_documented(error, function):
     if "INTERNAL ASSERT" in text or "API call failed" in text:
         return False
     if not function and "Not yet supported ScalarType" in text:
-        return True  # of libtorch, which can't hand such a dtype to an operator of the stable ABI
+        return True  # libtorch can't pass such a dtype to an operator of the stable ABI
     if function:
         return re.search(r"^rope(_ext\.|::)\w+(\.out)?: expected .+, got ", text, re.S) is not None
     return re.search(r"rope(::|\.)\w+", text) is not None
 
 
 def check_numbers(name, function, call, meanings, result):
-    """Of the results, or of what is written, which then gets what was there before."""
+    """Checks the results, or the written tensors, whose old values are then restored."""
     after = {n: without_autograd(x) for n, x in call.items()}
     meanings = {n: as_number(kind_of(name, n), x) for n, x in meanings.items()}
     if meanings.get("dtype") in OF_NUMBERS:
@@ -99,19 +99,19 @@ def check_numbers(name, function, call, meanings, result):
             after[argument].copy_(meanings[argument])
 
 
-# ---- arguments as they are meant
+# ---- the meaning of arguments
 
 
 @functools.cache
 def kind_of(name, argument):
-    """The type in the schema; None for words that the functions take."""
+    """The type in the schema; None for words of the functions."""
     if argument in OF_FUNCTIONS:
         return OF_FUNCTIONS[argument]
     return next(str(a.type) for a in overload_of(name)._schema.arguments if a.name == argument)
 
 
 def as_number(kind, x):
-    """What PyTorch makes of x where a number belongs: of a bool, a 0-d tensor, one of numpy."""
+    """The number that PyTorch makes of x: of a bool, a 0-d tensor, a numpy number."""
     if kind == "bool":
         return bool(x)
     if x is None or kind is None or "Tensor" in kind or isinstance(x, torch.dtype):
@@ -133,17 +133,17 @@ def without_autograd(x):
 
 
 def plain(x):
-    """The numbers that x stands for."""
+    """The numbers that x represents."""
     return without_autograd(x).resolve_conj().resolve_neg()
 
 
 def meaning(x):
-    """A copy of what an argument is before the call; without data, or too large, as it is."""
+    """A copy of an argument before the call; itself if it has no data or is too large."""
     x = inner(x)
     if isinstance(x, torch.Tensor) and x._is_zerotensor() and x.numel() <= MANY:
         return torch.zeros(x.shape, dtype=x.dtype)
     if is_dense(x) and x.numel() <= MANY:
-        with contextlib.suppress(NotImplementedError):  # nothing copies an int5
+        with contextlib.suppress(NotImplementedError):  # there is no copy of an int5
             return plain(x).clone(memory_format=torch.contiguous_format)
     return x
 
@@ -158,7 +158,7 @@ def is_huge(call):
 
 
 def is_wild(x):
-    """Whether float32 may overflow or underflow between such a number and an ordinary result."""
+    """Whether float32 may overflow or underflow between this number and an ordinary result."""
     if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
         size = x.double().abs()
         return not bool(((size == 0) | ((size > 1e-9) & (size < 1e9))).all())
@@ -169,12 +169,12 @@ def is_wild(x):
 
 
 def bytes_of(t):
-    """All bytes of the memory that t lies in."""
+    """All bytes of the memory of t."""
     with torch.inference_mode():
         return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone()
 
 
 def dispatch_state():
-    """What the thread has told PyTorch's dispatcher."""
+    """The thread's state of PyTorch's dispatcher."""
     keys = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
     return *(k.raw_repr() for k in keys), torch.is_grad_enabled(), torch.is_inference_mode_enabled()

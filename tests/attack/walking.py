@@ -1,7 +1,7 @@
-"""Numbered cases in a process of their own, where a crash is a failure that names its case.
+"""Numbered cases in a separate process, where a crash is a failure that names its case.
 
-A case is made from its number alone, so a number is all that runs it again. Hypothesis would shrink
-a case; it also takes longer to draw one than these take to run, and they say what is odd in them.
+A case is made from its number alone, so the number suffices to run it again. Hypothesis would
+shrink a case, but drawing one takes longer than running these, which describe themselves.
 """
 
 import argparse
@@ -26,18 +26,18 @@ PER_CASE = 60  # seconds after which a case hangs
 KINDS_SHOWN = 20
 MEMORY = 4 * 2**30  # that a case may take beyond what the process has at first
 
-Attack = Callable[[int, Callable[[str], None]], None]  # of a number, and of what says what it is
+Attack = Callable[[int, Callable[[str], None]], None]  # (number, function that describes the case)
 
 
 def survive(script: str, seconds: float) -> None:
-    """Runs the cases of a script for so long. Fails where one fails, or ends the process."""
+    """Runs the cases of a script for some seconds. Fails if one fails, or ends the process."""
     with tempfile.NamedTemporaryFile("w+") as current:
         done = subprocess.run(
             [sys.executable, script, "--seconds", str(seconds), "--current", current.name],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
-                "OMP_WAIT_POLICY": "PASSIVE",  # or threads spin where other processes want to run
+                "OMP_WAIT_POLICY": "PASSIVE",  # otherwise threads spin and slow other processes
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -53,7 +53,7 @@ def survive(script: str, seconds: float) -> None:
 
 
 def main(script: str, attack: Attack) -> None:
-    """What the script does: all cases until the time is over, or one."""
+    """Runs all cases until the time is over, or one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", nargs="?", type=int, help="run this one alone")
     parser.add_argument("--seconds", type=float, default=20)
@@ -90,7 +90,7 @@ def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
             attack(number, note)
         except Exception as error:
             if "DefaultCPUAllocator" in str(error):
-                continue  # of a size that no memory holds
+                continue  # too large for memory
             kind = re.sub(r"\d+", "", f"{type(error).__name__} {said.split(';')[0]} {error}")[:160]
             if kind not in failures:
                 failures[kind] = said

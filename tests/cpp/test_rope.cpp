@@ -2,8 +2,8 @@
 //
 //   test_rope operators    tables and rotations against plain loops
 //   test_rope refusal      a wrong shape is refused, and nothing is written
-//   test_rope negated      as is a view that negates its elements, in place
-//   test_rope copy FILE    a copy of librope is loaded, and those that are there stay
+//   test_rope negated      so is a view that negates its elements, in place
+//   test_rope copy FILE    loading a copy of librope keeps the registered operators
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -41,6 +41,7 @@ struct Fragment {
   using C = ArithmeticOf<E>;
   static constexpr int N = N_;
   static constexpr Order kOrder = kOrder_;
+  static constexpr bool kOneOrder = kOrder == Order::HalfSplit || kOrder == Order::Interleaved;
   static_assert((N == 1) == (kOrder == Order::Any));
   static constexpr int kVectors = kOrder == Order::Interleaved ? 1 : 2;
   static constexpr int kChannels = kVectors * N, kPairs = kChannels / 2;
@@ -54,8 +55,7 @@ struct Fragment {
   }
 
   static __device__ __forceinline__ Offsets offsets(uint32_t index, FragmentLayout layout) {
-    constexpr bool kOneStep = kOrder == Order::HalfSplit || kOrder == Order::Interleaved;
-    return {static_cast<int32_t>(index * (kOneStep ? N : layout.step)), layout.second};
+    return {static_cast<int32_t>(index * (kOneOrder ? N : layout.step)), layout.second};
   }
 
   // from, to: the first channel of the first vector. second: how far the second one is.

@@ -65,7 +65,6 @@ __device__ __forceinline__ Offsets copied_offsets(const RotaryArgs& args, const 
 
 // Where a thread's fragment lies in what is read and in what is written.
 struct FragmentPlace {
-  bool rotates;
   Offsets in, out;
 };
 
@@ -74,11 +73,10 @@ __device__ __forceinline__ FragmentPlace place_of(const RotaryArgs& args, const 
                                                   uint32_t fragment, bool rotates) {
   if (!rotates) {
     const Offsets copied = copied_offsets<F>(args, plan, fragment - plan.rotated_fragments);
-    return {false, copied, copied};
+    return {copied, copied};
   }
-  constexpr bool kSame = F::kOrder == Order::HalfSplit || F::kOrder == Order::Interleaved;
   const Offsets in = F::offsets(fragment, plan.in);
-  return {true, in, kSame ? in : F::offsets(fragment, plan.out)};
+  return {in, F::kOneOrder ? in : F::offsets(fragment, plan.out)};
 }
 
 // Fragments<F> of `heads` heads, of which `copied_channels` channels do not rotate but are moved.

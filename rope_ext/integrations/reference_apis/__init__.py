@@ -1,4 +1,4 @@
-"""Signatures that people already call, each a few lines on the operators.
+"""Functions with the signatures of other libraries, each a few lines on the operators.
 
 ========================  =====================================================================
 module                    what is matched
@@ -12,10 +12,10 @@ onnx                      the operator RotaryEmbedding of ONNX, opset 23
 torch_functional          ``torch.nn.functional.rotary_embedding``, as proposed for PyTorch
 ========================  =====================================================================
 
-None of these libraries is needed. Everything is differentiable, takes the four dtypes of the
-operators on the CPU and on CUDA, computes in float32 (float64 for float64) and rounds once; x, q
-and k are never copied, and there is no host synchronisation. What a function does otherwise than
-the one that it is named after is in its docstring.
+None of these libraries is needed. All functions are differentiable, take the four dtypes of the
+operators on the CPU and on CUDA, compute in float32 (float64 for float64) and round once. They
+never copy x, q and k, and never wait for the device. The docstring of a function lists its
+differences from the original.
 """
 
 from rope_ext.integrations.reference_apis import (

@@ -1,4 +1,4 @@
-"""How these functions refuse: function, argument, expected, got."""
+"""The errors of these functions: function, argument, expected, got."""
 
 from typing import Any, NoReturn
 

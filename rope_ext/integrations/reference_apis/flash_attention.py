@@ -1,6 +1,6 @@
 """flash-attention's rotary functions.
 
-Source of what is matched: github.com/Dao-AILab/flash-attention, ``flash_attn/layers/rotary.py``
+Source: github.com/Dao-AILab/flash-attention, ``flash_attn/layers/rotary.py``
 and ``flash_attn/ops/triton/rotary.py``, release 2.8.
 """
 
@@ -42,18 +42,18 @@ def apply_rotary_emb(
         inplace: write into x and return it.
         seqlen_offsets: the position of each sequence's first token: an int, or int32 or int64 [B].
         cu_seqlens: int32 or int64 [B + 1], ascending from 0: sequence b of a packed x is
-            ``x[cu_seqlens[b] : cu_seqlens[b + 1]]``. Tokens after the last one are padding and
-            take the first row, that of seqlen_offsets if it is an int.
+            ``x[cu_seqlens[b] : cu_seqlens[b + 1]]``. Tokens after the last sequence are padding:
+            they take the first row, or that of seqlen_offsets if it is an int.
         max_seqlen: the length of the longest sequence of a packed x. Not needed: checked against
             the table's rows if given.
 
     Returns:
         The rotated x, of its shape and dtype.
 
-    Differs from flash-attention: runs on the CPU as well; takes any D and float64; passes gradients
-    on to cos and sin, and in place is safe under autograd. A position past the table raises on the
-    CPU and makes NaN on CUDA, where flash-attention leaves the token as it is; tokens after the
-    last sequence are written, where it leaves them undefined.
+    Differs from flash-attention: runs on the CPU as well; takes any D and float64; has gradients to
+    cos and sin; is safe under autograd in place. A position past the table raises on the CPU and
+    gives NaN on CUDA, where flash-attention leaves the token as it is. Tokens after the last
+    sequence are written, where flash-attention leaves them undefined.
     """
     function = "flash_attention.apply_rotary_emb"
     _check_table(function, "cos", cos)
@@ -89,7 +89,7 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Rotates q and k of a packed qkv in place, as ``flash_attn.layers.rotary``'s.
+    """Rotates q and k of a packed qkv in place, as the function of ``flash_attn.layers.rotary``.
 
     Args:
         qkv: [B, S, 3, H, D]; or, with num_heads_q, [B, S, Hq + 2 Hk, D]: heads of q, of k, of v.
@@ -102,18 +102,19 @@ def apply_rotary_emb_qkv_(
         num_heads_q: Hq, for a qkv of four dimensions.
 
     Returns:
-        qkv itself: the same tensor, v untouched. Differentiable for qkv, also twice; nothing of its
-        size is made but, in the backward, the gradient.
+        qkv itself: the same tensor, v untouched. Differentiable for qkv, also twice. No tensor of
+        its size is made, except for the gradient in the backward.
 
     Raises:
         ValueError, RuntimeError: before anything is written, for wrong shapes, for a position past
-            the table on the CPU, and for what autograd can't have modified in place: a leaf that
-            requires grad, or a view of one (clone it), and tables that require grad.
+            the table on the CPU, for a tensor that autograd does not allow to be modified in place
+            (a leaf that requires grad, or a view of one: clone it), and for tables that require
+            grad.
 
-    Differs from flash-attention: as :func:`apply_rotary_emb`. q and k are one pass for any strides
-    (two with cos_k), where it has two unless qkv is contiguous. It rotates the incoming gradient in
-    place, where another function may still read it; here autograd is told, so that it copies the
-    gradient of a view of another tensor.
+    Differs from flash-attention: as :func:`apply_rotary_emb`. q and k take one pass for any strides
+    (two with cos_k); flash-attention needs a contiguous qkv for that. It also rotates the incoming
+    gradient in place, where another function may still read it; here autograd knows of the write
+    and copies the gradient if it is a view of another tensor.
     """
     function = "flash_attention.apply_rotary_emb_qkv_"
     if qkv.dim() == 5:
@@ -155,7 +156,7 @@ def apply_rotary_emb_kv_(
         cos, sin, interleaved, seqlen_offsets: as for :func:`apply_rotary_emb_qkv_`.
 
     Returns:
-        kv itself. Differentiable, refused and different as :func:`apply_rotary_emb_qkv_`.
+        kv itself. Differentiable, with errors and differences, as :func:`apply_rotary_emb_qkv_`.
     """
     function = "flash_attention.apply_rotary_emb_kv_"
     if kv.dim() != 5 or kv.shape[2] != 2:
@@ -204,8 +205,8 @@ def _written(
     position_ids: Tensor | None,
     *tables: Tensor,
 ) -> Tensor:
-    """The tensor of `named`, after `write` has rotated parts of it: one node of autograd for all of
-    it, where views of parts would have their gradients copied, a whole tensor for each.
+    """The one tensor of `named`, after `write` has rotated parts of it. Autograd gets one node for
+    the whole tensor: nodes for views of its parts would copy a whole gradient each.
     """
     (x,) = named.values()
     if not is_differentiated(x, *tables) or is_transformed():
@@ -229,7 +230,7 @@ def _check_table(function: str, name: str, table: Tensor) -> None:
 
 
 def _check_like_cos(function: str, name: str, table: Tensor, cos: Tensor) -> None:
-    """A table of k that would be refused after q has been rotated."""
+    """Raises for a wrong table of k before q is rotated."""
     same = (table.shape, table.dtype, table.device) == (cos.shape, cos.dtype, cos.device)
     if not same or (table.shape[1] > 1 and table.stride(1) != cos.stride(1)):
         got = f"{list(table.shape)}, {table.dtype}, {table.device}, strides {table.stride()}"
@@ -243,8 +244,8 @@ def _rows(
     longest: int,
     seqlen_offsets: int | Tensor,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The rows of the tables from the position of the first token on, and the offsets where each
-    sequence has one of its own.
+    """The tables from the row of the first token on; and the offsets, if they differ between
+    sequences.
     """
     rows = tables[0].shape[0]
     if longest > rows:
@@ -262,7 +263,7 @@ def _rows(
 
 
 def _positions(x: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """[B, S] or [T]; None where a token's position is its index in the sequence."""
+    """position_ids [B, S] or [T]; None if a token's position is its index in the sequence."""
     if cu_seqlens is None:
         if offsets is None:
             return None

@@ -1,7 +1,7 @@
 """The rotary function of Meta's Llama, with complex tables.
 
-Source of what is matched: github.com/meta-llama/llama, ``llama/model.py``, and llama3, the same.
-Models of Meta's pair neighbouring channels.
+Source: github.com/meta-llama/llama, ``llama/model.py``; llama3 has the same function. Models of
+Meta pair neighbouring channels.
 """
 
 import torch
@@ -19,13 +19,13 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
         xk: [B, S, KH, D], of xq's dtype.
         freqs_cis: complex64 or complex128 [S, D / 2], the rows of the tokens' positions
             (``precompute_freqs_cis(...)[start_pos : start_pos + S]``), or [1|B, S, D / 2]. Its
-            absolute value scales, as that of YaRN does.
+            absolute value scales the result, as in YaRN.
 
     Returns:
         The rotated xq and xk, of their shapes and dtypes.
 
-    Differs from Llama: rows for each sequence of the batch are taken too; float64 stays float64.
-    The real and imaginary parts of freqs_cis, S D numbers, are copied, as they lie side by side.
+    Differs from Llama: also takes rows for each sequence of the batch; float64 stays float64. The
+    interleaved real and imaginary parts of freqs_cis, S D numbers, are copied.
     """
     function = "llama.apply_rotary_emb"
     if not freqs_cis.is_complex():

@@ -1,6 +1,6 @@
 """ONNX's operator RotaryEmbedding as a function.
 
-Source of what is matched: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html, opset 23.
+Source: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html, opset 23.
 """
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def rotary_embedding(
     num_heads: int = 0,
     rotary_embedding_dim: int = 0,
 ) -> Tensor:
-    """Rotates X, as ONNX's RotaryEmbedding, opset 23, with its inputs and attributes.
+    """Rotates X like ONNX's RotaryEmbedding, opset 23, with its inputs and attributes.
 
     Args:
         X: [B, H, S, D], or [B, S, H D] with num_heads.
@@ -34,7 +34,7 @@ def rotary_embedding(
     Returns:
         Y, of X's shape and dtype.
 
-    Differs from ONNX: float64 too; one batch of cos_cache or position_ids does for all.
+    Differs from ONNX: takes float64 too; cos_cache or position_ids may have a batch of one.
     """
     function = "onnx.rotary_embedding"
     if X.dim() == 4:

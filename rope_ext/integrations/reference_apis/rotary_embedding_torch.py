@@ -1,6 +1,6 @@
 """The rotary module of the package rotary-embedding-torch.
 
-Source of what is matched: rotary-embedding-torch 0.9.1, ``rotary_embedding_torch.py``. xPos: Sun
+Source: rotary-embedding-torch 0.9.1, ``rotary_embedding_torch.py``. xPos: Sun
 et al., arXiv 2212.10554.
 """
 
@@ -22,22 +22,22 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: channels that rotate, R, for freqs_for "lang" and "pixel".
         custom_freqs: frequencies [R / 2], in radians per token, instead of freqs_for.
-        freqs_for: "lang" (those of RoFormer), "pixel" (R / 2 from pi to pi max_freq / 2) or
-            "constant" (num_freqs times 1).
-        theta, max_freq, num_freqs: for these.
+        freqs_for: "lang" (frequencies of RoFormer), "pixel" (R / 2 frequencies from pi to
+            pi max_freq / 2) or "constant" (num_freqs frequencies of 1).
+        theta, max_freq, num_freqs: see freqs_for.
         learned_freq: whether the parameter ``freqs`` is trained.
-        use_xpos: scale keys down and queries up, by powers of ``get_scale``.
+        use_xpos: scale keys down and queries up, by ``get_scale``.
         xpos_scale_base: positions for one power of it, in tokens.
         interpolate_factor: positions are divided by it; at least 1.
         theta_rescale_factor: theta is multiplied by this to the power of dim / (dim - 2).
         seq_before_head_dim: x is [B, S, H, D] instead of [B, H, S, D].
-        cache_if_possible, cache_max_seq_len: accepted and not used: tables are made in each call.
+        cache_if_possible, cache_max_seq_len: accepted and ignored: every call makes its tables.
 
-    Differs from rotary-embedding-torch: positions are exact, where it counts them in x's dtype,
-    which for bfloat16 ends at 256; frequencies that are not learned stay as they are when the
-    module is cast; results have x's dtype and are rounded once; of ``scale`` only the even columns
-    are read. Not here: forward, get_seq_pos, get_axial_freqs, and cached keys with use_xpos, whose
-    scales there depend on the length of the cache.
+    Differs from rotary-embedding-torch: positions are exact, where the original counts them in x's
+    dtype (exact up to 256 for bfloat16); frequencies that are not learned keep their dtype when the
+    module is cast; results have x's dtype and are rounded once; only the even columns of ``scale``
+    are read. Not provided: forward, get_seq_pos, get_axial_freqs, and cached keys with use_xpos,
+    whose scales in the original depend on the length of the cache.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RotaryEmbedding(nn.Module):
         Args:
             t: [B, H, S, D], [B, S, D] or [S, D] with the tokens in the last dimension but one;
                 [B, S, H, D] or [S, H, D] if in the last but two.
-            seq_dim: which of the two. None: as seq_before_head_dim says.
+            seq_dim: the tokens' dimension. None: as seq_before_head_dim says.
             offset: position of the first token.
             scale: a factor, or [S, R] as :meth:`get_scale` returns it: one factor a pair, read from
                 the even columns.
@@ -111,7 +111,7 @@ class RotaryEmbedding(nn.Module):
     def rotate_queries_and_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns q and k, rotated and scaled; for use_xpos. Both begin at position 0.
+        """Returns q and k, rotated and scaled; for use_xpos. Both start at position 0.
 
         Args:
             q: as t of :meth:`rotate_queries_or_keys`.
@@ -135,7 +135,7 @@ class RotaryEmbedding(nn.Module):
     def rotate_queries_with_cached_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Returns q and k, rotated: k from position 0, q so that both end together, plus offset.
+        """Returns q and k, rotated: k from position 0, q ending at the same position, plus offset.
 
         Args:
             q: as t of :meth:`rotate_queries_or_keys`.

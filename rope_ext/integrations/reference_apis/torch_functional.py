@@ -1,8 +1,8 @@
 """The rotary function proposed for ``torch.nn.functional``.
 
-Source of what is matched: github.com/pytorch/pytorch/pull/187286 (open in June 2026), for issue
-149534: ``rotary_embedding(x, cos, sin, position_ids=None, *, interleaved=False)``, as its
-description has it. PyTorch has none yet; names and shapes may change there.
+Source: github.com/pytorch/pytorch/pull/187286 (open in June 2026), for issue 149534:
+``rotary_embedding(x, cos, sin, position_ids=None, *, interleaved=False)``, as in its description.
+PyTorch has no such function yet; names and shapes may change there.
 """
 
 from torch import Tensor
@@ -33,7 +33,7 @@ def rotary_embedding(
     Returns:
         The rotated x, of its shape and dtype.
 
-    Differs from the proposal: tables that are not the same for all heads are refused.
+    Differs from the proposal: tables that differ between heads raise.
     """
     function = "torch_functional.rotary_embedding"
     if x.dim() != 4:
@@ -54,7 +54,7 @@ def rotary_embedding(
 
 
 def _rows(function: str, name: str, rows: Tensor, batch: int, seq: int, pairs: int) -> Tensor:
-    """A view [1|B, S, D / 2] of what broadcasts to [B, 1, S, D / 2]."""
+    """rows, which broadcast to [B, 1, S, D / 2], as a view [1|B, S, D / 2]."""
     *leading, tokens, width = (1, 1, 1, *rows.shape)[-4:]
     if (
         rows.dim() not in (1, 2, 3, 4)

@@ -1,6 +1,6 @@
 """torchtune's rotary module.
 
-Source of what is matched: torchtune 0.6.1, ``torchtune/modules/position_embeddings.py``.
+Source: torchtune 0.6.1, ``torchtune/modules/position_embeddings.py``.
 """
 
 from torch import Tensor
@@ -18,11 +18,11 @@ class RotaryPositionalEmbeddings(RotaryEmbedding):
     Args:
         dim: channels of a head, D.
         max_seq_len: positions that the model is meant for, in tokens.
-        base: the longest wavelength is 2 pi base tokens, nearly.
+        base: the longest wavelength is about 2 pi base tokens.
 
-    Differs from torchtune: any position is rotated, not only those below max_seq_len; angles are
-    exact where torchtune rounds position times frequency to float32; float64 stays float64; the
-    frequencies stay float32 when the module is cast. The state dict is as empty as torchtune's.
+    Differs from torchtune: rotates at every position, not only below max_seq_len; angles are exact,
+    where torchtune rounds position times frequency to float32; float64 stays float64; the
+    frequencies stay float32 when the module is cast. The state dict is empty, as torchtune's.
     """
 
     def __init__(self, dim: int, max_seq_len: int = 4096, base: float = 10_000) -> None:
@@ -31,7 +31,7 @@ class RotaryPositionalEmbeddings(RotaryEmbedding):
         self.max_seq_len = max_seq_len
 
     def rope_init(self) -> None:
-        """Makes the frequencies anew, on the default device, as torchtune's recipes ask for."""
+        """Renews the frequencies on the default device, for torchtune's recipes."""
         self.inv_freq, _ = frequencies.default(self.dim, base=self.base)
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,6 @@
 """Transformer Engine's rotary function.
 
-Source of what is matched: transformer-engine 2.20.2,
-``transformer_engine/pytorch/attention/rope.py``.
+Source: transformer-engine 2.20.2, ``transformer_engine/pytorch/attention/rope.py``.
 """
 
 from typing import Literal
@@ -34,32 +33,33 @@ def apply_rotary_pos_emb(
         t: [S, B, H, D], [B, S, H, D] or packed [T, H, D], as tensor_format says; the rank's tokens.
             Any strides with the last one 1.
         freqs: angles in radians, [s2, 1, 1, R], a row for each position and a column for each
-            channel, R <= D: both halves alike, or with interleaved both neighbours, as
-            RotaryPositionEmbedding makes them; or not alike.
+            channel, R <= D. The two channels of a pair usually have equal angles, as from
+            RotaryPositionEmbedding, but they may differ.
         tensor_format: "sbhd", "bshd" or "thd".
         start_positions: int32 or int64 [B]: the position of each sequence's first token. None: 0.
         interleaved: pairs are neighbouring channels instead of halves.
-        fused: accepted and not used: there is one kernel.
-        cu_seqlens: for "thd", int32 or int64 [B + 1], ascending from 0: where each sequence begins
-            in the batch of all ranks together (cu_seqlens_padded). Tokens after the last one, of
-            one rank, take the first row.
-        cp_size: ranks that share each sequence (context parallelism). Of 2 cp_size chunks, rank r
-            has chunk r and chunk 2 cp_size - 1 - r, so that it has an even number of tokens of each
-            sequence.
-        cp_rank: of these, 0 <= cp_rank < cp_size.
+        fused: accepted and ignored: there is one kernel.
+        cu_seqlens: for "thd", int32 or int64 [B + 1], ascending from 0: where each sequence starts
+            in the batch of all ranks together (cu_seqlens_padded). A rank's tokens after the last
+            sequence take the first row.
+        cp_size: ranks that share each sequence (context parallelism). A sequence has 2 cp_size
+            chunks, and rank r has chunk r and chunk 2 cp_size - 1 - r, so the rank has an even
+            number of tokens of each sequence.
+        cp_rank: this rank, 0 <= cp_rank < cp_size.
 
     Returns:
         The rotated t, of its shape, dtype and order of dimensions in memory. Differentiable for t
         and freqs, twice.
 
     Raises:
-        ValueError: for wrong shapes, formats and ranks, for chunks that do not divide a sequence
-            (packed: on the CPU), and on the CPU for a position past freqs.
+        ValueError: for wrong shapes, formats and ranks, for a sequence that is not a multiple of
+            the chunks (packed: on the CPU), and on the CPU for a position past freqs.
 
-    Differs from Transformer Engine: runs on the CPU as well, takes float64, copies t in no format
-    and waits for no device, where ``fused=False`` reads cu_seqlens and start_positions. Of float32,
-    the bits of ``fused=False``; of float16 and bfloat16, cos, sin and the products are float32 and
-    the result is rounded once, as with ``fused=True``. A position past freqs becomes NaN on CUDA.
+    Differs from Transformer Engine: runs on the CPU as well, takes float64, never copies t, and
+    never waits for a device, while ``fused=False`` there reads cu_seqlens and start_positions. For
+    float32 the bits are those of ``fused=False``. For float16 and bfloat16, cos, sin and the
+    products are float32 and the result is rounded once, as with ``fused=True``. A position past
+    freqs gives NaN on CUDA.
     """
     tokens = _check(t, freqs, tensor_format, start_positions, cu_seqlens, cp_size, cp_rank)
     angles = freqs[:, 0, 0]  # [s2, R]
@@ -84,7 +84,7 @@ def _check(
     cp_size: int,
     cp_rank: int,
 ) -> int:
-    """How many tokens of a sequence, or of all packed ones, the rank has."""
+    """Checks the arguments. Returns the rank's tokens of a sequence, or of all packed sequences."""
     if tensor_format not in ("sbhd", "bshd", "thd"):
         refuse(_FUNCTION, "tensor_format", "to be sbhd, bshd or thd", repr(tensor_format))
     packed = tensor_format == "thd"
@@ -120,7 +120,7 @@ def _check(
 def _positions(
     tokens: int, start: Tensor | None, cp_size: int, cp_rank: int, device: torch.device
 ) -> Tensor:
-    """Of sequences of one length, [S] or [B, S]."""
+    """Positions in sequences of one length, [S] or [B, S]."""
     if cp_size == 1:
         at = torch.arange(tokens, device=device)
     else:
@@ -131,7 +131,7 @@ def _positions(
 def _packed_positions(
     tokens: int, start: Tensor | None, cu_seqlens: Tensor, cp_size: int, cp_rank: int
 ) -> Tensor:
-    """Of a packed batch, [T]."""
+    """Positions in a packed batch, [T]."""
     if cp_size == 1:
         return positions.from_cu_seqlens(cu_seqlens, tokens, offsets=start, padding=0)
     whole = tokens * cp_size
@@ -142,7 +142,7 @@ def _packed_positions(
 
 
 def _rows(angles: Tensor, at: Tensor) -> Tensor:
-    """[..., R], the rows of angles [s2, R] at the positions [...]; NaN where there is none."""
+    """[..., R], the rows of angles [s2, R] at the positions [...]; NaN past the last row."""
     length = angles.shape[0]
     outside = (at < 0) | (at >= length)
     if values_known(at) and outside.any():

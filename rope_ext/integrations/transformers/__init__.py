@@ -1,6 +1,6 @@
 """transformers models, rotated by rope_ext.
 
-One model that is loaded::
+Patch one loaded model::
 
     from rope_ext.integrations.transformers import patch
 
@@ -10,13 +10,13 @@ One model that is loaded::
 The files::
 
     patching.py      patch, unpatch: one loaded model
-    rebuilding.py    the methods that rotate, with other rotations
-    copying.py       a function with other globals and cells
-    recognition.py   which rotation a model's own function is
-    probes.py        what it is tried with
+    rebuilding.py    copies the methods that rotate, with other rotations
+    copying.py       copies a function with other globals and cells
+    recognition.py   finds out which rotation a model's own function is
+    probes.py        the arguments that recognition.py calls functions with
     rotations.py     each of these rotations as calls of the operators
     kernels_hook.py  register_kernels: every model of a process, through the package `kernels`
-    families.py      the model families that this was tested on: families.json
+    families.py      the model families that were tested: families.json
 """
 
 from rope_ext.integrations.transformers.kernels_hook import (

@@ -1,8 +1,8 @@
 """A copy of a function that has other values in some of its globals and cells.
 
-It has the function's code, in which these globals alone have other names, that only the copy uses,
-in the globals of the same file. So nothing is compiled, no source is read, and all else is the
-function's: other globals and cells, defaults, `super()`, the lines in a traceback.
+The copy's code loads these globals under new names, which only the copy uses, from the globals of
+the same file. Nothing is compiled and no source is read. Everything else is that of the original:
+other globals and cells, defaults, `super()`, the lines in a traceback.
 """
 
 import dis
@@ -13,21 +13,21 @@ import types
 import weakref
 from typing import Any
 
-# LOAD_GLOBAL's argument is an index into co_names, from Python 3.11 on above a bit.
+# LOAD_GLOBAL's argument is an index into co_names; from Python 3.11 on, its lowest bit is a flag.
 _INDEX_SHIFT = 1 if sys.version_info >= (3, 11) else 0
 
 _numbers = itertools.count()
 
-# What a function holds: a global by its name, a cell by its index, what it wraps by None.
+# What a function holds: a global by its name, a cell by its index, the wrapped function by None.
 Key = str | int | None
 
 
 def copied(
     function: types.FunctionType, values: dict[Key, Any]
 ) -> tuple[types.FunctionType, dict[str, Any]]:
-    """A copy that holds other values, and the globals that it needs: see bind.
+    """A copy that holds other values, and the new globals that it needs (see bind).
 
-    Raises OverflowError where one name among hundreds is both a global and an attribute.
+    Raises OverflowError if a function has hundreds of names and one is a global and an attribute.
     """
     cells = list(function.__closure__ or ())
     names = {key: f"_rope_ext_{next(_numbers)}_{key}" for key in values if isinstance(key, str)}
@@ -47,14 +47,14 @@ def copied(
 
 
 def bind(copy: types.FunctionType, needed: dict[str, Any]) -> None:
-    """Adds what a copy needs to the globals of its file, until there is no such copy any more."""
+    """Adds a copy's new globals to its file, and removes them when the copy is deleted."""
     copy.__globals__.update(needed)
     for name in needed:
         weakref.finalize(copy, copy.__globals__.pop, name, None).atexit = False
 
 
 def _renamed(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
-    """A code that loads globals by other names, in the functions inside of it too."""
+    """A code that loads globals by other names, also in its inner functions."""
     table, bytecode = list(code.co_names), bytearray(code.co_code)
     instructions = [i for i in dis.get_instructions(code) if i.opcode in dis.hasname]
     for old in names.keys() & code.co_names:
@@ -66,7 +66,7 @@ def _renamed(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
         table.append(names[old])  # an attribute or an import of that name keeps its entry
         for load in loads:
             argument = load.arg + ((len(table) - 1 - table.index(old)) << _INDEX_SHIFT)
-            width = (load.arg.bit_length() + 7) // 8 or 1  # bytes: all but one are EXTENDED_ARGs
+            width = (load.arg.bit_length() + 7) // 8 or 1  # bytes: the first ones are EXTENDED_ARGs
             for i, byte in enumerate(argument.to_bytes(width, "little")):
                 bytecode[load.offset + 1 - 2 * i] = byte
     constants = (

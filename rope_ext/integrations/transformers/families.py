@@ -1,6 +1,6 @@
-"""The model families of transformers that `patch(model)` has been proved on: the tests' record.
+"""The model families of transformers that `patch(model)` was tested on: a record of the tests.
 
-`pytest --record-families` writes it, and tests/test_model_families.py holds every later run to it.
+`pytest --record-families` writes it, and tests/test_model_families.py compares later runs to it.
 """
 
 import json
@@ -14,7 +14,7 @@ NOT_PASSED = ("refused", "failed", "not run")
 
 
 def load() -> dict[str, Any]:
-    """The record: the version of transformers, and for each model what came of it."""
+    """The record: the version of transformers, and the result of each model."""
     text = (
         resources.files("rope_ext.integrations.transformers")
         .joinpath(RECORD)
@@ -24,12 +24,12 @@ def load() -> dict[str, Any]:
 
 
 def family(name: str) -> str:
-    """The family of a model's name in the record, where its class may follow in brackets."""
+    """The family of a model name in the record, which may have a class in brackets."""
     return name.partition(" ")[0]
 
 
 def by_convention(record: dict[str, Any]) -> dict[str, list[str]]:
-    """The families that passed, by the conventions that they rotate by, the largest group first."""
+    """The families that passed, grouped by convention, the largest group first."""
     groups: dict[str, dict[str, None]] = {}
     for name, model in record["families"].items():
         if model["result"] == "passed":
@@ -87,7 +87,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def inserted(document: str, record: dict[str, Any]) -> str:
-    """A document with the table between its marks."""
+    """A document with the table between its markers."""
     begin, end = "<!-- families -->", "<!-- /families -->"
     return re.sub(
         f"{begin}.*?{end}",

@@ -1,15 +1,15 @@
 """The rotation as a layer for the ``kernels`` package, through which transformers takes kernels.
 
-In transformers the function ``apply_rotary_pos_emb`` of most models is a hook of the name
-``rotary_pos_emb``: where the package ``kernels`` is installed, ``kernels.kernelize(model, ...)``
-and ``model.set_use_kernels(True)`` replace it by what is registered under that name.
+In transformers the function ``apply_rotary_pos_emb`` of most models is a hook named
+``rotary_pos_emb``. With the package ``kernels``, ``kernels.kernelize(model, ...)`` and
+``model.set_use_kernels(True)`` replace it by the layer that is registered under this name.
 :func:`register_kernels` registers the operator there, for inference, for training, and for both
 under ``torch.compile``, on the CPU and on CUDA.
 
 The hook's name does not tell the convention: one model's function rotates by the negative angle,
-others take tables with one angle a pair. So the layer asks the function that it replaces, as
-:func:`patch` does: what it computes decides. A function that is not recognized goes on doing its
-work itself.
+others take tables with one angle a pair. So the layer calls the function that it replaces with test
+arguments, as :func:`patch` does, and recognizes the rotation by the results. A function that is not
+recognized is not replaced.
 
 Source: transformers 5.22, ``integrations/hub_kernels.py``; kernels 0.17, ``layer/layer.py``.
 """
@@ -27,15 +27,15 @@ from rope_ext.integrations.transformers.recognition import Rotation, recognize_h
 from rope_ext.integrations.transformers.rotations import Pairs, q_and_k
 
 HOOK = "rotary_pos_emb"
-# Releases that go together, tested; the extra `kernels` of pyproject.toml pins them.
+# Releases that were tested together; the extra `kernels` of pyproject.toml pins them.
 TESTED = {"transformers": "5.22.2", "kernels": "0.17.2"}
 
 
 class RotaryPosEmb(nn.Module):
     """The layer. kernels binds its ``forward`` to the hook of a model.
 
-    So ``self`` is that hook, and ``type(self).forward`` the model's own function. A layer may have
-    no other method and no state (kernels, ``_validate_layer``).
+    So ``self`` is that hook, and ``type(self).forward`` is the model's own function. kernels allows
+    a layer no other method and no state (``_validate_layer``).
     """
 
     can_torch_compile = True
@@ -44,7 +44,7 @@ class RotaryPosEmb(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Returns q and k, rotated, in q's dtype; neither is written.
+        """Returns q and k, rotated, in q's dtype. Neither is modified.
 
         Args:
             q: [B, H, S, D] (unsqueeze_dim 1) or [B, S, H, D] (unsqueeze_dim 2).
@@ -61,7 +61,7 @@ class RotaryPosEmb(nn.Module):
 
 @torch.compiler.assume_constant_result
 def pairs_of(hook: type[nn.Module]) -> Pairs | None:
-    """Which channels and columns the function of a hook pairs; None, with a warning, if unknown."""
+    """Pairs and columns of a hook's function; None, with a warning, if it is not recognized."""
     rotation = rotation_of(hook)
     if rotation is not None:
         return rotation.pairs
@@ -73,7 +73,7 @@ def pairs_of(hook: type[nn.Module]) -> Pairs | None:
 
 
 def rotation_of(hook: type[nn.Module]) -> Rotation | None:
-    """What the function of a hook computes; None if that is no rotation of whole q and k."""
+    """The rotation of a hook's function; None if it is not a rotation of q and k as a whole."""
     if hook.forward is RotaryPosEmb.forward:
         raise TypeError(
             "kernels_hook.RotaryPosEmb: expected kernels to bind forward to the hook of a model, "
@@ -84,7 +84,7 @@ def rotation_of(hook: type[nn.Module]) -> Rotation | None:
 
 
 def _name(hook: type[nn.Module]) -> str:
-    """The name of the function that kernels has made the hook of."""
+    """The name of the function that kernels made the hook from."""
     closure = getattr(hook.forward, "__closure__", None) or ()
     functions = (cell.cell_contents for cell in closure if callable(cell.cell_contents))
     named = next(functions, hook)
@@ -92,16 +92,17 @@ def _name(hook: type[nn.Module]) -> str:
 
 
 def hooked_rotations(model: nn.Module) -> dict[str, Rotation | None]:
-    """What kernelizing the model changes: its hooked functions, by name, and what each computes.
+    """The hooked functions of a model, by name, and the rotation of each: those that kernelizing it
+    replaces.
 
     None stands for a function that is not replaced. An empty dict is a model without a hook that
-    kernels can reach: kernelizing does nothing to its rotation. (Many model families of
+    kernels can reach: kernelizing does not change its rotation. (Many model families of
     transformers define the hook but attach it to no module.)
     """
     hooks = dict.fromkeys(
         type(function)
         for module in model.modules()
-        for attribute in ("_kernel_funcs", "_hidden_kernels")  # of kernels; of older transformers
+        for attribute in ("_kernel_funcs", "_hidden_kernels")  # older transformers: the second
         for function in (*getattr(module, attribute, {}).values(), module)
         if getattr(type(function), "kernel_layer_name", None) == HOOK
     )
@@ -110,7 +111,7 @@ def hooked_rotations(model: nn.Module) -> dict[str, Rotation | None]:
 
 @dataclass(frozen=True)
 class _Repository:
-    """What kernels loads a layer from."""
+    """A source of layers, in the form that kernels expects."""
 
     layer_name: str = RotaryPosEmb.__name__
 
@@ -122,9 +123,9 @@ class _Repository:
 
 
 def _require_hooks() -> None:
-    """Refuses where transformers leaves its functions plain, so that no kernel can reach them.
+    """Raises if transformers' functions are no hooks, so that no kernel can replace them.
 
-    A release of transformers takes few releases of kernels, and decides while it is imported.
+    A release of transformers works with few releases of kernels, and decides at import.
     """
     import kernels
     import transformers
@@ -147,9 +148,9 @@ def _require_hooks() -> None:
 
 
 def kernel_mapping() -> dict[str, dict[Any, Any]]:
-    """The mapping that :func:`register_kernels` registers, for use within a context.
+    """The mapping that :func:`register_kernels` registers, for use in a ``with`` statement.
 
-    This replaces the rotation and nothing else::
+    This replaces only the rotation::
 
         with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
             kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cuda")
@@ -162,10 +163,10 @@ def kernel_mapping() -> dict[str, dict[Any, Any]]:
     except ImportError as error:
         raise ImportError(f"register_kernels: expected the package kernels, got {error}") from error
     _require_hooks()
-    # kernels takes a layer for training and torch.compile for all other uses as well.
+    # kernels also takes a layer for training and torch.compile for all other uses.
     layer = {Mode.TRAINING | Mode.TORCH_COMPILE: _Repository()}
-    # All capabilities, but fewer than transformers' own entry is for: the narrower one is taken,
-    # even when set_use_kernels has registered its own once more.
+    # All capabilities, but a narrower range than that of transformers' own entry: the narrower one
+    # is taken, even if set_use_kernels registers its own entry again.
     cuda = Device(type="cuda", properties=CUDAProperties(min_capability=0, max_capability=10**6))
     return {HOOK: {"cpu": layer, cuda: layer}}
 
@@ -173,19 +174,19 @@ def kernel_mapping() -> dict[str, dict[Any, Any]]:
 def register_kernels() -> None:
     """Registers the operator as the kernel of the rotary hook of transformers, in this process.
 
-    Afterwards ``kernels.kernelize(model, mode=..., device=...)`` and, on the device where the model
-    is, ``model.set_use_kernels(True)`` take it, in all modes, instead of the hub's kernel, which
-    has no backward. All models of a family share their hook: kernelizing one is kernelizing all of
-    them. Other hooks, and transformers' own mapping, stay as they are. :func:`hooked_rotations`
-    tells what will be replaced.
+    Afterwards ``kernels.kernelize(model, mode=..., device=...)`` and, on the model's device,
+    ``model.set_use_kernels(True)`` use the operator, in all modes, instead of the hub's kernel,
+    which has no backward. All models of a family share their hook: kernelizing one kernelizes all
+    of them. Other hooks, and transformers' own mapping, stay as they are. :func:`hooked_rotations`
+    lists the functions that will be replaced.
 
-    In float32 the results have the bits of the model's own function; in bfloat16 and float16 they
-    are rounded once, where that function rounds each product. They have q's dtype also where the
-    function would return that of float32 tables (as under autocast).
+    In float32 the results have the bits of the model's own function. In bfloat16 and float16 they
+    are rounded once, where that function rounds each product. They have q's dtype, also where the
+    function would return the dtype of float32 tables (as under autocast).
 
     Raises:
-        ImportError: if the package kernels is not installed, or of a release that the installed
-            transformers does not take: then no function of its models is a hook.
+        ImportError: if the package kernels is not installed, or if the installed transformers does
+            not work with its release: then no function of its models is a hook.
     """
     mapping = kernel_mapping()
     from kernels import register_kernel_mapping

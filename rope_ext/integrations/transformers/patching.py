@@ -1,9 +1,9 @@
-"""patch(model): the rotation of one loaded model, replaced.
+"""patch(model) replaces the rotation of one loaded model.
 
-The methods of a module that call a rotation are copied, with a replacement in its place
-(rebuilding.py). They become the methods of a class derived from the module's own, of the same name,
-and the module becomes an instance of that class. So no class changes, files get only globals that
-nothing else uses, and another model of the family goes on as it was.
+The methods of a module that call a rotation are copied with the replacement (rebuilding.py). The
+copies become methods of a class that is derived from the module's own and has the same name, and
+the module becomes an instance of that class. So no class changes, files get only globals that
+nothing else uses, and other models of the family are not affected.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from rope_ext.integrations.transformers.recognition import Rotation
 class Site:
     """A place where a model rotates."""
 
-    module: str  # its name in the model, '' for the model itself
-    method: str  # that calls the rotation, or is it
-    function: str  # the rotation, as the model's code names it
-    convention: str  # which pairs of channels turn by which columns of cos and sin
+    module: str  # the module's name in the model, '' for the model itself
+    method: str  # the method that calls the rotation, or is it
+    function: str  # the rotation's name in the model's code
+    convention: str  # pairs of channels, and their columns of cos and sin
 
 
 @dataclass(frozen=True)
 class Report:
-    """What rotates with rope_ext in a patched model."""
+    """The rotations of a patched model."""
 
     sites: tuple[Site, ...]
 
@@ -64,29 +64,29 @@ class Report:
 
 
 def patch(model: nn.Module) -> Report:
-    """Lets a loaded transformers model rotate its queries and keys with rope_ext.
+    """Replaces the rotation of queries and keys of a loaded transformers model by rope_ext's.
 
     Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
-    form. A patched model trains, generates, compiles and is copied as before; one that was compiled
-    earlier compiles again (before torch 2.12 it goes on as it was, until torch.compiler.reset()).
-    Saved as a whole and loaded again it is an unpatched model. The result has q's dtype: where a
-    model's own function would return float32 for a bfloat16 q because its tables are float32, the
-    patched model does not.
+    form. A patched model trains, generates, compiles and is copied as before. A model that was
+    compiled earlier compiles again (before torch 2.12 it keeps its old rotation until
+    torch.compiler.reset()). A model that is saved as a whole and loaded again is unpatched. The
+    result has q's dtype, also where the model's own function would return float32 for a bfloat16 q
+    because its tables are float32.
 
-    Each rotation is recognized by the names of its parameters and by what it computes for a few
-    numbers, never by the model's name: see recognition.py. It is called for that, and afterwards no
-    more: what else it does, such as counting its calls, is not done.
+    Each rotation is recognized by the names of its parameters and by its results for a few numbers,
+    never by the model's name: see recognition.py. The model's own function is called only for that.
+    Afterwards its side effects, such as counting its calls, are missing.
 
     Args:
         model: any module that holds transformers' attention modules, such as a model, or one layer.
 
     Returns:
-        All places that now rotate with rope_ext, also those that an earlier call replaced.
+        All rotations that are replaced now, including those of earlier calls.
 
     Raises:
-        UnrecognizedRotation: when the model has no rotation, or one that is not recognized. Nothing
+        UnrecognizedRotation: if the model has no rotation, or one that is not recognized. Nothing
             has been changed then.
-        TypeError: for what is no module: the name of a model, its class, its config.
+        TypeError: unless model is a module: for the name of a model, its class, its config.
     """
     _patch(model, _by_rope_ext, _UNTIL_UNPATCH)
     return _report(model)
@@ -95,7 +95,7 @@ def patch(model: nn.Module) -> Report:
 def unpatch(model: nn.Module) -> None:
     """Undoes :func:`patch` and :func:`patched` for a model, or any part of one.
 
-    What is not patched stays as it is.
+    Modules that are not patched stay as they are.
     """
     _check_is_loaded("unpatch", model)
     for module in model.modules():
@@ -104,10 +104,10 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """A model, patched for the length of a ``with`` block, which gets the report.
+    """A model that is patched within a ``with`` block. The block gets the report.
 
-    Afterwards each of its modules is unpatched, unless :func:`patch` was called for it, or it is
-    inside of another such block, which may be that of a part or of the whole.
+    Afterwards each module is unpatched, unless :func:`patch` was called for it or another such
+    block, of a part or of the whole model, still contains it.
     """
     with substituted(model, _by_rope_ext):
         yield _report(model)
@@ -115,9 +115,9 @@ def patched(model: nn.Module) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
-    """A model that rotates by other functions, for the length of a ``with`` block.
+    """A model that rotates by other functions within a ``with`` block.
 
-    substitute: makes what is called instead, from the model's own function and what it computes.
+    substitute: makes the replacement from the model's own function and its rotation.
     """
     reason = object()
     modules = _patch(model, substitute, reason)
@@ -128,7 +128,7 @@ def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
             _release(module, reason)
 
 
-_UNTIL_UNPATCH = object()  # the reason of patch; a block has one of its own
+_UNTIL_UNPATCH = object()  # the reason of patch; each block has its own
 
 
 def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
 
 
 def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.Module]:
-    """Patches what isn't patched, and gives all patched modules, which it returns, a reason."""
+    """Patches unpatched modules, and adds the reason to all patched modules, which it returns."""
     _check_is_loaded("patch", model)
     before: list[nn.Module] = []  # patched by earlier calls
     changes: list[tuple[nn.Module, type]] = []
@@ -172,7 +172,7 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             derived._rope_ext_reasons[module] = {reason}
             for method in derived._rope_ext_methods.values():
                 _rebind(module, method.original, method.function)
-    except BaseException:  # a module may not let itself be changed: all of them or none
+    except BaseException:  # a module may refuse the change: change all of them or none
         for module, derived in changes:
             _unpatch(module)
             _retire_if_unused(derived)
@@ -183,7 +183,7 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
 
 
 def _release(module: nn.Module, reason: object) -> None:
-    """Takes a reason to be patched from a module, and unpatches it if that was the last one."""
+    """Removes a reason to be patched from a module, and unpatches it without any reason left."""
     reasons = getattr(type(module), "_rope_ext_reasons", {}).get(module, set())
     if reason in reasons:
         reasons.remove(reason)
@@ -208,7 +208,7 @@ def _unpatch(module: nn.Module) -> None:
 
 
 def _retire_if_unused(patched_class: type) -> None:
-    """Lets go of the copied methods of a class, and so of the globals that they need."""
+    """Releases the copied methods of a class, and so the globals that they need."""
     if not patched_class._rope_ext_reasons:
         for name in patched_class._rope_ext_methods:
             delattr(patched_class, name)
@@ -216,7 +216,7 @@ def _retire_if_unused(patched_class: type) -> None:
 
 
 def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., Any]) -> None:
-    """Bound methods that a module itself holds: accelerate's hooks keep the forward they wrap."""
+    """Replaces bound methods that a module holds: accelerate's hooks keep the forward they wrap."""
     for name, value in list(vars(module).items()):
         if isinstance(value, types.MethodType) and value.__func__ is before:
             setattr(module, name, types.MethodType(now, module))
@@ -235,9 +235,9 @@ def _report(model: nn.Module) -> Report:
 
 
 def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> None:
-    """Refuses a module with a method of its own that rotates, or that is called instead of one.
+    """Raises for a module with a method of its own that rotates, or that replaces one that does.
 
-    methods: those of its class that rotate. accelerate's hooks, which keep it, are no such method.
+    methods: those of its class that rotate. A forward that accelerate's hooks keep is allowed.
     """
     for method, own in vars(module).items():
         if method in methods:
@@ -258,7 +258,7 @@ def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], nam
 
 
 def _check_is_loaded(function: str, model: Any) -> None:
-    """Refuses what a model is made of: a name, a path, a class, a config, weights."""
+    """Raises for what a model is made from: a name, a path, a class, a config, weights."""
     if isinstance(model, nn.Module):
         return
     loaded = "AutoModelForCausalLM.from_pretrained(...)"
@@ -275,12 +275,12 @@ def _check_is_loaded(function: str, model: Any) -> None:
 
 
 class _Patched:
-    """Mixed into the classes of patched modules."""
+    """A base of the classes of patched modules."""
 
     _rope_ext_original: type  # the module's class before
     _rope_ext_methods: dict[str, RebuiltMethod]
     _rope_ext_substitute: Substitute
-    # The modules of the class, each with the calls and blocks that it is patched for.
+    # The modules of the class, each with its reasons: calls of patch and blocks.
     _rope_ext_reasons: weakref.WeakKeyDictionary[nn.Module, set[object]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -296,7 +296,7 @@ class _Patched:
         return self._copied(lambda state: copy.deepcopy(state, memo), memo)
 
     def _copied(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
-        """A patched copy; the state is what pickle would take."""
+        """A patched copy, with the state that pickle would take."""
         new = type(self).__new__(type(self))
         self._rope_ext_reasons[new] = {_UNTIL_UNPATCH}
         if memo is not None:
@@ -306,7 +306,7 @@ class _Patched:
 
 
 def _derived(own: type, methods: dict[str, RebuiltMethod], substitute: Substitute) -> type:
-    """The class of own's patched instances."""
+    """The class of patched instances of `own`."""
     namespace: dict[str, Any] = {
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,

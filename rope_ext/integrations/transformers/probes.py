@@ -1,6 +1,6 @@
-"""Arguments to try functions with that may be rotations: a generator for each form (rotations.py).
+"""Test arguments for functions that may be rotations: a generator for each form (rotations.py).
 
-A function need not take all that is yielded for its form; what it refuses tells nothing.
+A function may refuse some of the arguments of its form; only those that it accepts are compared.
 """
 
 import math
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the probes: all different, so that no axis can be taken for another.
+# Sizes of q and k: all different, so that no axis can be mistaken for another.
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 3, 16
-# Of tables: all channels of a head or some, with one angle a channel or one a pair.
+# Widths of tables: all channels of a head or some, one angle a channel or one a pair.
 WIDTHS = (HEAD_DIM, HEAD_DIM // 2, HEAD_DIM // 4)
 
 Probe = tuple[list[Any], dict[str, Any]]
 
 
 class Numbers:
-    """Tensors of irregular numbers within 2, the same each time; nothing random is drawn for them,
-    which a transform of functions may forbid.
+    """Tensors of irregular numbers within 2, the same each time. Not random: transforms of
+    functions may forbid random numbers.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
-"""The methods of a class that rotate, with other rotations: copies of what is loaded (copying.py).
+"""Copies of the methods of a class that rotate, with other rotations (copying.py).
 
-A wrapper, by a decorator or by a library that has put it around the class's method, is copied too:
-the copy of what it wraps takes the place of the original, in a cell or in a global of the wrapper.
-The same holds for a function of the model's file that a method calls to rotate.
+If a method is wrapped, by a decorator or by a library, the wrapper is copied too, and the copy of
+the wrapped function replaces the original in a cell or in a global of the wrapper. The same holds
+for a function of the model's file that a method calls to rotate.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from rope_ext.integrations.transformers.recognition import (
     recognize_method,
 )
 
-# What is taken for a rotation by its name, and then has to be one by its parameters and results.
+# Names that rotations have. The parameters and results then decide.
 _ROTATION = re.compile(r"(^|_)(rotary|rope|rotate)(_|$)")
 _ROTATION_METHOD = re.compile(r"^_?apply_(rotary|rope)(_|$)")
 
-# Makes what is called instead of a function, from the function and what it computes.
+# Makes the replacement from a function and its rotation.
 Substitute = Callable[[Callable[..., Any], Rotation], Callable[..., Any]]
 
 
@@ -37,7 +37,7 @@ class UnrecognizedRotation(ValueError):
 
 
 def rebuilt_methods(owner: type, substitute: Substitute) -> "dict[str, RebuiltMethod]":
-    """Those of a class and its bases that rotate, with substitutes for their rotations.
+    """The methods of a class and its bases that rotate, with their rotations replaced.
 
     Nothing is changed before they are bound. Raises UnrecognizedRotation.
     """
@@ -57,13 +57,13 @@ def rebuilt_methods(owner: type, substitute: Substitute) -> "dict[str, RebuiltMe
 
 
 class RebuiltMethod:
-    """A method of a class; with its rotations replaced, `function`, or None if it has none."""
+    """A method of a class. `function` is its copy with other rotations, None if it has none."""
 
     def __init__(self, owner: type, name: str, attribute: Any, substitute: Substitute) -> None:
         self.where, self.name, self.substitute = f"{owner.__name__}.{name}", name, substitute
         self.static = isinstance(attribute, staticmethod)
         self.original = attribute.__func__ if self.static else attribute
-        self.rotations: dict[str, Rotation] = {}  # by the names that they are called by
+        self.rotations: dict[str, Rotation] = {}  # by the names in the method's code
         self._file = getattr(sys.modules.get(owner.__module__), "__dict__", None)
         self._unbound: list[tuple[types.FunctionType, dict[str, Any]]] = []
         self._replacements: dict[types.FunctionType, Callable[..., Any] | None] = {}
@@ -72,29 +72,29 @@ class RebuiltMethod:
         if self.function and type(self.original) is not types.FunctionType:
             kind = type(attribute).__name__
             raise _refusal(f"{self.where} to be a plain method", f"a {kind}")
-        if self.function and name == "__init__":  # it ran before: what it has kept stays
+        if self.function and name == "__init__":  # it ran before, with effects that stay
             called = ", ".join(self.rotations)
             raise _refusal(f"{self.where} to leave rotations to other methods", f"{called} in it")
 
     def bind(self) -> None:
-        """Gives the copies the globals that they need."""
+        """Adds the globals that the copies need."""
         while self._unbound:
             bind(*self._unbound.pop())
 
     def may_call_one_of(self, base: type) -> bool:
         """Whether it may call the method of a base that it overrides."""
-        codes = [function.__code__ for function in self._replacements]  # that it leads to
+        codes = [function.__code__ for function in self._replacements]  # all that it may call
         return any("__class__" in c.co_freevars or base.__name__ in c.co_names for c in codes)
 
     def _replacement(self, function: types.FunctionType) -> Callable[..., Any] | None:
-        """What to call instead of a function; None where it leads to no rotation."""
+        """The replacement of a function; None if it leads to no rotation."""
         if function not in self._replacements:
-            self._replacements[function] = function  # while it is being made
+            self._replacements[function] = function  # ends recursion
             self._replacements[function] = self._made(function)
         return self._replacements[function]
 
     def _made(self, function: types.FunctionType) -> Callable[..., Any] | None:
-        values: dict[Key, Any] = {}  # what a copy holds in the place of what rotates
+        values: dict[Key, Any] = {}  # the replacements that a copy holds
         unfit, scope, held = "", function.__globals__, _held(function)
         for key, value in held.items():
             if self._is_rotation(key, value):
@@ -103,9 +103,9 @@ class RebuiltMethod:
                 continue
             for inner in _functions_in(value):
                 if isinstance(key, str) and inner.__globals__ is not scope is self._file:
-                    continue  # from a third file; a wrapper has the method itself from another
+                    continue  # from a third file: only a wrapper may be in another file
                 new = self._replacement(inner)
-                if new is inner and isinstance(key, str):  # in a cell: for attributes of its own
+                if new is inner and isinstance(key, str):  # allowed in a cell: for own attributes
                     unfit = "calls itself"
                 elif new and new is not inner:
                     values[key] = new
@@ -133,7 +133,7 @@ class RebuiltMethod:
         if (
             _ROTATION_METHOD.match(self.name)
             and (function is self.original or code.co_name == self.name)
-            and code.co_argcount != 1  # as a property has
+            and code.co_argcount != 1  # a property has one argument
         ):
             return self._substituted(function, self.name, recognize_method)
         return None
@@ -143,7 +143,7 @@ class RebuiltMethod:
             return bool(_ROTATION.search(key)) and callable(value) and not isinstance(value, type)
         return (
             type(value) is types.FunctionType
-            and value.__name__ != self.name  # as that of a method in a wrapper
+            and value.__name__ != self.name  # a wrapper's method has this name
             and bool(_ROTATION.search(value.__name__))
             and recognize(value) is not None
         )
@@ -164,12 +164,12 @@ class RebuiltMethod:
 
 
 def _held(function: types.FunctionType) -> dict[Key, Any]:
-    """What a function may call: globals by their names, cells by index, what it wraps by None.
+    """What a function may call: globals by their names, cells by index, the wrapped one by None.
 
-    Refuses one that takes a rotation from elsewhere, by an import or as an attribute of a file.
+    Raises if it gets a rotation from elsewhere, by an import or as an attribute of a file.
     """
     held: dict[Key, Any] = {None: getattr(function, "__wrapped__", None)}
-    attributes: dict[str, Any] = {}  # of the file that was loaded just before
+    attributes: dict[str, Any] = {}  # of the module loaded by the previous instruction
     for load, name in _loads(function.__code__):
         if load == "LOAD_GLOBAL":
             value = held[name] = function.__globals__.get(name)
@@ -182,21 +182,21 @@ def _held(function: types.FunctionType) -> dict[Key, Any]:
                 )
         attributes = vars(value) if isinstance(value, types.ModuleType) else {}
     for index, cell in enumerate(function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # it is empty
+        with contextlib.suppress(ValueError):  # an empty cell
             held[index] = cell.cell_contents
     return held
 
 
 @functools.cache
 def _loads(code: types.CodeType) -> list[tuple[str, str]]:
-    """How a function, and those inside of it, look up names, in order: LOAD_GLOBAL and so on."""
+    """The look-ups of names in a function and its inner functions, in order: LOAD_GLOBAL etc."""
     loads = [(i.opname, i.argval) for i in dis.get_instructions(code) if i.opcode in dis.hasname]
     inside = (_loads(c) for c in code.co_consts if isinstance(c, types.CodeType))
     return [*loads, *(load for function in inside for load in function)]
 
 
 def _functions_in(value: Any, seen: tuple[int, ...] = ()) -> list[types.FunctionType]:
-    """A function itself; of another callable or a descriptor, those that it shows to have."""
+    """The function itself; for another callable or a descriptor, the functions that it exposes."""
     if type(value) is types.FunctionType:
         return [value]
     runs = callable(value) or hasattr(type(value), "__get__")

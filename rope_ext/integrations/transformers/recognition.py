@@ -1,10 +1,10 @@
-"""Which rotation a model's own function is: found by its parameters, and by what it computes.
+"""Recognizes the rotation of a model's own function by its parameters and by its results.
 
-The names of a function's parameters select the forms that it may have (rotations.py). It is then
-called with small tensors of irregular numbers, and each form with each way to pair channels as
-well: the first that gives the function's own results wherever the function gives any is its
-rotation. So nothing depends on a model's name or on how its code is written, and a function that
-does anything else, such as turning by other columns of the tables, is not recognized.
+The names of a function's parameters select the forms that it may have (rotations.py). The function
+is then called with small tensors of irregular numbers, and so is each form with each way to pair
+channels. The first that agrees with all results of the function is its rotation. So nothing depends
+on a model's name or on how its code is written. A function that does anything else, such as using
+other columns of the tables, is not recognized.
 """
 
 import inspect
@@ -21,15 +21,16 @@ from rope_ext.integrations.transformers import probes, rotations
 from rope_ext.integrations.transformers.probes import Numbers, Probe
 from rope_ext.integrations.transformers.rotations import ALL_PAIRS, Pairs
 
-# Of a result, in units of the dtype's eps times the largest |x| (|cos| + |sin|): the functions
-# round each product and the sum, some tables too; a wrong pair or column is off by about 1 / eps.
+# Tolerance of a result, in units of the dtype's eps times the largest |x| (|cos| + |sin|). The
+# functions round each product and the sum, some round tables too. A wrong pair or column is off by
+# about 1 / eps.
 TOLERANCE = 8
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
 class Rotation(NamedTuple):
-    """What a function computes, and what computes the same with rope_ext."""
+    """The rotation of a function, and a replacement that computes the same with rope_ext."""
 
     convention: str
     replacement: Callable[..., Any]
@@ -44,22 +45,22 @@ class Form(NamedTuple):
 
 
 def recognize(function: Callable[..., Any] | nn.Module) -> Rotation | None:
-    """The rotation that a function, or a hook of the `kernels` package around one, computes."""
+    """The rotation of a function, or of the function in a hook of the `kernels` package."""
     if isinstance(function, nn.Module):
         return recognize_hook(type(function))
     return _recognize_among(_FORMS, function)
 
 
 def recognize_hook(hook: type[nn.Module]) -> Rotation | None:
-    """As :func:`recognize`, for the class of a hook: its own forward, whatever kernel it now has.
+    """As :func:`recognize`, for the class of a hook: its own forward, even if a kernel is set.
 
-    A hook's forward takes the function's arguments after itself, which it does not use.
+    A hook's forward takes the hook and then the function's arguments, and ignores the hook.
     """
     return _recognize_among(_FORMS, types.MethodType(hook.forward, hook))
 
 
 def recognize_method(function: Callable[..., Any]) -> Rotation | None:
-    """As :func:`recognize`, for the functions that models keep in their attention's class."""
+    """As :func:`recognize`, for functions that are methods of an attention class."""
     return _recognize_among(_METHOD_FORMS, function)
 
 
@@ -69,7 +70,7 @@ _known: WeakKeyDictionary[Callable[..., Any], Rotation | None] = WeakKeyDictiona
 def _recognize_among(forms: tuple[Form, ...], function: Callable[..., Any]) -> Rotation | None:
     key = getattr(function, "__func__", function)
     if key not in _known:
-        # In a thread of its own no transform, mode, autocast or tracing of the caller holds.
+        # A new thread has no transform, mode, autocast or tracing of the caller.
         with ThreadPoolExecutor(1) as thread:
             _known[key] = thread.submit(_first_match, forms, function).result()
     return _known[key]
@@ -78,7 +79,7 @@ def _recognize_among(forms: tuple[Form, ...], function: Callable[..., Any]) -> R
 def _first_match(forms: tuple[Form, ...], function: Callable[..., Any]) -> Rotation | None:
     try:
         parameters = _names_and_kinds(function)
-    except (TypeError, ValueError):  # has no signature
+    except (TypeError, ValueError):  # it has no signature
         return None
     for form in forms:
         if _names_and_kinds(form.fill(ALL_PAIRS[0])) != parameters:
@@ -120,7 +121,7 @@ def _call(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ..
     try:
         with torch.no_grad():
             results = function(*copies, **keywords)
-    except Exception:  # it is someone else's function, and may not take these
+    except Exception:  # a model's function may raise anything for arguments that it does not take
         return None
     results = results if isinstance(results, tuple) else (results,)
     unchanged = all(
@@ -155,7 +156,7 @@ def _agree(
 def _same_gradients(
     function: Callable[..., Any], replacement: Callable[..., Any], probe: Probe
 ) -> bool:
-    """Whether the gradients to all inputs are the same: a function may stop them."""
+    """Whether the gradients to all inputs agree: a function may stop them."""
     own, new = _gradients(function, probe), _gradients(replacement, probe)
     if own is None or new is None:
         return False
@@ -164,14 +165,14 @@ def _same_gradients(
         if a is None or b is None:
             if a is not b:
                 return False
-        # sums over up to HEADS and BATCH terms, each with roundings of its own
+        # sums over up to HEADS and BATCH terms, each with its own roundings
         elif not (a - b).abs().max() <= 1e-5 * largest:
             return False
     return True
 
 
 def _gradients(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ...] | None:
-    """To each tensor of floats, from a sum over the results; None where there are none."""
+    """Gradients of a sum over the results to each floating tensor; None if there are none."""
     leaves = [
         a.clone().requires_grad_(a.dtype not in _INTEGERS) if isinstance(a, Tensor) else a
         for a in probe[0]
@@ -182,7 +183,7 @@ def _gradients(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | Non
         total = sum(((i + 1) * r.square()).sum() for i, r in enumerate(results) if r is not None)
         inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
         return torch.autograd.grad(total, inputs, allow_unused=True)
-    except Exception:  # it is someone else's function, and may not be differentiable
+    except Exception:  # a model's function may not be differentiable
         return None
 
 

@@ -1,11 +1,11 @@
-"""The rotations that transformers models are written with, each as calls of the operators.
+"""The rotations of transformers models, each as calls of the operators.
 
-A rotation is a *form*, the arguments that a function takes, filled with one way to pair channels
-and read tables, a :class:`Pairs`. The forms below bear the parameter names of the functions that
-they stand in for; recognition.py finds out which form and which pairs a model's own function has.
+A rotation is a *form*, the arguments that a function takes, together with a :class:`Pairs`, one way
+to pair channels and to read tables. The forms below have the parameter names of the functions that
+they replace; recognition.py finds the form and the pairs of a model's own function.
 
-x is [..., heads, channels] or [..., heads, tokens, channels]; heads_axis says which, counted from
-the end: -2 or -3.
+x is [..., heads, channels] or [..., heads, tokens, channels]; heads_axis is the axis of the heads,
+-2 or -3.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
             half = cos.shape[-1] // 2
             cos, sin = cos[..., :half], sin[..., :half]
         cos, sin = adjacent(cos), adjacent(sin)
-        # Not inverse=True, the transpose: another rotation where the columns of a pair differ.
+        # Not inverse=True, the transpose: it differs if the two columns of a pair differ.
         return cos, -sin if self.negated else sin
 
     def options(self, cos: Tensor, head_dim: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
         return rotation_options(rotary_dim, offset, self.interleaved, self.interleaved_out)
 
 
-# The first that a function agrees with is taken.
+# The first that agrees with a function is taken.
 ALL_PAIRS = (
     Pairs("half-split", "a channel"),
     Pairs("interleaved", "a channel", interleaved=True),
@@ -83,7 +83,7 @@ def rotate(
     heads_axis: int,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """x rotated. cos and sin: rows [S, W] or [1|B, S, W], or a table that position_ids indexes."""
+    """x rotated by rows [S, W] or [1|B, S, W], or by a table that position_ids indexes."""
     x = adjacent(x)
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, x.shape[-1])
@@ -102,7 +102,7 @@ def rotate_both(
     heads_axis: int,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q and k rotated by the same rows, in one call where their tokens and dtypes are the same."""
+    """q and k rotated by the same rows, in one call if their tokens and dtypes are the same."""
     seq_axis = -5 - heads_axis
     same = q.dtype == k.dtype and q.shape[-1] == k.shape[-1]
     if not same or q.dim() != k.dim() or q.shape[seq_axis] != k.shape[seq_axis]:
@@ -122,16 +122,16 @@ def rotate_both(
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as the operators read it.
+    """x with its last dimension contiguous, as the operators require.
 
-    Not so: channels of heads in zaya; tables that a rotary module returns transposed, as that of
-    gpt_oss did before transformers 5.6.
+    It is not in zaya (channels of heads), and in the transposed tables of gpt_oss's rotary module
+    before transformers 5.6.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def heads_axis_of(cos: Tensor, unsqueeze_dim: int) -> int:
-    """Where heads lie in x that is multiplied by ``cos.unsqueeze(unsqueeze_dim)``."""
+    """The axis of the heads in x that is multiplied by ``cos.unsqueeze(unsqueeze_dim)``."""
     axis = unsqueeze_dim - cos.dim() - 1 if unsqueeze_dim >= 0 else unsqueeze_dim
     if axis not in (-2, -3):
         raise ValueError(
@@ -143,14 +143,14 @@ def heads_axis_of(cos: Tensor, unsqueeze_dim: int) -> int:
 
 
 def without_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows out of tables that are multiplied with x [B, H, S, D] as they are: [(B, 1,) S, W]."""
+    """Rows [S, W] or [B, S, W] of tables that are multiplied with x [B, H, S, D] directly."""
     if cos.dim() == 4:
         return cos.squeeze(1), sin.squeeze(1)
     return cos, sin
 
 
 def with_identity_rows(cos: Tensor, sin: Tensor, before: int, after: int = 0) -> list[Tensor]:
-    """The rows [S, W] or [B, S, W] with rows that rotate by nothing before and after them."""
+    """The rows [S, W] or [B, S, W], with rows of no rotation before and after them."""
     pad = torch.nn.functional.pad
     return [pad(cos, (0, 0, before, after), value=1.0), pad(sin, (0, 0, before, after), value=0.0)]
 
@@ -171,7 +171,7 @@ def q_and_k(pairs: Pairs) -> Callable[..., Any]:
 
 
 def q_shorter_than_k(pairs: Pairs) -> Callable[..., Any]:
-    """Queries are the last of the tokens (muse_glimmer_assistant)."""
+    """q has the last tokens of k (muse_glimmer_assistant)."""
 
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim):
         axis = heads_axis_of(cos, unsqueeze_dim)
@@ -185,7 +185,7 @@ def q_shorter_than_k(pairs: Pairs) -> Callable[..., Any]:
 
 
 def q_and_k_unused_position_ids(pairs: Pairs) -> Callable[..., Any]:
-    """Tables are rows already; position_ids are a remnant (deepseek_v3, glmasr, older models)."""
+    """Tables are rows already; position_ids are unused (deepseek_v3, glmasr, older models)."""
 
     def apply_rotary_pos_emb(q, k, cos, sin, position_ids, unsqueeze_dim):
         return rotate_both(pairs, q, k, cos, sin, heads_axis_of(cos, unsqueeze_dim))
@@ -206,8 +206,8 @@ def q_and_optional_k(pairs: Pairs) -> Callable[..., Any]:
 
 
 def q_and_k_by_sections(pairs: Pairs) -> Callable[..., Any]:
-    """Tables [3, B, S, W], one for time, height and width: section i of the channels turns by table
-    i % 3, and each half of a head has all sections (qwen2_vl and its kin before 5.13).
+    """Tables [3, B, S, W], one each for time, height and width: section i of the channels takes
+    table i % 3, and each half of a head has all sections (qwen2_vl and similar before 5.13).
     """
 
     def apply_multimodal_rotary_pos_emb(q, k, cos, sin, mrope_section, unsqueeze_dim):
@@ -234,7 +234,7 @@ def q_k_and_v(pairs: Pairs) -> Callable[..., Any]:
 
 
 def one_tensor(pairs: Pairs) -> Callable[..., Any]:
-    """gemma3n, gemma4, deepseek_v4."""
+    """x and a table (gemma3n, gemma4, deepseek_v4)."""
 
     def apply_rotary_pos_emb(x, cos, sin, unsqueeze_dim):
         return rotate(pairs, x, cos, sin, heads_axis_of(cos, unsqueeze_dim))
@@ -280,13 +280,13 @@ def one_tensor_without_heads(pairs: Pairs) -> Callable[..., Any]:
 
 
 def axes_of_one_tensor(pairs: Pairs) -> Callable[..., Any]:
-    """Each axis of position_ids [B, S, A] turns its own A-th part of a head (gemma4 vision)."""
+    """Each axis of position_ids [B, S, A] rotates one of A parts of a head (gemma4 vision)."""
 
     def apply_multidimensional_rope(x, cos, sin, position_ids, unsqueeze_dim):
         axis = heads_axis_of(cos, unsqueeze_dim)
         x = x if axis == -2 else x.transpose(1, 2)
         parts = (position_ids.shape[-1], x.shape[-1] // position_ids.shape[-1])
-        # The parts of a head as if they were tokens, each with its own rows: [B * S, A, H, D / A].
+        # The parts of a head become tokens, each with its own rows: [B * S, A, H, D / A].
         tokens = x.unflatten(-1, parts).transpose(2, 3).flatten(0, 1)
         cos, sin = (
             table.expand(*x.shape[:2], -1).unflatten(-1, parts).flatten(0, 1)
@@ -318,7 +318,7 @@ def q_and_k_heads_first(pairs: Pairs) -> Callable[..., Any]:
 
 
 def q_and_k_after_prefix(pairs: Pairs) -> Callable[..., Any]:
-    """Tables are for the last tokens; those before, as a class token, stay (dinov3_vit)."""
+    """Tables are for the last tokens; earlier ones, such as a class token, stay (dinov3_vit)."""
 
     def apply_rotary_pos_emb(q, k, cos, sin, **kwargs):
         cos, sin = without_heads(cos, sin)
@@ -347,7 +347,7 @@ def q_and_k_memory(pairs: Pairs) -> Callable[..., Any]:
 
 
 def q_and_k_memory_groups(pairs: Pairs) -> Callable[..., Any]:
-    """k is groups, each of tokens that stay and then of tokens that rotate (edgetam_video)."""
+    """k has groups, each of tokens that stay followed by tokens that rotate (edgetam_video)."""
 
     def apply_rotary_pos_emb_2d_cross_attn(
         q, k, cos, sin, cos_k, sin_k, num_k_exclude_rope, repeat_freqs_k
@@ -401,8 +401,8 @@ def real_and_imaginary(freqs: Tensor) -> tuple[Tensor, Tensor]:
 def positions_of_one_tensor(pairs: Pairs) -> Callable[..., Any]:
     """x [B, H, S, D], pos [S] or [B, H, S], the same for all heads (vjepa2).
 
-    Its tables repeat the frequencies by halves while its pairs are neighbours, so that the two
-    channels of a pair have angles of their own.
+    Its tables repeat the frequencies by halves while its pairs are neighbours, so the two channels
+    of a pair have different angles.
     """
 
     def rotate_queries_or_keys(x, pos):
@@ -420,7 +420,7 @@ def positions_of_one_tensor(pairs: Pairs) -> Callable[..., Any]:
 
 
 def method_on_hidden_states(pairs: Pairs) -> Callable[..., Any]:
-    """hidden_states [B, S, H * D], (cos, sin) [2, L, 1, 1, W] (wav2vec2_conformer and its kin)."""
+    """hidden_states [B, S, H * D], (cos, sin) [2, L, 1, 1, W] (wav2vec2_conformer and similar)."""
 
     def _apply_rotary_embedding(self, hidden_states, relative_position_embeddings):
         heads = hidden_states.unflatten(-1, (self.num_heads, self.head_size))

@@ -1,6 +1,6 @@
-"""One function a figure: of a Rope, to a matplotlib Figure that is the same each time.
+"""One function a figure: from a Rope to a matplotlib Figure, the same in every run.
 
-Of a config::
+The wavelengths of a config::
 
     from rope_ext.viz import Rope, figures
 
@@ -8,11 +8,11 @@ Of a config::
 
 The files::
 
-    style.py      colours, sizes, files that do not differ from run to run
-    rotations.py  rotation, tables: what happens to a vector, and the numbers that do it
-    methods.py    wavelengths: how long each pair takes for a turn, by each method
-    scores.py     decay, relative: what it does to the scores of attention
-    errors.py     accuracy: what float32 does to angles
+    style.py      colours, sizes, files that are the same in every run
+    rotations.py  rotation, tables: rotated vectors, and the cos and sin
+    methods.py    wavelengths: the tokens that each pair takes for a turn, by method
+    scores.py     decay, relative: the effect on attention scores
+    errors.py     accuracy: the errors of float32 angles
 """
 
 from rope_ext.viz.figures.errors import accuracy

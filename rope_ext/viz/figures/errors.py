@@ -1,4 +1,4 @@
-"""What float32 does to angles."""
+"""The errors of float32 angles."""
 
 import mpmath
 import torch
@@ -10,7 +10,7 @@ from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
 from rope_ext.viz.rope import Rope
 
-DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and more than float64's 16 for the rest
+DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and over 16 for float64 results
 
 
 @styled
@@ -19,10 +19,10 @@ def accuracy(rope: Rope) -> Figure:
 
     Ours is ``rope_ext.cos_sin``; the usual one is ``angle = position.float() * inv_freq``, then
     ``torch.cos(angle)`` and ``torch.sin(angle)``. The truth is cos and sin of position * inv_freq
-    in 40 digits, for the float32 inv_freq that both are given. The error is the angle, in radians,
-    between (cos, sin) and the truth: at most pi. The usual one grows, as the product is rounded to
-    24 bits: up to 2^24 at most to position * inv_freq * 2^-24, and beyond, where the position is
-    rounded as well, to twice that.
+    in 40 digits, for the same float32 inv_freq. The error is the angle, in radians, between
+    (cos, sin) and the truth: at most pi. The usual error grows with the position, as the product is
+    rounded to 24 bits: at most position * inv_freq * 2^-24 up to position 2^24, and twice that
+    beyond, where the position is rounded as well.
 
     Source: the bound is half a unit in the last place, of the product and of the position;
     positions are four in each doubling up to 2^31 - 1.
@@ -47,7 +47,7 @@ def accuracy(rope: Rope) -> Figure:
 
 
 def positions_shown() -> list[int]:
-    """Four in each doubling; odd where they can be, as a position of few bits is never rounded."""
+    """Four in each doubling; odd if possible, as positions with few bits are never rounded."""
     steps = (round(2 ** (octave + step / 4)) | 1 for octave in range(31) for step in range(4))
     return sorted({step for step in steps if step < LAST_POSITION} | {LAST_POSITION})
 
@@ -59,7 +59,7 @@ def exact(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_parts(positions: Tensor, inv_freq: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The same with what rounding leaves: of cos and of sin the two, each float64 [N, P]."""
+    """:func:`exact` with its rounding errors: for cos and for sin the pair, float64 [N, P] each."""
 
     def split(value: mpmath.mpf) -> tuple[float, float]:
         nearest = float(value)
@@ -74,6 +74,6 @@ def exact_parts(positions: Tensor, inv_freq: Tensor) -> list[tuple[Tensor, Tenso
 
 
 def angle_between(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Of two (cos, sin), in radians: float64."""
+    """The angle between two (cos, sin), in radians: float64."""
     (c, s), (c2, s2) = one, (part.double() for part in other)
     return torch.atan2(s * c2 - c * s2, c * c2 + s * s2).abs()

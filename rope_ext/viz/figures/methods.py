@@ -1,4 +1,4 @@
-"""How long each pair takes for a turn, by each method."""
+"""The tokens that each pair takes for a turn, by method."""
 
 from matplotlib.figure import Figure
 
@@ -9,13 +9,13 @@ from rope_ext.viz.rope import Rope
 
 @styled
 def wavelengths(rope: Rope) -> Figure:
-    """Tokens that each pair takes for a turn, a line a method, against the contexts.
+    """Tokens that each pair takes for a turn: a line for each method, with the contexts.
 
-    A pair whose line is below a context has turned all the way within it; above, it has seen a part
-    of a turn only, and at positions past the trained context angles that are new to the model. The
-    methods differ in which pairs they slow down. Lines are those of ``Rope.methods``: the model's
-    own as its config has it, the others with `Rope.factor`; for dynamic and longrope, in a sequence
-    of the extended context.
+    A pair whose line is below a context makes a full turn within it. A pair above it has seen only
+    a part of a turn, so positions past the trained context have angles that are new to the model.
+    The methods differ in which pairs they slow down. The lines are those of ``Rope.methods``: the
+    model's own method with its config's parameters, the others with `Rope.factor`; for dynamic and
+    longrope, in a sequence of the extended context.
 
     Sources: those of the functions of ``rope_ext.frequencies``; the view is that of YaRN, arXiv
     2309.00071, section 3.2.
@@ -29,7 +29,7 @@ def wavelengths(rope: Rope) -> Figure:
             of_rope.wavelengths(inv_freq).numpy(),
             label=f"{name} (this model)" if own else name,
             linewidth=2.6 if own else None,
-            marker="o" if rope.pairs == 1 else None,  # which makes no line
+            marker="o" if rope.pairs == 1 else None,  # one point has no line
         )
     mark_contexts(axes, rope, across=True)
     number_pairs(axes.xaxis)

@@ -1,4 +1,4 @@
-"""What happens to a vector, and the cos and sin that do it."""
+"""Rotated vectors, and the cos and sin that rotate them."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,9 @@ def rotation(
 ) -> Figure:
     """The vector (1, 0) in some pairs of channels, rotated to some positions.
 
-    A panel a pair: a line from the origin to where ``apply_rotary`` takes the vector, for each
-    position, darker first; the dashed circle has the radius attention_scaling. Fast pairs are those
-    of low index.
+    A panel a pair: for each position, a line from the origin to the vector that ``apply_rotary``
+    returns, dark to light. The dashed circle has the radius attention_scaling. Fast pairs are those
+    with a low index.
 
     Args:
         positions: in tokens.
@@ -63,13 +63,13 @@ def rotation(
 
 @styled
 def tables(rope: Rope, *, positions: int = 256) -> Figure:
-    """cos and sin as ``cos_sin_cache`` has them, over position and pair.
+    """cos and sin of ``cos_sin_cache``, over position and pair.
 
-    Stripes are narrow at the top, where pairs turn fast, and wide at the bottom. Light is
-    attention_scaling, dark is minus that.
+    Stripes are narrow at the top, where pairs are fast, and wide at the bottom. Light is
+    attention_scaling, dark is -attention_scaling.
 
     Args:
-        positions: the first so many, in tokens.
+        positions: the number of positions, from 0, in tokens.
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """

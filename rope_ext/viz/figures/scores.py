@@ -1,4 +1,4 @@
-"""What the rotation does to the scores of attention."""
+"""The effect of the rotation on attention scores."""
 
 from collections.abc import Sequence
 
@@ -27,9 +27,9 @@ def decay(rope: Rope, *, distances: Sequence[int] | None = None) -> Figure:
     Above, RoFormer's upper bound: the mean over j of ``|S_j|``, where S_j is the sum of
     ``exp(1j (m - n) inv_freq)`` over the first j pairs; the score is at most that times
     ``P max |h[i + 1] - h[i]|``, where h are the products of the pairs of q and k. Below, the mean
-    score where q = k is random, with independent channels of one variance, relative to the mean of
-    q · q: the mean over pairs of ``cos((m - n) inv_freq)``, exact and not of a sample. Both times
-    attention_scaling squared, of the channels that rotate.
+    score for random q = k with independent channels of one variance, relative to the mean of q · q:
+    the mean over pairs of ``cos((m - n) inv_freq)``, computed exactly, not from a sample. Both are
+    multiplied by attention_scaling squared, and count the channels that rotate.
 
     Args:
         distances: m - n, in tokens. None: from 1 to the extended context.
@@ -58,10 +58,9 @@ def decay(rope: Rope, *, distances: Sequence[int] | None = None) -> Figure:
 def relative(rope: Rope) -> Figure:
     """The score of a query at position m and a key at n depends on m - n alone.
 
-    q and k are random, the same two vectors [D] everywhere; each is rotated to its own position by
-    ``apply_rotary`` in float32, and the score is ``q · k / sqrt(D)``. Left, against m - n: what is
-    found at small m and at large ones is the same curve. Right, against m: a line for each m - n,
-    and each is flat.
+    q and k are two random vectors [D]; each is rotated to its position by ``apply_rotary`` in
+    float32, and the score is ``q · k / sqrt(D)``. Left, against m - n: the curves of small and of
+    large m coincide. Right, against m: a line for each m - n, and each is flat.
 
     Source: RoFormer, arXiv 2104.09864, equation 16.
     """
@@ -72,10 +71,10 @@ def relative(rope: Rope) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
 
     distances = torch.arange(most + 1)
-    anchors = dict.fromkeys((most, rope.trained - 1, rope.extended - 1))  # without repetition
+    anchors = dict.fromkeys((most, rope.trained - 1, rope.extended - 1))  # no duplicates
     for i, m in enumerate(anchors):
         at = scores(rope, q, k, torch.full_like(distances, m), m - distances)
-        # those behind are larger, so that they are seen
+        # markers drawn first are larger, so that they stay visible
         left.plot(
             distances.numpy(),
             at.numpy(),

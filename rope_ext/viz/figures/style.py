@@ -1,4 +1,4 @@
-"""What the figures share: a palette for all eyes, and files that are the same in every run."""
+"""The style of the figures: colours for colour-blind readers, and reproducible files."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from matplotlib.patheffects import withStroke
 
 from rope_ext.viz.rope import Rope
 
-# Okabe and Ito, "Color Universal Design", 2008: those that stand out from white, and a grey. Each
-# has dashes of its own, which tell the lines apart in grey.
+# Okabe and Ito, "Color Universal Design", 2008: the colours that are visible on white, and a grey.
+# Each line has its own dashes, which distinguish the lines in grey.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676")
 DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (6, 2, 1, 2, 1, 2)))
-QUIET = "#595959"  # of what is beside the point
+QUIET = "#595959"  # for secondary elements
 
 STYLE = {
     "axes.axisbelow": True,
@@ -26,7 +26,7 @@ STYLE = {
     "axes.titlesize": "medium",
     "font.size": 10,
     "grid.alpha": 0.3,
-    # one hue after the other, and lighter all along: the same to all eyes, and in grey
+    # one hue after the other, increasingly light: distinguishable in grey and by all readers
     "image.cmap": "cividis",
     "image.interpolation": "nearest",
     "legend.frameon": False,
@@ -36,23 +36,23 @@ STYLE = {
     "svg.hashsalt": "rope_ext",  # ids of elements, which are random otherwise
 }
 
-# For each function that draws: whatever style its caller has, the figure is in this one.
+# Decorates each function that draws, so that the caller's style has no effect.
 styled = matplotlib.style.context(["default", STYLE])
 
 
 def new_figure(title: str, width: float, height: float) -> Figure:
-    """An empty figure, width and height in inches. pyplot, and so a display, plays no part."""
+    """An empty figure, width and height in inches. Without pyplot, so without a display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize="large")
     return figure
 
 
 def mark_contexts(axes: Axes, rope: Rope, *, across: bool, named: bool = True) -> None:
-    """A thin line at the trained and the extended context: across, or up and down.
+    """A thin line at the trained and at the extended context, horizontal (across) or vertical.
 
-    The names are on the outer sides, so that neither hides the other where the lines are close.
+    The names are on the outer sides, so that neither covers the other if the lines are close.
     """
-    halo = [withStroke(linewidth=3, foreground="white")]  # from what is drawn behind the names
+    halo = [withStroke(linewidth=3, foreground="white")]  # sets names off from lines
     for name, tokens, outside in (
         ("trained", rope.trained, {"va": "top"} if across else {"ha": "right"}),
         ("extended", rope.extended, {"va": "bottom"} if across else {"ha": "left"}),
@@ -73,7 +73,7 @@ def mark_contexts(axes: Axes, rope: Rope, *, across: bool, named: bool = True) -
 
 
 def number_pairs(axis: Axis) -> None:
-    """Ticks at whole numbers, however few."""
+    """Ticks at whole numbers, also for few pairs."""
     axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 

@@ -1,10 +1,10 @@
-"""The page to explore a rotation in: one file of HTML, which fetches nothing.
+"""The page to explore a rotation: one HTML file, which loads nothing else.
 
-page.html       what it says
+page.html       the text
 page.css        light and dark, wide and narrow
 frequencies.js  the formulas of rope_ext: frequencies, angles, scores
 drawing.js      the pair, the tables, the two charts
-page.js         the controls, and what follows from them
+page.js         the controls and their effects
 """
 
 import json
@@ -17,7 +17,7 @@ from rope_ext.viz.rope import LLAMA3, Rope
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("frequencies.js", "drawing.js", "page.js")
-METHODS = ("default", "linear", "ntk", "yarn", "llama3")  # that frequencies.js knows
+METHODS = ("default", "linear", "ntk", "yarn", "llama3")  # implemented by frequencies.js
 YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 CHANNELS = range(4, 513)  # that can rotate on the page
 
@@ -26,10 +26,10 @@ def page(rope: Rope | None = None) -> str:
     """The page as text.
 
     Args:
-        rope: what it shows at first. None: the rotation of a model like Llama 3.
+        rope: the rotation shown at first. None: that of a model like Llama 3.
 
     Raises:
-        ValueError: for a rope that turns fewer than 4 channels or more than 512.
+        ValueError: for a rope with fewer than 4 or more than 512 channels that rotate.
     """
     rope = rope or Rope.of()
     if 2 * rope.pairs not in CHANNELS:
@@ -47,7 +47,7 @@ def page(rope: Rope | None = None) -> str:
 
 
 def data_of(rope: Rope) -> dict[str, Any]:
-    """What the scripts are given: the model's numbers, and two similar vectors for the scores."""
+    """The data of the scripts: the model's numbers, and two similar vectors for the scores."""
     generator = torch.Generator().manual_seed(0)
     q, other = torch.randn(2, CHANNELS[-1], generator=generator).double()
     k = 0.8 * q + 0.6 * other

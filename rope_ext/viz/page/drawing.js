@@ -1,7 +1,7 @@
-// The pictures. Each fills an <svg> or <canvas> at the size that it has; colours are those of page.css.
+// The pictures. Each fills an <svg> or <canvas> at its size; the colours are those of page.css.
 
 const COLUMNS = 128; // positions of a table
-// cividis (Nuñez, Anderton, Renslow, 2018), at 0, 1/8, ..., 1: the same to all eyes, lighter all along
+// cividis (Nuñez, Anderton, Renslow, 2018), at 0, 1/8, ..., 1: for all readers, increasingly light
 const CIVIDIS = [
   [0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
   [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56],
@@ -28,8 +28,8 @@ function path(points) {
   return "M" + points.map(([x, y]) => `${x.toFixed(2)} ${y.toFixed(2)}`).join("L");
 }
 
-// Two vectors that point right at position 0: solid the query's at m, dashed the key's at n. The circle
-// has the radius of attention scaling.
+// Two vectors that point right at position 0: the query's at m is solid, the key's at n dashed. The
+// radius of the circle is the attention scaling.
 function drawPair(svg, { m, n }, frequency) {
   const [width, height] = sized(svg);
   const [x, y] = [width / 2, height / 2];
@@ -87,7 +87,7 @@ function drawTable(canvas, which, first, { m, pair }, inverse) {
   }
 }
 
-// A line a method, name to inv_freq, on a logarithmic scale; the chosen one is thick and has a dot.
+// One line for each method (name -> inv_freq), on a logarithmic scale; the chosen one is thick and has a dot.
 function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
   const [width, height] = sized(svg);
   const [left, right, top, bottom] = [50, width - 14, 14, height - 40];
@@ -131,7 +131,7 @@ function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
   svg.innerHTML = drawn + above;
 }
 
-// The score of q at distance d from k at 0, as a curve, and a dot for the one of m and n.
+// A curve of the scores of q at distance d from k at 0, with a dot for m and n.
 function drawScores(svg, { m, n }, score, q, k, frequencies) {
   const [width, height] = sized(svg);
   const [left, right, top, bottom] = [50, width - 14, 16, height - 40];

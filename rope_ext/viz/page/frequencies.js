@@ -1,6 +1,6 @@
 "use strict";
-// The formulas of rope_ext.frequencies and rope_ext.cos_sin. Frequencies are float32, in the order of
-// operations in which models compute them: f32 rounds as float32 does.
+// The formulas of rope_ext.frequencies and rope_ext.cos_sin. Frequencies are float32, with the models'
+// order of operations: f32 rounds to float32.
 
 const f32 = Math.fround;
 const TURN = 2 * Math.PI;
@@ -16,7 +16,7 @@ function growth(factor, scale) {
 }
 
 // Each method: settings -> { inverse: inv_freq, radians a token, R / 2 of them; scaling: of cos and sin }
-// Settings: base, channels (R), factor, trained (tokens), and of the methods yarn and llama3.
+// Settings: base, channels (R), factor, trained (tokens), and the parameters yarn and llama3.
 const METHODS = {
   // RoFormer, arXiv 2104.09864, 3.2.2
   default({ base, channels }) {
@@ -72,7 +72,7 @@ const METHODS = {
 };
 
 // [cos, sin] of position * frequency. The product needs up to 55 bits: position is split, so that both
-// products are exact, and the sum of the angles is that of the formulas of addition.
+// products are exact, and the angle addition formulas combine the parts.
 function turn(position, frequency) {
   const high = 65536 * Math.floor(position / 65536);
   const a = high * frequency;

@@ -1,8 +1,8 @@
-// The controls, and what follows from them.
+// The controls and their effects.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const LAST = 2 ** 31 - 1; // position, as of rope_ext.cos_sin
-// Sliders with values that are not evenly spaced: of these, and the model's own.
+const LAST = 2 ** 31 - 1; // the last position, as in rope_ext.cos_sin
+// Values of the sliders that are not evenly spaced; the model's own are added.
 const CHOICES = {
   base: [100, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6, 1e7],
   dim: Array.from({ length: 32 }, (_, i) => 8 * (i + 1)),
@@ -13,7 +13,7 @@ const own = {
   base: data.base, dim: data.rotary_dim, factor: data.factor, trained: data.trained,
 };
 const state = { m: 20, n: 12, pair: Math.floor(data.rotary_dim / 16), together: false, method: data.rope_type, ...own };
-if (data.inv_freq) { // a method that has no formula here
+if (data.inv_freq) { // a method without a formula on this page
   state.method = "config";
   METHODS.config = () => ({ inverse: data.inv_freq, scaling: data.attention_scaling });
 }
@@ -23,7 +23,7 @@ const show = (id, shown) => { byId(id).textContent = shown; };
 const number = (value, digits) =>
   value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
-// Tokens: the config's own until its context or its factor is changed.
+// Tokens: the config's own value until the context or the factor is changed.
 function extendedContext() {
   const { trained, factor } = state;
   return trained === own.trained && factor === own.factor ? data.extended : trained * factor;
@@ -36,7 +36,7 @@ function frequenciesOf(method) {
 }
 
 function update() {
-  const fixed = state.method === "config"; // to one head and one base
+  const fixed = state.method === "config"; // the config's method has one head and one base
   if (fixed) Object.assign(state, own);
   const pairs = state.dim / 2;
   state.pair = Math.min(state.pair, pairs - 1);
@@ -68,7 +68,7 @@ function drawAll(frequencies, score) {
   const first = firstColumn();
   drawTable(byId("cos-table"), 0, first, state, frequencies.inverse);
   drawTable(byId("sin-table"), 1, first, state, frequencies.inverse);
-  const most = number(frequencies.scaling, 4); // shades are of cos and sin times that
+  const most = number(frequencies.scaling, 4); // the shades show cos and sin times this
   show(
     "table-text",
     `Columns: positions ${first} to ${first + COLUMNS - 1}. Rows: pair 0 at the top, which is fast, to ` +
@@ -92,7 +92,7 @@ function showControls(fixed, pairs) {
   for (const id of ["m", "n"]) {
     byId(id).value = state[id];
     const exact = byId(`${id}-exact`);
-    if (exact !== document.activeElement) exact.value = state[id]; // else more digits may come
+    if (exact !== document.activeElement) exact.value = state[id]; // otherwise the user may still type
   }
   byId("together").checked = state.together;
   byId("pair").max = pairs - 1;
@@ -108,7 +108,7 @@ function showControls(fixed, pairs) {
   }
 }
 
-// Sets m or n to a position, and moves the other as far if both move; neither leaves 0 to LAST.
+// Sets m or n to a position, and moves the other by as much if both move; both stay in 0 to LAST.
 function moveTo(id, position) {
   const ids = state.together ? ["m", "n"] : [id];
   const least = Math.max(...ids.map((each) => -state[each]));
@@ -134,7 +134,7 @@ function connect() {
     });
     const exact = byId(`${id}-exact`);
     exact.addEventListener("input", () => {
-      if (Number.isNaN(exact.valueAsNumber)) return; // nothing yet
+      if (Number.isNaN(exact.valueAsNumber)) return; // nothing typed yet
       moveTo(id, exact.valueAsNumber);
       const longest = Math.max(1023, state.m, state.n);
       byId("m").max = byId("n").max = 2 ** Math.ceil(Math.log2(longest + 1)) - 1;

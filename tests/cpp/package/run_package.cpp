@@ -30,7 +30,7 @@ std::vector<at::Tensor> tensors_of(const c10::IValue& list) {
   return tensors;
 }
 
-// Whether each case came out right.
+// Whether the results of each case are right.
 bool run(const char* package, const char* cases) {
   const c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(package);
@@ -50,11 +50,12 @@ bool run(const char* package, const char* cases) {
   return right;
 }
 
-// Whether this process has none of Python's libraries, also none that another one brought.
+// Whether this process has loaded none of Python's libraries, not even as a dependency.
 bool without_python() {
   std::ifstream maps("/proc/self/maps");
   const std::string all{std::istreambuf_iterator<char>(maps), {}};
-  bool without = all.find("librope.so") != std::string::npos;  // else this looked in vain
+  bool without =
+      all.find("librope.so") != std::string::npos;  // otherwise this looked in the wrong place
   for (const char* name : {"libpython", "libtorch_python"}) {
     without = without && all.find(name) == std::string::npos;
   }
