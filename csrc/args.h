@@ -98,17 +98,21 @@ struct Angles {
   double attention_scaling;
 };
 
+// The keywords of a rotation that a kernel has to know.
+struct RotationFlags {
+  bool interleaved, interleaved_out;  // the order of the pairs in what is read and in the result
+  bool inverse;
+};
+
 // q and k (or one tensor x as q) rotated by the same rows. Channels before rotary_offset and from
 // rotary_offset + R on stay as they are.
-struct RotaryArgs {
+struct RotaryArgs : RotationFlags {
   const char* op;  // the operator's name, for messages
   RotatedHeads q, k;
   DType dtype;
   int64_t batch, seq, head_dim, rotary_dim, rotary_offset;
   Table table;
   PositionIds position_ids;
-  bool interleaved, interleaved_out;  // the order of the pairs in `in` and in `out`
-  bool inverse;
   bool new_outputs;  // nothing has touched their memory yet
 };
 
@@ -122,7 +126,7 @@ struct RotaryAtArgs : RotaryArgs {
 // when positions were given, the tokens of row l are
 // token_order[row_offsets[l]] .. token_order[row_offsets[l + 1] - 1]: without tokens that are not
 // there, and none where the offsets are outside of token_order or fall.
-struct RotaryTableGradArgs {
+struct RotaryTableGradArgs : RotationFlags {  // of the rotation of x, whose result has grad
   const char* op;
   GradHeads q, k;
   DType dtype;
@@ -134,8 +138,6 @@ struct RotaryTableGradArgs {
   bool full_width, table_interleaved;  // as in Table
   const int64_t* token_order;          // [B * S], or nullptr
   const int64_t* row_offsets;          // [rows + 1], or nullptr
-  bool interleaved, interleaved_out;   // the order of the pairs in x and in grad
-  bool inverse;
 };
 
 // RMSNorm of rows of q and of k: x / sqrt(mean(x^2) + eps) * weight. A row is a head, or all heads

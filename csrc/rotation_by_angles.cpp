@@ -63,7 +63,7 @@ RotaryAtArgs check(const Inputs& in) {
   } else {
     args.angles.positions.stride_s = 1;
   }
-  set_orders(args, in.rotation);
+  set_flags(args, in.rotation);
   args.q = rotated_heads(in.q, args.dtype, args.rotary_offset);
   args.k = rotated_heads(in.k, args.dtype, args.rotary_offset);
   return args;

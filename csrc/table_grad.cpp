@@ -73,7 +73,7 @@ RotaryTableGradArgs check(const Inputs& in) {
   const Sizes sizes = sizes_of(in.q);
   args.batch = sizes.batch;
   args.seq = sizes.seq;
-  set_orders(args, in.rotation);
+  set_flags(args, in.rotation);
   const auto [table, rotary_dim, rotary_offset] =
       check_table(in.op, in.cos, in.cos, in.q, "q", in.token_order.has_value(), in.rotation);
   args.rotary_dim = rotary_dim;

@@ -6,6 +6,7 @@ import torch
 from support import random, random_cache, random_positions, random_slots, random_table
 
 BLOCK_SIZE, RANK, AXES = 4, 3, 2
+NOT_DEFAULT = {"bool": lambda default: not default, "float": lambda default: 0.5 * default}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ def arguments_of(
 ):
     """The tensors of an operator by name, and its other arguments without default.
 
-    seed: of the values. optional: include arguments that may be None. rows: cos and sin have a row
-    for each token instead of a table. float8: of caches, with scales.
+    seed: of the values. optional: include arguments that may be None, with each flag the opposite of
+    its default and each float half of it. rows: cos and sin have a row for each token instead of a
+    table. float8: of caches, with scales.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
@@ -68,6 +70,8 @@ def arguments_of(
         may_be_none = str(argument.type).startswith("Optional")
         if argument.name in pool and (optional or not may_be_none or argument.name == "grad_q"):
             taken[argument.name] = pool[argument.name]
+        elif optional and str(argument.type) in NOT_DEFAULT:
+            taken[argument.name] = NOT_DEFAULT[str(argument.type)](argument.default_value)
         else:
             assert argument.has_default_value() or may_be_none, (
                 f"no value for {argument.name} of {operator.op}: add one to the pool"

@@ -1,6 +1,7 @@
 """torch.onnx.export with the table of translations: onnxruntime compared to the operators."""
 
 import copy
+import inspect
 import logging
 
 import numpy as np
@@ -147,6 +148,12 @@ def to_onnx(model, inputs, *, dynamic, opset_version=23):
         dynamic_shapes=dynamic,
         verbose=False,
     )
+
+
+def test_translations_take_what_the_operators_take():
+    for operator, translation in TRANSLATIONS.items():
+        names = [argument.name for argument in operator._schema.arguments]
+        assert list(inspect.signature(translation).parameters) == names, operator
 
 
 def count(program, operator):

@@ -129,7 +129,7 @@ RotaryArgs check_apply_rotary(const RotaryInputs& in) {
   args.batch = sizes.batch;
   args.seq = sizes.seq;
   args.head_dim = sizes.head_dim;
-  set_orders(args, in.rotation);
+  set_flags(args, in.rotation);
   const CheckedTable checked =
       check_table(in.op, in.cos, in.sin, in.q, in.q_name, in.position_ids.has_value(), in.rotation);
   args.table = checked.table;

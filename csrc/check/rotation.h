@@ -46,12 +46,11 @@ CheckedTable check_table(const char* op, const TensorView& cos, const TensorView
                          const TensorView& x, const char* x_name, bool has_positions,
                          const Rotation& rotation);
 
-// The orders of the pairs and the direction, in the struct of a kernel.
-template <class Args>
-void set_orders(Args& args, const Rotation& rotation) {
-  args.interleaved = rotation.interleaved;
-  args.interleaved_out = rotation.result_interleaved();
-  args.inverse = rotation.inverse;
+// In the struct of a kernel.
+inline void set_flags(RotationFlags& flags, const Rotation& rotation) {
+  flags.interleaved = rotation.interleaved;
+  flags.interleaved_out = rotation.result_interleaved();
+  flags.inverse = rotation.inverse;
 }
 
 // Before a rotation in place: the pairs of x keep their order.

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
   rotate_heads<F, false, true>(args, plan, work, [&](auto& values) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) values.set(j, {cos[j], sin[j], cos[j], sin[j]});
-    if (args.inverse) values.invert();
+    values.apply_flags(args);
   });
 }
 

@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1024 / kBlockThreads)
       const int column = pair / kPairs, at = 4 * (pair % kPairs);
       const TurnGrad<C> sum{shared[at][column], shared[at + 1][column], shared[at + 2][column],
                             shared[at + 3][column]};
-      write_pair(args, row, static_cast<int64_t>(first) * kPairs + pair,
-                 grad_of(sum, args.inverse));
+      write_pair(args, row, static_cast<int64_t>(first) * kPairs + pair, grad_of(sum, args));
     }
     __syncthreads();
   }

@@ -11,6 +11,7 @@
 // x * cos + rotate_half(x) * sin written in PyTorch give the same float32 bits.
 #pragma once
 
+#include "args.h"
 #include "host/compiler.h"
 
 namespace rope {
@@ -25,6 +26,13 @@ template <class T>
 ROPE_HOST_DEVICE Turn<T> inverse_of(const Turn<T>& turn) {
   return {turn.c1, -turn.s2, turn.c2, -turn.s1};
 }
+
+// What the flags of a rotation make of a row of the table, and whether they change it.
+template <class T>
+ROPE_HOST_DEVICE Turn<T> flagged(const Turn<T>& turn, const RotationFlags& flags) {
+  return flags.inverse ? inverse_of(turn) : turn;
+}
+ROPE_HOST_DEVICE bool changes_turns(const RotationFlags& flags) { return flags.inverse; }
 
 // Rotates (x1, x2) in place.
 template <class T>
@@ -52,9 +60,8 @@ ROPE_HOST_DEVICE void accumulate(TurnGrad<T>& sum, const T& g1, const T& g2, con
 
 // The gradient to (c1, s1, c2, s2). For tables with one angle a pair, c = c1 + c2 and s = s1 + s2.
 template <class T>
-ROPE_HOST_DEVICE Turn<T> grad_of(const TurnGrad<T>& sum, bool inverse) {
-  const Turn<T> forward{sum.g1x1, -sum.g1x2, sum.g2x2, sum.g2x1};
-  return inverse ? inverse_of(forward) : forward;
+ROPE_HOST_DEVICE Turn<T> grad_of(const TurnGrad<T>& sum, const RotationFlags& flags) {
+  return flagged(Turn<T>{sum.g1x1, -sum.g1x2, sum.g2x2, sum.g2x1}, flags);
 }
 
 }  // namespace rope

@@ -79,8 +79,8 @@ def _at_backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grad
 
 
 def _rotation_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("rotary_offset", "interleaved", "interleaved_out", "inverse")
-    return {"rotary_dim": None, **{name: options[name] for name in names}}
+    rotation = {name: x for name, x in options.items() if name != "attention_scaling"}
+    return {"rotary_dim": None, **rotation}
 
 
 def _rows_of(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from drawing import (
+    ORDERS,
     PAIRS,
     Arguments,
     Draw,
@@ -75,7 +76,7 @@ def mla_append(d: Draw) -> Arguments:
         "slot_mapping": slot_mapping,
         **rows(d, q, pairs, by_channel=False),
         **scales(d, kv_cache, 1, "scale"),
-        **{name: how[name] for name in ("interleaved", "interleaved_out")},
+        **{name: how[name] for name in ORDERS},
     }
 
 

@@ -1,11 +1,18 @@
 """Arguments that fit each other, drawn from a seed; shared by the calls of several operators."""
 
+import inspect
 import random
 
 import torch
 from support import DTYPES, FLOAT8
 
+from rope_ext.options import rotation_options
+
 Arguments = dict[str, object]
+
+KEYWORDS = inspect.signature(rotation_options).parameters
+ROTATION_DEFAULTS: Arguments = {name: keyword.default for name, keyword in KEYWORDS.items()}
+ORDERS = ("interleaved", "interleaved_out")
 
 PAIRS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 19, 23, 24, 31, 32, 33, 40, 64)  # tails of vectors
 MANY = 2**20  # larger tensors are expanded from one element
@@ -57,11 +64,12 @@ def rotated(d: Draw, *names: str) -> tuple[Arguments, int]:
 def options(d: Draw, x: torch.Tensor, pairs: int, *, reorders: bool) -> Arguments:
     interleaved = d.choice((False, True))
     others = (None, False, True) if reorders else (None, interleaved)
+    flags = [name for name, default in ROTATION_DEFAULTS.items() if default is False]
     return {
         "rotary_offset": d.randint(0, x.shape[-1] - 2 * pairs),
         "interleaved": interleaved,
         "interleaved_out": d.choice(others),
-        "inverse": d.choice((False, True)),
+        **{flag: d.choice((False, True)) for flag in flags if flag not in ORDERS},
     }
 
 

@@ -3,33 +3,24 @@
 import inspect
 
 import torch
+from calls import CALLS
 from drawing import Arguments, Draw
 
 import rope_ext
 
-# Function -> the operators that it calls, each with the other arguments of the function.
-FUNCTIONS: dict[str, dict[str, Arguments]] = {
-    "apply_rotary": {
-        "rope::apply_rotary": {},
-        "rope::apply_rotary_": {"inplace": True},
-        "rope::apply_rotary.out": {},
-    },
-    "apply_rotary_qk": {
-        "rope::apply_rotary_qk": {},
-        "rope::apply_rotary_qk_": {"inplace": True},
-        "rope::apply_rotary_qk.out": {},
-    },
-    "apply_rotary_qk_at": {
-        "rope::apply_rotary_qk_at": {},
-        "rope::apply_rotary_qk_at_": {"inplace": True},
-    },
-    "apply_rotary_qk_append_kv_": {"rope::apply_rotary_qk_append_kv_": {}},
-    "apply_rotary_mla_append_": {"rope::apply_rotary_mla_append_": {}},
-    "rms_norm_rotary_qk": {"rope::rms_norm_rotary_qk": {}},
-    "cos_sin": {"rope::cos_sin": {}},
-    "cos_sin_cache": {"rope::cos_sin_cache": {}},
-}
-ENTRIES = [(name, function) for function, names in FUNCTIONS.items() for name in names]
+
+def function_of(name: str) -> tuple[str, Arguments] | None:
+    """The function that calls an operator, and what else it is given; None for derivatives."""
+    operator = name.removeprefix("rope::")
+    for suffix, given in (("", {}), (".out", {}), ("_", {"inplace": True})):
+        if operator.removesuffix(suffix) in rope_ext.__all__:
+            return operator.removesuffix(suffix), given
+    return None
+
+
+# Operator to its function.
+FUNCTIONS = {name: function for name in CALLS if (function := function_of(name))}
+ENTRIES = [(name, function) for name, (function, _) in FUNCTIONS.items()]
 
 SWAPS = {"bshd": None, "thd": None, "bhsd": (1, 2), "sbhd": (0, 1)}
 IN_LAYOUT = ("x", "q", "k", "v", "out", "out_q", "out_k")
@@ -39,7 +30,7 @@ CACHES = ("k_cache", "v_cache")
 def arguments_of(d: Draw, name: str, function: str, call: Arguments) -> Arguments:
     """The arguments of the function, from those of the operator."""
     takes = inspect.signature(getattr(rope_ext, function)).parameters
-    call = {**call, **FUNCTIONS[function][name]}
+    call = {**call, **FUNCTIONS[name][1]}
     if "layout" in takes:
         packed = call.get("x", call.get("q")).dim() == 3
         call["layout"] = "thd" if packed else d.choice(("bshd", "bhsd", "sbhd"))

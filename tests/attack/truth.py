@@ -9,15 +9,13 @@ from types import SimpleNamespace
 
 import torch
 from calls import rope, written
-from drawing import Arguments
+from drawing import ROTATION_DEFAULTS, Arguments
 from normed_inputs import normalised, roundings, sizes_of
 from support import assert_same_bits, rounded_once, ulp
 
 from rope_ext import reference
 
 F64 = torch.float64
-ROTATION = ("rotary_dim", "rotary_offset", "interleaved", "interleaved_out", "inverse")
-DEFAULTS = {"rotary_offset": 0, "interleaved": False, "interleaved_out": None, "inverse": False}
 
 
 @dataclass
@@ -74,7 +72,7 @@ def _unfit(a: Arguments) -> list[str]:
 
 def rotation_of(a: Arguments) -> Arguments:
     """The given options of the rotation."""
-    return {name: a[name] for name in ROTATION if a.get(name) is not None}
+    return {name: a[name] for name in ROTATION_DEFAULTS if a.get(name) is not None}
 
 
 def _rotate(a: Arguments) -> list[Truth]:
@@ -231,7 +229,7 @@ def _rms_norm_backward(a: Arguments) -> list[Truth]:
     seeds = [torch.zeros_like(y) if a.get(f"grad_{x}") is None else a[f"grad_{x}"]
              for x, y in zip("qk", results, strict=True)]  # fmt: skip
     exact = torch.autograd.grad(results, leaves, seeds, materialize_grads=True)
-    how = {**DEFAULTS, **rotation_of(a)}
+    how = {**ROTATION_DEFAULTS, **rotation_of(a)}
     order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
     how |= {"inverse": not how["inverse"]}
     how |= {"interleaved": order, "interleaved_out": how["interleaved"]}

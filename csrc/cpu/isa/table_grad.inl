@@ -68,7 +68,7 @@ void write_row(const RotaryTableGradArgs& args, int64_t row, int64_t first, int6
   const int64_t width = args.full_width ? args.rotary_dim : half;
   for (int64_t i = 0; i < pairs; ++i) {
     const Turn<A> turn =
-        grad_of(TurnGrad<A>{sums.g1x1[i], sums.g1x2[i], sums.g2x1[i], sums.g2x2[i]}, args.inverse);
+        grad_of(TurnGrad<A>{sums.g1x1[i], sums.g1x2[i], sums.g2x1[i], sums.g2x2[i]}, args);
     const int64_t pair = first + i;
     if (args.full_width) {
       const int64_t at1 = row * width + (args.table_interleaved ? 2 * pair : pair);

@@ -73,7 +73,7 @@ struct TableRows {
         const TableRow<A> to = row_at(entries + t * stride()).plus(done);
         for (int64_t i = 0; i < angles.pairs; ++i) to.c1[i] = static_cast<A>(angles.cos[i]);
         for (int64_t i = 0; i < angles.pairs; ++i) to.s1[i] = static_cast<A>(angles.sin[i]);
-        if (args.inverse) invert(angles.pairs, to);
+        apply_flags(args, angles.pairs, to);
       }
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -117,15 +117,16 @@ struct TableRows {
       split_neighbours(dtype, cos, first, pairs, to.c1, to.c2);
       split_neighbours(dtype, sin, first, pairs, to.s1, to.s2);
     }
-    if (args.inverse) invert(pairs, to);
+    apply_flags(args, pairs, to);
   }
 
-  static void invert(int64_t pairs, const TableRow<A>& to) {
+  static void apply_flags(const RotationFlags& flags, int64_t pairs, const TableRow<A>& to) {
+    if (!changes_turns(flags)) return;
     for (int64_t i = 0; i < pairs; ++i) {
-      const A s2 = kFullWidth ? to.s2[i] : to.s1[i];
-      const Turn<A> turn = inverse_of(Turn<A>{to.c1[i], to.s1[i], to.c1[i], s2});
-      to.s1[i] = turn.s1;
-      if constexpr (kFullWidth) to.s2[i] = turn.s2;
+      const A c2 = kFullWidth ? to.c2[i] : to.c1[i], s2 = kFullWidth ? to.s2[i] : to.s1[i];
+      const Turn<A> turn = flagged(Turn<A>{to.c1[i], to.s1[i], c2, s2}, flags);
+      to.c1[i] = turn.c1, to.s1[i] = turn.s1;
+      if constexpr (kFullWidth) to.c2[i] = turn.c2, to.s2[i] = turn.s2;
     }
   }
 

@@ -32,9 +32,10 @@ struct TableValues {
       s2[j] = turn.s2;
     }
   }
-  __device__ __forceinline__ void invert() {
+  __device__ __forceinline__ void apply_flags(const RotationFlags& flags) {
+    if (!changes_turns(flags)) return;
 #pragma unroll
-    for (int j = 0; j < F::kPairs; ++j) set(j, inverse_of(at(j)));
+    for (int j = 0; j < F::kPairs; ++j) set(j, flagged(at(j), flags));
   }
 };
 
@@ -100,7 +101,7 @@ __device__ __forceinline__ void load_table(TableValues<F, kFullWidth>& values,
       sort_neighbours(values.s1, values.s2);
     }
   }
-  if (args.inverse) values.invert();
+  values.apply_flags(args);
 }
 
 }  // namespace rope::cuda
