@@ -26,8 +26,8 @@ def arguments_of(
 ):
     """The tensors of an operator by name, and its other arguments without default.
 
-    seed: of the values. optional: include arguments that may be None, with each flag the opposite of
-    its default and each float half of it. rows: cos and sin have a row for each token instead of a
+    seed: of the values. optional: include arguments that may be None, with each flag the opposite
+    of its default and each float half of it. rows: cos and sin have a row for each token instead of a
     table. float8: of caches, with scales.
     """
     sizes = sizes or Sizes()

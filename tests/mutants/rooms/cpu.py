@@ -41,7 +41,7 @@ MUTANTS = [
          "part + whole - kLanes, kLanes"),
         ("nan-of-the-table-keeps-its-bits",
          "return bit_cast<V>(where_nan(v, U32{} + 0x7fc00000u, bit_cast<U32>(v)));", "return v;"),
-        ("computed-rows-are-never-inverted", "if (args.inverse) invert(angles.pairs, to);", ""),
+        ("computed-rows-are-never-inverted", "apply_flags(args, angles.pairs, to);", ""),
     ),
     # bfloat16 pairs: cut off instead of rounded, ties to the lower one.
     *mutants(
