@@ -27,8 +27,8 @@ def arguments_of(
     """The tensors of an operator by name, and its other arguments without default.
 
     seed: of the values. optional: include arguments that may be None, with each flag the opposite
-    of its default and each float half of it. rows: cos and sin have a row for each token instead of a
-    table. float8: of caches, with scales.
+    of its default and each float half of it. rows: cos and sin have a row for each token instead of
+    a table. float8: of caches, with scales.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
