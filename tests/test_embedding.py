@@ -270,7 +270,7 @@ def test_table_of_a_trace_is_not_kept():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, nn.Module.double], ids=["deepcopy", "double"])
-def test_what_is_copied_or_cast_in_inference_mode_is_no_inference_tensor(copied):
+def test_copies_and_casts_in_inference_mode_are_no_inference_tensors(copied):
     with torch.inference_mode():
         module, learned = copied(make("cpu")), copied(make("cpu", learned=True))
     assert not any(buffer.is_inference() for buffer in module.buffers())

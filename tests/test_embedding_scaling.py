@@ -377,7 +377,7 @@ def test_scaled_frequencies_stay_float32_through_casts_and_meta(name, device):
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["position_ids", "table"])
-def test_what_is_refused_is_not_remembered(ids):
+def test_a_refused_length_is_not_remembered(ids):
     module = make("dynamic")
     (q, _), (_, k) = q_and_k(seq=100), q_and_k(seq=99)
     with pytest.raises(RuntimeError, match="99"):
@@ -414,13 +414,13 @@ def test_copy_made_in_inference_mode_compiles_outside_of_it():
     ],
     ids=str,
 )
-def test_what_is_no_number_or_dict_is_refused_by_name(options, message):
+def test_options_that_are_no_number_or_dict_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"expected {message}"):
         make("default", **options)
 
 
 @pytest.mark.parametrize("length", [True, 100.0, "100", 0], ids=str)
-def test_what_is_no_length_is_refused(length):
+def test_an_invalid_length_is_refused(length):
     message = f"expected regime_length to be an int.*, got {length!r}"
     with pytest.raises((ValueError, TypeError), match=message):
         make("longrope")(*q_and_k(), regime_length=length)
@@ -459,7 +459,7 @@ def test_config_without_max_position_embeddings_rotates_where_nothing_needs_it()
     assert module.table(3)[0].shape[0] == 2048
 
 
-def test_what_was_seen_moves_with_a_copy():
+def test_the_longest_length_so_far_is_copied_with_the_module():
     module = make("dynamic")
     module(*q_and_k(seq=100))
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.half()):

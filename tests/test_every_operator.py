@@ -415,7 +415,7 @@ def test_every_rank_computes_its_part(operator, variant):
 
 
 @every
-def test_what_is_whole_is_not_sharded(operator):
+def test_a_dimension_that_must_be_whole_is_not_sharded(operator):
     """A dimension without an axis, such as channels: every rank needs all of it."""
     given = arguments_of(operator, SHARDED)
     for name, axes in sharding_of(operator, given).axes.items():

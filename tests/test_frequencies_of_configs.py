@@ -439,7 +439,7 @@ OF_TEXT = {"mistral_large4": "interleaved in, halves out", "musicflamingo": "hal
 
 
 @pytest.mark.parametrize(("family", "model", "conventions"), list(of_record()))
-def test_interleaved_is_as_the_record_of_the_models_has_it(family, model, conventions):
+def test_interleaved_agrees_with_the_record_of_the_models(family, model, conventions):
     modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     config = getattr(modeling, model).config_class()
     text = config.get_text_config()

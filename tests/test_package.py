@@ -158,7 +158,7 @@ def test_systems_of_manylinux_2_28_have_every_symbol(elf):
     assert {name: max(n) for name, n in needed.items() if n and max(n) > newest[name]} == {}
 
 
-def test_what_glibc_compatibility_lack_is_kept_inside(elf):
+def test_replacements_of_library_symbols_are_not_exported(elf):
     """csrc/host/glibc_compatibility.cpp: other libraries must not use its symbols."""
     source = (REPOSITORY / "csrc" / "host" / "glibc_compatibility.cpp").read_text()
     inside = set(re.findall(r'__asm__\(\s*"(\w+)"', source))

@@ -110,7 +110,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_what_is_around_a_forward_stays_around_it(wrap, tokens, monkeypatch):
+def test_a_wrapper_around_forward_stays(wrap, tokens, monkeypatch):
     wrapped = wrap(LlamaAttention.forward)
     monkeypatch.setattr(LlamaAttention, "forward", wrapped)
     model = small_llama(LAYERS)
@@ -196,7 +196,7 @@ def test_a_forward_that_a_module_has_itself_is_refused(replace):
         patch(model)
 
 
-def test_what_is_around_a_method_that_is_the_rotation_stays_around_it(monkeypatch):
+def test_a_wrapper_around_the_rotation_method_stays(monkeypatch):
     owner = modeling_roformer.RoFormerSelfAttention
     name = "apply_rotary_position_embeddings"
     own = getattr(owner, name)

@@ -401,6 +401,6 @@ REFUSALS = {
     ("function", "arguments", "options", "message"),
     [(function, *row) for function, rows in REFUSALS.items() for row in rows],
 )
-def test_what_makes_no_sense_is_refused_by_name(function, arguments, options, message):
+def test_invalid_arguments_raise_and_are_named(function, arguments, options, message):
     with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: expected .*{message}"):
         getattr(positions, function)(*arguments, **options)

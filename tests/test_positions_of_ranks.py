@@ -157,7 +157,7 @@ def test_compiles_to_one_graph_for_all_lengths():
     ],
 )
 @pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
-def test_what_makes_no_sense_is_refused_by_name(function, arguments, options, message):
+def test_invalid_arguments_raise_and_are_named(function, arguments, options, message):
     options = {name: torch.tensor(value) for name, value in options.items()}
     with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: .*{message}"):
         getattr(positions, function)(*arguments, **options)

@@ -128,7 +128,7 @@ def test_modules_keep_the_names_and_bases_of_their_classes(model):
     assert repr(attention).startswith("LlamaAttention(")
 
 
-def test_what_a_patched_method_uses_is_looked_up_when_it_runs(model, tokens, monkeypatch):
+def test_globals_of_a_patched_method_are_looked_up_when_it_runs(model, tokens, monkeypatch):
     patch(model)
     calls = []
 

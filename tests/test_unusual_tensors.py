@@ -181,7 +181,7 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # used by forward_ad
-def test_no_tensor_is_taken_whose_gradient_or_tangent_would_be_lost():
+def test_tensors_whose_gradient_or_tangent_would_be_lost_are_refused():
     """Either the result has a gradient, or an error is raised: also for a scale."""
 
     def with_grad(x):

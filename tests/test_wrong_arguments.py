@@ -160,7 +160,7 @@ def test_words_of_a_refusal(change, message):
         rope_ext.apply_rotary_qk(**{**given, **change})
 
 
-def test_what_pytorch_converts_is_not_blamed_for_another_mistake():
+def test_an_argument_that_pytorch_converts_is_not_blamed_for_another_mistake():
     given = {n: tensors()[n] for n in ("x", "cos", "sin", "position_ids")}
     as_good = {"rotary_dim": np.int64(D), "rotary_offset": torch.tensor(0), "inverse": 1}
     rope_ext.apply_rotary(**given, **as_good)
