@@ -6,13 +6,15 @@ import re
 
 import pytest
 import torch
-from browser import Browser, programs
 
 import rope_ext
 from rope_ext import frequencies
 from rope_ext.__main__ import main
 from rope_ext.viz import Rope
 from rope_ext.viz.page import METHODS, page
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+from browser import Browser, programs
 
 F64 = torch.float64
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
