@@ -32,8 +32,8 @@ READ = [
 
 
 def test_files_that_are_named_exist():
-    files = [f for f in REPOSITORY.rglob("*.*") if f.suffix[1:] in SUFFIXES]
-    parts = [f.relative_to(REPOSITORY).parts for f in files]
+    files = [f.relative_to(REPOSITORY) for f in REPOSITORY.rglob("*.*") if f.suffix[1:] in SUFFIXES]
+    parts = [f.parts for f in files if not f.parts[0].startswith("build")]
     existing = {"/".join(p[i:]) for p in parts for i in range(len(p))}
     read = [f for f in READ if f.suffix[1:] in (*SUFFIXES, "md", "txt")]
     named = {(f, m[1]) for f in read for m in REFERENCE.finditer(f.read_text(encoding="utf-8"))}
