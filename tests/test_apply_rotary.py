@@ -37,6 +37,7 @@ class Case:
     reason: str
     H: int = 4
     K: int | None = 2  # heads of k; None: q alone
+    S: int = S
     D: int = 16
     R: int | None = None  # rotary_dim as given
     W: int | None = None  # width of the table; None: half of R or D
@@ -74,6 +75,8 @@ CASES = [
     # tables
     Case("exact table", "no row to spare", table="exact table"),
     Case("one row for all", "rows of the step, [1, S, P]", table="one for all", dtype=BF16),
+    Case("a row per token, decoding", "sequences of one token", S=1, table="per token", D=64),
+    Case("ids, decoding", "sequences of one token", S=1, ids="BS", D=64),
     Case("a row per token, sbhd", "rows are [B, S] anywhere", table="per token", layout="sbhd"),
     Case("per token bf16", "rows as a model in bf16 makes them", table="per token", dtype=BF16,
          table_dtype=BF16, D=64),
@@ -131,7 +134,7 @@ BLOCKS = [(1, 1030), (2, 520), (5, 300), (15, 80), (16, 65), (17, 72), (33, 128)
 
 def inputs_of(case, device):
     """q, k (or None) in the case's layout, cos, sin, position_ids, and the options."""
-    tokens = (B * S,) if case.layout == "thd" else (B, S)
+    tokens = (B * case.S,) if case.layout == "thd" else (B, case.S)
     seq = tokens[-1]
     rows = max(L, seq + 3)
     q = random(*tokens, case.H, case.D, dtype=case.dtype, seed=1)
