@@ -12,7 +12,6 @@ from support import (
     DTYPES,
     ORDERS,
     VIEWS,
-    assert_derivatives,
     assert_same_bits,
     guarded,
     in_layout,
@@ -22,7 +21,6 @@ from support import (
     random,
     random_positions,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import rope_ext
 from rope_ext import reference
@@ -237,74 +235,39 @@ def test_reference_has_it(device):
 
 # ---- derivatives
 
-# name -> shape of the tokens, position_ids, axes, options
+# name -> dtype, positions as in TOKENS, whether with axes, options
 GRADIENTS = {
-    "in order": ((1, 2), None, None, {}),
-    "positions": ((2, 1), [[0.5], [2.0]], None, {"interleaved": True}),
-    "of one sequence, partial": ((2, 2), [0.5, 3.0], None, {"rotary_offset": 1, "inverse": True}),
-    "axes": ((2, 1), [[[0.5]], [[2.0]]], [1, 0], {"interleaved_out": True}),
-    "packed": ((3,), [1.5, 0.5, 0.5], None, {"attention_scaling": 1.25}),
-}
+    "half-split": (F64, "of each", True, {"rotary_offset": 4, "attention_scaling": 2.0}),
+    "interleaved": (F32, "in order", False, {"interleaved": True}),
+    "inverse, to halves": (
+        BF16, "fractions", False, {"interleaved": True, "interleaved_out": False, "inverse": True},
+    ),
+    "to neighbours": (F16, "fractions, packed", True, {"interleaved_out": True, "inverse": True}),
+    "float64": (F64, "bfloat16", False, {"interleaved_out": True, "rotary_offset": 3}),
+    "float32": (F32, "float16", True, {"attention_scaling": 1.25, "inverse": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", GRADIENTS)
-def test_gradcheck_of_q_k_frequencies_and_positions(case, device):
-    tokens, ids, axes, options = GRADIENTS[case]
-    q, k = (random(*tokens, h, 5, dtype=F64, device=device, seed=h) for h in (1, 2))
-    inv_freq = torch.tensor([1.0, 0.3], dtype=F64, device=device)
-    if axes is not None:
-        options = {**options, "axes": torch.tensor(axes, device=device)}
-    inputs = [t.requires_grad_() for t in (q, k, inv_freq)]
-    if ids is not None:
-        inputs.append(torch.tensor(ids, dtype=F64, device=device).requires_grad_())
-
-    def function(*inputs):
-        return rope.apply_rotary_qk_at(*inputs, **options)
-
-    assert_derivatives(function, tuple(inputs))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_gradients_to_q_and_k_have_the_bits_of_rows(order, device):
-    inv_freq, ids = inv_freq_of(8, device=device), positions_of((B, S), torch.int64, device)
-    for dtype in DTYPES:
-        grads = []
-        for function in (rope.apply_rotary_qk_at, by_rows):
-            xs = [x.requires_grad_() for x in heads_of(B, S, dtype=dtype, device=device)]
-            outputs = function(*xs, inv_freq, ids, rotary_offset=4, **ORDERS[order])
-            grads.append(torch.autograd.grad(outputs, xs, seeds_of(outputs)))
-        for a, b in zip(*grads, strict=True):
-            with naming(dtype):
-                assert_same_bits(a, b)
-
-
-def seeds_of(outputs):
-    return [random(*y.shape, dtype=y.dtype, device=y.device, seed=9) for y in outputs]
-
-
-@pytest.mark.parametrize("dtype", [F64, BF16], ids=name_of)
-def test_gradients_to_frequencies_and_positions_have_the_bits_of_rows(dtype, device):
-    q, k = heads_of(B, S, dtype=dtype, device=device)
-    axes = torch.arange(8, device=device) % 2
+def test_gradients_have_the_bits_of_rows(case, device):
+    """Of both results, and of each alone."""
+    dtype, tokens, with_axes, options = GRADIENTS[case]
+    tokens, shape, position_dtype = TOKENS[tokens]
+    xs = heads_of(*tokens, dtype=dtype, device=device)
+    ids = positions_of(shape, position_dtype, device, (2,) if with_axes else ())
+    if with_axes:
+        options = {**options, "axes": torch.arange(8, device=device) % 2}
+    leaves = [t for t in (*xs, inv_freq_of(8, device=device), ids) if t is not None]
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
+    of = [t for t in leaves if t.requires_grad]
     grads = []
     for function in (rope.apply_rotary_qk_at, by_rows):
-        inv_freq = inv_freq_of(8, device=device).requires_grad_()
-        ids = positions_of((B, S), F32, device, (2,)).requires_grad_()
-        outputs = function(q, k, inv_freq, ids, axes=axes, rotary_offset=4, attention_scaling=2.0)
-        grads.append(torch.autograd.grad(outputs, (inv_freq, ids), seeds_of(outputs)))
-    for a, b in zip(*grads, strict=True):
-        assert_same_bits(a, b)
-
-
-@pytest.mark.parametrize("used", [0, 1], ids=["q", "k"])
-def test_gradient_of_one_of_two_results(used, device):
-    leaves = [x.requires_grad_() for x in heads_of(B, S, device=device)]
-    inv_freq = inv_freq_of(P, device=device).requires_grad_()
-    grads = []
-    for function in (rope.apply_rotary_qk_at, by_rows):
-        out = function(*leaves, inv_freq)[used]
-        grads.append(torch.autograd.grad(out, (leaves[used], inv_freq), seeds_of([out])))
-    for a, b in zip(*grads, strict=True):
+        outputs = function(*leaves, **options)
+        for used in (outputs, outputs[:1], outputs[1:]):
+            seeds = [random(*y.shape, dtype=dtype, device=device, seed=9) for y in used]
+            unused = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+            grads += torch.autograd.grad(used, of, seeds, **unused)
+    for a, b in zip(grads[: len(grads) // 2], grads[len(grads) // 2 :], strict=True):
         assert_same_bits(a, b)
 
 
@@ -317,9 +280,9 @@ def test_in_place_is_differentiable(layout, device):
         xs = [leaf * 2 for leaf in leaves]
         outputs = rope_ext.apply_rotary_qk_at(*xs, inv_freq, ids, layout=layout, inplace=inplace)
         assert (outputs[0] is xs[0]) == inplace
-        grads.append(torch.autograd.grad(outputs, leaves, seeds_of(outputs)))
+        grads.append(torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves))
     for a, b in zip(*grads, strict=True):
-        assert_same_bits(a, b)
+        torch.testing.assert_close(a.cpu(), b.cpu())
 
 
 def test_in_place_refuses_gradients_to_what_it_does_not_keep(device):
@@ -330,27 +293,6 @@ def test_in_place_refuses_gradients_to_what_it_does_not_keep(device):
             rope_ext.apply_rotary_qk_at(q, k, *arguments, inplace=True)
     with pytest.raises(RuntimeError, match="expected q to be no leaf that requires grad"):
         rope_ext.apply_rotary_qk_at(q.requires_grad_(), k, inv_freq, inplace=True)
-
-
-def test_compiles_to_one_graph_for_all_lengths(device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(
-        rope_ext.apply_rotary_qk_at, backend=counter, fullgraph=True, dynamic=True
-    )
-    graphs = None
-    for length in (5, 7, 9):  # sizes equal at first would be compiled as one
-        leaves = [x.requires_grad_() for x in heads_of(B, length, device=device)]
-        leaves.append(inv_freq_of(P, device=device).requires_grad_())
-        leaves.append(positions_of((B, length), F32, device).requires_grad_())
-        results = []
-        for rotate in (compiled, rope_ext.apply_rotary_qk_at):
-            outputs = rotate(*leaves)
-            results.append((*outputs, *torch.autograd.grad(outputs, leaves, seeds_of(outputs))))
-        for a, b in zip(*results, strict=True):
-            assert_same_bits(a, b)
-        graphs = graphs or counter.frame_count
-        assert counter.frame_count == graphs
 
 
 # ---- refusals
