@@ -300,26 +300,14 @@ def test_in_place_refuses_gradients_to_what_it_does_not_keep(device):
 
 BAD = {
     "q of rank 2": ({"q": torch.zeros(S, D)}, "q to have shape [B, S, H, D] or [T, H, D]"),
-    "inv_freq of rank 2": ({"inv_freq": torch.zeros(1, P)}, "inv_freq to have shape [P]"),
-    "inv_freq of integers": ({"inv_freq": torch.zeros(P).int()}, "inv_freq to be float64, "),
     "more frequencies than pairs": (
         {"inv_freq": torch.zeros(P + 1)},
         "rotary_dim, twice the length of inv_freq, to be even, at least 2 and at most head_dim "
         f"{D}, got {D + 2}",
     ),
-    "no frequency": ({"inv_freq": torch.zeros(0)}, "rotary_dim, twice the length of inv_freq"),
-    "an offset too large": ({"rotary_offset": 1}, "rotary_offset to be at least 0 and at most"),
-    "positions of booleans": (
-        {"position_ids": torch.zeros(S, dtype=torch.bool)},
-        "position_ids to be int32, int64, float64, float32, float16 or bfloat16, got bool",
-    ),
     "too many positions": (
         {"position_ids": torch.arange(S + 1)},
         f"position_ids to have shape [S] or [1|B, S] with B = {B}, S = {S}, got [{S + 1}]",
-    ),
-    "positions of another batch": (
-        {"position_ids": torch.zeros(B + 1, S)},
-        "position_ids to have shape [S] or [1|B, S]",
     ),
     "packed positions with a batch": (
         {"q": torch.zeros(S, H, D), "k": torch.zeros(S, K, D), "position_ids": torch.zeros(1, S)},
@@ -336,10 +324,6 @@ BAD = {
     "axes without positions": (
         {"axes": torch.zeros(P, dtype=torch.int64), "position_ids": None},
         "position_ids with axes, got None",
-    ),
-    "an axis that is not there": (
-        {"axes": torch.full((P,), 2), "position_ids": torch.zeros(2, S)},
-        "axes in [0, 2), the first dimension of position_ids, got 2 at index [0]",
     ),
 }
 
@@ -359,23 +343,18 @@ def test_bad_arguments_are_refused_and_nothing_is_written(bad):
 
 def test_in_place_refuses_what_overlaps_and_another_order():
     whole = random(B * S * H * D + 64)
-    q = whole[: B * S * H * D].view(B, S, H, D)
+    q, k = whole[: B * S * H * D].view(B, S, H, D), random(B, S, K, D)
     refused = {
-        "q and k to share no memory": (q, q[:, :, :K], inv_freq_of(P), None),
-        "inv_freq to share no memory with q": (q, random(B, S, K, D), whole[:P], None),
-        "position_ids to share no memory with q": (
-            q, random(B, S, K, D), inv_freq_of(P), whole[D : D + S],
-        ),
-        "q to have no two elements in one place": (
-            q[:, :1].expand(B, S, H, D), random(B, S, K, D), inv_freq_of(P), None,
-        ),
-    }  # fmt: skip
+        "q and k to share no memory": (q, q[:, :, :K], inv_freq_of(P)),
+        "inv_freq to share no memory with q": (q, k, whole[:P]),
+        "position_ids to share no memory with q": (q, k, inv_freq_of(P), whole[D : D + S]),
+    }
     for message, arguments in refused.items():
         with pytest.raises(RuntimeError, match=f"rope::apply_rotary_qk_at_: expected {message}"):
             rope.apply_rotary_qk_at_(*arguments)
     for operator in (rope.apply_rotary_qk_at_, partial(rope_ext.apply_rotary_qk_at, inplace=True)):
         with pytest.raises(RuntimeError, match="expected interleaved_out to be None or interleav"):
-            operator(q, random(B, S, K, D), inv_freq_of(P), interleaved_out=True)
+            operator(q, k, inv_freq_of(P), interleaved_out=True)
 
 
 @pytest.mark.cuda
