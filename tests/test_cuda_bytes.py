@@ -148,22 +148,6 @@ def test_out_of_place_moves_every_element_once_in_and_once_out(shape, step, dtyp
     assert moved.store_efficiency == channels / (channels + twice)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [(s, DTYPES[i % 4]) for i, s in enumerate(KEEPING_ORDER)], ids=str
-)
-def test_in_place_touches_only_what_rotates(shape, dtype):
-    batch, seq = STEPS["prefill of two"]
-    q, k, cos, sin = tensors(shape, batch, seq, dtype)
-    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin, **shape.options))
-    rotated = sectors(batch * seq * shape.heads * shape.rotary_dim * dtype.itemsize)
-    table = sectors(2 * cos.numel() * cos.itemsize)
-    assert moved.launches == 1
-    assert moved.store_widths == {16}
-    assert moved.load_widths == {16, min(16, table_bytes_a_thread(shape, dtype))}
-    assert moved.store_sectors == moved.store_unique_sectors == rotated
-    assert moved.load_unique_sectors == rotated + table
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def test_a_table_row_is_read_at_most_once_for_a_warp_of_heads(shape):
     """Few tokens: groups of about a warp share a token, and each reads its row (geometry.h). A lane

@@ -1,7 +1,7 @@
 """Derivatives by x, cos, sin and inv_freq, once and twice: exact, deterministic, if required."""
 
-from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,49 +29,48 @@ B, S, H, K, D, L = 2, 3, 2, 1, 6, 5
 F64, F32, F16, BF16 = DTYPES
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     name: str
     reason: str
-    table: tuple[int, ...] = (L, 3)
-    ids: list | None = None
-    options: tuple = ()
-    packed: bool = False
+    table: tuple[int, ...]
+    ids: list | None
+    packed: bool
+    options: dict
 
 
-FULL = ("rotary_dim", 6), ("interleaved", False)
+def case(name, reason, table=(L, 3), ids=None, packed=False, **options):
+    return Case(name, reason, table, ids, packed, options)
+
+
 CASES = [
-    Case("table", "rows shared by the batch, two rows unused"),
-    Case("ids BS", "rows repeated within and across sequences", ids=[[4, 4, 1], [0, 4, 4]]),
-    Case("rows for all", "rows of the step, summed over the batch", table=(1, S, 3)),
-    Case("rows per token", "rows of the step, nothing to sum but heads", table=(B, S, 3)),
-    Case("partial", "channels past rotary_dim", table=(L, 2)),
-    Case("interleaved", "neighbours", options=(("interleaved", True),)),
-    Case("full width", "unequal halves", table=(L, 6), options=FULL),
-    Case("full width, inverse", "the transpose", table=(L, 6), ids=[[1, 1, 1], [1, 2, 0]],
-         options=(*FULL, ("inverse", True))),
-    Case("full width, rows, interleaved, inverse", "all at once", table=(1, S, 4),
-         options=(("rotary_dim", 4), ("interleaved", True), ("inverse", True))),
-    Case("last channels", "none after them", table=(L, 2), options=(("rotary_offset", 2),)),
-    Case("middle, ids", "channels before and after", table=(L, 1), ids=[4, 0, 4],
-         options=(("rotary_offset", 3), ("inverse", True))),
-    Case("neighbours to halves", "grad and x in different orders",
-         options=(("interleaved", True), ("interleaved_out", False))),
-    Case("halves to neighbours, inverse, ids", "the other way", ids=[[4, 4, 1], [0, 4, 4]],
-         table=(L, 2), options=(("interleaved_out", True), ("inverse", True),
-                                ("rotary_offset", 1))),
-    Case("neighbours to halves, full width", "columns in the order of the result", table=(1, S, 4),
-         options=(("rotary_dim", 4), ("interleaved", True), ("interleaved_out", False),
-                  ("rotary_offset", 2))),
-    Case("halves to neighbours, full width, ids", "the same, neighbours", table=(L, 6),
-         ids=[[1, 1, 1], [1, 2, 0]], options=(*FULL, ("interleaved_out", True))),
-    Case("halves to neighbours, full width, inverse", "columns in the order of x", table=(L, 4),
-         options=(("rotary_dim", 4), ("interleaved_out", True), ("inverse", True),
-                  ("rotary_offset", 1))),
-    Case("neighbours to halves, full width, inverse", "the same, neighbours", table=(L, 6),
-         options=(("rotary_dim", 6), ("interleaved", True), ("interleaved_out", False),
-                  ("inverse", True))),
-    Case("packed, ids", "no batch, repeated rows", packed=True, ids=[3, 3, 0]),
+    case("table", "rows shared by the batch, two rows unused"),
+    case("ids BS", "rows repeated within and across sequences", ids=[[4, 4, 1], [0, 4, 4]]),
+    case("rows for all", "rows of the step, summed over the batch", (1, S, 3)),
+    case("rows per token", "rows of the step, nothing to sum but heads", (B, S, 3)),
+    case("partial", "channels past rotary_dim", (L, 2)),
+    case("interleaved", "neighbours", interleaved=True),
+    case("last channels", "none after them", (L, 2), rotary_offset=2),
+    case("middle, ids", "channels before and after", (L, 1), [4, 0, 4], rotary_offset=3,
+         inverse=True),
+    case("packed, ids", "no batch, repeated rows", ids=[3, 3, 0], packed=True),
+    # another order in the result
+    case("to halves", "grad and x in different orders", interleaved=True, interleaved_out=False),
+    case("to neighbours, inverse, ids", "the other way", (L, 2), [[4, 4, 1], [0, 4, 4]],
+         interleaved_out=True, inverse=True, rotary_offset=1),
+    # one angle a channel
+    case("full width", "unequal halves", (L, 6), rotary_dim=6),
+    case("full width, inverse", "the transpose", (L, 6), [[1, 1, 1], [1, 2, 0]], rotary_dim=6,
+         inverse=True),
+    case("full width, rows, interleaved, inverse", "all at once", (1, S, 4), rotary_dim=4,
+         interleaved=True, inverse=True),
+    case("full width, to halves", "columns in the order of the result", (1, S, 4), rotary_dim=4,
+         interleaved=True, interleaved_out=False, rotary_offset=2),
+    case("full width, to neighbours, ids", "the same, neighbours", (L, 6), [[1, 1, 1], [1, 2, 0]],
+         rotary_dim=6, interleaved_out=True),
+    case("full width, to neighbours, inverse", "columns in the order of x", (L, 4), rotary_dim=4,
+         interleaved_out=True, inverse=True, rotary_offset=1),
+    case("full width, to halves, inverse", "the same, neighbours", (L, 6), rotary_dim=6,
+         interleaved=True, interleaved_out=False, inverse=True),
 ]  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -84,7 +83,7 @@ def inputs_of(case, device, dtype=F64, table_dtype=F64, heads=H, k_heads=K):
     cos = random(*case.table, dtype=table_dtype, device=device, seed=3)
     sin = random(*case.table, dtype=table_dtype, device=device, seed=4)
     ids = None if case.ids is None else torch.tensor(case.ids, device=device)
-    return q, k, cos, sin, ids, dict(case.options)
+    return q, k, cos, sin, ids, case.options
 
 
 @cases

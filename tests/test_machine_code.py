@@ -25,30 +25,33 @@ SOURCES = (
     "rms_norm_grad",
 )
 
+# The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
+#
 # A multiprocessor has 2,048 threads and 65,536 registers, allocated in steps of 8: 40 registers
 # keep three quarters of the threads resident (sm_120 has 1,536 threads, and keeps all). A table
 # with one angle a channel needs four values a pair, and the gradient four sums: there the bound is
 # half. Eight half-split pairs a thread need 48 on sm_80, which keeps five eighths; with 40 the
 # kernel would spill. Eight pairs between two orders with four values would spill too, so they have
-# 64: three eighths. Angles computed in float64 by the kernel need 64 too, and their gradient 80:
-# three eighths of the threads still exceed the throughput of the float64 units.
-MOST_REGISTERS = 40
-MOST_REGISTERS_WITH_FOUR_VALUES = 64
-MOST_REGISTERS_FROM_ORDER_TO_ORDER = 80
-# With a cache, eight half-split pairs need more: the first matching entry counts.
-MOST_REGISTERS_OF_APPEND = {
-    "8, HalfSplit, KeyValueCache, true, true": 96,
-    "8, HalfSplit, KeyValueCache, true": 80,
-    "8, HalfSplit, LatentCache": 80,
-    "8, Either, LatentCache": 80,
-}
-MOST_REGISTERS_OF_ANGLE_GRADIENTS = 80
-MOST_REGISTERS_OF = {("80", "8, HalfSplit, false"): 48}
+# 80. Angles computed in float64 by the kernel need 64 too, and their gradient 80: three eighths of
+# the threads still exceed the throughput of the float64 units. With a cache, eight half-split pairs
+# need more.
+#
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
 # factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
 # threads: one block is resident with up to 128 registers, two with 64.
-MOST_REGISTERS_OF_NORMS = {"rms_norm_rotary_kernel": 96, "rms_norm_rotary_grad_kernel": 128}
-MOST_REGISTERS_OF_16_BIT_NORMS = 64  # half-split, one angle a pair
+MOST_REGISTERS = (
+    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"rms_norm_rotary_kernel\b", 96),
+    (r"rms_norm_rotary_grad_kernel\b", 128),
+    (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
+    (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true", 80),
+    (r"append_kernel<\w+, 8, (HalfSplit|Either), LatentCache", 80),
+    (r"<\w+, 8, Either", 80),
+    (r"cos_sin_grad_kernel", 80),
+    (r"80 apply_rotary_kernel<\w+, 8, HalfSplit, false>", 48),
+    (r" apply_rotary_kernel<.*false>", 40),
+    (r"", 64),
+)
 
 ORDERS = ("HalfSplit", "Interleaved", "Either", "Any")  # enum Order of fragment.cuh
 WRAPPERS = ("Traits", "Fragment")
@@ -87,10 +90,6 @@ class Kernel:
     @property
     def appends(self) -> bool:
         return "append_kernel" in self.name
-
-    @property
-    def values_a_pair(self) -> int:
-        return 4 if "grad" in self.name or self.name.rstrip(">").endswith("true") else 2
 
 
 def tool(name: str) -> str:
@@ -184,29 +183,15 @@ def test_nothing_is_kept_in_local_memory(kernels):
     assert spilled == []
 
 
-def most_registers(k: Kernel) -> int:
-    variant = k.name.partition(", ")[2].rstrip(">")
-    kernel = k.name.partition("<")[0]
-    plain_16_bit = "rms_norm_rotary_kernel<__half, 4", "rms_norm_rotary_kernel<__nv_bfloat16, 4"
-    if k.name.startswith(plain_16_bit) and variant == "4, HalfSplit, false":
-        return MOST_REGISTERS_OF_16_BIT_NORMS
-    if kernel in MOST_REGISTERS_OF_NORMS:
-        return MOST_REGISTERS_OF_NORMS[kernel]
-    for beginning, most in MOST_REGISTERS_OF_APPEND.items():
-        if k.appends and variant.startswith(beginning):
-            return most
-    if variant.startswith("8, Either"):
-        return MOST_REGISTERS_FROM_ORDER_TO_ORDER
-    if k.name.startswith("cos_sin_grad_kernel"):
-        return MOST_REGISTERS_OF_ANGLE_GRADIENTS
-    if not k.is_rotation or k.makes_angles or k.values_a_pair == 4:
-        return MOST_REGISTERS_WITH_FOUR_VALUES
-    return MOST_REGISTERS_OF.get((k.arch, variant), MOST_REGISTERS)
-
-
 def test_registers_leave_room_for_enough_threads(kernels):
+    too_many = [
+        (name, k.registers, most)
+        for k in kernels
+        for name in [f"{k.arch} {k.name}"]
+        for most in [next(most for of, most in MOST_REGISTERS if re.search(of, name))]
+        if k.registers > most
+    ]
     assert len({(k.name, k.arch) for k in kernels}) == len(kernels)
-    too_many = [(k.arch, k.name, k.registers) for k in kernels if k.registers > most_registers(k)]
     assert too_many == []
 
 
