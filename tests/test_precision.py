@@ -192,6 +192,7 @@ def test_the_largest_error_and_the_one_that_few_exceed():
     assert math.isnan(precision.largest_and_high(mixed)[0])
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_same_every_time(tmp_path, monkeypatch, capsys, threads):
     threads(1)
     monkeypatch.setattr(precision, "BASES", (500_000.0,))
