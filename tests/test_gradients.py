@@ -34,12 +34,13 @@ class Case(NamedTuple):
     reason: str
     table: tuple[int, ...]
     ids: list | None
+    ids_dtype: torch.dtype
     packed: bool
     options: dict
 
 
-def case(name, reason, table=(L, 3), ids=None, packed=False, **options):
-    return Case(name, reason, table, ids, packed, options)
+def case(name, reason, table=(L, 3), ids=None, dtype=torch.int64, packed=False, **options):
+    return Case(name, reason, table, ids, dtype, packed, options)
 
 
 CASES = [
@@ -52,7 +53,8 @@ CASES = [
     case("last channels", "none after them", (L, 2), rotary_offset=2),
     case("middle, ids", "channels before and after", (L, 1), [4, 0, 4], rotary_offset=3,
          inverse=True),
-    case("packed, ids", "no batch, repeated rows", ids=[3, 3, 0], packed=True),
+    case("packed, ids", "no batch, repeated rows of int32", ids=[3, 3, 0], dtype=torch.int32,
+         packed=True),
     # another order in the result
     case("to halves", "grad and x in different orders", interleaved=True, interleaved_out=False),
     case("to neighbours, inverse, ids", "the other way", (L, 2), [[4, 4, 1], [0, 4, 4]],
@@ -82,7 +84,7 @@ def inputs_of(case, device, dtype=F64, table_dtype=F64, heads=H, k_heads=K):
     k = random(*tokens, k_heads, D, dtype=dtype, device=device, seed=2)
     cos = random(*case.table, dtype=table_dtype, device=device, seed=3)
     sin = random(*case.table, dtype=table_dtype, device=device, seed=4)
-    ids = None if case.ids is None else torch.tensor(case.ids, device=device)
+    ids = None if case.ids is None else torch.tensor(case.ids, dtype=case.ids_dtype, device=device)
     return q, k, cos, sin, ids, case.options
 
 
