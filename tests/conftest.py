@@ -105,9 +105,6 @@ NOT_EMULATED = {
     r"test_axes_and_positions_may_be_views\[": INSIDE,
     r"test_rows_are_picked_from_the_tables_of_each_axis\[cuda": INSIDE,
     r"test_frequencies_of_any_dtype_and_positions_and_frequencies_in_views\[": INSIDE,
-    r"test_opcheck_of_the_axes\[cuda-.*-grad\]": INSIDE,
-    r"tests/test_rotary_at\.py::test_opcheck\[cuda": COMPILED,
-    r"test_vmap_(with_axes|rotates_as_a_loop_does)\[cuda": TRANSFORMED,
 }
 
 

@@ -5,6 +5,11 @@ Data are made on the CPU and moved, so they are the same on every device; result
 the CPU.
 """
 
+import contextlib
+from functools import partial
+from itertools import combinations, product
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +30,47 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+# ---- cases
+
+
+def pairwise(**values):
+    """Cases (pytest.param) in which each value of a parameter meets each value of every other one:
+    about as many as the two longest parameters multiply to. The keys of a dict name its values.
+
+    Each case takes the first pair that is missing, then the values that complete most pairs.
+    """
+    values = {p: v if isinstance(v, dict) else {_id(p, x): x for x in v} for p, v in values.items()}
+    missing = dict.fromkeys(  # in order, unlike a set
+        frozenset([(p, a), (q, b)])
+        for p, q in combinations(values, 2)
+        for a, b in product(values[p], values[q])
+    )
+
+    def completed(case, option):
+        return sum(frozenset([option, other]) in missing for other in case.items())
+
+    cases = []
+    while missing:
+        case = dict(next(iter(missing)))
+        for p in [p for p in values if p not in case]:
+            options = [(p, a) for a in values[p]]
+            case |= [max(options, key=partial(completed, case))]
+        for pair in combinations(case.items(), 2):
+            missing.pop(frozenset(pair), None)
+        cases.append(
+            pytest.param(
+                *(v[case[p]] for p, v in values.items()), id="-".join(case[p] for p in values)
+            )
+        )
+    return cases
+
+
+def _id(parameter, value):
+    if isinstance(value, torch.dtype):
+        return name_of(value)
+    return value if isinstance(value, str) else f"{parameter}={value}"
 
 
 # ---- data
@@ -190,22 +236,27 @@ def ulp(exact, dtype):
 
 
 def assert_derivatives(function, inputs):
-    """First and second derivatives in float64 against differences: on the CPU of every input; on
-    other devices, where each evaluation is slow, in random directions (fast mode). On the CPU also
-    forward, forward over backward, and each under vmap, in random directions: these derivatives
-    consist of the same operators on every device.
+    """First and second derivatives in float64 against differences, in random directions. On the CPU
+    also forward, forward over backward, and each under vmap: these derivatives consist of the same
+    operators on every device.
     """
     first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
-    on_cpu = first.device.type == "cpu"
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=not on_cpu)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=not on_cpu)
-    if not on_cpu:
-        return
-    checks = {"fast_mode": True, "check_batched_grad": True}
-    assert torch.autograd.gradcheck(
-        function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
-    )
-    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+    forward, twice = {}, {}
+    if first.device.type == "cpu":
+        forward = {"check_batched_grad": True, "check_forward_ad": True}
+        forward |= {"check_batched_forward_grad": True}
+        twice = {"check_batched_grad": True, "check_fwd_over_rev": True}
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True, **forward)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, **twice)
+
+
+@contextlib.contextmanager
+def naming(case):
+    """An error in the block names the case: for a loop over cases in one test."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"{case}: {error}") from error
 
 
 class LargeTensors(TorchDispatchMode):

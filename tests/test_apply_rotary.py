@@ -1,6 +1,8 @@
 """The rotation, to the last bit: every kind of table, positions, dtype and size."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from support import (
     in_layout,
     inverse_of,
     name_of,
+    naming,
     on_cpu,
     random,
     random_positions,
@@ -34,6 +37,7 @@ class Case:
     reason: str
     H: int = 4
     K: int | None = 2  # heads of k; None: q alone
+    S: int = S
     D: int = 16
     R: int | None = None  # rotary_dim as given
     W: int | None = None  # width of the table; None: half of R or D
@@ -52,35 +56,27 @@ class Case:
 CASES = [
     # models
     Case("llama", "grouped heads, half-split", D=64),
-    Case("llama bf16", "as inference runs it", D=128, dtype=BF16),
     Case("llama bf16 decode", "positions of its own for each sequence", D=64, dtype=BF16, ids="BS"),
-    Case("mqa", "one head of k", K=1, D=64, dtype=BF16),
     Case("mha", "as many heads of k", K=4, D=64, dtype=F16),
     Case("more k than q", "nothing says that k has fewer heads", H=2, K=6),
     Case("gpt-j", "interleaved, a part of the channels", D=64, R=32, interleaved=True, dtype=F16),
     Case("gpt-neox", "a quarter of the channels rotates", D=64, R=16, K=4),
-    Case("phi 2", "32 of 80 channels", D=80, R=32, dtype=BF16),
-    Case("roformer", "interleaved, bhsd, q alone", K=None, interleaved=True, layout="bhsd"),
     Case("deepseek", "k is one shared head", H=8, K=1, D=64, interleaved=True, dtype=BF16),
     Case("vision", "rows from two axes, packed patches", D=80, layout="thd", table="exact table"),
     # layouts
-    Case("bhsd", "as transformers has it", layout="bhsd", dtype=BF16, D=64),
     Case("sbhd", "as Megatron has it", layout="sbhd", interleaved=True),
     Case("thd", "packed sequences, positions from their lengths", layout="thd", ids="T"),
-    Case("thd q alone", "one tensor, packed", layout="thd", K=None, dtype=F16),
     # positions
-    Case("ids S", "one row of positions for all sequences", ids="S"),
     Case("ids S int32", "as servers keep them", ids="S", ids_dtype=torch.int32),
     Case("ids 1S", "as transformers passes them", ids="1S", ids_dtype=torch.int32, dtype=BF16),
-    Case("ids BS int32", "positions differ by sequence", ids="BS", ids_dtype=torch.int32),
     Case("ids BS q alone", "one tensor", ids="BS", K=None),
     Case("ids T int32", "packed", ids="T", ids_dtype=torch.int32, layout="thd", dtype=BF16),
     Case("ids with sbhd", "the layout does not turn position_ids", ids="BS", layout="sbhd"),
-    Case("ids with bhsd", "the layout does not turn position_ids", ids="BS", layout="bhsd"),
     # tables
     Case("exact table", "no row to spare", table="exact table"),
     Case("one row for all", "rows of the step, [1, S, P]", table="one for all", dtype=BF16),
-    Case("a row per token", "rows of the step, [B, S, P]", table="per token"),
+    Case("a row per token, decoding", "sequences of one token", S=1, table="per token", D=64),
+    Case("ids, decoding", "sequences of one token", S=1, ids="BS", D=64),
     Case("a row per token, sbhd", "rows are [B, S] anywhere", table="per token", layout="sbhd"),
     Case("per token bf16", "rows as a model in bf16 makes them", table="per token", dtype=BF16,
          table_dtype=BF16, D=64),
@@ -94,9 +90,7 @@ CASES = [
          interleaved=True, dtype=BF16),
     Case("full width, rows", "per token, R wide", R=16, W=16, table="per token", dtype=F16),
     Case("full width, ids", "looked up", R=16, W=16, ids="BS", table_dtype=BF16),
-    Case("half width, R given", "rotary_dim said, table of pairs", R=16, W=8, D=20),
     # the last channels, or some in the middle
-    Case("last channels", "queries of latent attention", D=24, R=8, offset=16, dtype=BF16),
     Case("last channels, interleaved", "as DeepSeek-V2 has them", K=1, D=192, R=64, offset=128,
          interleaved=True, dtype=BF16, ids="BS"),
     Case("middle", "channels before and after, no vector aligned", D=29, R=16, offset=5,
@@ -123,24 +117,24 @@ CASES = [
     Case("the order said twice", "interleaved_out may be what it is anyway", interleaved=True,
          interleaved_out=True),
     # inverse
-    Case("inverse", "the backward of half-split", inverse=True, D=64, dtype=BF16),
     Case("inverse, interleaved", "the backward of interleaved", inverse=True, interleaved=True),
     Case("inverse, ids", "the backward with positions", inverse=True, ids="BS"),
     # float64
     Case("float64", "its own arithmetic", dtype=F64, table_dtype=F64, ids="BS"),
     Case("float64 x, float32 table", "the table widened, not x narrowed", dtype=F64, D=40),
     Case("float32 x, float64 table", "the table rounded first", table_dtype=F64),
-    Case("float64 interleaved inverse", "all of it", dtype=F64, table_dtype=F64, D=26, R=22,
-         interleaved=True, inverse=True),
 ]  # fmt: skip
 
 # Pairs of channels: below, at and past the lengths of vectors (4, 8, 16) and of unrolled loops.
 PAIRS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 33, 40, 63, 64, 65, 128, 300]
+# Tokens and pairs of heads outermost in memory: the CPU takes blocks of up to 16 tokens, and holds
+# rows of 1,024 pairs for all of them together.
+BLOCKS = [(1, 1030), (2, 520), (5, 300), (15, 80), (16, 65), (17, 72), (33, 128)]
 
 
 def inputs_of(case, device):
     """q, k (or None) in the case's layout, cos, sin, position_ids, and the options."""
-    tokens = (B * S,) if case.layout == "thd" else (B, S)
+    tokens = (B * case.S,) if case.layout == "thd" else (B, case.S)
     seq = tokens[-1]
     rows = max(L, seq + 3)
     q = random(*tokens, case.H, case.D, dtype=case.dtype, seed=1)
@@ -165,15 +159,11 @@ def inputs_of(case, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_rotation_is_exact_but_for_one_evaluation_and_one_rounding(case, backend):
-    q, k, cos, sin, ids, options = inputs_of(case, backend)
-    xs = [q] if k is None else [q, k]
-    before = [x.clone() for x in xs]
-    if k is None:
-        ys = [rope_ext.apply_rotary(q, cos, sin, ids, layout=case.layout, **options)]
-    else:
-        ys = rope_ext.apply_rotary_qk(q, k, cos, sin, ids, layout=case.layout, **options)
-    for x, y, unchanged in zip(xs, ys, before, strict=True):
+def test_rotation_is_exact_but_for_one_evaluation_and_one_rounding(case, device):
+    q, k, cos, sin, ids, options = inputs_of(case, device)
+    before = [x.clone() for x in (q, k) if x is not None]
+    ys = rotated(case, q, k, cos, sin, ids, options)
+    for x, y, unchanged in zip((q, k), ys, before, strict=False):
         assert y.shape == x.shape
         assert y.device == x.device
         assert_same_bits(x, unchanged)
@@ -183,68 +173,74 @@ def test_rotation_is_exact_but_for_one_evaluation_and_one_rounding(case, backend
             assert_near_exact(y, x, cos, sin, ids, **options)
 
 
-def test_case_names_are_unique():
-    assert len({case.name for case in CASES}) == len(CASES)
+def rotated(case, q, k, cos, sin, ids, options):
+    if k is None:
+        return [rope_ext.apply_rotary(q, cos, sin, ids, layout=case.layout, **options)]
+    return rope_ext.apply_rotary_qk(q, k, cos, sin, ids, layout=case.layout, **options)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_every_dtype_goes_with_every_table_dtype(dtype, table_dtype, order, backend):
-    x = random(B, S, 3, 52, dtype=dtype, device=backend)
-    for width in (20, 40):  # one angle a pair, one a channel
-        cos, sin = random_table(L, width, dtype=table_dtype, device=backend)
-        options = {"rotary_dim": 40, "rotary_offset": 8, **ORDERS[order]}
-        y = rope.apply_rotary(x, cos, sin, **options)
-        assert_same_bits(y, rounded_once(x, cos, sin, **options))
-        if dtype != F64:
-            assert_near_exact(y, x, cos, sin, **options)
+def test_every_dtype_goes_with_every_table_dtype(dtype, table_dtype, device):
+    x = random(B, S, 3, 52, dtype=dtype, device=device)
+    for (order, pairs), width in product(ORDERS.items(), (20, 40)):  # an angle a pair, a channel
+        cos, sin = random_table(L, width, dtype=table_dtype, device=device)
+        options = {"rotary_dim": 40, "rotary_offset": 8, **pairs}
+        with naming(f"{order}, {width} columns"):
+            y = rope.apply_rotary(x, cos, sin, **options)
+            assert_same_bits(y, rounded_once(x, cos, sin, **options))
+            if dtype != F64:
+                assert_near_exact(y, x, cos, sin, **options)
 
 
+def heads_of_any_size(dtype, device):
+    """(x, cos, sin, options): channels before and after, whole vectors and parts of one."""
+    for pairs, (before, after) in product(PAIRS, ((0, 0), (0, 1), (8, 6))):
+        x = random(B, 3, 2, before + 2 * pairs + after, dtype=dtype, device=device)
+        yield x, *random_table(3, pairs, device=device), {"rotary_offset": before}
+
+
+def blocks_of_tokens(dtype, device):
+    """(x, cos, sin, options), with one angle a pair and with one a channel."""
+    for (tokens, pairs), columns in product(BLOCKS, (1, 2)):
+        x = random(1, 2, tokens, 2 * pairs, dtype=dtype, device=device).transpose(1, 2)
+        cos, sin = random_table(tokens, columns * pairs, device=device)
+        yield x, cos, sin, {"rotary_dim": 2 * pairs}
+
+
+@pytest.mark.parametrize("inputs", [heads_of_any_size, blocks_of_tokens])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("pairs", PAIRS)
-def test_any_number_of_pairs(pairs, order, backend):
-    for dtype in (F32, BF16, F16, F64):
-        cos, sin = random_table(3, pairs, device=backend)
-        for before, after in ((0, 0), (0, 1), (8, 6)):  # channels that do not rotate
-            x = random(B, 3, 2, before + 2 * pairs + after, dtype=dtype, device=backend)
-            options = {"rotary_offset": before, **ORDERS[order]}
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_sizes_that_are_no_multiple_of_a_vector(dtype, order, inputs, device):
+    for x, cos, sin, options in inputs(dtype, device):
+        options |= ORDERS[order]
+        with naming(f"x {list(x.shape)}, table {list(cos.shape)}, {options}"):
             y = rope.apply_rotary(x, cos, sin, **options)
             assert_same_bits(y, rounded_once(x, cos, sin, **options))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("full_width", [False, True], ids=["angle a pair", "angle a channel"])
-def test_long_heads_of_short_sequences(full_width, order, backend):
-    """[B, H, S, D] in memory is processed in blocks of tokens, whose table rows share a scratch
-    buffer: here with numbers of tokens and of pairs that are not multiples of it.
-    """
-    for dtype in (F32, BF16, F16, F64):
-        for tokens in (*range(1, 18), 33):
-            for dim in (130, 144, 160, 192, 256, 600):
-                x = random(1, 2, tokens, dim, dtype=dtype, device=backend).transpose(1, 2)
-                cos, sin = random_table(tokens, dim if full_width else dim // 2, device=backend)
-                options = {"rotary_dim": dim, **ORDERS[order]}
-                y = rope.apply_rotary(x, cos, sin, **options)
-                assert_same_bits(y, rounded_once(x, cos, sin, **options))
+def test_portable_and_avx2_give_the_same_bits(avx2):
+    def assert_same(name, call):
+        results = []
+        for capability in ("avx2", "portable"):
+            _C.set_cpu_capability(capability)
+            results.append(call())
+        for a, b in zip(*results, strict=True):
+            with naming(name):
+                assert_same_bits(a, b)
+
+    for case in CASES:
+        assert_same(case.name, partial(rotated, case, *inputs_of(case, "cpu")))
+    for dtype, inputs in product(DTYPES, (heads_of_any_size, blocks_of_tokens)):
+        for x, *table, options in inputs(dtype, "cpu"):
+            for order, pairs in ORDERS.items():
+                name = f"{dtype}, {order}, {list(x.shape)}, {options}"
+                assert_same(name, partial(rope.apply_rotary_qk, x, x, *table, **options, **pairs))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_portable_and_avx2_give_the_same_bits(dtype, order, avx2):
-    q, k = random(2, 9, 3, 52, dtype=dtype), random(2, 9, 1, 52, dtype=dtype)
-    cos, sin = random_table(9, 21)
-    options = {"rotary_offset": 7, **ORDERS[order]}
-    fast = rope.apply_rotary_qk(q, k, cos, sin, **options)
-    _C.set_cpu_capability("portable")
-    slow = rope.apply_rotary_qk(q, k, cos, sin, **options)
-    assert_same_bits(fast[0], slow[0])
-    assert_same_bits(fast[1], slow[1])
-
-
-def test_float32_has_the_bits_of_rotate_half(backend):
-    x = random(B, S, 3, 64, device=backend)
-    cos, sin = random_table(S, 32, device=backend)
+def test_float32_has_the_bits_of_rotate_half(device):
+    x = random(B, S, 3, 64, device=device)
+    cos, sin = random_table(S, 32, device=device)
     y = rope.apply_rotary(x, cos, sin)
     x, cos, sin = on_cpu([x, cos, sin])
     cos, sin = (torch.cat((t, t), -1)[:, None] for t in (cos, sin))
@@ -254,57 +250,27 @@ def test_float32_has_the_bits_of_rotate_half(backend):
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd", "sbhd", "thd"])
 def test_layout_names_the_order_of_the_dimensions(layout, device):
-    if layout == "thd":
-        x = random(S, 3, 16, device=device)
-    else:
-        sizes = {"b": B, "s": S, "h": 3, "d": 16}
-        x = random(*(sizes[letter] for letter in layout), device=device)
+    sizes = {"b": B, "s": S, "t": S, "h": 3, "d": 16}
+    x = random(*(sizes[letter] for letter in layout), device=device)
     cos, sin = random_table(S, 8, device=device)
     y = rope_ext.apply_rotary(x, cos, sin, layout=layout)
     assert y.shape == x.shape
     token, head = layout.index("t" if layout == "thd" else "s"), layout.index("h")
-    for s in range(S):
-        for h in range(3):
-            one = x.select(token, s).select(head - (token < head), h).cpu()
-            expected = rounded_once(one.reshape(-1, 1, 1, 16), cos[s : s + 1], sin[s : s + 1])
-            got = y.select(token, s).select(head - (token < head), h)
-            assert_same_bits(got.reshape(-1, 1, 1, 16), expected)
+    x, y = (t.movedim((token, head), (0, 1)) for t in (x, y))
+    for s, h in product(range(S), range(3)):
+        expected = rounded_once(x[s, h].reshape(-1, 1, 1, 16), cos[s : s + 1], sin[s : s + 1])
+        assert_same_bits(y[s, h].reshape(-1, 1, 1, 16), expected)
 
 
-def test_q_and_k_together_are_q_and_k_alone(backend):
-    q, k = random(B, S, 4, 32, device=backend), random(B, S, 1, 32, device=backend, seed=3)
-    cos, sin = random_table(L, 16, device=backend)
-    ids = random_positions(B, S, rows=L, device=backend)
-    together = rope.apply_rotary_qk(q, k, cos, sin, ids)
-    assert_same_bits(together[0], rope.apply_rotary(q, cos, sin, ids))
-    assert_same_bits(together[1], rope.apply_rotary(k, cos, sin, ids))
-
-
-def test_scores_depend_on_the_distance_of_positions_only(device):
-    inv_freq = rope_ext.frequencies.default(64, device=device)[0].double()
-    cos, sin = rope_ext.cos_sin_cache(inv_freq, 4000)
-    q, k = random(1, 1, 1, 64, dtype=F64), random(1, 1, 1, 64, dtype=F64, seed=1)
-
-    def score(m, n):
-        ids = [torch.tensor([p], device=device) for p in (m, n)]
-        rotated = [
-            rope.apply_rotary(x.to(device), cos, sin, i).cpu()
-            for x, i in zip((q, k), ids, strict=True)
-        ]
-        return (rotated[0] * rotated[1]).sum()
-
-    torch.testing.assert_close(score(3907, 3900), score(7, 0), rtol=1e-12, atol=1e-12)
-    assert (score(8, 0) - score(7, 0)).abs() > 1e-3
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_inverse_undoes_the_rotation(order, device):
+def test_inverse_undoes_the_rotation(device):
     x = random(B, S, 3, 21, dtype=F64, device=device)
     cos, sin = random_table(S, 8, dtype=F64, device=device)
-    options = {"rotary_offset": 3, **ORDERS[order]}
-    y = rope.apply_rotary(x, cos, sin, **options)
-    y = rope.apply_rotary(y, cos, sin, **inverse_of(options))
-    torch.testing.assert_close(y.cpu(), x.cpu(), rtol=0, atol=1e-14)
+    for order, pairs in ORDERS.items():
+        options = {"rotary_offset": 3, **pairs}
+        y = rope.apply_rotary(x, cos, sin, **options)
+        y = rope.apply_rotary(y, cos, sin, **inverse_of(options))
+        with naming(order):
+            torch.testing.assert_close(y.cpu(), x.cpu(), rtol=0, atol=1e-14)
 
 
 EMPTY = [  # q's shape, k's heads
@@ -318,21 +284,18 @@ EMPTY = [  # q's shape, k's heads
 ]
 
 
-@pytest.mark.parametrize(("shape", "k_heads"), EMPTY, ids=str)
-def test_empty_tensors_come_back_empty(shape, k_heads, device):
-    q = random(*shape, device=device)
-    k = random(*shape[:-2], k_heads, shape[-1], device=device)
+@pytest.mark.parametrize("with_ids", [False, True], ids=["rows in order", "position_ids"])
+def test_empty_tensors_come_back_empty(with_ids, device):
     cos, sin = random_table(7, 8, device=device)
-    for ids in (None, torch.zeros(shape[-3], dtype=torch.int64, device=device)):
-        out_q, out_k = rope.apply_rotary_qk(q, k, cos, sin, ids)
-        assert out_q.shape == q.shape
-        assert out_k.shape == k.shape
-        if ids is None:
-            assert_same_bits(out_k, rounded_once(k, cos, sin))
-        rope.apply_rotary_qk_(q.clone(), k.clone(), cos, sin, ids)
-        assert rope.apply_rotary(q, cos, sin, ids).shape == q.shape
-
-
-def test_empty_sequence_needs_no_row_of_the_table(device):
-    cos = torch.empty(0, 8, device=device)
-    assert rope.apply_rotary(random(2, 0, 4, 16, device=device), cos, cos).shape == (2, 0, 4, 16)
+    for shape, k_heads in EMPTY:
+        q = random(*shape, device=device)
+        k = random(*shape[:-2], k_heads, shape[-1], device=device)
+        ids = torch.zeros(shape[-3], dtype=torch.int64, device=device) if with_ids else None
+        with naming(f"q {shape}, {k_heads} heads of k"):
+            for x, y in zip((q, k), rope.apply_rotary_qk(q, k, cos, sin, ids), strict=True):
+                assert_same_bits(y, rounded_once(x, cos, sin, ids))
+            rope.apply_rotary_qk_(q.clone(), k.clone(), cos, sin, ids)
+            assert rope.apply_rotary(q, cos, sin, ids).shape == q.shape
+    no_rows = torch.empty(0, 8, device=device)
+    x = random(2, 0, 4, 16, device=device)
+    assert rope.apply_rotary(x, no_rows, no_rows).shape == x.shape

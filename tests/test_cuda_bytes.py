@@ -8,9 +8,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support import DTYPES, pairwise
 
 import rope_ext
 
@@ -25,7 +27,6 @@ fakegpu_torch = pytest.importorskip(
 pytestmark = pytest.mark.cuda
 
 SECTOR = 32  # bytes: the least that memory moves
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @dataclass(frozen=True)
@@ -76,43 +77,26 @@ SHAPES = [
     Shape("DeepSeek-V3, halves in the result", 16, 1, 192, 64, True, 128, interleaved_out=False),
     Shape("its backward", 16, 1, 192, 64, False, 128, interleaved_out=True),
 ]
+KEEPING_ORDER = [s for s in SHAPES if not s.mixed]
 STEPS = {"prefill": (1, 48), "prefill of two": (2, 24), "decode": (1, 1), "decode of 16": (16, 1)}
 
 
-@dataclass
-class Moved:
-    """The bytes that threads asked for in one call, and the sectors that it touched."""
-
-    launches: int
-    blocks: int
-    load_widths: set[int]
-    store_widths: set[int]
-    load_sectors: int
-    load_unique_sectors: int
-    store_sectors: int
-    store_unique_sectors: int
-    store_efficiency: float
+def by_name(shapes):
+    return {shape.name: shape for shape in shapes}
 
 
-def moved_by(call) -> Moved:
+def moved_by(call) -> SimpleNamespace:
+    """What the emulator counted in one call: the bytes that threads asked for, and the sectors."""
     fakegpu_torch.reset()
     call()
     report = fakegpu_torch.stats()
     assert report["errors"] == []
     kernels = [k for name, k in report["kernels"].items() if "rope::" in name and k["launches"]]
     assert len(kernels) == 1
-    (k,) = kernels
-    return Moved(
-        launches=k["launches"],
-        blocks=k["blocks"],
-        load_widths={int(w) for w, count in k["global_loads_by_width"].items() if count},
-        store_widths={int(w) for w, count in k["global_stores_by_width"].items() if count},
-        load_sectors=k["load_sectors"],
-        load_unique_sectors=k["load_unique_sectors"],
-        store_sectors=k["store_sectors"],
-        store_unique_sectors=k["store_unique_sectors"],
-        store_efficiency=k["store_efficiency"],
-    )
+    for of in ("load", "store"):
+        by_width = kernels[0][f"global_{of}s_by_width"]
+        kernels[0][f"{of}_widths"] = {int(width) for width, count in by_width.items() if count}
+    return SimpleNamespace(**kernels[0])
 
 
 @pytest.fixture(autouse=True)
@@ -145,11 +129,11 @@ def table_bytes_a_thread(shape: Shape, dtype: torch.dtype) -> int:
     return 4 * pairs_a_thread(shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("shape", "step", "dtype"), pairwise(shape=by_name(SHAPES), step=STEPS, dtype=DTYPES)
+)
 def test_out_of_place_moves_every_element_once_in_and_once_out(shape, step, dtype):
-    batch, seq = STEPS[step]
+    batch, seq = step
     q, k, cos, sin = tensors(shape, batch, seq, dtype)
     moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin, **shape.options))
     channels = sectors((q.numel() + k.numel()) * dtype.itemsize)
@@ -162,21 +146,6 @@ def test_out_of_place_moves_every_element_once_in_and_once_out(shape, step, dtyp
     twice = shape.sectors_asked_twice(batch * seq, dtype, bool(shape.interleaved_out))
     assert moved.store_sectors == channels + twice
     assert moved.store_efficiency == channels / (channels + twice)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if not s.mixed], ids=lambda s: s.name)
-def test_in_place_touches_only_what_rotates(shape, dtype):
-    batch, seq = STEPS["prefill of two"]
-    q, k, cos, sin = tensors(shape, batch, seq, dtype)
-    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk_(q, k, cos, sin, **shape.options))
-    rotated = sectors(batch * seq * shape.heads * shape.rotary_dim * dtype.itemsize)
-    table = sectors(2 * cos.numel() * cos.itemsize)
-    assert moved.launches == 1
-    assert moved.store_widths == {16}
-    assert moved.load_widths == {16, min(16, table_bytes_a_thread(shape, dtype))}
-    assert moved.store_sectors == moved.store_unique_sectors == rotated
-    assert moved.load_unique_sectors == rotated + table
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
@@ -228,46 +197,26 @@ def test_strided_views_move_the_same_bytes():
     assert moved.store_efficiency == 1
 
 
-def test_halves_of_24_bytes_move_in_8_byte_steps():
-    """GPT-NeoX-20B: 24 of 96 channels. The second half starts at byte 24, so the widest access is 8
-    bytes, and both halves ask for the sector that they share.
-    """
-    shape = Shape("GPT-NeoX-20B", 64, 64, 96, 24)
-    batch, seq = STEPS["prefill"]
-    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
-    moved = moved_by(lambda: torch.ops.rope.apply_rotary_qk(q, k, cos, sin))
-    channels = sectors((q.numel() + k.numel()) * 2)
-    assert moved.store_unique_sectors == channels
-    assert {8} <= moved.store_widths <= {8, 16}
-    assert moved.store_sectors <= 2 * channels
-
-
 # ---- with a cache
 
 BLOCK_SIZE = 16
 
 
-def cache_of(tokens: int, *row: int, dtype: torch.dtype):
-    """A cache with two slots for each token, and a slot for each token in random order."""
-    blocks = -(-2 * tokens // BLOCK_SIZE)
-    cache = torch.zeros(blocks, BLOCK_SIZE, *row).to(dtype).cuda()
-    return cache, torch.randperm(blocks * BLOCK_SIZE)[:tokens].cuda()
-
-
-def appended(shape: Shape, step: str, dtype: torch.dtype, cache_dtype: torch.dtype, stored=True):
-    """The bytes that apply_rotary_qk_append_kv_ moved; and the bytes of rotated q and k, of k and
-    v, of the two caches, of the table and of the slots.
+def appended(shape: Shape, step, dtype: torch.dtype, cache_dtype: torch.dtype, stored=True):
+    """What apply_rotary_qk_append_kv_ moved; the bytes of rotated q and k, the channels of k, the
+    bytes of the table, the sectors of the slots.
     """
-    batch, seq = STEPS[step]
+    batch, seq = step
     tokens = batch * seq
     q, k, cos, sin = tensors(shape, batch, seq, dtype)
-    k_cache, slots = cache_of(tokens, shape.k_heads, shape.head_dim, dtype=cache_dtype)
-    v, v_cache = k.clone(), k_cache.clone()
-    slots = (slots if stored else torch.full_like(slots, -1)).view(batch, seq)
+    v, blocks = k.clone(), -(-2 * tokens // BLOCK_SIZE)  # two slots for each token
+    caches = torch.zeros(2, blocks, BLOCK_SIZE, *k.shape[2:]).to(cache_dtype).cuda()
+    slots = torch.randperm(blocks * BLOCK_SIZE)[:tokens].view(batch, seq)
+    slots = (slots if stored else torch.full_like(slots, -1)).cuda()
     options = {"rotary_offset": shape.rotary_offset, "interleaved": shape.interleaved}
     moved = moved_by(
         lambda: torch.ops.rope.apply_rotary_qk_append_kv_(
-            q, k, v, k_cache, v_cache, slots, cos, sin, **options
+            q, k, v, *caches, slots, cos, sin, **options
         )
     )
     rotated = tokens * shape.heads * shape.rotary_dim * dtype.itemsize
@@ -275,13 +224,18 @@ def appended(shape: Shape, step: str, dtype: torch.dtype, cache_dtype: torch.dty
     return moved, rotated, of_k, 2 * cos.numel() * cos.itemsize, -(-tokens * 8 // SECTOR)
 
 
-@pytest.mark.parametrize("cache", ["of the model", torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if not s.mixed], ids=lambda s: s.name)
-def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, cache):
+@pytest.mark.parametrize(
+    ("shape", "step", "dtype", "cache_dtype"),
+    pairwise(
+        shape=by_name(KEEPING_ORDER),
+        step=STEPS,
+        dtype=DTYPES[1:],
+        cache={"of the model": None, "float8": torch.float8_e4m3fn},
+    ),
+)
+def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, cache_dtype):
     """The channels of k that do not rotate are read and stored; those of q are not read."""
-    cache_dtype = dtype if cache == "of the model" else cache
+    cache_dtype = cache_dtype or dtype
     moved, rotated, of_k, table, of_slots = appended(shape, step, dtype, cache_dtype)
     k_stays = of_k // shape.head_dim * (shape.head_dim - shape.rotary_dim) * dtype.itemsize
     assert moved.launches == 1
@@ -298,58 +252,10 @@ def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, c
 
 def test_append_reads_no_v_that_is_not_stored():
     moved, rotated, _, table, of_slots = appended(
-        LLAMA, "prefill", torch.bfloat16, torch.bfloat16, stored=False
+        LLAMA, STEPS["prefill"], torch.bfloat16, torch.bfloat16, stored=False
     )
     assert moved.load_unique_sectors == of_slots + sectors(rotated + table)
     assert moved.store_unique_sectors == sectors(rotated)
-
-
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("out", [True, False], ids=["interleaved", "halves in the result"])
-@pytest.mark.parametrize("step", STEPS)
-def test_append_of_latents_moves_them_once(step, out, cache_dtype):
-    """DeepSeek-V3, with the heads of one of eight ranks."""
-    batch, seq = STEPS[step]
-    shape, rank, tokens, dtype = SHAPES[5], 512, batch * seq, torch.bfloat16
-    q, _, cos, sin = tensors(shape, batch, seq, dtype)
-    k_pe, kv_c = torch.randn(batch, seq, rank + 64).to(dtype).cuda().split((64, rank), -1)
-    kv_cache, slots = cache_of(tokens, rank + 64, dtype=cache_dtype)
-    slots = slots.view(batch, seq)
-    options = {"interleaved": True, "interleaved_out": out}
-    moved = moved_by(
-        lambda: torch.ops.rope.apply_rotary_mla_append_(
-            q, k_pe, kv_c, kv_cache, slots, cos, sin, **options
-        )
-    )
-    rotated = tokens * shape.heads * 64 * dtype.itemsize
-    table, latent = 2 * cos.numel() * cos.itemsize, tokens * rank * dtype.itemsize
-    assert moved.launches == 1
-    assert moved.load_unique_sectors == -(-tokens * 8 // SECTOR) + sectors(rotated + table + latent)
-    row = tokens * (rank + 64) * cache_dtype.itemsize
-    assert moved.store_unique_sectors == sectors(rotated + row)
-
-
-@pytest.mark.parametrize("all_heads", [False, True], ids=["Qwen3", "OLMo 2"])
-def test_normalised_heads_are_read_once(all_heads):
-    """And written once. A warp has two heads of 128 channels. It reads the row of the table (cos
-    and sin, 16 sectors of float32) once, and the weights: 8 sectors, or 16 if each head has its
-    own.
-    """
-    shape = LLAMA if not all_heads else Shape("OLMo 2 1B", 16, 16, 128, 128)
-    batch, seq = STEPS["prefill of two"]
-    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
-    weights = [
-        torch.randn(*((x.shape[2],) if all_heads else ()), 128).bfloat16().cuda() for x in (q, k)
-    ]
-    moved = moved_by(lambda: torch.ops.rope.rms_norm_rotary_qk(q, k, *weights, cos, sin))
-    channels = sectors((q.numel() + k.numel()) * 2)
-    others = sectors(2 * cos.numel() * 4 + 2 * sum(w.numel() for w in weights))
-    warps = batch * seq * shape.heads // 2
-    assert moved.launches == 1
-    assert moved.load_unique_sectors == channels + others
-    assert moved.load_sectors == channels + warps * (16 + (16 if all_heads else 8))
-    assert moved.store_sectors == moved.store_unique_sectors == channels
-    assert moved.store_efficiency == 1
 
 
 # ---- the benchmark's numbers

@@ -5,6 +5,8 @@ fused multiply-adds in one order, no library sine. Gradient to inv_freq: one ord
 gradient to the table is summed in another order, as heads are spread over threads.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from support import (
@@ -12,6 +14,7 @@ from support import (
     ORDERS,
     assert_same_bits,
     name_of,
+    pairwise,
     random,
     random_positions,
     random_table,
@@ -48,11 +51,12 @@ def on_cuda(*tensors):
     return [t.cuda() if t is not None else None for t in tensors]
 
 
-@pytest.mark.parametrize("table_dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize(
+    ("rotation", "dtype", "table_dtype"),
+    pairwise(rotation=ROTATIONS, dtype=DTYPES, table_dtype=DTYPES),
+)
 def test_rotation(rotation, dtype, table_dtype):
-    rotary_dim, width, options = ROTATIONS[rotation]
+    rotary_dim, width, options = rotation
     options = {**options, "rotary_dim": rotary_dim}
     q, k = random(B, S, H, D, dtype=dtype), random(B, S, K, D, dtype=dtype, seed=1)
     cos, sin = random_table(L, width, dtype=table_dtype)
@@ -63,11 +67,10 @@ def test_rotation(rotation, dtype, table_dtype):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("start", [0, 131071, 2**31 - 40])
-def test_tables(start, dtype):
+def test_tables(start):
     inv_freq, _ = rope_ext.frequencies.default(64, base=500000.0)
-    for scaling in (1.0, 1.25):
+    for dtype, scaling in product(DTYPES, (1.0, 1.25)):
         options = {"start": start, "attention_scaling": scaling, "dtype": dtype}
         expected = rope.cos_sin_cache(inv_freq, 40, **options)
         got = rope.cos_sin_cache(inv_freq.cuda(), 40, **options)
@@ -104,16 +107,16 @@ def test_rows_and_gradient_to_inv_freq_of_any_positions(dtype, axes):
     assert_same_bits(rope.cos_sin_backward(*on_cuda(*grads, inv_freq, ids, of_pairs)), expected)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("offset", [0, 3, 8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_gradient_to_the_table_within_the_rounding_of_its_sums(dtype, offset, order):
+@pytest.mark.parametrize(
+    ("dtype", "order", "offset"), pairwise(dtype=DTYPES, order=ORDERS, offset=[0, 3, 8])
+)
+def test_gradient_to_the_table_within_the_rounding_of_its_sums(dtype, order, offset):
     """n products summed in any order are within n 2^-24 of the sum of their sizes (2^-53 in
     float64): Higham, Accuracy and Stability of Numerical Algorithms, 4.2. Two orders: twice that.
     """
     q, grad = random(B, S, H, D, dtype=dtype), random(B, S, H, D, dtype=dtype, seed=1)
     cos, _ = random_table(S, (D - offset) // 4 * 2, dtype=torch.float64)
-    options = {"rotary_offset": offset, **ORDERS[order]}
+    options = {"rotary_offset": offset, **order}
     expected = rope.apply_rotary_table_backward(grad, q, None, None, cos, **options)
     got = rope.apply_rotary_table_backward(*on_cuda(grad, q, None, None, cos), **options)
     products = 2 * B * H

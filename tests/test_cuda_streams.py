@@ -1,9 +1,10 @@
 """The operators launch on the current stream, never wait, and allocate only their outputs.
 
 Capture in a CUDA graph requires that. A small library, loaded before the CUDA runtime, counts the
-calls that a process makes to the runtime.
+calls that a process makes to the runtime: this file, as a program, makes them.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rope_ext
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
 # name -> (outputs and workspaces allocated, kernels launched)
 EXPECTED = {
@@ -36,65 +39,60 @@ EXPECTED = {
     "apply_rotary_qk_at_ with axes": (0, 1),
 }
 
-SCRIPT = """
-import ctypes, json, sys
-import torch
-import rope_ext
 
-calls = ctypes.CDLL(sys.argv[1])
-calls.calls_last_stream.restype = ctypes.c_void_p
-rope = torch.ops.rope
-inv_freq, _ = rope_ext.frequencies.default(64)
-cos, sin = (t.cuda() for t in rope_ext.cos_sin_cache(inv_freq, 16))
-q, k = torch.randn(2, 16, 4, 64).cuda(), torch.randn(2, 16, 2, 64).cuda()
-v, ids = torch.randn(2, 16, 2, 64).cuda(), torch.arange(16).cuda()
-inv_freq = inv_freq.cuda()
-kv, slots = torch.zeros(2, 2, 16, 2, 64).cuda(), torch.arange(32).cuda()
-latent, compressed = torch.zeros(2, 16, 40 + 64).cuda(), torch.randn(2, 16, 40).cuda()
-ids = torch.arange(16).cuda()
-three = torch.arange(48).view(3, 16).cuda()
-inv_freq, axes = inv_freq.cuda(), (torch.arange(32) % 3).cuda()
-functions = {
-    "apply_rotary": lambda: rope.apply_rotary(q, cos, sin),
-    "apply_rotary_qk": lambda: rope.apply_rotary_qk(q, k, cos, sin),
-    "apply_rotary_": lambda: rope.apply_rotary_(q, cos, sin),
-    "apply_rotary_qk_": lambda: rope.apply_rotary_qk_(q, k, cos, sin),
-    "apply_rotary_qk_ with position_ids": lambda: rope.apply_rotary_qk_(q, k, cos, sin, ids),
-    "apply_rotary_qk_append_kv_":
-        lambda: rope.apply_rotary_qk_append_kv_(q, k, v, kv[0], kv[1], slots, cos, sin),
-    "apply_rotary_mla_append_": lambda: rope.apply_rotary_mla_append_(
-        q, k[:, :, :1], compressed, latent, slots, cos, sin),
-    "apply_rotary_table_backward": lambda: rope.apply_rotary_table_backward(q, q, k, k, cos),
-    "cos_sin_cache": lambda: rope.cos_sin_cache(inv_freq, 16),
-    "cos_sin": lambda: rope.cos_sin(inv_freq, ids),
-    "cos_sin_backward": lambda: rope.cos_sin_backward(cos, sin, inv_freq),
-    "cos_sin with axes": lambda: rope.cos_sin(inv_freq, three, axes),
-    "apply_rotary_qk_at": lambda: rope.apply_rotary_qk_at(q, k, inv_freq),
-    "apply_rotary_qk_at_ with axes":
-        lambda: rope.apply_rotary_qk_at_(q, k, inv_freq, three, axes),
-}
-stream = torch.cuda.Stream()
-found = {}
-for name, function in functions.items():
-    function()  # what is set up once is set up now
-    with torch.cuda.stream(stream):
-        calls.calls_reset()
-        result = function()
-        found[name] = {
-            "on the current stream": calls.calls_last_stream() == stream.cuda_stream,
-            "launches": calls.calls_launches(),
-            "allocations": calls.calls_allocations(),
-            "synchronisations": calls.calls_synchronisations(),
-        }
-    calls.calls_report_error(719)  # cudaErrorLaunchFailure
-    try:
-        function()
-        found[name]["failed launch"] = "not noticed"
-    except RuntimeError as error:
-        found[name]["failed launch"] = str(error)
-    calls.calls_report_error(0)
-print(json.dumps(found))
-"""
+def calls():
+    """The arguments of each call."""
+    cuda = torch.device("cuda")
+    inv_freq = rope_ext.frequencies.default(64)[0].to(cuda)
+    table = [t.to(cuda) for t in rope_ext.cos_sin_cache(inv_freq.cpu(), 16)]
+    q, k, v = (torch.randn(2, 16, heads, 64).to(cuda) for heads in (4, 2, 2))
+    ids, slots = torch.arange(16).to(cuda), torch.arange(32).to(cuda)
+    caches = torch.zeros(2, 2, 16, 2, 64).to(cuda)
+    latent, compressed = torch.zeros(2, 16, 40 + 64).to(cuda), torch.randn(2, 16, 40).to(cuda)
+    by_axis = torch.arange(48).view(3, 16).to(cuda), (torch.arange(32) % 3).to(cuda)
+    return {
+        "apply_rotary": (q, *table),
+        "apply_rotary_qk": (q, k, *table),
+        "apply_rotary_": (q, *table),
+        "apply_rotary_qk_": (q, k, *table),
+        "apply_rotary_qk_ with position_ids": (q, k, *table, ids),
+        "apply_rotary_qk_append_kv_": (q, k, v, *caches, slots, *table),
+        "apply_rotary_mla_append_": (q, k[:, :, :1], compressed, latent, slots, *table),
+        "apply_rotary_table_backward": (q, q, k, k, table[0]),
+        "cos_sin_cache": (inv_freq, 16),
+        "cos_sin": (inv_freq, ids),
+        "cos_sin_backward": (*table, inv_freq),
+        "cos_sin with axes": (inv_freq, *by_axis),
+        "apply_rotary_qk_at": (q, k, inv_freq),
+        "apply_rotary_qk_at_ with axes": (q, k, inv_freq, *by_axis),
+    }
+
+
+def count(library):
+    """Makes each call, and prints what the library has counted."""
+    counter = ctypes.CDLL(library)
+    counter.calls_last_stream.restype = ctypes.c_void_p
+    stream = torch.cuda.Stream()
+    found = {}
+    for name, arguments in calls().items():
+        operator = getattr(torch.ops.rope, name.split()[0])
+        operator(*arguments)  # what is set up once is set up now
+        with torch.cuda.stream(stream):
+            counter.calls_reset()
+            _kept = operator(*arguments)
+            found[name] = {
+                "on the current stream": counter.calls_last_stream() == stream.cuda_stream,
+                "launches": counter.calls_launches(),
+                "allocations": counter.calls_allocations(),
+                "synchronisations": counter.calls_synchronisations(),
+            }
+        counter.calls_report_error(LAUNCH_FAILURE)
+        try:
+            operator(*arguments)
+        except RuntimeError as error:
+            found[name]["failed launch"] = str(error)
+        counter.calls_report_error(0)
+    print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
@@ -105,35 +103,28 @@ def found(tmp_path_factory):
     source = str(TESTS / "cuda_calls.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     preload = f"{library}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(library)],
-        # without the caching allocator every allocation is a call
-        env={**os.environ, "LD_PRELOAD": preload, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # without the caching allocator every allocation is a call
+    environment = {"LD_PRELOAD": preload, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["PYTHONPATH"] = str(Path(rope_ext.__file__).parents[1])
+    done = subprocess.run([sys.executable, __file__, str(library)], check=False, text=True,
+                          env={**os.environ, **environment}, capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", EXPECTED)
-def test_operator_can_be_captured(name, found):
+def test_operator_can_be_captured_and_its_failed_launch_raises(name, found):
     allocations, launches = EXPECTED[name]
-    assert {key: value for key, value in found[name].items() if key != "failed launch"} == {
+    operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
+    error = found[name].pop("failed launch", "not noticed")
+    assert re.match(rf"rope::{operator}_?: CUDA error: ", error), error
+    assert found[name] == {
         "on the current stream": True,
         "launches": launches,
         "allocations": allocations,
         "synchronisations": 0,
     }
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", EXPECTED)
-def test_failed_launch_raises_and_names_the_operator(name, found):
-    operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
-    assert re.match(rf"rope::{operator}_?: CUDA error: ", found[name]["failed launch"])
 
 
 def test_sources_call_nothing_that_waits():
@@ -144,3 +135,7 @@ def test_sources_call_nothing_that_waits():
     ]
     assert len(sources) > 20
     assert [(p.name, m[0]) for p in sources for m in waits.finditer(p.read_text())] == []
+
+
+if __name__ == "__main__":
+    count(sys.argv[1])

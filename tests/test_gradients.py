@@ -1,6 +1,7 @@
 """Derivatives by x, cos, sin and inv_freq, once and twice: exact, deterministic, if required."""
 
-from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support import (
     assert_same_bits,
     inverse_of,
     name_of,
+    naming,
     on_cpu,
     random,
     random_positions,
@@ -24,55 +26,53 @@ from rope_ext import reference
 rope = torch.ops.rope
 
 B, S, H, K, D, L = 2, 3, 2, 1, 6, 5
-F64 = torch.float64
+F64, F32, F16, BF16 = DTYPES
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     name: str
     reason: str
-    table: tuple[int, ...] = (L, 3)
-    ids: list | None = None
-    options: tuple = ()
-    packed: bool = False
+    table: tuple[int, ...]
+    ids: list | None
+    ids_dtype: torch.dtype
+    packed: bool
+    options: dict
 
 
-FULL = ("rotary_dim", 6), ("interleaved", False)
+def case(name, reason, table=(L, 3), ids=None, dtype=torch.int64, packed=False, **options):
+    return Case(name, reason, table, ids, dtype, packed, options)
+
+
 CASES = [
-    Case("table", "rows shared by the batch, two rows unused"),
-    Case("ids S", "rows shared by the batch, one of them twice", ids=[4, 0, 4]),
-    Case("ids BS", "rows repeated within and across sequences", ids=[[4, 4, 1], [0, 4, 4]]),
-    Case("rows for all", "rows of the step, summed over the batch", table=(1, S, 3)),
-    Case("rows per token", "rows of the step, nothing to sum but heads", table=(B, S, 3)),
-    Case("partial", "channels past rotary_dim", table=(L, 2)),
-    Case("interleaved", "neighbours", options=(("interleaved", True),)),
-    Case("inverse", "the negative angle", options=(("inverse", True),)),
-    Case("full width", "unequal halves", table=(L, 6), options=FULL),
-    Case("full width, inverse", "the transpose", table=(L, 6), ids=[[1, 1, 1], [1, 2, 0]],
-         options=(*FULL, ("inverse", True))),
-    Case("full width, rows, interleaved, inverse", "all at once", table=(1, S, 4),
-         options=(("rotary_dim", 4), ("interleaved", True), ("inverse", True))),
-    Case("last channels", "none after them", table=(L, 2), options=(("rotary_offset", 2),)),
-    Case("middle, ids", "channels before and after", table=(L, 1), ids=[4, 0, 4],
-         options=(("rotary_offset", 3), ("inverse", True))),
-    Case("neighbours to halves", "grad and x in different orders",
-         options=(("interleaved", True), ("interleaved_out", False))),
-    Case("halves to neighbours, inverse, ids", "the other way", ids=[[4, 4, 1], [0, 4, 4]],
-         table=(L, 2), options=(("interleaved_out", True), ("inverse", True),
-                                ("rotary_offset", 1))),
-    Case("neighbours to halves, full width", "columns in the order of the result", table=(1, S, 4),
-         options=(("rotary_dim", 4), ("interleaved", True), ("interleaved_out", False),
-                  ("rotary_offset", 2))),
-    Case("halves to neighbours, full width, ids", "the same, neighbours", table=(L, 6),
-         ids=[[1, 1, 1], [1, 2, 0]], options=(*FULL, ("interleaved_out", True))),
-    Case("halves to neighbours, full width, inverse", "columns in the order of x", table=(L, 4),
-         options=(("rotary_dim", 4), ("interleaved_out", True), ("inverse", True),
-                  ("rotary_offset", 1))),
-    Case("neighbours to halves, full width, inverse", "the same, neighbours", table=(L, 6),
-         options=(("rotary_dim", 6), ("interleaved", True), ("interleaved_out", False),
-                  ("inverse", True))),
-    Case("packed", "no batch", packed=True),
-    Case("packed, ids", "no batch, repeated rows", packed=True, ids=[3, 3, 0]),
+    case("table", "rows shared by the batch, two rows unused"),
+    case("ids BS", "rows repeated within and across sequences", ids=[[4, 4, 1], [0, 4, 4]]),
+    case("rows for all", "rows of the step, summed over the batch", (1, S, 3)),
+    case("rows per token", "rows of the step, nothing to sum but heads", (B, S, 3)),
+    case("partial", "channels past rotary_dim", (L, 2)),
+    case("interleaved", "neighbours", interleaved=True),
+    case("last channels", "none after them", (L, 2), rotary_offset=2),
+    case("middle, ids", "channels before and after", (L, 1), [4, 0, 4], rotary_offset=3,
+         inverse=True),
+    case("packed, ids", "no batch, repeated rows of int32", ids=[3, 3, 0], dtype=torch.int32,
+         packed=True),
+    # another order in the result
+    case("to halves", "grad and x in different orders", interleaved=True, interleaved_out=False),
+    case("to neighbours, inverse, ids", "the other way", (L, 2), [[4, 4, 1], [0, 4, 4]],
+         interleaved_out=True, inverse=True, rotary_offset=1),
+    # one angle a channel
+    case("full width", "unequal halves", (L, 6), rotary_dim=6),
+    case("full width, inverse", "the transpose", (L, 6), [[1, 1, 1], [1, 2, 0]], rotary_dim=6,
+         inverse=True),
+    case("full width, rows, interleaved, inverse", "all at once", (1, S, 4), rotary_dim=4,
+         interleaved=True, inverse=True),
+    case("full width, to halves", "columns in the order of the result", (1, S, 4), rotary_dim=4,
+         interleaved=True, interleaved_out=False, rotary_offset=2),
+    case("full width, to neighbours, ids", "the same, neighbours", (L, 6), [[1, 1, 1], [1, 2, 0]],
+         rotary_dim=6, interleaved_out=True),
+    case("full width, to neighbours, inverse", "columns in the order of x", (L, 4), rotary_dim=4,
+         interleaved_out=True, inverse=True, rotary_offset=1),
+    case("full width, to halves, inverse", "the same, neighbours", (L, 6), rotary_dim=6,
+         interleaved=True, interleaved_out=False, inverse=True),
 ]  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -84,19 +84,8 @@ def inputs_of(case, device, dtype=F64, table_dtype=F64, heads=H, k_heads=K):
     k = random(*tokens, k_heads, D, dtype=dtype, device=device, seed=2)
     cos = random(*case.table, dtype=table_dtype, device=device, seed=3)
     sin = random(*case.table, dtype=table_dtype, device=device, seed=4)
-    ids = None if case.ids is None else torch.tensor(case.ids, device=device)
-    return q, k, cos, sin, ids, dict(case.options)
-
-
-@cases
-def test_gradcheck_and_gradgradcheck_of_one_tensor(case, device):
-    q, _, cos, sin, ids, options = inputs_of(case, device)
-    inputs = [t.requires_grad_() for t in (q, cos, sin)]
-
-    def function(x, cos, sin):
-        return rope.apply_rotary(x, cos, sin, ids, **options)
-
-    assert_derivatives(function, inputs)
+    ids = None if case.ids is None else torch.tensor(case.ids, dtype=case.ids_dtype, device=device)
+    return q, k, cos, sin, ids, case.options
 
 
 @cases
@@ -110,32 +99,48 @@ def test_gradcheck_and_gradgradcheck_of_q_and_k(case, device):
     assert_derivatives(function, inputs)
 
 
-@pytest.mark.parametrize("scaling", [1.0, 1.25])
-@pytest.mark.parametrize("start", [0, 7, -3])
+@pytest.mark.parametrize(("start", "scaling"), [(0, 1.0), (7, 1.25), (-3, 1.25)])
 def test_gradcheck_of_cos_sin_cache(start, scaling, device):
-    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
-
     def function(inv_freq):
         return rope.cos_sin_cache(inv_freq, 4, start=start, attention_scaling=scaling)
 
-    assert_derivatives(function, inv_freq)
+    assert_derivatives(function, inv_freq_on(device))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=name_of)
-@pytest.mark.parametrize("scaling", [1.0, 1.25])
-@pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 2, 2)], ids=str)
-def test_gradcheck_of_cos_sin(shape, scaling, dtype, device):
-    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
-    ids = random_positions(*shape, rows=9, dtype=dtype, device=device)
+ANGLES = {  # shape and dtype of position_ids, axes, attention_scaling
+    "tokens": ((4,), torch.int64, None, 1.25),
+    "batch": ((2, 3), torch.int32, None, 1.0),
+    "three dimensions": ((3, 2, 2), torch.int64, None, 1.25),
+    "axes": ((2, 5), torch.int32, [1, 0, 1], 1.0),
+    "fractions": ((2, 2), F64, None, 1.25),
+    "one fraction": ((), F64, None, 1.0),
+    "axes of fractions": ((2, 2, 2), F64, [1, 0, 1], 1.25),
+    "axes of one fraction": ((2,), F64, [0, 1, 1], 1.25),
+}
 
-    def function(inv_freq):
-        return rope.cos_sin(inv_freq, ids, attention_scaling=scaling)
 
-    assert_derivatives(function, inv_freq)
+@pytest.mark.parametrize("angles", ANGLES)
+def test_gradcheck_of_cos_sin_by_frequencies_and_positions(angles, device):
+    shape, dtype, axes, scaling = ANGLES[angles]
+    axes = None if axes is None else torch.tensor(axes, device=device)
+    inputs = [inv_freq_on(device)]
+    if dtype == F64:
+        inputs.append(random(*shape, dtype=dtype, device=device).requires_grad_())
+    else:
+        ids = random_positions(*shape, rows=9, dtype=dtype, device=device)
+
+    def function(inv_freq, position_ids=None):
+        position_ids = ids if position_ids is None else position_ids
+        return rope.cos_sin(inv_freq, position_ids, axes, attention_scaling=scaling)
+
+    assert_derivatives(function, tuple(inputs))
+
+
+def inv_freq_on(device):
+    return torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
 
 
 def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
-    inv_freq = torch.tensor([1.0, 0.3, 0.01], dtype=F64, device=device).requires_grad_()
     q = random(B, S, H, D, dtype=F64, device=device).requires_grad_()
     k = random(B, S, K, D, dtype=F64, device=device, seed=1).requires_grad_()
     ids = torch.tensor([[0, 5, 5], [9, 1, 0]], device=device)
@@ -147,23 +152,32 @@ def test_gradcheck_from_inv_freq_to_the_rotated_tensor(device):
         return rope_ext.apply_rotary_qk(q, k, *rope_ext.cos_sin_cache(inv_freq, 10), ids)
 
     for function in (with_rows, with_a_table):
-        assert_derivatives(function, (inv_freq, q, k))
+        assert_derivatives(function, (inv_freq_on(device), q, k))
 
 
 # ---- in the dtypes of models
 
+# of x and of the table
+DTYPES_OF_MODELS = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F32, BF16)]
+
+
+def gradients_of(case, device, dtype, table_dtype):
+    """The inputs, the incoming gradients, and the gradients to q, k, cos and sin."""
+    *leaves, ids, options = inputs_of(case, device, dtype, table_dtype, heads=5, k_heads=2)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    outputs = rope.apply_rotary_qk(*leaves, ids, **options)
+    seeds = [random(*x.shape, dtype=dtype, device=device, seed=9) for x in leaves[:2]]
+    return leaves, ids, options, seeds, torch.autograd.grad(outputs, leaves, seeds)
+
 
 @cases
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_gradient_to_x_is_the_rotation_back(case, dtype, backend):
-    q, k, cos, sin, ids, options = inputs_of(case, backend, dtype, torch.float32)
-    inverse = inverse_of(options)
-    q.requires_grad_()
-    k.requires_grad_()
-    outputs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
-    seeds = [random(*x.shape, dtype=dtype, device=backend, seed=9) for x in (q, k)]
-    for grad, seed in zip(torch.autograd.grad(outputs, (q, k), seeds), seeds, strict=True):
-        assert_same_bits(grad, rounded_once(seed, cos, sin, ids, **inverse))
+def test_gradient_to_x_is_the_rotation_back(case, device):
+    for dtype in DTYPES:
+        (_, _, cos, sin), ids, options, seeds, grads = gradients_of(case, device, dtype, F32)
+        for grad, seed in zip(grads[:2], seeds, strict=True):
+            with naming(dtype):
+                assert_same_bits(grad, rounded_once(seed, cos, sin, ids, **inverse_of(options)))
 
 
 def exact_table_grads(xs, seeds, cos, sin, ids, options):
@@ -196,118 +210,85 @@ def swapped(channels, interleaved):
 
 
 @cases
-@pytest.mark.parametrize("dtypes", [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float32, torch.bfloat16),
-], ids=lambda pair: f"x {name_of(pair[0])}, table {name_of(pair[1])}")  # fmt: skip
-def test_gradient_to_the_table_is_a_float32_sum_rounded_once(case, dtypes, backend):
+def test_gradient_to_the_table_is_a_float32_sum_rounded_once(case, device):
     """|got - exact| <= 0.5 ulp(exact) + n 2^-24 sum |g x|: n terms, each product rounded once and
     at most n - 1 sums, in any order.
     """
-    q, k, cos, sin, ids, options = inputs_of(case, backend, *dtypes, heads=5, k_heads=2)
-    seeds = [random(*x.shape, dtype=dtypes[0], device=backend, seed=9) for x in (q, k)]
-    cos.requires_grad_()
-    sin.requires_grad_()
-    outputs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
-    got = torch.autograd.grad(outputs, (cos, sin), seeds)
-
-    q, k, cos, sin, ids, *seeds = on_cpu([q, k, cos, sin, ids, *seeds], F64)
-    exact, sizes = exact_table_grads([q, k], seeds, cos, sin, ids, options)
-    terms = 2 * B * S * (5 + 2)  # at most: both channels of every token and head
-    for name, a, b, size in zip(("cos", "sin"), got, exact, sizes, strict=True):
-        assert a.dtype == dtypes[1]
-        allowed = 0.5 * ulp(b, a.dtype) + terms * 2.0**-24 * size
-        error = (a.cpu().double() - b).abs()
-        assert (error <= allowed).all(), f"{name}: {(error - allowed).max()} too far"
+    for dtype, table_dtype in DTYPES_OF_MODELS:
+        inputs, ids, options, seeds, grads = gradients_of(case, device, dtype, table_dtype)
+        q, k, cos, sin, ids, *seeds = on_cpu([*inputs, ids, *seeds], F64)
+        exact, sizes = exact_table_grads([q, k], seeds, cos, sin, ids, options)
+        terms = 2 * B * S * (5 + 2)  # at most: both channels of every token and head
+        for name, a, b, size in zip(("cos", "sin"), grads[2:], exact, sizes, strict=True):
+            assert a.dtype == table_dtype
+            allowed = 0.5 * ulp(b, a.dtype) + terms * 2.0**-24 * size
+            excess = ((a.cpu().double() - b).abs() - allowed).max()
+            assert excess <= 0, f"{name}, x {dtype}, table {table_dtype}: {excess} too far"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_gradient_to_rows_that_no_token_used_is_zero(dtype, device):
-    cos, sin = (t.requires_grad_() for t in random_table(50, 3, dtype=dtype, device=device))
-    x = random(B, S, H, D, device=device)
-    ids = torch.tensor([7, 49, 7], device=device)
-    for used, options in (([7, 49], {"position_ids": ids}), ([0, 1, 2], {})):
-        y = rope.apply_rotary(x, cos, sin, **options)
-        seed = random(*y.shape, device=device, seed=5)
-        for grad in torch.autograd.grad(y, (cos, sin), seed):
-            assert grad.shape == (50, 3)
-            assert grad.cpu().abs().sum(-1).nonzero().flatten().tolist() == used
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
-def test_gradient_to_inv_freq_at_long_context(dtype, backend):
-    """Sums of p (cos g_s - sin g_c): to 2^-19 of the sum of absolute values, in float32, for the
-    incoming gradients (2^-24 each) and a table of 64 rows.
-    """
-    inv_freq = rope_ext.frequencies.default(64)[0].to(dtype).to(backend).requires_grad_()
-    ids = random_positions(2, 32, rows=100_000, device=backend)
-    cos, sin = rope_ext.cos_sin(inv_freq, ids)
-    seeds = [random(2, 32, 32, dtype=cos.dtype, device=backend, seed=s) for s in (1, 2)]
+@pytest.mark.parametrize("with_axes", [False, True], ids=["one position", "axes"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=name_of)
+def test_gradient_to_inv_freq_at_long_context(dtype, with_axes, device):
+    """Sums of p (cos g_s - sin g_c) over several chunks of tokens, in float64, rounded once."""
+    inv_freq = rope_ext.frequencies.default(64)[0].to(dtype).to(device).requires_grad_()
+    ids = random_positions(3, 2, 100, rows=100_000, device=device)
+    axes = torch.arange(32, device=device) % 3 if with_axes else None
+    cos, sin = rope_ext.cos_sin(inv_freq, ids if with_axes else ids[0], axes=axes)
+    seeds = [random(*cos.shape, dtype=cos.dtype, device=device, seed=s) for s in (1, 2)]
     (got,) = torch.autograd.grad((cos, sin), inv_freq, seeds)
     assert got.dtype == dtype
-    inv_freq, ids, *seeds = on_cpu([inv_freq, ids, *seeds], F64)
-    cos, sin = reference.cos_sin(inv_freq, ids)
-    terms = ids.double().unsqueeze(-1) * torch.stack((cos * seeds[1], -sin * seeds[0]))
-    size = terms.abs().sum((0, 1, 2))
-    exact = terms.sum((0, 1, 2))
-    allowed = 0.5 * ulp(exact, dtype) + (2.0**-40 if dtype == F64 else 2.0**-19) * size
+    inv_freq, ids, axes, *seeds = on_cpu([inv_freq, ids, axes, *seeds], F64)
+    cos, sin = reference.cos_sin(inv_freq, ids if with_axes else ids[0], axes=axes)
+    positions = ids.double()[axes].movedim(0, -1) if with_axes else ids[0].double().unsqueeze(-1)
+    terms = positions * torch.stack((cos * seeds[1], -sin * seeds[0]))
+    exact, size = terms.sum((0, 1, 2)), terms.abs().sum((0, 1, 2))
+    allowed = 0.5 * ulp(exact, dtype) + 2.0**-40 * size
     assert ((got.cpu().double() - exact).abs() <= allowed).all()
 
 
 # ---- incoming gradients
 
 
-def test_expanded_gradients_are_accepted(device):
-    """As from sum(): stride 0 in all dimensions."""
-    q, k, cos, sin, ids, _ = inputs_of(CASES[2], device, torch.float32, torch.float32)
-    leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
+STRIDES = {  # of a gradient, of ones
+    "expanded, as from sum()": lambda *shape: torch.ones(()).expand(shape),
+    "channels first": lambda B, S, H, D: torch.ones(D, B, S, H).permute(1, 2, 3, 0),
+    "heads first": lambda B, S, H, D: torch.ones(H, B, S, D).permute(1, 2, 0, 3),
+    "with gaps": lambda B, S, H, D: torch.ones(B, S, H, 2 * D)[..., ::2],
+}
 
-    def grads(weights):
-        out_q, out_k = rope.apply_rotary_qk(*leaves, ids)
-        loss = (out_q * weights[0]).sum() + (out_k * weights[1]).sum() if weights else (
-            out_q.sum() + out_k.sum())  # fmt: skip
-        return torch.autograd.grad(loss, leaves)
 
-    ones = [torch.ones_like(x) for x in (q, k)]  # a product makes dense gradients
-    for a, b in zip(grads(None), grads(ones), strict=True):
+@pytest.mark.parametrize("strides", STRIDES)
+def test_gradients_of_any_strides_are_accepted_once_and_twice(strides, device):
+    *leaves, ids, _ = inputs_of(CASES[1], device)
+    inputs = [t.requires_grad_() for t in leaves]
+
+    def grads(ones):
+        outputs = rope.apply_rotary_qk(*leaves, ids)
+        seeds = [ones(*y.shape).to(y).requires_grad_() for y in outputs]
+        once = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
+        dense = [torch.ones_like(g) for g in once[2:]]
+        twice = torch.autograd.grad(once, [*inputs, *seeds], [*seeds, *dense])
+        return *once, *twice
+
+    for a, b in zip(grads(STRIDES[strides]), grads(torch.ones), strict=True):
         assert_same_bits(a, b)
 
 
-def test_gradients_with_other_strides_are_accepted(device):
-    q, _, cos, sin, _, _ = inputs_of(CASES[0], device)
-    leaves = [t.requires_grad_() for t in (q, cos, sin)]
-    y = rope.apply_rotary(*leaves)
-    seed = random(B, S, H, D, dtype=F64, device=device)
-    expected = torch.autograd.grad(y, leaves, seed, retain_graph=True)
-    strange = {
-        "channels first": random(D, B, S, H, dtype=F64).permute(1, 2, 3, 0),
-        "heads first": random(H, B, S, D, dtype=F64).permute(1, 2, 0, 3),
-        "with gaps": random(B, S, H, 2 * D, dtype=F64)[..., ::2],
-    }
-    for view in strange.values():
-        view = view.to(device)
-        view.copy_(seed)
-        for a, b in zip(torch.autograd.grad(y, leaves, view, retain_graph=True), expected,
-                        strict=True):  # fmt: skip
-            assert_same_bits(a, b)
-
-
-def test_a_gradient_of_one_output_only(device):
-    """The other output's gradient is zeros."""
-    q, k, cos, sin, ids, _ = inputs_of(CASES[1], device)
-    leaves = [t.requires_grad_() for t in (q, k, cos, sin)]
-    out_q, _ = rope.apply_rotary_qk(*leaves, ids)
-    seed = random(*out_q.shape, dtype=F64, device=device)
-    got = torch.autograd.grad(out_q, leaves, seed, allow_unused=True)
-    alone = rope.apply_rotary(q, cos, sin, ids)
-    expected = torch.autograd.grad(alone, (q, cos, sin), seed)
-    assert_same_bits(got[0], expected[0])
-    assert got[1] is None or not got[1].cpu().any()
-    torch.testing.assert_close(got[2].cpu(), expected[1].cpu())
-    torch.testing.assert_close(got[3].cpu(), expected[2].cpu())
+@pytest.mark.parametrize("used", [0, 1], ids=["q", "k"])
+def test_gradient_of_one_of_two_results(used, device):
+    """The other one's gradient is zeros."""
+    *leaves, ids, _ = inputs_of(CASES[1], device)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = rope.apply_rotary_qk(*leaves, ids)[used]
+    seed = random(*y.shape, dtype=F64, device=device)
+    got = torch.autograd.grad(y, leaves, seed, allow_unused=True)
+    alone = leaves[used], *leaves[2:]
+    expected = torch.autograd.grad(rope.apply_rotary(*alone, ids), alone, seed)
+    assert_same_bits(got[used], expected[0])
+    assert got[1 - used] is None or not got[1 - used].cpu().any()
+    for a, b in zip(got[2:], expected[1:], strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
@@ -320,30 +301,13 @@ def test_backward_refuses_a_table_that_was_written_since(inplace, device):
         y.backward(torch.ones_like(y))
 
 
-def test_expanded_gradients_are_accepted_twice(device):
-    """Gradients of gradients as from sum()."""
-    leaves = [t.requires_grad_() for t in inputs_of(CASES[2], device)[:4]]
-    ids = torch.tensor(CASES[2].ids, device=device)
-    seeds = [random(*x.shape, dtype=F64, device=device, seed=9) for x in leaves[:2]]
-
-    def twice(weigh):
-        inputs = [*leaves, *(s.detach().requires_grad_() for s in seeds)]
-        grads = torch.autograd.grad(
-            rope.apply_rotary_qk(*leaves, ids), leaves, inputs[4:], create_graph=True
-        )
-        return torch.autograd.grad(sum(weigh(g).sum() for g in grads), inputs)
-
-    for a, b in zip(twice(lambda g: g), twice(lambda g: g * torch.ones_like(g)), strict=True):
-        assert_same_bits(a, b)
-
-
 # ---- only if required
 
 
 @pytest.mark.parametrize("which", ["x", "cos", "sin", "none"])
 def test_only_inputs_that_require_grad_get_one(which, device):
-    tensors = dict(zip(("x", "cos", "sin"), inputs_of(CASES[0], device)[:1] + inputs_of(
-        CASES[0], device)[2:4], strict=True))  # fmt: skip
+    q, _, cos, sin, _, _ = inputs_of(CASES[0], device)
+    tensors = {"x": q, "cos": cos, "sin": sin}
     if which != "none":
         tensors[which].requires_grad_()
     y = rope.apply_rotary(**tensors)
@@ -352,15 +316,6 @@ def test_only_inputs_that_require_grad_get_one(which, device):
         y.sum().backward()
     for name, t in tensors.items():
         assert (t.grad is not None) == (name == which)
-
-
-def test_no_grad_records_nothing(device):
-    x = random(B, S, H, D, device=device).requires_grad_()
-    inv_freq = rope_ext.frequencies.default(D, device=device)[0].requires_grad_()
-    with torch.no_grad():
-        cos, sin = rope_ext.cos_sin_cache(inv_freq, S)
-        assert not cos.requires_grad
-        assert not rope.apply_rotary(x, cos, sin).requires_grad
 
 
 # ---- the same bits in every run
@@ -396,40 +351,14 @@ def test_number_of_threads_does_not_change_a_bit_of_a_gradient(threads):
 
 
 def test_portable_and_avx2_give_the_same_gradients(avx2):
-    fast = many_tokens_grads("cpu")
+    def gradients():
+        yield "many tokens", many_tokens_grads("cpu")
+        for case, dtypes in product(CASES, DTYPES_OF_MODELS):
+            yield f"{case.name}, {dtypes}", gradients_of(case, "cpu", *dtypes)[-1]
+
+    fast = list(gradients())
     rope_ext._C.set_cpu_capability("portable")
-    for a, b in zip(fast, many_tokens_grads("cpu"), strict=True):
-        assert_same_bits(a, b)
-
-
-# ---- end to end
-
-
-def test_inv_freq_is_learned(device):
-    """Training moves inaccurate frequencies back to those of the data."""
-    true = torch.tensor([0.9, 0.21, 0.05], device=device)
-    x = random(1, 24, 2, D, device=device)
-    target = rope_ext.apply_rotary(x, *rope_ext.cos_sin_cache(true, 24))
-    inv_freq = (true * 1.02).requires_grad_()
-    losses = []
-    for _ in range(60):
-        y = rope_ext.apply_rotary(x, *rope_ext.cos_sin_cache(inv_freq, 24))
-        loss = (y - target).square().mean()
-        (grad,) = torch.autograd.grad(loss, inv_freq)
-        losses.append(loss.item())
-        with torch.no_grad():
-            inv_freq -= 2e-3 * grad
-    assert losses[-1] < 1e-4 * losses[0]
-    torch.testing.assert_close(inv_freq.detach().cpu(), true.cpu(), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("needs", ["q", "k"])
-def test_gradient_of_one_of_q_and_k(needs, device):
-    x = {"q": random(2, 5, 3, 8).to(device), "k": random(2, 5, 2, 8, seed=1).to(device)}
-    cos, sin = (t.to(device) for t in random_table(5, 4))
-    x[needs].requires_grad_()
-    rotated = dict(zip("qk", rope_ext.apply_rotary_qk(x["q"], x["k"], cos, sin), strict=True))
-    weight = random(*x[needs].shape, seed=2).to(device)
-    rotated[needs].backward(weight)
-    expected = rope_ext.apply_rotary(weight, cos, sin, inverse=True)
-    assert_same_bits(x[needs].grad, expected)
+    for (name, expected), (_, got) in zip(fast, gradients(), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            with naming(name):
+                assert_same_bits(a, b)

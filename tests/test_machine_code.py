@@ -14,41 +14,44 @@ import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-ARCHS = ("80", "90", "100", "120")
+ARCHS = ("80", "90", "120")
 SOURCES = (
     "rotation",
     "rotation_by_angles",
     "table_grad",
     "angles",
+    "kv_cache",
+    "rms_norm",
+    "rms_norm_grad",
 )
-# Slow to compile: on three architectures.
-LONG_SOURCES = ("kv_cache", "rms_norm", "rms_norm_grad")
-LONG_ARCHS = ("80", "90", "120")
 
+# The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
+#
 # A multiprocessor has 2,048 threads and 65,536 registers, allocated in steps of 8: 40 registers
 # keep three quarters of the threads resident (sm_120 has 1,536 threads, and keeps all). A table
 # with one angle a channel needs four values a pair, and the gradient four sums: there the bound is
 # half. Eight half-split pairs a thread need 48 on sm_80, which keeps five eighths; with 40 the
 # kernel would spill. Eight pairs between two orders with four values would spill too, so they have
-# 64: three eighths. Angles computed in float64 by the kernel need 64 too, and their gradient 80:
-# three eighths of the threads still exceed the throughput of the float64 units.
-MOST_REGISTERS = 40
-MOST_REGISTERS_WITH_FOUR_VALUES = 64
-MOST_REGISTERS_FROM_ORDER_TO_ORDER = 80
-# With a cache, eight half-split pairs need more: the first matching entry counts.
-MOST_REGISTERS_OF_APPEND = {
-    "8, HalfSplit, KeyValueCache, true, true": 96,
-    "8, HalfSplit, KeyValueCache, true": 80,
-    "8, HalfSplit, LatentCache": 80,
-    "8, Either, LatentCache": 80,
-}
-MOST_REGISTERS_OF_ANGLE_GRADIENTS = 80
-MOST_REGISTERS_OF = {("80", "8, HalfSplit, false"): 48}
+# 80. Angles computed in float64 by the kernel need 64 too, and their gradient 80: three eighths of
+# the threads still exceed the throughput of the float64 units. With a cache, eight half-split pairs
+# need more.
+#
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
 # factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
 # threads: one block is resident with up to 128 registers, two with 64.
-MOST_REGISTERS_OF_NORMS = {"rms_norm_rotary_kernel": 96, "rms_norm_rotary_grad_kernel": 128}
-MOST_REGISTERS_OF_16_BIT_NORMS = 64  # half-split, one angle a pair
+MOST_REGISTERS = (
+    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"rms_norm_rotary_kernel\b", 96),
+    (r"rms_norm_rotary_grad_kernel\b", 128),
+    (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
+    (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true", 80),
+    (r"append_kernel<\w+, 8, (HalfSplit|Either), LatentCache", 80),
+    (r"<\w+, 8, Either", 80),
+    (r"cos_sin_grad_kernel", 80),
+    (r"80 apply_rotary_kernel<\w+, 8, HalfSplit, false>", 48),
+    (r" apply_rotary_kernel<.*false>", 40),
+    (r"", 64),
+)
 
 ORDERS = ("HalfSplit", "Interleaved", "Either", "Any")  # enum Order of fragment.cuh
 WRAPPERS = ("Traits", "Fragment")
@@ -87,10 +90,6 @@ class Kernel:
     @property
     def appends(self) -> bool:
         return "append_kernel" in self.name
-
-    @property
-    def values_a_pair(self) -> int:
-        return 4 if "grad" in self.name or self.name.rstrip(">").endswith("true") else 2
 
 
 def tool(name: str) -> str:
@@ -142,16 +141,17 @@ def kernels_of(cubin: Path, arch: str) -> list[Kernel]:
         ]
         code[part.split()[0]] = lines
     assert code.keys() == {name for name, *_ in usage}
+
+    def opcodes(lines):
+        return [re.sub(r"^@\S+\s+", "", text).split()[0] for text in lines]
+
     return [
         Kernel(
             arch,
             demangled(name),
             *map(int, numbers),
-            [re.sub(r"^@\S+\s+", "", text).split()[0] for _, text in code[name]],
-            [
-                [re.sub(r"^@\S+\s+", "", text).split()[0] for text in loop]
-                for loop in loops_of(code[name])
-            ],
+            opcodes(text for _, text in code[name]),
+            [opcodes(loop) for loop in loops_of(code[name])],
         )
         for name, *numbers in usage
     ]
@@ -171,21 +171,7 @@ def kernels(tmp_path_factory):
         return kernels_of(cubin, arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [*product(LONG_SOURCES, LONG_ARCHS), *product(SOURCES, ARCHS)]
-        return list(chain.from_iterable(pool.map(compiled, work)))
-
-
-def test_table_of_registers(kernels, capsys):
-    names = sorted({k.name for k in kernels})
-    by_key = {(k.name, k.arch): k for k in kernels}
-    width = max(map(len, names))
-    with capsys.disabled():
-        print(f"\n{'registers a thread':{width}}  " + "  ".join(f"sm_{a:>3}" for a in ARCHS))
-        for name in names:
-            found = (by_key.get((name, arch)) for arch in ARCHS)
-            row = "  ".join(f"{k.registers if k else '':6}" for k in found)
-            print(f"{name:{width}}  {row}")
-    assert len(kernels) == len(by_key)
+        return list(chain.from_iterable(pool.map(compiled, product(SOURCES, ARCHS))))
 
 
 def test_nothing_is_kept_in_local_memory(kernels):
@@ -197,28 +183,15 @@ def test_nothing_is_kept_in_local_memory(kernels):
     assert spilled == []
 
 
-def most_registers(k: Kernel) -> int:
-    variant = k.name.partition(", ")[2].rstrip(">")
-    kernel = k.name.partition("<")[0]
-    plain_16_bit = "rms_norm_rotary_kernel<__half, 4", "rms_norm_rotary_kernel<__nv_bfloat16, 4"
-    if k.name.startswith(plain_16_bit) and variant == "4, HalfSplit, false":
-        return MOST_REGISTERS_OF_16_BIT_NORMS
-    if kernel in MOST_REGISTERS_OF_NORMS:
-        return MOST_REGISTERS_OF_NORMS[kernel]
-    for beginning, most in MOST_REGISTERS_OF_APPEND.items():
-        if k.appends and variant.startswith(beginning):
-            return most
-    if variant.startswith("8, Either"):
-        return MOST_REGISTERS_FROM_ORDER_TO_ORDER
-    if k.name.startswith("cos_sin_grad_kernel"):
-        return MOST_REGISTERS_OF_ANGLE_GRADIENTS
-    if not k.is_rotation or k.makes_angles or k.values_a_pair == 4:
-        return MOST_REGISTERS_WITH_FOUR_VALUES
-    return MOST_REGISTERS_OF.get((k.arch, variant), MOST_REGISTERS)
-
-
 def test_registers_leave_room_for_enough_threads(kernels):
-    too_many = [(k.arch, k.name, k.registers) for k in kernels if k.registers > most_registers(k)]
+    too_many = [
+        (name, k.registers, most)
+        for k in kernels
+        for name in [f"{k.arch} {k.name}"]
+        for most in [next(most for of, most in MOST_REGISTERS if re.search(of, name))]
+        if k.registers > most
+    ]
+    assert len({(k.name, k.arch) for k in kernels}) == len(kernels)
     assert too_many == []
 
 

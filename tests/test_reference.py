@@ -9,18 +9,13 @@ B, S, H, P = 2, 3, 2, 4
 D = 2 * P
 
 
-def test_half_split_pairs_by_hand():
+def test_pairs_by_hand():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 5)
     cos, sin = torch.tensor([[10.0, 20.0]]), torch.tensor([[0.5, 0.25]])
-    expected = [1 * 10 - 3 * 0.5, 2 * 20 - 4 * 0.25, 3 * 10 + 1 * 0.5, 4 * 20 + 2 * 0.25, 5]
-    assert reference.apply_rotary(x, cos, sin).flatten().tolist() == expected
-
-
-def test_interleaved_pairs_by_hand():
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 5)
-    cos, sin = torch.tensor([[10.0, 20.0]]), torch.tensor([[0.5, 0.25]])
-    expected = [1 * 10 - 2 * 0.5, 2 * 10 + 1 * 0.5, 3 * 20 - 4 * 0.25, 4 * 20 + 3 * 0.25, 5]
-    assert reference.apply_rotary(x, cos, sin, interleaved=True).flatten().tolist() == expected
+    half_split = [1 * 10 - 3 * 0.5, 2 * 20 - 4 * 0.25, 3 * 10 + 1 * 0.5, 4 * 20 + 2 * 0.25, 5]
+    assert reference.apply_rotary(x, cos, sin).flatten().tolist() == half_split
+    neighbours = [1 * 10 - 2 * 0.5, 2 * 10 + 1 * 0.5, 3 * 20 - 4 * 0.25, 4 * 20 + 3 * 0.25, 5]
+    assert reference.apply_rotary(x, cos, sin, interleaved=True).flatten().tolist() == neighbours
 
 
 def test_last_channels_and_another_order_by_hand():

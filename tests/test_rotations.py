@@ -9,6 +9,8 @@ from rope_ext.integrations.transformers import recognition
 from rope_ext.integrations.transformers.rotations import ALL_PAIRS
 
 FORMS = (*recognition._FORMS, *recognition._METHOD_FORMS)
+# The first of each kind of columns, on which the tables of a rotation depend.
+PAIRS = tuple({pairs.columns: pairs for pairs in reversed(ALL_PAIRS)}.values())
 
 
 def spread(x):
@@ -19,7 +21,7 @@ def spread(x):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.fill.__name__)
 def test_strides_of_arguments_do_not_matter(form):
     compared = 0
-    for pairs in ALL_PAIRS:
+    for pairs in PAIRS:
         rotate = form.fill(pairs)
         for arguments, keywords in form.probes(recognition.Numbers(torch.float32)):
             expected = recognition._call(rotate, (arguments, keywords))

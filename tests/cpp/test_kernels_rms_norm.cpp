@@ -1,6 +1,6 @@
 // The CPU kernels of RMSNorm with rotation and of its gradients, part of test_kernels.cpp, against
 // long double: the error of a result must be within what the roundings of its arithmetic can add up
-// to. These are counted below.
+// to.
 #include "kernel_cases.h"
 #include "kernels.h"
 
@@ -24,32 +24,14 @@ constexpr Sizes kSizes[] = {
 
 // ------------------------------------------------------------------------------------- tolerances
 
-// The most roundings that a result has gone through, for some heads normalised together.
-struct Roundings {
-  double chain;  // additions to one partial sum: at most one for each quarter of the partial sums
-
-  Roundings(const Case& c, int64_t heads) {
-    const int64_t quarter = c.dtype == DType::Float64 ? 4 : 8;
-    constexpr int64_t kSpans = 4;  // of the channels of a head: each may end in part of a quarter
-    chain = static_cast<double>(heads * (c.dim() / quarter + kSpans));
-  }
-  // Of the quarters to one, and of its 8 partial sums.
-  double sum() const { return chain + 5; }
-  // Square, mean and eps, whose error the root halves; root and reciprocal.
-  double inverse_rms() const { return (sum() + 3) / 2 + 2; }
-  double normed() const { return inverse_rms() + 1; }
-  // The weight and 1, its product, rotation.
-  double result() const { return normed() + 2 + kRotation; }
-  // The mean m of n g w: g, the weight and 1, two products; times inverse_rms, by the channels.
-  double mean() const { return kRotation + 3 + sum() + inverse_rms() + 2; }
-  // (g w - n m) / rms, by its second term, which has more: product, difference, product.
-  double grad() const { return normed() + mean() + 3 + inverse_rms(); }
-  double grad_weight(int64_t additions) const {
-    return kRotation + normed() + 1 + static_cast<double>(additions);
-  }
-
-  static constexpr double kRotation = 2;  // product and sum
-};
+// The most roundings that a result has gone through, for some heads normalised together. A sum over
+// their channels, whose partial sums have a quarter each, and the rotation, the root, the weight
+// and the products: less than 15 roundings. A gradient has three of these.
+double roundings(const Case& c, int64_t heads) {
+  const int64_t quarter = c.dtype == DType::Float64 ? 4 : 8;
+  constexpr int64_t kSpans = 4;  // of the channels of a head: each may end in part of a quarter
+  return static_cast<double>(3 * (heads * (c.dim() / quarter + kSpans) + 15));
+}
 
 // A sum, and the sum of the magnitudes of its terms.
 struct Sum {
@@ -66,9 +48,9 @@ class Bounds {
  public:
   explicit Bounds(const Memory& before) : least_(before), most_(before) {}
 
-  // A sum each of whose terms has gone through `roundings` roundings.
-  void set(int64_t at, const Sum& sum, double roundings, DType dtype) {
-    const long double error = std::ldexp(roundings * sum.size, dtype == DType::Float64 ? -53 : -24);
+  // A sum each of whose terms has gone through at most `most` roundings.
+  void set(int64_t at, const Sum& sum, double most, DType dtype) {
+    const long double error = std::ldexp(most * sum.size, dtype == DType::Float64 ? -53 : -24);
     least_.set_value(at, static_cast<double>(sum.value - error));
     most_.set_value(at, static_cast<double>(sum.value + error));
   }
@@ -190,8 +172,7 @@ void test_forward(const Case& c, Random& random) {
           return in.value(which, b, s, h, i) * inverse_rms * in.weight(which, h, i);
         });
         for (int64_t i = 0; i < c.dim(); ++i) {
-          bounds[which].set(out[which].index(b, s, h, i), y[i], Roundings(c, heads).result(),
-                            c.dtype);
+          bounds[which].set(out[which].index(b, s, h, i), y[i], roundings(c, heads), c.dtype);
         }
       }
     });
@@ -268,15 +249,14 @@ void test_backward(const Case& c, Random& random) {
         Sum to_x;
         to_x.add(g[j], in.weight(which, h, i) * inverse_rms);
         to_x.add(mean, -n * inverse_rms);
-        bounds[which].set(out[which].index(b, s, h, i), to_x, Roundings(c, group_heads).grad(),
-                          c.dtype);
+        bounds[which].set(out[which].index(b, s, h, i), to_x, roundings(c, group_heads), c.dtype);
         sums[in.norm.all_heads ? j : i].add(g[j], n);
       }
     });
     const int64_t additions = args.chunk_tokens * (heads / std::max<int64_t>(weights, 1));
-    const double roundings = Roundings(c, weights).grad_weight(additions + args.chunks);
+    const double most = roundings(c, weights) + static_cast<double>(additions + args.chunks);
     for (int64_t column = 0; column < columns; ++column) {
-      weight_bounds[which].set(kGuard + column, sums[column], roundings, c.dtype);
+      weight_bounds[which].set(kGuard + column, sums[column], most, c.dtype);
     }
   }
   const DType arithmetic = c.dtype == DType::Float64 ? DType::Float64 : DType::Float32;

@@ -118,10 +118,11 @@ MUTANTS = [
         ("heads-of-one-norm-are-sharded",
          'HEADS_OF if given["q_weight"].dim() == 1 else (None, None)', "HEADS_OF"),
     ),
-    # int32 positions have no gradient to the table.
+    # A row of the table gets the gradients of the next one.
     *mutants(
         "rope_ext/_operators/token_order.py", "test_gradients",
-        ("rows-of-int32-positions-are-int64", "dtype=flat.dtype, ", ""),
+        ("tokens-of-a-row-from-the-row-after", "torch.searchsorted(in_order, each_row)",
+         "torch.searchsorted(in_order, each_row, right=True)"),
     ),
     # The gradient of an inverse rotation has the wrong sign.
     *mutants(
