@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rope_ext.viz.rope import LLAMA3, Rope
+from rope_ext.viz.model_rotation import LLAMA3, ModelRotation
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("frequencies.js", "drawing.js", "page.js")
@@ -22,19 +22,21 @@ YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"
 CHANNELS = range(4, 513)  # that can rotate on the page
 
 
-def page(rope: Rope | None = None) -> str:
+def page(model: ModelRotation | None = None) -> str:
     """The page as text.
 
     Args:
-        rope: the rotation shown at first. None: that of a model like Llama 3.
+        model: the rotation shown at first. None: that of a model like Llama 3.
 
     Raises:
-        ValueError: for a rope with fewer than 4 or more than 512 channels that rotate.
+        ValueError: for a model with fewer than 4 or more than 512 channels that rotate.
     """
-    rope = rope or Rope.of()
-    if 2 * rope.pairs not in CHANNELS:
-        raise ValueError(f"viz: expected rotary_dim to be 4 to 512, got {2 * rope.pairs}")
-    data = json.dumps(data_of(rope), sort_keys=True).replace("<", "\\u003c")  # no end of the script
+    model = model or ModelRotation.of()
+    if 2 * model.pairs not in CHANNELS:
+        raise ValueError(f"viz: expected rotary_dim to be 4 to 512, got {2 * model.pairs}")
+    data = json.dumps(data_of(model), sort_keys=True).replace(
+        "<", "\\u003c"
+    )  # no end of the script
     parts = {
         "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
         "data": data,
@@ -46,22 +48,22 @@ def page(rope: Rope | None = None) -> str:
     return text
 
 
-def data_of(rope: Rope) -> dict[str, Any]:
+def data_of(model: ModelRotation) -> dict[str, Any]:
     """The data of the scripts: the model's numbers, and two similar vectors for the scores."""
     generator = torch.Generator().manual_seed(0)
     q, other = torch.randn(2, CHANNELS[-1], generator=generator).double()
     k = 0.8 * q + 0.6 * other
     q, k = (x.mul(100).round().div(100).tolist() for x in (q, k))
-    scaling = rope.scaling
-    own = {} if rope.rope_type in METHODS else {"inv_freq": rope.inv_freq.tolist()}
+    scaling = model.scaling
+    own = {} if model.rope_type in METHODS else {"inv_freq": model.inv_freq.tolist()}
     return {
-        "rotary_dim": 2 * rope.pairs,
-        "base": rope.base,
-        "trained": rope.trained,
-        "extended": rope.extended,
-        "factor": rope.factor,
-        "rope_type": rope.rope_type,
-        "attention_scaling": rope.attention_scaling,
+        "rotary_dim": 2 * model.pairs,
+        "base": model.base,
+        "trained": model.trained,
+        "extended": model.extended,
+        "factor": model.factor,
+        "rope_type": model.rope_type,
+        "attention_scaling": model.attention_scaling,
         "yarn": {key: scaling[key] for key in YARN if key in scaling},
         "llama3": {key: scaling.get(key, default) for key, default in LLAMA3.items()},
         "q": q,
