@@ -55,9 +55,9 @@ def coincidence(inv_freq: Tensor, methods: dict[str, Tensor], name: str) -> str:
         from_the_first = (*same, False).index(False)
         from_the_last = (*same[::-1], False).index(False)
         if from_the_first == pairs:
-            return f": all of the line of {other}"
+            return f": the line of {other}"
         if from_the_first > 1 and other in ("default", "linear"):
-            parts.append(f"on {other} up to pair {from_the_first - 1}")
+            parts.append(f"like {other} up to pair {from_the_first - 1}")
         if from_the_last > 1 and other in ("default", "linear"):
-            parts.append(f"on {other} from pair {pairs - from_the_last}")
+            parts.append(f"like {other} from pair {pairs - from_the_last}")
     return f": {', '.join(parts)}" if parts else ""
