@@ -51,7 +51,7 @@ def coincidence(inv_freq: Tensor, methods: dict[str, Tensor], name: str) -> str:
     pairs = len(inv_freq)
     parts = []
     for other in list(methods)[: list(methods).index(name)]:
-        same = torch.isclose(inv_freq, methods[other], rtol=SAME).tolist()
+        same = torch.isclose(inv_freq, methods[other], rtol=SAME, atol=0).tolist()
         from_the_first = (*same, False).index(False)
         from_the_last = (*same[::-1], False).index(False)
         if from_the_first == pairs:

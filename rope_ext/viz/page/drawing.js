@@ -114,7 +114,7 @@ function drawWavelengths(svg, methods, labels, { pair, method, trained, extended
     const [at, y] = [`class="context ${name}"`, 10 + 18 * row];
     drawn += line(left, up(tokens), right, up(tokens), `${at} data-tokens="${tokens}"`);
     above += line(left, y, left + 40, y, at);
-    above += text(left + 48, y + 4, `${name} context: ${number(tokens, 10)} tokens`, `class="quiet"`);
+    above += text(left + 48, y + 4, `${name} context: ${number(tokens, 10)}`, `class="quiet"`);
   }
   drawn += line(across(pair), top, across(pair), bottom, `class="edge"`);
   for (const [name, inverse] of Object.entries(methods)) {

@@ -139,7 +139,29 @@ function drawAll(frequencies, score) {
   drawWavelengths(chart, drawn, labels, { ...state, extended: extendedContext() });
   const lines = Object.values(labels).join(", ");
   chart.setAttribute("aria-label", `wavelength against pair, a line a method: ${lines}`);
+  show("coincidences", coincidences(drawn));
   drawScores(byId("score-chart"), state, score, data.q, data.k, frequencies);
+}
+
+// Where lines look like one, as in rope_ext.viz.figures.methods.
+function coincidences(drawn) {
+  const names = Object.keys(drawn);
+  const parts = names.slice(1).map((name, i) => {
+    const found = names.slice(0, i + 1).flatMap((other) => {
+      const same = drawn[name].map((w, j) => Math.abs(w - drawn[other][j]) <= 0.02 * drawn[other][j]);
+      const [before, after] = [[...same, false].indexOf(false), same.length - 1 - same.lastIndexOf(false)];
+      if (before === same.length) return [`the line of ${other}`];
+      if (other !== "default" && other !== "linear") return [];
+      return [
+        ...(before > 1 ? [`like ${other} up to pair ${before - 1}`] : []),
+        ...(after > 1 ? [`like ${other} from pair ${same.length - after}`] : []),
+      ];
+    });
+    const whole = found.find((part) => part.startsWith("the"));
+    return [labelOf(name), whole ? [whole] : found];
+  });
+  const lines = parts.filter(([, found]) => found.length).map(([name, found]) => `${name}: ${found.join(", ")}`);
+  return lines.length ? `Lines that coincide: ${lines.join("; ")}.` : "";
 }
 
 function firstColumn() {
