@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, vocab=256, dim=128, layers=4, heads=4, kv_heads=2, hidden=352, base=10000.0):
+    def __init__(self, vocab=256, dim=64, layers=3, heads=4, kv_heads=2, hidden=176, base=10000.0):
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocab, dim)
         blocks = (Block(dim, heads, kv_heads, hidden) for _ in range(layers))

@@ -34,7 +34,7 @@ OF_LAYERS |= {"post_attention_layernorm": "ffn_norm"}
 
 def save_random(folder: Path) -> None:
     torch.manual_seed(0)
-    model = Llama(vocab=512, dim=128, layers=2, heads=4, kv_heads=2, base=500000.0)
+    model = Llama(vocab=512, dim=128, layers=2, base=500000.0)
     for parameter in model.parameters():
         parameter.data *= 2  # attention that depends on positions
     torch.save(model.state_dict(), folder / "consolidated.00.pth")
@@ -52,12 +52,8 @@ def load(folder: Path) -> tuple[Llama, dict[str, Tensor], dict]:
     model = Llama(**sizes)
     model.load_state_dict(weights, strict=False)  # older files have a rope.freqs, which follows
     scaling = SCALED if params.get("use_scaled_rope") else None
-    model.rotary = rope_ext.RotaryEmbedding(
-        params["dim"] // params["n_heads"],
-        base=params["rope_theta"],
-        scaling=scaling,
-        interleaved=True,
-    )
+    rotary = {"base": params["rope_theta"], "scaling": scaling, "interleaved": True}
+    model.rotary = rope_ext.RotaryEmbedding(params["dim"] // params["n_heads"], **rotary)
     return model, weights, {**params, "hidden": sizes["hidden"], "scaling": scaling}
 
 
@@ -74,6 +70,7 @@ def in_transformers(weights: dict[str, Tensor], params: dict) -> LlamaForCausalL
         num_hidden_layers=params["n_layers"],
         num_attention_heads=params["n_heads"],
         num_key_value_heads=params["n_kv_heads"],
+        max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": params["rope_theta"]}
         | (params["scaling"] or {}),
@@ -112,11 +109,10 @@ def main() -> None:
     ours = rope_ext.apply_rotary_qk(q, k, *rows, interleaved=True)
     same = all(map(torch.equal, meta.apply_rotary_emb(q, k, torch.complex(*rows)), ours))
     print(
-        f"Shown: logits up to {logits.abs().max():.2f} differ by {off:.1e} between Meta's order and"
+        f"Shown: logits up to {logits.abs().max():.2f} in Meta's order and in transformers' differ"
     )
-    print(
-        f"transformers, and by {mistake:.2f} with the wrong order. With freqs_cis: the same bits, {same}."
-    )
+    print(f"by {off:.1e}; with the wrong order by {mistake:.2f}, and nothing raises.")
+    print(f"Meta's apply_rotary_emb with freqs_cis, of rope_ext: the same bits, {same}.")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from llama import Llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-BATCH, LENGTH = 16, 128  # sequences, and tokens of each
-RATE = 2e-3
+BATCH, LENGTH = 16, 64  # sequences, and tokens of each
+RATE = 4e-3
 
 
 def source_text() -> Tensor:
