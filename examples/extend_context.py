@@ -15,7 +15,7 @@ from train_llama import LENGTH, bits, source_text, train
 
 import rope_ext
 
-FACTOR, WINDOWS = 4, 64
+FACTOR, WINDOWS = 4, 32
 ORIGINAL = {"original_max_position_embeddings": LENGTH}
 METHODS = {
     "none": {"rope_type": "default"},
@@ -51,9 +51,11 @@ def main() -> None:
         print(f"{name:12} " + " ".join(f"{value:8.3f}" for value in row))
     none, yarn = results["none"], results["YaRN"]
     print(
-        f"Shown: past {2 * LENGTH} tokens a byte costs {none[2] - none[0]:+.3f} bits without a method"
+        f"Shown: past {2 * LENGTH} tokens, bits a byte change by {none[2] - none[0]:+.3f} without a"
     )
-    print(f"and {yarn[2] - none[0]:+.3f} with YaRN, compared with the context of the training.")
+    print(
+        f"method and by {yarn[2] - none[0]:+.3f} with YaRN, from those within the trained context."
+    )
 
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=12)
     torch.manual_seed(0)
     model, draw = Llama(), random.Random(0)
-    for parameter in model.parameters():
-        parameter.data *= 2  # attention that depends on positions
+    torch._foreach_mul_(list(model.parameters()), 2)  # attention that depends on positions
     requests = [
         Request([draw.randrange(256) for _ in range(draw.randint(*PROMPT))], draw.randint(*NEW))
         for _ in range(parser.parse_args().requests)
@@ -112,8 +111,7 @@ def main() -> None:
     while waiting or server.running:
         server.step(waiting)
         steps += 1
-    for request, tokens in zip(requests, expected, strict=True):
-        assert request.tokens == tokens
+    assert [request.tokens for request in requests] == expected
     print(f"Shown: {len(requests)} requests in {steps} steps, with {BLOCKS} blocks where they need")
     print(f"{needed}; each got the tokens that it gets alone.")
 
