@@ -98,9 +98,7 @@ def main(folder):
     for name, (width, height, scheme, fragment) in PICTURES.items():
         browser.emulate(width, height, scheme)
         browser.open(file, fragment)
-        # 256 colours are enough, and take half of the bytes
-        small = browser.picture().quantize(256, dither=Image.Dither.NONE)
-        small.save(Path(folder, f"{name}.png"), optimize=True)
+        browser.picture().save(Path(folder, f"{name}.png"), optimize=True)
     browser.close()
     file.unlink()
 
