@@ -440,7 +440,12 @@ def test_command_writes_the_rotation_in_motion(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_plot("--mp4", "--out", tmp_path) == 2
     assert "--mp4: the program ffmpeg not found" in capsys.readouterr().err
+
+
+def test_command_writes_an_mp4_by_ffmpeg(tmp_path, monkeypatch):
     ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="pip install 'rope_ext[test]'")
+    monkeypatch.setattr(animation, "STEPS", 3)
+    monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "ffmpeg").symlink_to(ffmpeg.get_ffmpeg_exe())
     assert run_plot("--mp4", "--dpi", 30, "--out", tmp_path) == 0
     assert b"ftyp" in (tmp_path / "rotation.mp4").read_bytes()[:12]
