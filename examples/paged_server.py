@@ -25,7 +25,7 @@ PROMPT, NEW = (3, 30), (4, 20)  # tokens, from and to
 @dataclass
 class Request:
     tokens: list[int]  # of the prompt, then generated
-    new: int  # tokens to generate
+    new: int  # to generate
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Server:
         table = [torch.tensor(request.blocks) for request in self.running]
         table = torch.nn.utils.rnn.pad_sequence(table, batch_first=True, padding_value=-1)
         ids = positions.from_cu_seqlens(cu_seqlens, offsets=cached)  # [T]
-        sequence = positions.sequence_of_tokens(cu_seqlens)
+        sequence = positions.sequence_of_tokens(cu_seqlens)  # [T]
         slots = positions.slot_mapping(table, ids, BLOCK_SIZE, sequence)
         cos, sin = self.model.rotary.cos_sin(ids)  # [T, D / 2]: once for all layers
         x = self.model.tok_embeddings(tokens)  # [T, dim]
@@ -71,16 +71,15 @@ class Server:
             y = torch.cat([self.attend(part, request, cache) for part, request in each])
             x = x + layer.attention.wo(y.flatten(-2))
             x = x + layer.feed_forward(layer.ffn_norm(x))
-        last = self.model.output(self.model.norm(x[cu_seqlens[1:] - 1]))
-        return last.argmax(-1).tolist()
+        last = self.model.norm(x[cu_seqlens[1:] - 1])
+        return self.model.output(last).argmax(-1).tolist()
 
     def attend(self, q: Tensor, request: Request, cache: Tensor) -> Tensor:
         """Attention of a request's new tokens [S, H, D] to all of its cache."""
         k, v = cache[:, request.blocks].flatten(1, 2)[:, : len(request.tokens)].movedim(1, 2)
         seen = torch.ones(len(q), len(request.tokens), dtype=torch.bool).tril(request.cached)
-        q = q.transpose(0, 1)  # [H, S, D]
-        y = scaled_dot_product_attention(q[None], k[None], v[None], seen, enable_gqa=True)
-        return y[0].transpose(0, 1)
+        y = scaled_dot_product_attention(q.transpose(0, 1), k, v, seen, enable_gqa=True)
+        return y.transpose(0, 1)
 
 
 def blocks_of(request: Request) -> int:
@@ -105,15 +104,15 @@ def main() -> None:
         Request([draw.randrange(256) for _ in range(draw.randint(*PROMPT))], draw.randint(*NEW))
         for _ in range(parser.parse_args().requests)
     ]
-    waiting = list(requests)
     expected = [alone(model, request) for request in requests]
     needed, server, steps = sum(map(blocks_of, requests)), Server(model), 0
+    waiting = list(requests)
     while waiting or server.running:
         server.step(waiting)
         steps += 1
     assert [request.tokens for request in requests] == expected
-    print(f"Shown: {len(requests)} requests in {steps} steps, with {BLOCKS} blocks where they need")
-    print(f"{needed}; each got the tokens that it gets alone.")
+    print(f"Shown: {len(requests)} requests in {steps} steps, with {BLOCKS} of {needed} blocks;")
+    print("each got the tokens that it gets alone.")
 
 
 if __name__ == "__main__":
