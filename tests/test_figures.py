@@ -68,9 +68,7 @@ model_of = functools.cache(lambda name: ModelRotation.of(CONFIGS[name]))
 
 @functools.cache
 def drawn(figure, name):
-    drawing = getattr(figures, figure)(model_of(name))
-    drawing.draw_without_rendering()
-    return drawing
+    return getattr(figures, figure)(model_of(name))
 
 
 @pytest.fixture(params=[name for name in CONFIGS if name != "close contexts"])
@@ -368,6 +366,7 @@ def test_axes_say_what_they_show_in_which_unit():
         assert getattr(figures, figure).__doc__.count("Source") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [2, 4])
 def test_heads_of_one_and_two_pairs_are_drawn(head_dim):
     """With the shortest possible context. An axis of pairs has no fractions."""
@@ -390,6 +389,7 @@ def test_heads_of_one_and_two_pairs_are_drawn(head_dim):
 @pytest.mark.parametrize("name", ["like Llama 3", "close contexts"])
 def test_names_hide_neither_each_other_nor_curves(figure, name):
     drawing = drawn(figure, name)
+    drawing.draw_without_rendering()
     axes = drawing.axes[0]
     names = [text.get_window_extent() for text in axes.texts]
     assert not names[0].shrunk(0.95, 0.95).overlaps(names[1])  # they may touch
