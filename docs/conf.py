@@ -11,5 +11,10 @@ html_theme = "furo"
 html_title = f"rope_ext {release}"
 
 myst_heading_anchors = 3
-autodoc_typehints = "none"  # dtypes and shapes are in the text, types in the signature
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
+# Of other extras: the docstrings are read without them.
+autodoc_mock_imports = ["gguf", "matplotlib", "mpmath", "numpy", "onnxscript", "transformers"]
