@@ -130,7 +130,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--works",
         choices=("print", "record"),
-        help="the README's table of what works with what: print it as the collected tests say, or "
+        help="the table of docs/compatibility.md of what works with what: print it as the collected tests say, or "
         "write it as the tests that passed have shown (-m shows)",
     )
 
