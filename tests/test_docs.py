@@ -36,12 +36,12 @@ def blocks():
 def fresh_process():
     """A pool of one process that is new for each task: a fork of one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["rope_ext", "transformers.models.llama.modeling_llama"])
     with context.Pool(1, maxtasksperchild=1) as pool:
         yield pool
 
 
-@pytest.mark.parametrize("block", blocks())
+@pytest.mark.parametrize("block", list(blocks()))
 def test_block_runs_when_copied(block: str, fresh_process, tmp_path: Path):
     script = tmp_path / "block.py"
     script.write_text(block, encoding="utf-8")
