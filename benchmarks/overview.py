@@ -1,6 +1,6 @@
-"""The README's chart and its six rows of numbers, from the results of the benchmarks.
+"""Prints the README's six rows of numbers, and draws its chart, from the results of the benchmarks.
 
-    python benchmarks/overview.py docs/speed.png   # draws the chart, prints the rows
+`python benchmarks/overview.py docs/speed.png` draws; without an argument it only prints.
 """
 
 import csv
