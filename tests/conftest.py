@@ -130,8 +130,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--works",
         choices=("print", "record"),
-        help="the table of what works with what, of docs/compatibility.md: print it as the collected "
-        "tests say, or write it as the tests that passed have shown (-m shows)",
+        help="the table of what works with what, in the docs: print it as the collected tests say, "
+        "or write it as the tests that passed have shown (-m shows)",
     )
 
 
