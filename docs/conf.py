@@ -1,5 +1,7 @@
 """Sphinx: `sphinx-build -W docs build/docs` makes a site of these pages and of the docstrings."""
 
+import re
+
 import rope_ext
 
 project = "rope_ext"
@@ -17,3 +19,13 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["matplotlib"]  # of the extra viz: its signatures name it
+
+
+def setup(app):
+    """Links to Markdown outside of docs/, which is no page of the site, are downloads."""
+
+    def mark(name, page, source):
+        outside = "../" * (page.count("/") + 1)
+        source[0] = re.sub(rf"\]\(({outside}[^.)#][^)#]*\.md)\)", r"](path:\1)", source[0])
+
+    app.connect("source-read", mark)

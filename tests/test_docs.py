@@ -1,5 +1,6 @@
 """README.md and the pages of docs/: blocks run, links lead somewhere, the site has every name."""
 
+import json
 import multiprocessing
 import re
 import subprocess
@@ -68,7 +69,8 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     pytest.importorskip("sphinx")
     program = f"""
-import sys
+import os, sys
+sys.path[0] = os.getcwd()
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {WITHOUT}:
@@ -97,7 +99,9 @@ def test_site_has_every_public_name(site: Path):
 def test_site_shows_types_and_finds_install(site: Path):
     operators = re.sub("<[^>]+>", "", (site / "api" / "operators.html").read_text("utf-8"))
     assert re.search(r"apply_rotary\(\s*x: Tensor,\s*cos: Tensor,", operators)
-    assert re.search(r'titleterms:\{.*?"?instal"?:', (site / "searchindex.js").read_text("utf-8"))
+    index = (site / "searchindex.js").read_text("utf-8")
+    words = json.loads(index[index.index("(") + 1 : index.rindex(")")])["titleterms"]
+    assert words.keys() & {"install", "instal"}  # as the stemmer has it
 
 
 def test_who_can_do_what_leads_to_tests():
