@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark import FLOOR, OURS, PEER
-from report import COLORS, number, row
+from report import COLORS, row
 
 RESULTS = Path(__file__).with_name("results")
 GPU, CPU = "H100", "2 CPU cores"
@@ -30,6 +30,10 @@ WORDS = {
 }
 
 
+def number(microseconds: float) -> str:
+    return f"{microseconds:,.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+
+
 @dataclass
 class Line:
     """Microseconds of q and k of Llama-3-8B, by kind; `other` is the fastest of the peers."""
@@ -41,7 +45,7 @@ class Line:
 
     def cells(self) -> list[str]:
         floor, ours, peer = (self.times[kind] for kind in (FLOOR, OURS, PEER))
-        times = [number(floor), number(ours), f"{number(peer)}, {self.other}"]
+        times = [number(floor), number(ours), f"{number(peer)} ({self.other})"]
         return [f"{self.machine}: {self.case}", *times, f"{peer / ours:.1f}"]
 
 
