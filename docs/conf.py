@@ -18,7 +18,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["matplotlib"]  # of the extra viz: its signatures name it
+autodoc_mock_imports = ["cycler", "matplotlib"]  # of the extra viz: signatures name them
 
 
 def setup(app):

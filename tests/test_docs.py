@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 HEAVY = re.compile(r"torch\.compile|torch\.export|\.generate\(")
-WITHOUT = ("accelerate", "gguf", "matplotlib", "transformers")  # packages of other extras
+WITHOUT = ("accelerate", "cycler", "gguf", "matplotlib", "transformers")  # of other extras
 
 
 def named(page: Path) -> str:
