@@ -1,6 +1,6 @@
 """Prints the README's six rows of numbers, and draws its chart, from the results of the benchmarks.
 
-`python benchmarks/overview.py docs/speed.png` draws; without an argument it only prints.
+`python benchmarks/overview.py docs/images/speed.png` draws; without an argument it only prints.
 """
 
 import csv

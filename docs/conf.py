@@ -13,6 +13,7 @@ html_theme = "furo"
 html_title = f"rope_ext {release}"
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["html_image"]
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True

@@ -131,10 +131,19 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         type=figure,
         metavar="FIGURE",
-        help=f"{', '.join(viz.FIGURES)} (default: all)",
+        help=f"{', '.join(viz.FIGURES)} (default: all; with --gif or --mp4: none)",
     )
     plot.add_argument("--out", type=Path, default="figures", help="folder (default: %(default)s)")
     plot.add_argument("--format", choices=("png", "svg"), default="png", help="default: png")
+    plot.add_argument(
+        "--dpi",
+        type=dots,
+        help="dots an inch: at most 1200 (default: 200; of --gif and --mp4: 100)",
+    )
+    plot.add_argument("--gif", action="store_true", help="the rotation in motion: rotation.gif")
+    plot.add_argument(
+        "--mp4", action="store_true", help="the same as rotation.mp4, by the program ffmpeg"
+    )
 
     explore = commands.add_parser(
         "explore",
@@ -167,16 +176,20 @@ def at_least_one(text: str) -> float:
     return bounded(text, float)
 
 
-def bounded(text: str, kind: Callable[[str], Number]) -> Number:
-    """Parses a number of tokens, layers or repetitions, from 1 to LAST_POSITION."""
+def dots(text: str) -> int:
+    return bounded(text, int, most=1200)
+
+
+def bounded(text: str, kind: Callable[[str], Number], most: int = LAST_POSITION) -> Number:
+    """Parses a number of tokens, layers, repetitions or dots, from 1 to `most`."""
     try:
         value = kind(text)
     except ValueError:
         value = kind("0")
-    if not 1 <= value <= LAST_POSITION:
+    if not 1 <= value <= most:
         name = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(
-            f"expected {name} of at least 1 and at most {LAST_POSITION}, got {shown(text)}"
+            f"expected {name} of at least 1 and at most {most}, got {shown(text)}"
         )
     return value
 

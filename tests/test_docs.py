@@ -51,7 +51,7 @@ def test_block_runs_when_copied(block: str, fresh_process, tmp_path: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_to_files_and_headings(page: Path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", page.read_text(encoding="utf-8")):
         if link.startswith("https://"):
             continue
         path, _, heading = link.partition("#")

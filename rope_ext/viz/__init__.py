@@ -2,15 +2,16 @@
 
 The files::
 
-    rope.py     the rotation: that of a config, or of a model like Llama 3
-    command.py  the two commands
-    figures/    one function a figure, with matplotlib (pip install 'rope_ext[viz]')
-    page/       an HTML page to explore a rotation
+    model_rotation.py  what is shown: the rotation of a config, or of a model like Llama 3
+    published.py       the rotations of well-known models, to pick from
+    command.py         the two commands
+    figures/           one function a figure, with matplotlib (pip install 'rope_ext[viz]')
+    page/              an HTML page to explore a rotation
 """
 
-from rope_ext.viz.rope import Rope
+from rope_ext.viz.model_rotation import ModelRotation
 
 # The functions of rope_ext.viz.figures. Listed here, as importing them needs matplotlib.
 FIGURES = ("rotation", "tables", "wavelengths", "decay", "relative", "accuracy")
 
-__all__ = ["FIGURES", "Rope"]
+__all__ = ["FIGURES", "ModelRotation"]

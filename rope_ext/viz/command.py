@@ -3,13 +3,14 @@
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rope_ext.viz import FIGURES
-from rope_ext.viz.rope import Rope
+from rope_ext.viz.model_rotation import ModelRotation
 
 NEEDED = ("matplotlib", "mpmath")
 MOST_BYTES = 2**24  # of a config.json; those of models have a few thousand
@@ -45,14 +46,26 @@ def draw(args: argparse.Namespace) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise CannotShow(f"{', '.join(missing)} not installed: pip install 'rope_ext[viz]'")
-    rope = read(args)
+    model = read(args)
     from rope_ext.viz import figures
 
+    moving = [kind for kind in ("gif", "mp4") if getattr(args, kind)]
+    if "mp4" in moving and shutil.which("ffmpeg") is None:
+        raise CannotShow("--mp4: the program ffmpeg not found; --gif needs none")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(args.figures or FIGURES):
+    for name in dict.fromkeys(args.figures or (() if moving else FIGURES)):
         path = writable(args.out / f"{name}.{args.format}")
-        figures.save(getattr(figures, name)(rope), path)
+        figures.save(getattr(figures, name)(model), path, **dpi_of(args))
         print(path)
+    for kind in moving:
+        path = writable(args.out / f"rotation.{kind}")
+        figures.animate(model, path, **dpi_of(args))
+        print(path)
+
+
+def dpi_of(args: argparse.Namespace) -> dict[str, int]:
+    """The keyword dpi, where it is given; each kind of file has its own default."""
+    return {} if args.dpi is None else {"dpi": args.dpi}
 
 
 def write_page(args: argparse.Namespace) -> None:
@@ -62,9 +75,11 @@ def write_page(args: argparse.Namespace) -> None:
     print(args.out.resolve().as_uri())
 
 
-def read(args: argparse.Namespace) -> Rope:
+def read(args: argparse.Namespace) -> ModelRotation:
     """The rotation of --config and --layer-type, or of a model like Llama 3."""
-    return Rope.of() if args.config is None else Rope.of(config_of(args.config), args.layer_type)
+    if args.config is None:
+        return ModelRotation.of()
+    return ModelRotation.of(config_of(args.config), args.layer_type)
 
 
 def config_of(path: Path) -> dict[str, Any]:

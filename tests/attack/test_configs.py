@@ -34,7 +34,7 @@ from rope_ext import RotaryEmbedding, frequencies
 from rope_ext.__main__ import main
 from rope_ext.frequencies.config import resolve
 from rope_ext.frequencies.scaling import rope_type_of
-from rope_ext.viz import Rope
+from rope_ext.viz import ModelRotation
 
 BATCH = 50
 SECONDS = 1.0  # processor time of one call
@@ -277,7 +277,7 @@ def test_config_has_the_right_frequencies_or_is_refused():
             own = answer(frequencies.from_config, config, **options)
             assert torch.equal(module.inv_freq, own[0])
             assert module.attention_scaling == own[1]
-        rope = answer(Rope.of, config, layer_type)
+        rope = answer(ModelRotation.of, config, layer_type)
         if rope is not None:
             found["pictures"] += 1
             assert 2 <= rope.trained <= rope.extended < 2**31

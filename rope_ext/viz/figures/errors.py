@@ -8,13 +8,13 @@ from torch import Tensor
 from rope_ext.angles import cos_sin
 from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.viz.figures.style import mark_contexts, new_figure, styled
-from rope_ext.viz.rope import Rope
+from rope_ext.viz.model_rotation import ModelRotation
 
 DIGITS = 40  # 10 for the largest position, 8 for inv_freq, and over 16 for float64 results
 
 
 @styled
-def accuracy(rope: Rope) -> Figure:
+def accuracy(model: ModelRotation) -> Figure:
     """The largest error of a pair's angle at each position, in float32: ours and the usual one.
 
     Ours is ``rope_ext.cos_sin``; the usual one is ``angle = position.float() * inv_freq``, then
@@ -28,17 +28,17 @@ def accuracy(rope: Rope) -> Figure:
     positions are four in each doubling up to 2^31 - 1.
     """
     positions = torch.tensor(positions_shown())
-    truth = exact(positions, rope.inv_freq)
-    angle = positions.float()[:, None] * rope.inv_freq  # [N, P]
+    truth = exact(positions, model.inv_freq)
+    angle = positions.float()[:, None] * model.inv_freq  # [N, P]
     figure = new_figure("Error of angles in float32", 7.5, 5)
     axes = figure.subplots()
     for name, (cos, sin) in {
         "position.float() * inv_freq, torch.cos": (angle.cos(), angle.sin()),
-        "rope_ext.cos_sin": cos_sin(rope.inv_freq, positions),
+        "rope_ext.cos_sin": cos_sin(model.inv_freq, positions),
     }.items():
         worst = angle_between(truth, (cos, sin)).amax(-1)  # [N]
         axes.plot(positions.numpy(), worst.numpy(), label=name)
-    mark_contexts(axes, rope, across=False)
+    mark_contexts(axes, model, across=False)
     axes.set(xscale="log", yscale="log", xlabel="position (tokens)")
     axes.set_ylabel("largest error of a pair's angle (radians)")
     # between the two lines, below the names of the contexts

@@ -7,15 +7,15 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
-from rope_ext.viz.rope import Rope
+from rope_ext.viz.model_rotation import ModelRotation
 
 # Okabe and Ito, "Color Universal Design", 2008: the colours that are visible on white, and a grey.
 # Each line has its own dashes, which distinguish the lines in grey.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676")
 DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (6, 2, 1, 2, 1, 2)))
 QUIET = "#595959"  # for secondary elements
+DPI = 200  # dots an inch
 
 STYLE = {
     "axes.axisbelow": True,
@@ -31,7 +31,7 @@ STYLE = {
     "image.interpolation": "nearest",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "savefig.dpi": 120,
+    "savefig.dpi": DPI,
     "svg.fonttype": "path",
     "svg.hashsalt": "rope_ext",  # ids of elements, which are random otherwise
 }
@@ -47,29 +47,27 @@ def new_figure(title: str, width: float, height: float) -> Figure:
     return figure
 
 
-def mark_contexts(axes: Axes, rope: Rope, *, across: bool, named: bool = True) -> None:
+def mark_contexts(axes: Axes, model: ModelRotation, *, across: bool, named: bool = True) -> None:
     """A thin line at the trained and at the extended context, horizontal (across) or vertical.
 
-    The names are on the outer sides, so that neither covers the other if the lines are close.
+    The names are outside of the axes, where no curve is, and on the outer sides of the lines, so
+    that neither covers the other if the lines are close.
     """
-    halo = [withStroke(linewidth=3, foreground="white")]  # sets names off from lines
     for name, tokens, outside in (
-        ("trained", rope.trained, {"va": "top"} if across else {"ha": "right"}),
-        ("extended", rope.extended, {"va": "bottom"} if across else {"ha": "left"}),
+        ("trained", model.trained, {"va": "top"} if across else {"ha": "right"}),
+        ("extended", model.extended, {"va": "bottom"} if across else {"ha": "left"}),
     ):
-        label = f"{name} context: {tokens:,} tokens"
+        label = f"{name} context:\n{tokens:,} tokens"
         how = {"color": QUIET, "linewidth": 0.9, "linestyle": "-", "label": f"_{label}"}
-        beside = {"color": QUIET, "fontsize": "small", "path_effects": halo, **outside}
         if across:
             axes.axhline(tokens, **how)
-            where = {"x": 0.01, "y": tokens, "transform": axes.get_yaxis_transform()}
-            beside |= {"ha": "left"}
+            where = {"x": 1.01, "y": tokens, "transform": axes.get_yaxis_transform(), "ha": "left"}
         else:
             axes.axvline(tokens, **how)
-            where = {"x": tokens, "y": 0.99, "transform": axes.get_xaxis_transform()}
-            beside |= {"va": "top", "rotation": 90}
+            where = {"x": tokens, "y": 1.01, "transform": axes.get_xaxis_transform()}
+            where |= {"va": "bottom"}
         if named:
-            axes.text(s=label, **where, **beside)
+            axes.text(s=label, color=QUIET, fontsize="small", **where, **outside)
 
 
 def number_pairs(axis: Axis) -> None:
@@ -78,7 +76,7 @@ def number_pairs(axis: Axis) -> None:
 
 
 @styled
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = DPI) -> None:
     """Writes a PNG or SVG, by the suffix: without a date or a version, the same bytes each time."""
     nothing = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-    figure.savefig(path, metadata=nothing[path.suffix])
+    figure.savefig(path, dpi=dpi, metadata=nothing[path.suffix])

@@ -88,9 +88,10 @@ function drawTable(canvas, which, first, { m, pair }, inverse) {
 }
 
 // One line for each method (name -> inv_freq), on a logarithmic scale; the chosen one is thick and has a dot.
-function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
+// The legend is below the lines, which rise; the names of the contexts are above all of them.
+function drawWavelengths(svg, methods, labels, { pair, method, trained, extended }) {
   const [width, height] = sized(svg);
-  const [left, right, top, bottom] = [50, width - 14, 14, height - 40];
+  const [left, right, top, bottom] = [50, width - 14, 66, height - 40];
   const pairs = methods[method].length;
   const finite = Object.values(methods).flat().filter((frequency) => frequency > 0);
   const decades = Math.ceil(Math.log10(Math.max(TURN / Math.min(...finite), extended)));
@@ -108,13 +109,12 @@ function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
     drawn += text(across(i), bottom + 16, i, `text-anchor="middle"`);
   }
   drawn += text((left + right) / 2, height - 6, "pair", `text-anchor="middle" class="quiet"`);
-  let above = text(left + 6, top + 13, "tokens a turn", `class="quiet"`); // the lines
-  const contexts = { "trained context": trained, "extended context": extended };
-  for (const [name, tokens] of Object.entries(contexts)) {
-    if (tokens === trained && name !== "trained context") continue;
-    const [y, shown] = [up(tokens), number(tokens, 10)];
-    drawn += line(left, y, right, y, `class="context" data-tokens="${tokens}"`);
-    above += text(left + 6, y - 4, `${name}: ${shown}`, `class="quiet"`);
+  let above = text(left, top - 8, "tokens a turn", `class="quiet"`); // the lines
+  for (const [row, [name, tokens]] of Object.entries({ trained, extended }).entries()) {
+    const [at, y] = [`class="context ${name}"`, 10 + 18 * row];
+    drawn += line(left, up(tokens), right, up(tokens), `${at} data-tokens="${tokens}"`);
+    above += line(left, y, left + 40, y, at);
+    above += text(left + 48, y + 4, `${name} context: ${number(tokens, 10)}`, `class="quiet"`);
   }
   drawn += line(across(pair), top, across(pair), bottom, `class="edge"`);
   for (const [name, inverse] of Object.entries(methods)) {
@@ -124,6 +124,11 @@ function drawWavelengths(svg, methods, { pair, method, trained, extended }) {
       `<path class="method${chosen}" data-method="${name}" style="stroke: var(--${name})" ` +
       `stroke-dasharray="${DASHES[name]}" d="${path(points)}"/>`;
   }
+  Object.keys(methods).reverse().forEach((name, row) => {
+    const y = bottom - 14 - 18 * row;
+    const stroke = `class="method" style="stroke: var(--${name})" stroke-dasharray="${DASHES[name]}"`;
+    above += line(right - 50, y, right, y, stroke) + text(right - 58, y + 4, labels[name], `text-anchor="end"`);
+  });
   const frequency = methods[method][pair];
   if (frequency > 0) {
     drawn += `<circle class="dot" cx="${across(pair)}" cy="${up(TURN / frequency)}" r="6"/>`;
@@ -162,4 +167,43 @@ function drawScores(svg, { m, n }, score, q, k, frequencies) {
   drawn += `<circle class="dot" cx="${x}" cy="${y}" r="6"/>`;
   drawn += text(left + 6, top + 13, "score", `class="quiet"`);
   svg.innerHTML = drawn;
+}
+
+// A PNG of SVGs and canvases side by side, on the colour of a card, with two dots a pixel of the page.
+async function pictureOf(elements) {
+  const gap = 16;
+  const sizes = elements.map(({ clientWidth, clientHeight }) => [clientWidth, clientHeight]);
+  const canvas = document.createElement("canvas");
+  canvas.width = 2 * (sizes.reduce((sum, [width]) => sum + width + gap, gap));
+  canvas.height = 2 * (Math.max(...sizes.map(([, height]) => height)) + 2 * gap);
+  const context = canvas.getContext("2d");
+  context.scale(2, 2);
+  context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--card");
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  let left = gap;
+  for (const [i, element] of elements.entries()) {
+    const image = element.matches("svg") ? await imageOf(element, sizes[i]) : element;
+    context.drawImage(image, left, gap, ...sizes[i]);
+    left += sizes[i][0] + gap;
+  }
+  return new Promise((done) => { canvas.toBlob(done); });
+}
+
+// An SVG as an image, with the styles of the page and its colours of this moment, light or dark.
+async function imageOf(svg, [width, height]) {
+  const copy = svg.cloneNode(true);
+  const root = getComputedStyle(document.documentElement);
+  for (const name of document.styleSheets[0].cssRules[0].style) {
+    copy.style.setProperty(name, root.getPropertyValue(name));
+  }
+  copy.style.fontFamily = getComputedStyle(svg).fontFamily;
+  copy.setAttribute("width", width);
+  copy.setAttribute("height", height);
+  const style = document.createElementNS(copy.namespaceURI, "style");
+  style.textContent = document.querySelector("style").textContent;
+  copy.prepend(style);
+  const image = new Image();
+  image.src = "data:image/svg+xml," + encodeURIComponent(new XMLSerializer().serializeToString(copy));
+  await image.decode();
+  return image;
 }

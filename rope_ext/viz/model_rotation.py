@@ -1,4 +1,4 @@
-"""Rope: the rotation that figures and page show."""
+"""The rotation of a model, as figures and page show it."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @dataclass(frozen=True)
-class Rope:
+class ModelRotation:
     """The rotation of a model, and the factor by which methods stretch its context.
 
     Attributes:
@@ -51,7 +51,7 @@ class Rope:
     attention_scaling: float
 
     @classmethod
-    def of(cls, config: Any = LLAMA_LIKE, layer_type: str | None = None) -> "Rope":
+    def of(cls, config: Any = LLAMA_LIKE, layer_type: str | None = None) -> "ModelRotation":
         """The rotation of a Hugging Face config, or of a model like Llama 3.
 
         Args:
@@ -70,27 +70,27 @@ class Rope:
             raise ValueError(
                 f"viz: expected a layer_type whose layers rotate, got {layer_type or 'none'}"
             )
-        rope = resolve(config, layer_type)
-        rope_type = rope_type_of(rope.scaling)
+        found = resolve(config, layer_type)
+        rope_type = rope_type_of(found.scaling)
         if rope_type == "axial":
             raise ValueError("viz: expected a config with one position a token, got an axial one")
-        if rope.rotary_dim > MOST_CHANNELS:
+        if found.rotary_dim > MOST_CHANNELS:
             raise ValueError(
-                f"viz: expected rotary_dim to be at most {MOST_CHANNELS}, got {rope.rotary_dim}"
+                f"viz: expected rotary_dim to be at most {MOST_CHANNELS}, got {found.rotary_dim}"
             )
-        if rope.base <= 1:  # otherwise no pair is slower than the first
-            raise ValueError(f"viz: expected rope_theta to be above 1, got {rope.base}")
-        longest = rope.max_position_embeddings
-        trained = rope.scaling.get("original_max_position_embeddings") or longest
+        if found.base <= 1:  # otherwise no pair is slower than the first
+            raise ValueError(f"viz: expected rope_theta to be above 1, got {found.base}")
+        longest = found.max_position_embeddings
+        trained = found.scaling.get("original_max_position_embeddings") or longest
         if trained is None or trained < 2:
             raise ValueError(
                 "viz: expected config to have max_position_embeddings of at least 2, got "
                 f"{'none' if trained is None else trained}"
             )
         longest = longest or trained
-        stretched_by = rope.scaling.get("factor")
+        stretched_by = found.scaling.get("factor")
         if rope_type == "ntk":
-            stretched_by = stretched_by or rope.scaling["alpha"]
+            stretched_by = stretched_by or found.scaling["alpha"]
         factor = stretched_by or longest / trained
         if factor == 1 and rope_type in NOT_STRETCHED:
             factor = FACTOR
@@ -107,10 +107,10 @@ class Rope:
         extended = max(longest, round(trained * factor))
         inv_freq, attention_scaling = from_config(config, layer_type, length=extended)
         return cls(
-            rope.head_dim,
-            rope.rotary_dim,
-            rope.base,
-            rope.scaling,
+            found.head_dim,
+            found.rotary_dim,
+            found.base,
+            found.scaling,
             trained,
             extended,
             factor,
@@ -152,13 +152,6 @@ class Rope:
         return from_scaling(self.head_dim, scaling, base=self.base, rotary_dim=self.rotary_dim)[0]
 
 
-def wavelengths(inv_freq: Tensor) -> Tensor:
-    """Tokens that a turn takes: float64, like inv_freq; inf for pairs that do not rotate."""
+def tokens_per_turn(inv_freq: Tensor) -> Tensor:
+    """The wavelengths: float64, like inv_freq; inf for pairs that do not rotate."""
     return 2 * math.pi / inv_freq.double()
-
-
-def in_words(wavelength: float) -> str:
-    """The wavelength as text."""
-    if math.isinf(wavelength):
-        return "never turns"
-    return f"a turn in {wavelength:{',.0f' if wavelength >= 100 else '.3g'}} tokens"

@@ -1,0 +1,47 @@
+"""The scripts and the notebook of examples/ run at a small size, and end with what they show."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# Arguments, and what the last lines say.
+RUNS = {
+    "meta_weights.py": (
+        [],
+        r"differ\nby \d\.\de-0[4-7]; .* by \d+\.\d\d, .*\n.* same bits, True\.",
+    ),
+    "paged_server.py": (["--requests=5"], r"5 requests in \d\d steps, .*\n.* that it gets alone\."),
+    "extend_context.py": (["--steps=2"], r"past 128 tokens, .*\n.* by [+-]\d\.\d{3} with YaRN"),
+    "train_llama.py": (["--steps=3"], r"loss is within 0\.[0-4]% of the eager one's"),
+}
+COMPILING = "train_llama.py"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == COMPILING)) for name in RUNS]
+)
+def test_script_ends_with_what_it_shows(name, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+    arguments, shown = RUNS[name]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert re.search(f"Shown: .*{shown}", capsys.readouterr().out, re.S)
+    assert len((EXAMPLES / name).read_text().splitlines()) < 120
+
+
+def test_notebook_prints_what_it_has_stored(capsys):
+    pytest.importorskip("matplotlib", reason="pip install 'rope_ext[viz]'")
+    notebook = json.loads((EXAMPLES / "pictures.ipynb").read_text())
+    space = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+            stored = ["".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream"]
+            assert capsys.readouterr().out == "".join(stored)
+    assert stored[0].startswith("shown: ")
