@@ -51,8 +51,9 @@ def test_type_checkers_find_an_editable_install(tmp_path: Path):
     (tree / "csrc").mkdir()
     (tree / "csrc" / "empty.cpp").touch()
     build = "import setuptools.build_meta as b; b.build_editable('.')"
-    without_cuda = {**os.environ, "ROPE_EXT_CUDA": "off"}
-    subprocess.run([sys.executable, "-c", build], cwd=tree, env=without_cuda, check=True)
+    environment = {**os.environ, "ROPE_EXT_CUDA": "off"}
+    environment.pop("PYTHONPATH", None)  # checkers follow it
+    subprocess.run([sys.executable, "-c", build], cwd=tree, env=environment, check=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (packages,) = venv.glob("lib/python3*/site-packages")
     (wheel,) = tree.glob("*.whl")
@@ -65,6 +66,8 @@ def test_type_checkers_find_an_editable_install(tmp_path: Path):
     mypy = [sys.executable, "-m", "mypy", "--python-executable", python, script]
     pyright = [sys.executable, "-m", "pyright", "--pythonpath", python, script]
     for command in (mypy, pyright):
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
         errors = re.findall(r"user\.py:(\d+).*error", result.stdout)
         assert errors == ["3", "4"], result.stdout + result.stderr
