@@ -348,4 +348,6 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildRope},
+    # A path that type checkers can follow: they can't run the import hook of the default mode.
+    options={"editable_wheel": {"mode": "compat"}},
 )

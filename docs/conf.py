@@ -1,5 +1,7 @@
 """Sphinx: `sphinx-build -W docs build/docs` makes a site of these pages and of the docstrings."""
 
+import re
+
 import rope_ext
 
 project = "rope_ext"
@@ -11,5 +13,20 @@ html_theme = "furo"
 html_title = f"rope_ext {release}"
 
 myst_heading_anchors = 3
-autodoc_typehints = "none"  # dtypes and shapes are in the text, types in the signature
+myst_enable_extensions = ["html_image"]
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["cycler", "matplotlib"]  # of the extra viz: signatures name them
+
+
+def setup(app):
+    """Links to Markdown outside of docs/, which is no page of the site, are downloads."""
+
+    def mark(name, page, source):
+        outside = "../" * (page.count("/") + 1)
+        source[0] = re.sub(rf"\]\(({outside}[^.)#][^)#]*\.md)\)", r"](path:\1)", source[0])
+
+    app.connect("source-read", mark)

@@ -108,14 +108,14 @@ NOT_EMULATED = {
 }
 
 
-README = Path(__file__).parents[1] / "README.md"
+COMPATIBILITY = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--record-families",
         action="store_true",
-        help="run every model family, and write the results to the package and README.md",
+        help="run every model family, and write the results to the package and docs/",
     )
     parser.addoption(
         "--every",
@@ -127,8 +127,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--works",
         choices=("print", "record"),
-        help="the README's table of what works with what: print it as the collected tests say, or "
-        "write it as the tests that passed have shown (-m shows)",
+        help="the table of what works with what, in the docs: print it as the collected tests say, "
+        "or write it as the tests that passed have shown (-m shows)",
     )
 
 
@@ -136,7 +136,7 @@ def pytest_configure(config):
     if config.getoption("--record-families"):
         config.option.markexpr = config.option.keyword = ""  # a record needs all tests
     if works := config.getoption("--works"):
-        plugin = works_with.Printed() if works == "print" else works_with.Recorded(README)
+        plugin = works_with.Printed() if works == "print" else works_with.Recorded(COMPATIBILITY)
         config.pluginmanager.register(plugin)
 
 
@@ -155,9 +155,8 @@ def recording(request):
     record = {"transformers": transformers.__version__, "families": dict(sorted(results.items()))}
     file = Path(families.__file__).with_name(families.RECORD)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    README.write_text(
-        families.inserted(README.read_text(encoding="utf-8"), record), encoding="utf-8"
-    )
+    page = COMPATIBILITY.read_text(encoding="utf-8")
+    COMPATIBILITY.write_text(families.inserted(page, record), encoding="utf-8")
 
 
 # The number of selected tests that wait for a GPU: each process counts them, the first prints it.

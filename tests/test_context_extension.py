@@ -164,8 +164,8 @@ def test_the_pages_have_the_figures_of_the_results():
     assert len(rows) == 2 * len(names)
     assert set(rows) <= set(results)
     cells = {cell.strip() for line in results for cell in line.split("|")}
-    readme = (root / "README.md").read_text().partition("**Longer contexts.**")[2]
-    rows = [line.split("|")[1:-1] for line in readme.splitlines() if line.startswith("| ")]
+    page = (root / "docs" / "performance.md").read_text().partition("## Longer contexts")[2]
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
     of_methods = [row for row in rows[: len(names) + 1] if row[0].strip() in names]
     assert len(of_methods) == len(names)
     assert {cell.strip() for row in of_methods for cell in row} <= cells

@@ -1,4 +1,4 @@
-"""Every function with every feature of PyTorch, once: the README's table "What works with what".
+"""Every function with every feature of PyTorch, once: "What works with what" of the docs.
 
 One small case each. Other tests cover all cases.
 """
@@ -25,7 +25,7 @@ import rope_ext
 from rope_ext import reference
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "compatibility.md"
 
 B, S, H, D, P, L = 8, 12, 4, 6, 3, 50  # all different: a graph treats equal sizes as one
 SIZES = {"B": B, "H": H, "D": D, "P": P, "L": L}
@@ -384,13 +384,13 @@ def test_function_with_feature(feature, name):
         check(function)
 
 
-def test_readme_says_what_tests_show(tmp_path):
+def test_page_says_what_tests_show(tmp_path):
     """Collects the marked tests of all files."""
     files = [str(f) for f in sorted(TESTS.glob("test_*.py")) if "mark.shows(" in f.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "shows"]
     command += ["--collect-only", "--works=print", *files]
     collected = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    written = README.read_text(encoding="utf-8").partition("<!-- works -->")[2]
+    written = PAGE.read_text(encoding="utf-8").partition("<!-- works -->")[2]
     table = written.partition("<!-- /works -->")[0].strip()
     assert table.count("yes") > 90
     assert table in collected

@@ -1,4 +1,4 @@
-"""The README's table "What works with what", from the tests with the marker `shows`.
+"""The table "What works with what" of docs/compatibility.md, from tests with the marker `shows`.
 
     @pytest.mark.shows("FSDP2", "apply_rotary_qk")
     @pytest.mark.shows("vmap", "out=", result="refused")

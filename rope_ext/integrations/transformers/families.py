@@ -75,7 +75,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a table for README.md."""
+    """The record as a table for docs/compatibility.md."""
     rows = [
         f"| {convention} | {', '.join(names)} |"
         for convention, names in by_convention(record).items()
