@@ -1,5 +1,6 @@
 """Arguments drawn independently, so that they fit each other or not: the right numbers, or an error
 that gives the reason exactly if they do not fit; nothing but the result is written.
+tests/attack draws arguments of all operators that fit, and invalid ones.
 """
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 from support import DTYPES, assert_same_bits, random, random_positions, rounded_once
 
 rope = torch.ops.rope
+
+settings.register_profile("drawn", deadline=None, derandomize=True, database=None)
+settings.load_profile("drawn")
 
 OUTSIDE = (-1, -(2**31), 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1)
 
@@ -70,7 +74,7 @@ def arguments(draw):
     return x, cos, sin, ids, options
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(case=arguments(), form=st.sampled_from(["new", "in place", "out"]))
 def test_refused_exactly_where_the_arguments_do_not_fit(case, form):
     x, cos, sin, ids, options = case
@@ -100,3 +104,39 @@ def test_refused_exactly_where_the_arguments_do_not_fit(case, form):
         assert out.eq(7).all()
     for now, before in zip(inputs, kept, strict=True):
         assert torch.equal(now, before)
+
+
+@st.composite
+def two_views(draw):
+    """Two views [B, S, H, D] of one memory, with or without overlap."""
+    memory = torch.arange(2000, dtype=torch.float32)
+    views = []
+    batch, seq = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dim = draw(st.sampled_from([2, 4, 6]))
+    for _ in range(2):
+        shape = (batch, seq, draw(st.integers(1, 3)), dim)
+        order = draw(st.permutations(range(3)))
+        strides, extent = [0, 0, 0, 1], dim
+        for d in order:
+            strides[d] = extent + draw(st.sampled_from([0, 0, 1, 2, dim, 3 * dim]))
+            extent = strides[d] * shape[d]
+        views.append(memory.as_strided(shape, strides, draw(st.integers(0, 60))))
+    return memory, *views
+
+
+@settings(max_examples=300)
+@given(case=two_views())
+def test_q_and_k_in_place_are_refused_exactly_when_they_share_an_element(case):
+    memory, q, k = case
+    share = bool(set(q.flatten().tolist()) & set(k.flatten().tolist()))
+    kept = memory.clone()
+    cos, sin = torch.zeros(3, q.shape[-1] // 2), torch.ones(3, q.shape[-1] // 2)
+    try:
+        rope.apply_rotary_qk_(q, k, cos, sin)
+    except RuntimeError as error:
+        assert share, f"refused {q.shape} {q.stride()} and {k.shape} {k.stride()} without reason"
+        assert "share no memory" in str(error)  # noqa: PT017
+        assert torch.equal(memory, kept)
+    else:
+        assert not share
+        assert not torch.equal(memory, kept)
