@@ -1,7 +1,6 @@
 """Damaged and hostile configs: a ValueError that says what is wrong, or the right frequencies.
 
-Never another exception, never more than a second, and never memory for a refused config. Batches of
-examples of seeds 0, 1, 2, ... run until the time of budget.py is over.
+Never another exception, never more than a second, and never memory for a refused config.
 """
 
 import contextlib
@@ -16,9 +15,9 @@ import tracemalloc
 from types import SimpleNamespace
 
 import torch
-from budget import seconds
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from numbered_cases import numbers
 from published_configs import (
     DEEPSEEK_YARN,
     GPT_OSS_YARN,
@@ -230,25 +229,25 @@ def assert_right(rope, inv_freq, attention_scaling, length=None):
     assert (inv_freq <= high * (1 + RELATIVE)).all()
 
 
-def attack(check, strategy, default):
-    """Runs check on examples until the time is up; returns how many there were."""
-    examples, end = itertools.count(), time.monotonic() + seconds(default)
-
-    def counted(example):
-        if time.monotonic() < end or batch == 0:
-            next(examples)
-            check(example)
-
+def check_examples(check, strategy, count):
+    """Runs check on `count` examples, or on more until the time of numbered_cases.py is over.
+    Returns how many there were.
+    """
     bounds = settings(
         max_examples=BATCH,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    for batch in itertools.count():
+    examples = itertools.count()
+
+    def counted(example):
+        next(examples)
+        check(example)
+
+    for batch in numbers(count // BATCH):
         seed(batch)(bounds(given(strategy)(counted)))()
-        if time.monotonic() > end:
-            return next(examples)
+    return next(examples)
 
 
 def mostly(strategy):
@@ -284,7 +283,7 @@ def test_config_has_the_right_frequencies_or_is_refused():
 
     as_object = st.sampled_from([False] * 5 + [True])
     strategy = st.tuples(mostly(damaged(CONFIGS)), as_object, LAYER_TYPES, LENGTHS)
-    found["examples"] = attack(check, strategy, 8)
+    found["examples"] = check_examples(check, strategy, 200)
     print(found)
     assert found["frequencies"] > 0
     assert found["refused"] > 0
@@ -323,7 +322,7 @@ def test_scaling_has_the_right_frequencies_or_is_refused():
         mostly(st.sampled_from([None, 4096, 131072])),
         LENGTHS,
     )
-    found["examples"] = attack(check, strategy, 4)
+    found["examples"] = check_examples(check, strategy, 200)
     print(found)
     assert found["frequencies"] > 0
     assert found["refused"] > 0
@@ -364,6 +363,6 @@ def test_command_writes_a_page_or_one_line(tmp_path):
         assert shown.count("\n") == (0 if status == 0 else 1)
         assert len(shown) < 1500
 
-    examples = attack(check, damaged_text(), 3)
+    examples = check_examples(check, damaged_text(), 100)
     print(found, examples)
     assert all(found.values())
