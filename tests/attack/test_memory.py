@@ -22,7 +22,7 @@ def test_every_operator_has_a_case():
 
 
 def test_no_byte_outside_of_a_tensor_is_touched():
-    numbered_cases.run_in_a_process(__file__, 1000)
+    numbered_cases.run_in_a_process(__file__, 800)
 
 
 def run_case(number, note):
