@@ -29,6 +29,7 @@ def large():
     return x
 
 
+@pytest.mark.slow  # copies 4 GiB
 def test_more_than_2_31_elements_in_place_and_in_the_gradient_to_the_table(large):
     x = large
     cos, sin = random_table(S, D)

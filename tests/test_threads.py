@@ -106,10 +106,7 @@ def test_eight_threads_get_the_bits_of_one(threads):
             shuffle(names)
             for name in names:
                 for got, want in zip(every[name](), expected[name], strict=True):
-                    try:
-                        assert_same_bits(got, want)
-                    except AssertionError as error:
-                        raise AssertionError(f"thread {thread}, {name}: {error}") from error
+                    assert_same_bits(got, want, f"thread {thread}, {name}")
             rounds += 1
         return rounds
 

@@ -27,7 +27,7 @@ MUTANTS = [
     ),
     # Views that share elements are written.
     *mutants(
-        "csrc/check/overlap.cpp", "test_bad_input test_properties",
+        "csrc/check/overlap.cpp", "test_bad_input test_drawn_arguments",
         ("sliding-windows-pass", "if (a.stride[d] < extent) return true;",
          "if (a.stride[d] == 0) return true;"),
         ("overlap-within-a-run-unseen",
@@ -36,7 +36,7 @@ MUTANTS = [
     ),
     # q and k that share elements are written.
     *mutants(
-        "csrc/check/written.h", "test_bad_input test_properties",
+        "csrc/check/written.h", "test_bad_input test_drawn_arguments",
         ("overlap-of-two-written-unseen", "size_t b = a + 1", "size_t b = a + 2"),
     ),
     # Rows of the table are taken from another place, or from outside of it.
