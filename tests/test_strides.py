@@ -131,6 +131,7 @@ TABLES = {
 }
 ROWS = {
     "batch and sequence swapped": lambda base: base(2, S, B, P).transpose(1, 2),
+    "those of one sequence": lambda base: base(2, 1, S, P),
     "one batch for all": lambda base: base(2, 1, S, P).expand(2, B, S, P),
     "one row for all tokens": lambda base: base(2, 1, 1, P).expand(2, B, S, P),
     "cos beside sin for each token": lambda base: base(B, S, 2 * P).chunk(2, -1),
