@@ -111,3 +111,10 @@ def function_of(operator):
         return function(**given, out=outs if len(outs) > 1 else outs[0])
 
     return into if out else function
+
+
+def results_of(function, given, written):
+    """The results of a call, then the tensors that it has written."""
+    returned = function(**given)
+    returned = returned if isinstance(returned, tuple | list) else (returned,)
+    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]

@@ -222,18 +222,19 @@ def test_good_arguments_are_accepted(device):
 
 def test_wrong_rank_is_refused_and_nothing_written(device):
     """The functions check the layout first."""
-    for change, name, functions_expect, expected, got in (
-        ({"q": Q[0, 0, 0]}, "{x}", "[B, S, H, D]", "shape [B, S, H, D] or [T, H, D]", [D]),
-        ({"q": Q[0, 0]}, "{x}", "[B, S, H, D]", "shape [B, S, H, D] or [T, H, D]", [H, D]),
-        ({"q": Q[None]}, "{x}", "[B, S, H, D]", "shape [B, S, H, D] or [T, H, D]", [1, B, S, H, D]),
-        ({"k": KEYS[0]}, "k", "[B, S, H, D]", f"q's shape [{B}, {S}, {H}, {D}]", [S, K, D]),
+    either = "{x} to have shape [B, S, H, D] or [T, H, D]"
+    of_q = f"k to have q's shape [{B}, {S}, {H}, {D}]"
+    for change, expected, got in (
+        ({"q": Q[0, 0, 0]}, either, [D]),
+        ({"q": Q[0, 0]}, either, [H, D]),
+        ({"q": Q[None]}, either, [1, B, S, H, D]),
+        ({"k": KEYS[0]}, of_q, [S, K, D]),
     ):
         rotations = OF_PAIRS if "k" in change else ROTATIONS
         operators = [r for r in rotations if r not in FUNCTIONS]
-        functions = [r for r in rotations if r in FUNCTIONS]
-        expected = f"{name} to have {expected}"
         assert_refused(change, expected, got, device, rotations=operators)
-        expected = f"{name} to have shape {functions_expect} (layout 'bshd')"
+        functions = [r for r in rotations if r in FUNCTIONS]
+        expected = f"{expected.split()[0]} to have shape [B, S, H, D] (layout 'bshd')"
         assert_refused(change, expected, got, device, rotations=functions, by=name_of_function)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from operator_arguments import arguments_of, function_of
+from operator_arguments import arguments_of, function_of, results_of
 from support import assert_same_bits, random, random_table
 from torch.autograd import forward_ad
 
@@ -46,13 +46,6 @@ def places(make):
                 continue
             if isinstance(x, torch.Tensor):
                 yield name, operator, function, place, given
-
-
-def outcome(function, given, written):
-    """The results of a call, then the tensors that it has written."""
-    returned = function(**given)
-    returned = returned if isinstance(returned, tuple | list) else (returned,)
-    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]
 
 
 def refusal(function, given, place):
@@ -96,11 +89,11 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
             expected = arguments_of(operator)
             expected[place] = plain(expected[place])
             try:
-                expected = outcome(function, expected, operator.written)
+                expected = results_of(function, expected, operator.written)
             except RuntimeError:  # for scales and slots of zero
                 assert_names(refusal(function, given, place), name, operator, place)
                 continue
-            for a, b in zip(outcome(function, given, operator.written), expected, strict=True):
+            for a, b in zip(results_of(function, given, operator.written), expected, strict=True):
                 assert_same_bits(a, b)
         read.add((operator, place))
     assert {operator for operator, _ in read} == {*OPERATORS}
@@ -140,7 +133,7 @@ def test_tensors_whose_gradient_or_tangent_would_be_lost_are_refused():
             for name, operator, function, place, given in places(make):
                 kept = {n: x.clone() for n, x in given.items() if n in operator.written}
                 try:
-                    results = outcome(function, given, operator.written)
+                    results = results_of(function, given, operator.written)
                 except RuntimeError as error:
                     assert re.search(r"requires? grad|without tangents", str(error))  # noqa: PT017
                     for n, x in kept.items():
