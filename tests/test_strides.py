@@ -2,6 +2,8 @@
 number of threads.
 """
 
+import os
+
 import pytest
 import torch
 from support import (
@@ -178,6 +180,29 @@ def test_offsets_past_32_bits():
     assert_same_bits(rope.apply_rotary(x, cos, sin), expected)
     rope.apply_rotary_(x, cos, sin)
     assert_same_bits(x, expected)
+
+
+@pytest.mark.slow  # copies 4 GiB
+def test_more_than_2_31_elements_in_place_and_in_the_gradient_to_the_table():
+    """x [1, S, H, D]: zeros except in some tokens, those around powers of two among them."""
+    H, D = 512, 256
+    S = 2**31 // (H * D) + 3
+    tokens = [0, 1, S // 2 - 1, S // 2, S - 5, S - 4, S - 3, S - 2, S - 1]  # 2^31 is in S - 3
+    needed = 1.25 * 2 * S * H * D
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < needed:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory")
+    x = torch.zeros(1, S, H, D, dtype=torch.bfloat16)
+    x[:, tokens] = few = random(1, len(tokens), H, D, dtype=torch.bfloat16)
+    cos, sin = random_table(S, D)
+    rows = cos[tokens], sin[tokens]
+    options = {"rotary_dim": D}  # an angle a channel, so that no gradient is 0 where grad is x
+    backward = rope.apply_rotary_table_backward
+    grads = backward(x, x, None, None, cos, **options)
+    for grad, want in zip(grads, backward(few, few, None, None, rows[0], **options), strict=True):
+        assert_same_bits(grad[tokens], want)
+        assert grad.count_nonzero() == want.count_nonzero() == want.numel()
+    rope.apply_rotary_(x, cos, sin, **options)
+    assert_same_bits(x[:, tokens], rounded_once(few, *rows, **options))
 
 
 SIZES = [  # B, S, H of q, H of k

@@ -238,7 +238,7 @@ def check_examples(check, strategy, count):
         suppress_health_check=list(HealthCheck),
     )
     for batch in numbers(count // BATCH):
-        seed(batch)(bounds(given(strategy)(lambda example: check(example))))()
+        seed(batch)(bounds(given(strategy)(check)))()
 
 
 def mostly(strategy):
