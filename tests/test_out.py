@@ -72,6 +72,16 @@ def test_out_and_inplace_together_are_refused():
         rope_ext.apply_rotary_qk(X, X, COS, SIN, inplace=True, out=(X, X))
 
 
+def test_functions_refuse_what_requires_grad():
+    for name in ("x", "cos", "sin"):
+        given = {"x": X, "cos": COS, "sin": SIN}
+        given[name] = given[name].clone().requires_grad_()
+        out = torch.full_like(X, 7.0)
+        with pytest.raises(RuntimeError, match=f"expected {name} to need no gradient"):
+            rope_ext.apply_rotary(**given, out=out)
+        assert (out == 7).all()
+
+
 def test_nothing_is_allocated():
     out = torch.empty_like(X)
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
