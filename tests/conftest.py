@@ -1,5 +1,6 @@
 """The devices of the tests and, on the CPU, the code paths."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,34 +22,40 @@ def device(request):
     return torch.device(request.param)
 
 
+@contextlib.contextmanager
+def cpu_code(name):
+    """On the CPU with the kernels of this name; skips if the processor can't run them."""
+    before = _C.build_info()["cpu_capability"]
+    try:
+        _C.set_cpu_capability(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield torch.device("cpu")
+    _C.set_cpu_capability(before)
+
+
 @pytest.fixture(params=["avx2", "portable", CUDA])
 def backend(request):
     """The device to test on, with each of its sets of kernels."""
     if request.param == "cuda":
         yield torch.device("cuda")
         return
-    before = _C.build_info()["cpu_capability"]
-    use_cpu_kernels(request.param)
-    yield torch.device("cpu")
-    _C.set_cpu_capability(before)
+    with cpu_code(request.param) as device:
+        yield device
 
 
 @pytest.fixture(params=["avx2", "portable"])
 def cpu_kernels(request):
     """Each set of kernels of the CPU, for tests on the CPU only."""
-    before = _C.build_info()["cpu_capability"]
-    use_cpu_kernels(request.param)
-    yield
-    _C.set_cpu_capability(before)
+    with cpu_code(request.param):
+        yield
 
 
 @pytest.fixture
 def avx2():
     """Skips if the processor has no AVX2, with which the portable path is compared."""
-    before = _C.build_info()["cpu_capability"]
-    use_cpu_kernels("avx2")
-    yield
-    _C.set_cpu_capability(before)
+    with cpu_code("avx2"):
+        yield
 
 
 @pytest.fixture
@@ -57,13 +64,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def use_cpu_kernels(name):
-    try:
-        _C.set_cpu_capability(name)
-    except RuntimeError as error:
-        pytest.skip(str(error))
 
 
 # An emulator of the CUDA runtime (CONTRIBUTING.md) executes the kernels of rope_ext; torch's own

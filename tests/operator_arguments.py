@@ -1,9 +1,13 @@
 """Arguments for every operator, by the names in its schema."""
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
 from support import random, random_cache, random_positions, random_slots, random_table
+
+import rope_ext
 
 BLOCK_SIZE, RANK, AXES = 4, 3, 2
 NOT_DEFAULT = {"bool": lambda default: not default, "float": lambda default: 0.5 * default}
@@ -21,36 +25,40 @@ class Sizes:
     L: int = 5
 
 
-def arguments_of(
-    operator, sizes=None, *, seed=0, dtype=torch.float32, optional=True, rows=False, float8=True
+def tensors_of(
+    sizes=None,
+    *,
+    seed=0,
+    dtype=torch.float32,
+    rows=False,
+    float8=True,
+    positions_for_all=False,
+    angles=False,
 ):
-    """The tensors of an operator by name, and its other arguments without default.
+    """Values for the arguments of all operators, by name.
 
-    seed: of the values. optional: include arguments that may be None, with each flag the opposite
-    of its default and each float half of it. rows: cos and sin have a row for each token instead of
-    a table. float8: of caches, with scales.
+    seed: of the values. rows: cos and sin have a row for each token instead of a table. float8: of
+    caches, with scales. positions_for_all: gradients of angles are those of one sequence. angles:
+    positions are float numbers, along several axes.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
     P, capacity = D // 2, BLOCK_SIZE * sizes.B * sizes.S
-    makes_angles = operator.pairs == "inv_freq"
+    count = itertools.count(100 * seed + 1)  # the name and the seed decide the values
 
     def drawn(*shape):
-        # The name and the seed decide the values.
-        drawn.count += 1
-        return random(*shape, dtype=dtype, seed=100 * seed + drawn.count)
+        return random(*shape, dtype=dtype, seed=next(count))
 
-    drawn.count = 0
     pool = {name: drawn(B, S, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
     pool |= {name: drawn(B, S, K, D) for name in ("k", "v", "out_k", "grad_k")}
     pool["k_pe"], pool["kv_c"] = drawn(B, S, D), drawn(B, S, RANK)
     table = (B, S, P) if rows else (L, P)
     pool["cos"], pool["sin"] = random_table(*table, dtype=dtype, seed=seed)
     pool["position_ids"] = random_positions(B, S, rows=L, seed=seed)
-    if makes_angles:
+    if angles:
         pool["position_ids"] = drawn(AXES, B, S)
         pool["axes"] = random_positions(P, rows=AXES, seed=seed)
-    positions = (B, S) if optional else (S,)
+    positions = (S,) if positions_for_all else (B, S)
     pool |= {"grad_cos": drawn(*positions, P), "grad_sin": drawn(*positions, P)}
     pool |= {"inv_freq": drawn(P).abs(), "length": S}
     pool |= {"q_weight": drawn(D), "k_weight": drawn(D)}
@@ -64,7 +72,17 @@ def arguments_of(
     in_cache = torch.float8_e4m3fn if float8 else dtype
     pool |= {name: random_cache(*blocks, K, D, dtype=in_cache) for name in ("k_cache", "v_cache")}
     pool["kv_cache"] = random_cache(*blocks, RANK + D, dtype=in_cache)
+    return pool
 
+
+def arguments_of(operator, sizes=None, *, optional=True, **how):
+    """The tensors of an operator by name, and its other arguments without default.
+
+    optional: include arguments that may be None, with each flag the opposite of its default and
+    each float half of it. how: as in tensors_of.
+    """
+    angles = operator.pairs == "inv_freq"
+    pool = tensors_of(sizes, positions_for_all=not optional, angles=angles, **how)
     taken = {}
     for argument in operator.arguments:
         may_be_none = str(argument.type).startswith("Optional")
@@ -79,3 +97,24 @@ def arguments_of(
             if not argument.has_default_value():
                 taken[argument.name] = None
     return taken
+
+
+def function_of(operator):
+    """The function of rope_ext with the arguments of an operator, if there is one."""
+    name, _, out = operator.name.partition(".")
+    function = getattr(rope_ext, name, None)
+    if function is None and hasattr(rope_ext, name.removesuffix("_")):
+        return functools.partial(getattr(rope_ext, name.removesuffix("_")), inplace=True)
+
+    def into(**given):
+        outs = tuple(given.pop(name) for name in operator.outs)
+        return function(**given, out=outs if len(outs) > 1 else outs[0])
+
+    return into if out else function
+
+
+def results_of(function, given, written):
+    """The results of a call, then the tensors that it has written."""
+    returned = function(**given)
+    returned = returned if isinstance(returned, tuple | list) else (returned,)
+    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]

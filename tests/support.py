@@ -155,20 +155,19 @@ VIEWS = {
 # ---- the exact answer
 
 
-def assert_same_bits(got, expected):
+def assert_same_bits(got, expected, case=""):
     """The same shape, dtype and bits, the sign of zero included; any NaN equals any NaN."""
     got, expected = got.detach().cpu(), expected.detach().cpu()
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), case
     nan = _is_nan(expected)
-    assert torch.equal(_is_nan(got), nan)
+    assert torch.equal(_is_nan(got), nan), f"NaN: {case}"
     as_int = BITS[got.element_size()]
     a, b = (t.contiguous().view(as_int).masked_fill(nan, 0) for t in (got, expected))
     if not torch.equal(a, b):
         at = (a != b).nonzero()
         first = tuple(at[0].tolist())
         raise AssertionError(
-            f"{len(at)} of {a.numel()} elements differ, the first at {first}: "
+            f"{case or 'bits'}: {len(at)} of {a.numel()} elements differ, the first at {first}: "
             f"got {got[first].item()!r}, expected {expected[first].item()!r}"
         )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rope_ext
+from rope_ext._operators import OPERATORS
 
 rope = torch.ops.rope
 
@@ -37,23 +38,17 @@ ALLOCATING = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-@pytest.mark.parametrize("operator", ALLOCATING)
-def test_words_of_the_allocator_come_through(operator, mode):
-    calls = [getattr(rope, operator)]
-    calls += [getattr(rope_ext, operator)] if hasattr(rope_ext, operator) else []
-    for call in calls:
-        with mode(), pytest.raises(RuntimeError) as error:
-            call(*ALLOCATING[operator])
-        (words,) = error.value.args
-        assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in words
-
-
-def test_every_operator_that_allocates_is_there():
-    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rope::")}
-    schemas = (torch._C._get_schema(*f"{name}.".split(".")[:2]) for name in names)
-    returning = {schema.name.removeprefix("rope::") for schema in schemas if schema.returns}
-    assert returning == {*ALLOCATING}
+def test_words_of_the_allocator_come_through():
+    assert {operator.name for operator in OPERATORS if operator.result_count} == {*ALLOCATING}
+    for operator, arguments in ALLOCATING.items():
+        calls = [getattr(rope, operator)]
+        calls += [getattr(rope_ext, operator)] if hasattr(rope_ext, operator) else []
+        for call in calls:
+            for mode in (torch.enable_grad, torch.inference_mode):
+                with mode(), pytest.raises(RuntimeError) as error:
+                    call(*arguments)
+                words = f"{error.value.args} of {operator}"
+                assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in words
 
 
 def run_python(code):
@@ -62,8 +57,8 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
-# Limits the memory of a process to 100 MB more than it has.
-LIMITED = """
+# The memory of the process is limited to 100 MB more than it has.
+TRYING_AGAIN = """
 import resource
 import torch
 import rope_ext
@@ -77,14 +72,7 @@ y = rope_ext.apply_rotary(x, cos, sin)
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 100_000_000, now + 100_000_000))
-"""
 
-
-def test_libraries_that_try_again_with_less_do_so():
-    pytest.importorskip("accelerate")
-    code = (
-        LIMITED
-        + """
 try:
     y.backward(x.detach())  # takes 64 MB twice
 except RuntimeError as error:
@@ -98,8 +86,12 @@ def rotate(batch):
 
 print(rotate())
 """
-    )
-    result = run_python(code)
+
+
+@pytest.mark.slow
+def test_libraries_that_try_again_with_less_do_so():
+    pytest.importorskip("accelerate")
+    result = run_python(TRYING_AGAIN)
     backward, batch = result.stdout.split() or ["", result.stderr]
     assert backward == "backward"
     assert 1 <= int(batch) < 16

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from support import (
+    BITS,
     DTYPES,
     ORDERS,
     assert_same_bits,
     name_of,
+    pairwise,
     random,
     random_table,
     rounded_once,
@@ -24,30 +26,28 @@ def every_value(dtype):
     return torch.where(values.isfinite(), values, torch.zeros((), dtype=dtype)).view(1, -1, 1, D)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, order, backend):
+def test_every_value_of_16_bits_is_rounded_to_nearest_even(dtype, backend):
     """With angles for which sums are ties (cos = sin = 0.5), overflow (1) and are exact (0)."""
     x = every_value(dtype).to(backend)
-    tokens = x.shape[1]
-    angles = torch.tensor([[0.5, 0.5], [1.0, 1.0], [1.0, 0.0], [0.3, 0.9]])
-    for c, s in angles.tolist():
-        cos = torch.full((tokens, P), c).to(backend)
-        sin = torch.full((tokens, P), s).to(backend)
-        y = rope.apply_rotary(x, cos, sin, **ORDERS[order])
-        assert_same_bits(y, rounded_once(x, cos, sin, **ORDERS[order]))
+    for c, s in ((0.5, 0.5), (1.0, 1.0), (1.0, 0.0), (0.3, 0.9)):
+        cos, sin = (torch.full((x.shape[1], P), value).to(backend) for value in (c, s))
+        for order, options in ORDERS.items():
+            y = rope.apply_rotary(x, cos, sin, **options)
+            assert_same_bits(y, rounded_once(x, cos, sin, **options), f"{order}, {c}, {s}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_ties_go_to_even(dtype, backend):
-    eps = torch.finfo(dtype).eps
-    # 1 + eps/2 lies between 1 and 1 + eps (1 is even), 1 + 3 eps/2 between 1 + eps and 1 + 2 eps.
-    x = torch.zeros(1, 2, 1, D, dtype=dtype)
-    x[..., 0], x[..., P] = 1, -1
-    sin = torch.zeros(2, P)
-    sin[0, 0], sin[1, 0] = eps / 2, 3 * eps / 2
-    y = rope.apply_rotary(x.to(backend), torch.ones(2, P).to(backend), sin.to(backend)).cpu()
-    assert y[0, :, 0, 0].tolist() == [1, 1 + 2 * eps]
+def test_ties_go_to_even(backend):
+    for dtype in (torch.float16, torch.bfloat16):
+        eps = torch.finfo(dtype).eps
+        # 1 + eps/2 lies between 1 and 1 + eps (1 is even), 1 + 3 eps/2 between 1 + eps and
+        # 1 + 2 eps.
+        x = torch.zeros(1, 2, 1, D, dtype=dtype)
+        x[..., 0], x[..., P] = 1, -1
+        sin = torch.zeros(2, P)
+        sin[0, 0], sin[1, 0] = eps / 2, 3 * eps / 2
+        y = rope.apply_rotary(x.to(backend), torch.ones(2, P).to(backend), sin.to(backend)).cpu()
+        assert y[0, :, 0, 0].tolist() == [1, 1 + 2 * eps], dtype
 
 
 def test_float16_overflows_to_infinity_and_keeps_subnormals(backend):
@@ -64,9 +64,8 @@ def test_float16_overflows_to_infinity_and_keeps_subnormals(backend):
     assert y[0, 2, 0, 0] == 2**-24
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_subnormals_are_kept(dtype, order, backend):
+def test_subnormals_are_kept(dtype, backend):
     """Of x, of the table, of products and of sums; with more tokens than one thread takes."""
     tokens, pairs = 800, 20
     tiny = torch.finfo(dtype).smallest_normal
@@ -83,8 +82,9 @@ def test_subnormals_are_kept(dtype, order, backend):
     sin[3::4] *= tiny**0.5
     x = x.to(dtype)
     cos, sin = cos.to(table_dtype), sin.to(table_dtype)
-    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order])
-    assert_same_bits(y, rounded_once(x, cos, sin, **ORDERS[order]))
+    for order, options in ORDERS.items():
+        y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **options)
+        assert_same_bits(y, rounded_once(x, cos, sin, **options), order)
     subnormal = (y.cpu() != 0) & (y.cpu().abs() < tiny)
     kinds = [kind for kind in range(4) if dtype != torch.float16 or kind != 2]  # 2: rounded to 0
     assert all(subnormal[:, kind::4].any() for kind in kinds)
@@ -102,18 +102,18 @@ def test_subnormals_are_kept_again_when_they_are_flushed_no_more(cpu_kernels):
     assert_same_bits(rope.apply_rotary(x, cos, sin), x)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_of_any_payload_stays_nan(dtype, order, backend):
+def test_nan_of_any_payload_stays_nan(dtype, backend):
     """Also if rounding it as a number would carry into its sign: all of its bits are set."""
     nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     x = torch.ones(1, S, 2, D, dtype=dtype)
-    x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])[0, 0] = -1
+    x.view(BITS[x.element_size()])[0, 0] = -1
     cos, sin = torch.ones(S, P), torch.zeros(S, P)
     cos[1], sin[2] = nan, nan
-    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order]).cpu()
-    assert y[0, :3].isnan().all()
-    assert y[0, 3].eq(1).all()
+    for order, options in ORDERS.items():
+        y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **options).cpu()
+        assert y[0, :3].isnan().all(), order
+        assert y[0, 3].eq(1).all(), order
 
 
 # Channels before the rotated ones, pairs, channels after: whole vectors, part of one, and both.
@@ -126,13 +126,13 @@ def channels_of_pairs(before, pairs, interleaved):
     return before + torch.stack((first, first + (1 if interleaved else pairs)), -1)
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=str)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_and_infinity_stay_within_their_pair(dtype, order, width, backend):
+@pytest.mark.parametrize(
+    ("width", "order", "dtype"), pairwise(width=WIDTHS, order=ORDERS, dtype=DTYPES)
+)
+def test_nan_and_infinity_stay_within_their_pair(width, order, dtype, device):
     """One in every channel, token by token, in one of two heads; in both orders in memory."""
     before, pairs, after = width
-    options = {"rotary_offset": before, **ORDERS[order]}
+    options = {"rotary_offset": before, **order}
     D = before + 2 * pairs + after
     x = random(1, 3 * D, 2, D, dtype=dtype)
     cos, sin = random_table(3 * D, pairs)
@@ -150,49 +150,48 @@ def test_nan_and_infinity_stay_within_their_pair(dtype, order, width, backend):
     expected = rounded_once(x, cos, sin, **options)
     for arrange in (torch.clone, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         y = rope.apply_rotary(
-            arrange(x.to(backend)), cos.to(backend), sin.to(backend), **options
+            arrange(x.to(device)), cos.to(device), sin.to(device), **options
         ).cpu()
         assert_same_bits(y, expected)
         assert torch.equal(~y.isfinite(), hit)
         assert_same_bits(torch.where(hit, clean, y), clean)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nan_in_the_table_reaches_its_pair_in_every_head(dtype, order, backend):
+def test_nan_in_the_table_reaches_its_pair_in_every_head(dtype, device):
     """One in every column of cos and of sin, row by row."""
     pairs = 19
     x = random(1, 2 * pairs, 3, 2 * pairs, dtype=dtype)
     cos, sin = random_table(2 * pairs, pairs)
-    clean = rounded_once(x, cos, sin, **ORDERS[order])
-    wrong = torch.zeros_like(x, dtype=torch.bool)
-    out_of = ORDERS[order].get("interleaved_out", ORDERS[order].get("interleaved", False))
-    channels = channels_of_pairs(0, pairs, out_of)
+    whole = cos.clone(), sin.clone()
     pair = torch.arange(pairs)
     cos[pair, pair] = sin[pairs + pair, pair] = float("nan")
-    for row in range(2 * pairs):
-        wrong[0, row, :, channels[row % pairs]] = True
-    y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), **ORDERS[order]).cpu()
-    assert torch.equal(y.isnan(), wrong)
-    assert_same_bits(torch.where(wrong, clean, y), clean)
+    for order, options in ORDERS.items():
+        clean = rounded_once(x, *whole, **options)
+        out_of = options.get("interleaved_out", options.get("interleaved", False))
+        reached = torch.zeros_like(x, dtype=torch.bool)
+        for row, channels in enumerate(channels_of_pairs(0, pairs, out_of).repeat(2, 1)):
+            reached[0, row, :, channels] = True
+        y = rope.apply_rotary(x.to(device), cos.to(device), sin.to(device), **options).cpu()
+        assert torch.equal(y.isnan(), reached), order
+        assert_same_bits(torch.where(reached, clean, y), clean, order)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_zeros_keep_the_signs_of_the_formula(dtype, backend):
+def test_zeros_keep_the_signs_of_the_formula(backend):
     signs = torch.tensor([0.0, -0.0, 1.0, -1.0])
     x1, x2, c, s = torch.cartesian_prod(signs, signs, signs, signs).unbind(-1)
-    x = torch.stack((x1, x2), -1).view(1, -1, 1, 2).to(dtype)
     cos, sin = c.unsqueeze(-1).contiguous(), s.unsqueeze(-1).contiguous()
-    for inverse in (False, True):
-        y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), inverse=inverse)
-        assert_same_bits(y, rounded_once(x, cos, sin, inverse=inverse))
+    for dtype in DTYPES:
+        x = torch.stack((x1, x2), -1).view(1, -1, 1, 2).to(dtype)
+        for inverse in (False, True):
+            y = rope.apply_rotary(x.to(backend), cos.to(backend), sin.to(backend), inverse=inverse)
+            assert_same_bits(y, rounded_once(x, cos, sin, inverse=inverse), dtype)
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_channels_that_do_not_rotate_keep_their_bits(dtype, inplace, backend):
+def test_channels_that_do_not_rotate_keep_their_bits(dtype, device):
     """Even NaNs with a payload, which arithmetic would change."""
-    as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[torch.finfo(dtype).bits // 8]
+    as_int = BITS[dtype.itemsize]
     before, after = 3, 5
     others = [*range(before), *range(before + D, before + D + after)]
     payload = torch.arange(before + after, dtype=as_int) + 1
@@ -200,11 +199,8 @@ def test_channels_that_do_not_rotate_keep_their_bits(dtype, inplace, backend):
     x = random(1, S, 2, before + D + after, dtype=dtype)
     x.view(as_int)[..., others] = signalling
     expected = x.view(as_int)[..., others].clone()
-    x = x.to(backend)
-    cos, sin = random_table(S, P, device=backend)
-    if inplace:
-        rope.apply_rotary_(x, cos, sin, rotary_offset=before)
-        y = x
-    else:
-        y = rope.apply_rotary(x, cos, sin, rotary_offset=before)
-    assert torch.equal(y.cpu().view(as_int)[..., others], expected)
+    x, table = x.to(device), random_table(S, P, device=device)
+    y = rope.apply_rotary(x, *table, rotary_offset=before)
+    assert torch.equal(y.cpu().view(as_int)[..., others], expected), "out of place"
+    rope.apply_rotary_(x, *table, rotary_offset=before)
+    assert torch.equal(x.cpu().view(as_int)[..., others], expected), "in place"

@@ -14,15 +14,16 @@ from pathlib import Path
 from threading import Barrier
 
 import torch
-from support import assert_same_bits, random, random_positions, random_table
+from operator_arguments import Sizes, arguments_of, results_of, tensors_of
+from support import assert_same_bits
 
 import rope_ext
-
-rope = torch.ops.rope
+from rope_ext._operators import OPERATORS
 
 THREADS = 8
 SECONDS = float(os.environ.get("ROPE_EXT_STRESS_SECONDS", "2"))
-B, S, H, K, D, P, L = 2, 150, 4, 2, 64, 32, 200  # more than one thread of PyTorch's works on it
+SIZES = Sizes(B=2, S=150, H=4, K=2, D=64, L=200)  # for more than one of PyTorch's threads
+CASES = ((torch.float32, False), (torch.bfloat16, True))  # dtype, and whether options are given
 
 
 def in_threads(work):
@@ -38,56 +39,42 @@ def in_threads(work):
 
 
 def calls():
-    """Calls of every operator on inputs that all threads share, by name. Each returns tensors."""
-    q, k = random(B, S, H, D), random(B, S, K, D)
-    cos, sin = random_table(L, P)
-    ids = random_positions(B, S, rows=L)
-    inv_freq, _ = rope_ext.frequencies.default(D)
-    rotary = rope_ext.RotaryEmbedding(D, max_position_embeddings=L)
+    """Calls of every operator on inputs that all threads share, of derivatives, and of a module, by
+    name. Each returns tensors. What is written is a copy for each call.
+    """
+    every = {}
+    for dtype, optional in CASES:
+        for operator in OPERATORS:
+            given = arguments_of(operator, SIZES, dtype=dtype, optional=optional)
 
-    def rotated_by(**options):
-        return lambda: (rope_ext.apply_rotary(q, cos, sin, ids, **options),)
+            def of_operator(operator=operator, given=given):
+                own = {name: given[name].clone() for name in operator.written}
+                return results_of(operator.overload, given | own, operator.written)
 
-    def together(dtype):
-        half_q, half_k = q.to(dtype), k.to(dtype)
-        return lambda: rope_ext.apply_rotary_qk(half_q, half_k, cos, sin, ids)
+            every[f"{operator.name}, {dtype}"] = of_operator
 
-    def in_place():
-        own_q, own_k = q.clone(), k.clone()
-        return rope_ext.apply_rotary_qk(own_q, own_k, cos, sin, ids, inplace=True)
+    given = tensors_of(SIZES)
+    rotary = rope_ext.RotaryEmbedding(SIZES.D, max_position_embeddings=SIZES.L)
 
-    def into_out():
-        return (rope_ext.apply_rotary(q, cos, sin, out=torch.empty_like(q)),)
+    def backward(names, function, *results):
+        leaves = [given[name].clone().requires_grad_() for name in names]
+        return torch.autograd.grad(function(*leaves), leaves, [given[name] for name in results])
 
-    def backward():
-        leaves = [t.clone().requires_grad_() for t in (q, k, cos, sin)]
-        out = rope_ext.apply_rotary_qk(*leaves, ids)
-        return torch.autograd.grad(out, leaves, (k.repeat(1, 1, 2, 1), k))
+    def in_place(x):
+        return rope_ext.apply_rotary(x * 1, given["cos"], given["sin"], inplace=True)
 
-    def backward_in_place():
-        x = q.clone().requires_grad_()
-        y = rope_ext.apply_rotary(x * 1, cos, sin, ids, inplace=True)
-        return torch.autograd.grad(y, x, q)
-
-    def backward_to_frequencies():
-        leaf = inv_freq.clone().requires_grad_()
-        return torch.autograd.grad(rope_ext.cos_sin(leaf, ids), leaf, (cos[ids], sin[ids]))
-
-    return {
-        "half-split": rotated_by(),
-        "interleaved, inverse": rotated_by(interleaved=True, inverse=True),
-        "float16": together(torch.float16),
-        "bfloat16": together(torch.bfloat16),
-        "float64": together(torch.float64),
-        "in place": in_place,
-        "out": into_out,
-        "backward": backward,
-        "backward in place": backward_in_place,
-        "cos_sin": lambda: rope_ext.cos_sin(inv_freq, ids),
-        "by angles": lambda: rope_ext.apply_rotary_qk_at(q, k, inv_freq, ids),
-        "cos_sin_cache": lambda: rope_ext.cos_sin_cache(inv_freq, 300, start=7),
-        "backward to frequencies": backward_to_frequencies,
-        "module": lambda: rotary(q, k),
+    return every | {
+        "backward": lambda: backward(
+            ("q", "k", "cos", "sin"), rope_ext.apply_rotary_qk, "grad_q", "grad_k"
+        ),
+        "backward in place": lambda: backward(("x",), in_place, "grad_q"),
+        "backward to frequencies": lambda: backward(
+            ("inv_freq",),
+            lambda f: rope_ext.cos_sin(f, given["position_ids"]),
+            "grad_cos",
+            "grad_sin",
+        ),
+        "module": lambda: rotary(given["q"], given["k"]),
     }
 
 
@@ -106,10 +93,7 @@ def test_eight_threads_get_the_bits_of_one(threads):
             shuffle(names)
             for name in names:
                 for got, want in zip(every[name](), expected[name], strict=True):
-                    try:
-                        assert_same_bits(got, want)
-                    except AssertionError as error:
-                        raise AssertionError(f"thread {thread}, {name}: {error}") from error
+                    assert_same_bits(got, want, f"thread {thread}, {name}")
             rounds += 1
         return rounds
 
@@ -119,11 +103,11 @@ def test_eight_threads_get_the_bits_of_one(threads):
 def test_table_that_threads_grow_together_has_its_rows():
     """The table of one module, for different lengths: a thread never gets too few or wrong rows."""
     deadline = time.monotonic() + SECONDS / 4
-    inv_freq, _ = rope_ext.frequencies.default(D)
+    inv_freq, _ = rope_ext.frequencies.default(SIZES.D)
     whole = rope_ext.cos_sin_cache(inv_freq, 500)
     modules = 0
     while modules < 5 or time.monotonic() < deadline:
-        rotary = rope_ext.RotaryEmbedding(D, max_position_embeddings=4)
+        rotary = rope_ext.RotaryEmbedding(SIZES.D, max_position_embeddings=4)
 
         def work(thread, rotary=rotary):
             for length in range(1 + thread, 200, 23 + thread):

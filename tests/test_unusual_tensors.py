@@ -2,27 +2,20 @@
 names the operator (a function also the argument) before anything is written.
 """
 
-import functools
 import re
 
 import pytest
 import torch
-from support import (
-    assert_same_bits,
-    random,
-    random_cache,
-    random_positions,
-    random_slots,
-    random_table,
-)
+from operator_arguments import arguments_of, function_of, results_of
+from support import assert_same_bits, random, random_table
 from torch.autograd import forward_ad
 
 import rope_ext
+from rope_ext._operators import OPERATORS
 
 rope = torch.ops.rope
 
-B, S, H, D, P, L = 2, 3, 2, 16, 8, 9
-BLOCKS, BLOCK_SIZE, RANK = 2, 4, 8
+B, S, H, D, P = 2, 3, 2, 16, 8
 NOT_IN_MEMORY = {  # and a plain tensor of the same values
     "negated": (lambda x: torch._neg_view(x if x.element_size() == 1 else -x), lambda x: x),
     "zeros": (lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype), torch.zeros_like),
@@ -38,63 +31,8 @@ OF_OTHER_KINDS = {
 }
 
 
-# ---- every operator, and the functions
-
-
-def overload_of(operator):
-    name, _, overload = operator.partition(".")
-    return getattr(getattr(rope, name), overload or "default")
-
-
-def function_of(operator):
-    """The function of rope_ext with the arguments of an operator, if there is one."""
-    name, _, out = operator.partition(".")
-    function = getattr(rope_ext, name, None)
-    if function is None and hasattr(rope_ext, name.removesuffix("_")):
-        return functools.partial(getattr(rope_ext, name.removesuffix("_")), inplace=True)
-
-    def into(**given):
-        outs = tuple(given.pop(n) for n in tuple(given) if n.startswith("out"))
-        return function(**given, out=outs if len(outs) > 1 else outs[0])
-
-    return into if out else function
-
-
-OPERATORS = sorted(
-    name.removeprefix("rope::")
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("rope::")
-)
-CALLS = {f"rope::{o}": (o, overload_of(o)) for o in OPERATORS}
-CALLS |= {f"rope_ext.{o}": (o, f) for o in OPERATORS if (f := function_of(o)) is not None}
-
-
-def arguments_of(operator):
-    """Values for the tensors of an operator, by name, and for `length`."""
-    names = ["x", "q", "k", "v", "out", "out_q", "out_k", "grad_q", "grad_k"]
-    pool = {name: random(B, S, H, D, seed=i) for i, name in enumerate(names)}
-    for table, seed in (("cos", 0), ("sin", 1)):
-        pool[table] = random_table(L, P, seed=seed)[0]
-    pool |= {name: random(S, P, seed=8) for name in ("grad_cos", "grad_sin")}
-    pool |= {"inv_freq": random(P).abs(), "q_weight": random(D), "k_weight": random(D), "length": S}
-    pool |= {"token_order": torch.tensor([0, 3, 1, 4, 2, 5])}
-    pool |= {"row_offsets": torch.tensor([0, 2, 4, *[6] * (L - 2)])}
-    if operator.startswith("cos_sin") or "_at" in operator:
-        pool |= {"position_ids": torch.arange(2 * S).view(2, S), "axes": torch.arange(P) % 2}
-    else:
-        pool["position_ids"] = random_positions(S, rows=L)
-    pool["slot_mapping"] = random_slots(B, S, capacity=BLOCKS * BLOCK_SIZE)
-    pool |= {name: torch.full((1,), 0.5) for name in ("k_scale", "v_scale", "scale")}
-    pool |= {"k_pe": random(B, S, D), "kv_c": random(B, S, RANK)}
-    for name, shape in (("k_cache", (H, D)), ("v_cache", (H, D)), ("kv_cache", (RANK + D,))):
-        pool[name] = random_cache(BLOCKS, BLOCK_SIZE, *shape, dtype=torch.float8_e4m3fn)
-    taken = [a.name for a in overload_of(operator)._schema.arguments]
-    return {name: pool[name] for name in taken if name in pool}
-
-
-def written_by(operator):
-    arguments = overload_of(operator)._schema.arguments
-    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+CALLS = {operator.op: (operator, operator.overload) for operator in OPERATORS}
+CALLS |= {f"rope_ext.{o.name}": (o, f) for o in OPERATORS if (f := function_of(o)) is not None}
 
 
 def places(make):
@@ -110,13 +48,6 @@ def places(make):
                 yield name, operator, function, place, given
 
 
-def outcome(function, given, written):
-    """The results of a call, then the tensors that it has written."""
-    returned = function(**given)
-    returned = returned if isinstance(returned, tuple | list) else (returned,)
-    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]
-
-
 def refusal(function, given, place):
     """The message. All other tensors are compared with their old values."""
     tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and n != place}
@@ -130,7 +61,7 @@ def refusal(function, given, place):
 
 def assert_names(message, name, operator, place):
     """The message names the operator or function; that of a function also the argument."""
-    base = re.split(r"_?(\.out)?$", operator)[0]
+    base = re.split(r"_?(\.out)?$", operator.name)[0]
     assert re.search(rf"rope(::|\.|_ext\.){base}", message), f"{name}, {place}: {message}"
     if name.startswith("rope_ext"):
         argument = r"out[_[]" if place.startswith("out_") else place  # out_q, or out[0]
@@ -146,9 +77,8 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
     read = set()
     make, plain = NOT_IN_MEMORY[values]
     for name, operator, function, place, given in places(make):
-        written = written_by(operator)
         with mode():
-            if place in written:
+            if place in operator.written:
                 memory = torch._neg_view(given[place]) if values == "negated" else torch.zeros(())
                 before = memory.clone()
                 message = refusal(function, given, place)
@@ -159,14 +89,14 @@ def test_values_that_are_not_in_memory_are_read_right_and_not_written(values, mo
             expected = arguments_of(operator)
             expected[place] = plain(expected[place])
             try:
-                expected = outcome(function, expected, written)
+                expected = results_of(function, expected, operator.written)
             except RuntimeError:  # for scales and slots of zero
                 assert_names(refusal(function, given, place), name, operator, place)
                 continue
-            for a, b in zip(outcome(function, given, written), expected, strict=True):
+            for a, b in zip(results_of(function, given, operator.written), expected, strict=True):
                 assert_same_bits(a, b)
         read.add((operator, place))
-    assert {operator for operator, _ in read} == set(OPERATORS)
+    assert {operator for operator, _ in read} == {*OPERATORS}
     assert {place for _, place in read} >= {"cos", "position_ids", "axes", "q_weight", "kv_c"}
 
 
@@ -177,7 +107,9 @@ def test_tensor_of_another_kind_is_refused_and_nothing_written(kind):
     for name, operator, function, place, given in places(OF_OTHER_KINDS[kind]):
         assert_names(refusal(function, given, place), name, operator, place)
         refused.add(operator)
-    assert refused >= set(OPERATORS) - {"cos_sin_cache"}  # jagged has two dimensions
+    assert {o.name for o in {*OPERATORS} - refused} <= {
+        "cos_sin_cache"
+    }  # jagged has two dimensions
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # used by forward_ad
@@ -199,16 +131,16 @@ def test_tensors_whose_gradient_or_tangent_would_be_lost_are_refused():
             (with_tangent, lambda x: forward_ad.unpack_dual(x).tangent is not None),
         ):
             for name, operator, function, place, given in places(make):
-                kept = {n: x.clone() for n, x in given.items() if n in written_by(operator)}
+                kept = {n: x.clone() for n, x in given.items() if n in operator.written}
                 try:
-                    results = outcome(function, given, written_by(operator))
+                    results = results_of(function, given, operator.written)
                 except RuntimeError as error:
                     assert re.search(r"requires? grad|without tangents", str(error))  # noqa: PT017
                     for n, x in kept.items():
                         assert torch.equal(given[n].float(), x.float()), (
                             f"{name}, {place}: {n} written"
                         )
-                    refused.add((operator, place, make))
+                    refused.add((operator.name, place, make))
                 else:
                     assert any(has(x) for x in results), f"{name}, {place}"
     for place in ("k_scale", "v_scale"):
@@ -216,7 +148,11 @@ def test_tensors_whose_gradient_or_tangent_would_be_lost_are_refused():
         assert ("apply_rotary_qk_append_kv_", place, with_tangent) in refused
 
 
-@pytest.mark.parametrize("rotate", [rope.apply_rotary_qk_, function_of("apply_rotary_qk_")])
+def rotated_in_place(*arguments):
+    return rope_ext.apply_rotary_qk(*arguments, inplace=True)
+
+
+@pytest.mark.parametrize("rotate", [rope.apply_rotary_qk_, rotated_in_place])
 def test_negated_view_is_rotated_in_place_by_vmap_and_refused_in_a_graph(rotate):
     z = random(B, 1, S, H, D).to(torch.complex64) * 1j
     q, k, (cos, sin) = z.conj().imag, random(B, 1, S, H, D), random_table(S, P)

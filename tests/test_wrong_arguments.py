@@ -9,17 +9,19 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
-from support import assert_same_bits, random, random_positions, random_table
+from operator_arguments import Sizes, tensors_of
+from support import assert_same_bits, name_of, random, random_table
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import rope_ext
 from rope_ext import RotaryEmbedding, frequencies, positions
-from rope_ext._operators.token_order import tokens_by_row
+from rope_ext._operators import OPERATORS
 
 rope = torch.ops.rope
 
-B, S, H, K, D, P, L, RANK = 2, 5, 4, 2, 16, 8, 9, 6
+B, S, H, K, D, P, L = 2, 5, 4, 2, 16, 8, 9
+SIZES = Sizes(B, S, H, K, D, L)
 F8 = torch.float8_e4m3fn
 cos, sin = random_table(L, P)
 MODULE = RotaryEmbedding(D, max_position_embeddings=64)
@@ -27,59 +29,26 @@ MODULE = RotaryEmbedding(D, max_position_embeddings=64)
 
 def tensors():
     """A tensor for each argument name of the functions and operators."""
-    ids = random_positions(B, S, rows=L)
-    order, offsets = tokens_by_row(ids, L)
-    return {
-        "x": random(B, S, H, D),
-        "q": random(B, S, H, D),
-        "k": random(B, S, K, D),
-        "v": random(B, S, K, D, seed=1),
-        "cos": cos.clone(),
-        "sin": sin.clone(),
-        "position_ids": ids,
-        "inv_freq": torch.ones(P),
-        "q_weight": torch.ones(D),
-        "k_weight": torch.ones(D),
-        "k_cache": torch.zeros(3, 8, K, D).to(F8),
-        "v_cache": torch.zeros(3, 8, K, D).to(F8),
-        "slot_mapping": torch.arange(B * S),
-        "k_scale": torch.ones(1),
-        "v_scale": torch.ones(1),
-        "k_pe": random(B, S, 2 * P),
-        "kv_c": random(B, S, RANK),
-        "kv_cache": torch.zeros(3, 8, RANK + 2 * P).to(F8),
-        "scale": torch.ones(1),
-        "out": random(B, S, H, D, seed=2),
-        "out_q": random(B, S, H, D, seed=2),
-        "out_k": random(B, S, K, D, seed=2),
-        "grad_q": random(B, S, H, D, seed=3),
-        "grad_k": random(B, S, K, D, seed=3),
-        "token_order": order,
-        "row_offsets": offsets,
-        "grad_cos": random(B, S, P, seed=4),
-        "grad_sin": random(B, S, P, seed=5),
-        "length": 7,
-    }
+    return tensors_of(SIZES)
 
 
-# The function, its name in errors, and the arguments that a good call omits.
+# By their names in errors; and the arguments that a good call omits.
 FUNCTIONS = {
-    "apply_rotary": (rope_ext.apply_rotary, "rope_ext.apply_rotary", {"out"}),
-    "apply_rotary_qk": (rope_ext.apply_rotary_qk, "rope_ext.apply_rotary_qk", {"out"}),
-    "apply_rotary_qk_at": (rope_ext.apply_rotary_qk_at, "rope_ext.apply_rotary_qk_at", {"axes"}),
-    "cos_sin": (rope_ext.cos_sin, "rope_ext.cos_sin", {"axes"}),
-    "cos_sin_cache": (rope_ext.cos_sin_cache, "rope_ext.cos_sin_cache", set()),
-    "append_kv": (
+    **{f"rope_ext.{f.__name__}": f for f in (
+        rope_ext.apply_rotary,
+        rope_ext.apply_rotary_qk,
+        rope_ext.apply_rotary_qk_at,
+        rope_ext.cos_sin,
+        rope_ext.cos_sin_cache,
         rope_ext.apply_rotary_qk_append_kv_,
-        "rope_ext.apply_rotary_qk_append_kv_",
-        set(),
-    ),
-    "mla_append": (rope_ext.apply_rotary_mla_append_, "rope_ext.apply_rotary_mla_append_", set()),
-    "rms_norm": (rope_ext.rms_norm_rotary_qk, "rope_ext.rms_norm_rotary_qk", set()),
-    "module": (MODULE.forward, "RotaryEmbedding", set()),
-    "module's rows": (MODULE.cos_sin, "RotaryEmbedding.cos_sin", set()),
-    "module's table": (MODULE.table, "RotaryEmbedding.table", set()),
-}
+        rope_ext.apply_rotary_mla_append_,
+        rope_ext.rms_norm_rotary_qk,
+    )},
+    "RotaryEmbedding": MODULE.forward,
+    "RotaryEmbedding.cos_sin": MODULE.cos_sin,
+    "RotaryEmbedding.table": MODULE.table,
+}  # fmt: skip
+OMITTED = {"out", "axes"}
 WRONG = {  # values of other types; None is allowed if the annotation says so
     Tensor: (None, [1.0, 2.0], np.ones(3), 1.5, "x", Tensor),
     int: (None, "64", 64.5, [1], torch.ones(2)),
@@ -105,32 +74,30 @@ def wrong_values(name, annotation):
     return values
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_argument_of_another_type_is_named_and_nothing_written(name, inplace):
-    function, called, left_out = FUNCTIONS[name]
+def test_argument_of_another_type_is_named_and_nothing_written(name):
+    function = FUNCTIONS[name]
     annotations = {n: kind for n, kind in function.__annotations__.items() if n != "return"}
-    if inplace and "inplace" not in annotations:
-        return
-    given = {n: t for n, t in tensors().items() if n in annotations and n not in left_out}
-    if inplace:
-        given["inplace"] = True
-    bits = {n: t.clone() for n, t in given.items() if isinstance(t, Tensor)}
-    for argument, annotation in annotations.items():
-        values = wrong_values(argument, annotation)
-        assert values, f"no wrong value of {argument}"
-        for value in values:
-            with pytest.raises(TypeError) as refusal:
-                function(**{**given, argument: value})
-            message = str(refusal.value)
-            by = f"({called}|rope_ext.apply_rotary_qk)" if name == "module" else called
-            expected = rf"{by}: expected {argument}\S* to be [^\n]+, got [^\n]+"
-            assert re.fullmatch(expected, message), message
-            assert "During handling" not in "".join(traceback.format_exception(refusal.value))
-            for n, before in bits.items():
-                assert_same_bits(given[n], before)
-                assert given[n]._version == 0
-    function(**given)  # otherwise the errors above prove nothing
+    by = f"({name}|rope_ext.apply_rotary_qk)" if name == "RotaryEmbedding" else name
+    for inplace in (False, True) if "inplace" in annotations else (False,):
+        given = {n: t for n, t in tensors().items() if n in annotations and n not in OMITTED}
+        if inplace:
+            given["inplace"] = True
+        kept = {n: (t.clone(), t._version) for n, t in given.items() if isinstance(t, Tensor)}
+        for argument, annotation in annotations.items():
+            values = wrong_values(argument, annotation)
+            assert values, f"no wrong value of {argument}"
+            for value in values:
+                with pytest.raises(TypeError) as refusal:
+                    function(**{**given, argument: value})
+                expected = rf"{by}: expected {argument}\S* to be [^\n]+, got [^\n]+"
+                message = str(refusal.value)
+                assert re.fullmatch(expected, message), message
+                assert "During handling" not in "".join(traceback.format_exception(refusal.value))
+                for n, (bits, version) in kept.items():
+                    assert_same_bits(given[n], bits, message)
+                    assert given[n]._version == version, message
+        function(**given)  # otherwise the errors above prove nothing
 
 
 @pytest.mark.parametrize(
@@ -190,46 +157,27 @@ def test_argument_of_another_type_beside_a_compiler():
 # ---- operators: None and every dtype
 
 
-OPERATORS = [
-    name
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("rope::") and not name.startswith("rope::null")
-]
+every = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 
 
-def overload_of(name):
-    packet, _, overload = name.removeprefix("rope::").partition(".")
-    return getattr(getattr(rope, packet), overload or "default")
+def call_by_name(operator, given):
+    """Positional arguments that are not given are None."""
+    given = {n: t for n, t in given.items() if n in operator.defaults}
+    positional = [given.pop(name, None) for name in operator.positional]
+    return operator.overload(*positional, **given)
 
 
-def call_by_name(overload, given):
-    arguments = overload._schema.arguments
-    return overload(
-        *(given.get(a.name) for a in arguments if not a.kwarg_only),
-        **{a.name: given[a.name] for a in arguments if a.kwarg_only and a.name in given},
-    )
-
-
-def good_tensors(overload):
-    given = tensors()
-    names = {a.name for a in overload._schema.arguments}
-    return {n: t for n, t in given.items() if n in names}
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operator_names_the_argument_that_is_none(name):
-    overload = overload_of(name)
-    given = good_tensors(overload)
-    call_by_name(overload, given)
-    for argument in overload._schema.arguments:
-        if str(argument.type) != "Tensor" or (argument.name, name) == (
-            "inv_freq", "rope::cos_sin_cache",  # without a tensor the dispatcher has no kernel
+@every
+def test_operator_names_the_argument_that_is_none(operator):
+    call_by_name(operator, tensors())
+    for argument in operator.arguments:
+        if str(argument.type) != "Tensor" or (argument.name, operator.name) == (
+            "inv_freq", "cos_sin_cache",  # without a tensor the dispatcher has no kernel
         ):  # fmt: skip
             continue
-        given = good_tensors(overload)
-        message = rf"^{name}: expected {argument.name} .*, got None$"
+        message = rf"^{operator.op}: expected {argument.name} .*, got None$"
         with pytest.raises(RuntimeError, match=message), torch.no_grad():
-            call_by_name(overload, {**given, argument.name: None})
+            call_by_name(operator, {**tensors(), argument.name: None})
 
 
 TAKEN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64,
@@ -238,34 +186,27 @@ DTYPES = {v for v in vars(torch).values() if isinstance(v, torch.dtype)} - TAKEN
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operator_names_every_dtype_that_it_does_not_take(name):
-    overload = overload_of(name)
-    given = good_tensors(overload)
-    for argument, t in given.items():
+@every
+def test_operator_names_every_dtype_that_it_does_not_take(operator):
+    given = tensors()
+    for argument in (n for n in operator.tensors if n in given):
         for dtype in DTYPES:
-            if not isinstance(t, Tensor):
-                continue
-            other = torch.empty(t.shape, dtype=dtype)
-            got = str(dtype).removeprefix("torch.")
-            got = {"bit": "uint1", "quint2x4": "quint2x4"}.get(got, got)
+            got = {"bit": "uint1"}.get(name_of(dtype), name_of(dtype))
             newer = "a dtype that this build does not know"  # under a later PyTorch
-            message = rf"^{name}: expected {argument} .*, got ({got}|{newer})( \[.*)?$"
+            message = rf"^{operator.op}: expected {argument} .*, got ({got}|{newer})( \[.*)?$"
+            other = torch.empty(given[argument].shape, dtype=dtype)
             with pytest.raises(RuntimeError, match=message):
-                call_by_name(overload, {**given, argument: other})
+                call_by_name(operator, {**given, argument: other})
 
 
 def test_dtype_of_a_table_that_pytorch_can_not_pass_on():
     for dtype in DTYPES:
-        got = str(dtype).removeprefix("torch.")
         for function, args in (
             (rope_ext.cos_sin_cache, (torch.ones(P), 3)),
             (rope_ext.cos_sin, (torch.ones(P), torch.arange(3))),
         ):
-            message = (
-                rf"^rope_ext.{function.__name__}: expected dtype to be float64, .*, got {got}$"
-            )
-            with pytest.raises(RuntimeError, match=message):
+            expected = f"^rope_ext.{function.__name__}: expected dtype to be float64, "
+            with pytest.raises(RuntimeError, match=rf"{expected}.*, got {name_of(dtype)}$"):
                 function(*args, dtype=dtype)
 
 
@@ -300,18 +241,17 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("argument", POSITIONS)
-def test_positions_of_what_is_no_tensor(argument):
-    for call in POSITIONS[argument]:
-        for bad in ([0, 2], np.arange(3), 1.5):
-            message = rf"^rope_ext\.positions\.\w+: expected {argument} to be a Tensor, got "
-            with pytest.raises(TypeError, match=message):
-                call(bad)
+def test_positions_of_what_is_no_tensor():
+    for argument, calls in POSITIONS.items():
+        message = rf"^rope_ext\.positions\.\w+: expected {argument} to be a Tensor, got "
+        for call in calls:
+            for bad in ([0, 2], np.arange(3), 1.5):
+                with pytest.raises(TypeError, match=message):
+                    call(bad)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_positions_of_other_types():
+    for call, message in (
         (lambda: positions.mrope(5), "mrope: expected segments to be a list, got 5"),
         (lambda: positions.mrope_batch(None), "mrope_batch: expected sequences to be a list"),
         (lambda: positions.mrope_axes(None), "mrope_axes: expected sections to be a list"),
@@ -320,11 +260,9 @@ def test_positions_of_what_is_no_tensor(argument):
          "to be a torch.dtype, got 'float32'"),
         (lambda: positions.mrope([(1, 2, 3, "4")]), r"mrope: expected segments\[0\]\[3\] to be a "
          "float, got '4'"),
-    ],
-)  # fmt: skip
-def test_positions_of_other_types(call, message):
-    with pytest.raises(TypeError, match=rf"^rope_ext\.positions\.{message}"):
-        call()
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"^rope_ext\.positions\.{message}"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from drawing import (
+from random_arguments import (
     ORDERS,
     PAIRS,
     Arguments,
@@ -18,6 +18,8 @@ from drawing import (
     with_axes,
 )
 from support import DTYPES
+
+from rope_ext._operators import OPERATORS
 
 rope = torch.ops.rope
 
@@ -185,7 +187,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::rms_norm_rotary_qk": rms_norm,
     "rope::rms_norm_rotary_qk_backward": rms_norm_backward,
 }
-OPERATORS = list(CALLS)
+RECORDS = {operator.op: operator for operator in OPERATORS}
 
 
 def registered() -> set[str]:
@@ -193,27 +195,11 @@ def registered() -> set[str]:
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rope::")}
 
 
-def overload_of(name: str) -> torch._ops.OpOverload:
-    packet, _, overload = name.removeprefix("rope::").partition(".")
-    return getattr(getattr(rope, packet), overload or "default")
-
-
 def call_operator(name: str, arguments: Arguments) -> object:
-    """Passes arguments by position if the schema has no keyword. Missing ones are left out."""
-    overload = overload_of(name)
-    arguments = dict(arguments)
-    positional = [
-        arguments.pop(a.name, a.default_value)
-        for a in overload._schema.arguments
-        if not a.kwarg_only
-    ]
-    return overload(*positional, **arguments)
-
-
-def written(name: str) -> list[str]:
-    """The arguments that an operator writes."""
-    arguments = overload_of(name)._schema.arguments
-    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    """Passes arguments by position if the schema has no keyword."""
+    operator, given = RECORDS[name], dict(arguments)
+    positional = [given.pop(n, operator.defaults[n]) for n in operator.positional]
+    return operator.overload(*positional, **given)
 
 
 def described(arguments: Arguments) -> str:

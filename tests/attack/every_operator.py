@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from calls import CALLS, call_operator, registered
-from drawing import MANY, Arguments, Draw
+from random_arguments import MANY, Arguments, Draw
 
 import rope_ext  # noqa: F401
 

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 from calls import CALLS
-from drawing import Arguments, Draw
+from random_arguments import Arguments, Draw
 
 import rope_ext
 

@@ -5,7 +5,7 @@ import mmap
 
 import torch
 from calls import ANY_STRIDES, CONTIGUOUS
-from drawing import Draw
+from random_arguments import Draw
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 _libc = ctypes.CDLL(None, use_errno=True)

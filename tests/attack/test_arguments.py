@@ -5,19 +5,18 @@ names the operator, before any byte is written, or the right numbers.
 import contextlib
 import warnings
 
-import hostile
+import invalid_arguments
+import numbered_cases
 import torch
-import walking
-from budget import seconds
-from calls import CALLS, OPERATORS, described, registered
-from drawing import Draw
+from allowed_outcomes import check_outcome, dispatch_state, is_dense, is_huge, kind_of
+from calls import CALLS, described, registered
 from functions import ENTRIES, FUNCTIONS, arguments_of
+from random_arguments import Draw
 from torch._subclasses import FakeTensor
-from verdict import check, dispatch_state, is_dense, is_huge, kind_of
 
 import rope_ext
 
-CALLED = [*((name, None) for name in OPERATORS), *ENTRIES]
+CALLED = [*((name, None) for name in CALLS), *ENTRIES]
 MODES = (torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode)
 # PyTorch can't make such a tensor.
 NOT_MADE = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
@@ -25,16 +24,16 @@ NOT_MADE = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError
 
 def test_every_operator_and_function_has_a_case():
     assert registered() == set(CALLS)
-    functions = {n for n in rope_ext.__all__ if type(getattr(rope_ext, n)) is type(attack)}
+    functions = {n for n in rope_ext.__all__ if type(getattr(rope_ext, n)) is type(run_case)}
     assert functions == {function for _, function in ENTRIES}
     assert all(name.endswith("_backward") for name in set(CALLS) - set(FUNCTIONS))
 
 
 def test_an_error_before_any_write_or_the_right_numbers():
-    walking.survive(__file__, seconds(20))
+    numbered_cases.run_in_a_process(__file__, 1000)
 
 
-def attack(number, note):
+def run_case(number, note):
     d = Draw(f"arguments {number}")
     name, function = CALLED[number % len(CALLED)]
     call = CALLS[name](d)
@@ -48,14 +47,14 @@ def attack(number, note):
             said += changed(d, name, function, call)
     tensors = [x for x in call.values() if isinstance(x, torch.Tensor)]
     if any(isinstance(x, FakeTensor) for x in tensors) and (
-        is_huge(call) or any(x.dtype in hostile.NOT_PRINTED for x in tensors)
+        is_huge(call) or any(x.dtype in invalid_arguments.NOT_PRINTED for x in tensors)
     ):
         return  # PyTorch prints refused mixtures; if that fails, it leaves guards behind
     mode = d.choice(MODES)
     by = f"rope_ext.{function}" if function else name
     note(f"{by}, {' and '.join(said) or 'as it is'}; {mode.__name__}, {described(call)}")
     try:
-        check(name, function, call, mode, replaced, fits=not said)
+        check_outcome(name, function, call, mode, replaced, fits=not said)
     finally:
         assert dispatch_state() == DISPATCHING, "the dispatcher is left in another state"
 
@@ -64,7 +63,7 @@ def changed(d, name, function, call):
     """Changes an argument, or lets two share memory, and describes the change."""
     tensors = [n for n, x in call.items() if is_dense(x) and "Tensor" in str(kind_of(name, n))]
     if tensors and d.chance(0.05):
-        way = d.choice((hostile.FAKES.from_tensor, lambda t: t.to("meta")))
+        way = d.choice((invalid_arguments.FAKES.from_tensor, lambda t: t.to("meta")))
         call |= {n: way(call[n]) for n in tensors}
         return ["all without data"]
     if len(tensors) > 1 and d.chance(0.1):
@@ -75,7 +74,10 @@ def changed(d, name, function, call):
     way, new = replacement(d, kind_of(name, argument), argument, call[argument])
     if new is call[argument] or (
         # PyTorch takes any number for a dtype, and reads past the end of a list.
-        argument == "dtype" and not function and type(new) is int and new not in hostile.OF_NUMBERS
+        argument == "dtype"
+        and not function
+        and type(new) is int
+        and new not in invalid_arguments.OF_NUMBERS
     ):
         return []
     call[argument] = new
@@ -85,21 +87,21 @@ def changed(d, name, function, call):
 def replacement(d, kind, argument, old):
     """The replacement of an argument of this kind in the schema, and its name."""
     if kind is None:
-        way = hostile.text
+        way = invalid_arguments.text
     elif argument == "dtype":
-        way = hostile.dtype_argument
+        way = invalid_arguments.dtype_argument
     elif "Tensor" not in kind:
-        ways = {"bool": hostile.boolean, "float": hostile.floating}
-        way = next((way for of, way in ways.items() if of in kind), hostile.integer)
+        ways = {"bool": invalid_arguments.boolean, "float": invalid_arguments.floating}
+        way = next((way for of, way in ways.items() if of in kind), invalid_arguments.integer)
     else:
-        way = d.choice(hostile.OF_TENSORS)
-    if way not in hostile.OF_TENSORS:
+        way = d.choice(invalid_arguments.OF_TENSORS)
+    if way not in invalid_arguments.OF_TENSORS:
         return way.__name__, way(d, old)
     fitting = old if is_dense(old) else d.indices(3, below=2, dtype=torch.int64)
     new = None
     with contextlib.suppress(*NOT_MADE):
         new = way(d, fitting)
-    return way.__name__, old if new is None and way is not hostile.no_tensor else new
+    return way.__name__, old if new is None and way is not invalid_arguments.no_tensor else new
 
 
 def share_memory(d, call, first, second):
@@ -125,4 +127,4 @@ def share_memory(d, call, first, second):
 DISPATCHING = dispatch_state()
 
 if __name__ == "__main__":
-    walking.main(__file__, attack)
+    numbered_cases.main(__file__, run_case)

@@ -1,24 +1,23 @@
 """Damaged and hostile configs: a ValueError that says what is wrong, or the right frequencies.
 
-Never another exception, never more than a second, and never memory for a refused config. Batches of
-examples of seeds 0, 1, 2, ... run until the time of budget.py is over.
+Never another exception, never more than a second, and never memory for a refused config.
 """
 
 import contextlib
 import copy
 import io
-import itertools
 import json
 import math
 import re
 import time
 import tracemalloc
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
-from budget import seconds
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from numbered_cases import numbers
 from published_configs import (
     DEEPSEEK_YARN,
     GPT_OSS_YARN,
@@ -230,25 +229,16 @@ def assert_right(rope, inv_freq, attention_scaling, length=None):
     assert (inv_freq <= high * (1 + RELATIVE)).all()
 
 
-def attack(check, strategy, default):
-    """Runs check on examples until the time is up; returns how many there were."""
-    examples, end = itertools.count(), time.monotonic() + seconds(default)
-
-    def counted(example):
-        if time.monotonic() < end or batch == 0:
-            next(examples)
-            check(example)
-
+def check_examples(check, strategy, count):
+    """Runs check on `count` examples, or on more until the time of numbered_cases.py is over."""
     bounds = settings(
         max_examples=BATCH,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    for batch in itertools.count():
-        seed(batch)(bounds(given(strategy)(counted)))()
-        if time.monotonic() > end:
-            return next(examples)
+    for batch in numbers(count // BATCH):
+        seed(batch)(bounds(given(strategy)(check)))()
 
 
 def mostly(strategy):
@@ -260,7 +250,7 @@ LAYER_TYPES = st.sampled_from([None, None, *KINDS, *KINDS, "x\ny", ["full_attent
 
 
 def test_config_has_the_right_frequencies_or_is_refused():
-    found = {"frequencies": 0, "modules": 0, "pictures": 0, "refused": 0}
+    found = Counter()
 
     def check(example):
         config, as_object, layer_type, length = example
@@ -268,30 +258,26 @@ def test_config_has_the_right_frequencies_or_is_refused():
             config = SimpleNamespace(**config)
         options = {"layer_type": layer_type}
         got = answer(frequencies.from_config, config, length=length, **options)
-        found["frequencies" if got else "refused"] += 1
+        found["right" if got else "refused"] += 1
         if got is not None:
             assert_right(resolve(config, layer_type), *got, length)
         module = answer(RotaryEmbedding.from_config, config, **options)
         if module is not None:
-            found["modules"] += 1
             own = answer(frequencies.from_config, config, **options)
             assert torch.equal(module.inv_freq, own[0])
             assert module.attention_scaling == own[1]
         rope = answer(ModelRotation.of, config, layer_type)
         if rope is not None:
-            found["pictures"] += 1
             assert 2 <= rope.trained <= rope.extended < 2**31
 
     as_object = st.sampled_from([False] * 5 + [True])
     strategy = st.tuples(mostly(damaged(CONFIGS)), as_object, LAYER_TYPES, LENGTHS)
-    found["examples"] = attack(check, strategy, 8)
-    print(found)
-    assert found["frequencies"] > 0
-    assert found["refused"] > 0
+    check_examples(check, strategy, 200)
+    assert min(found["right"], found["refused"]) > 0
 
 
 def test_scaling_has_the_right_frequencies_or_is_refused():
-    found = {"frequencies": 0, "modules": 0, "refused": 0}
+    found = Counter()
 
     def check(example):
         scaling, head_dim, rotary_dim, base, longest, length = example
@@ -300,7 +286,7 @@ def test_scaling_has_the_right_frequencies_or_is_refused():
         got = answer(
             frequencies.from_scaling, head_dim, scaling, length=length, **options, **base_if_any
         )
-        found["frequencies" if got else "refused"] += 1
+        found["right" if got else "refused"] += 1
         if got is not None:
             whole = rotary_dim is None or rope_type_of(scaling) == "proportional"
             rope = SimpleNamespace(
@@ -312,7 +298,6 @@ def test_scaling_has_the_right_frequencies_or_is_refused():
             assert_right(rope, *got, length)
         module = answer(RotaryEmbedding, head_dim, scaling=scaling, base=base, **options)
         if module is not None:
-            found["modules"] += 1
             assert_right(module, module.inv_freq, module.attention_scaling)
 
     strategy = st.tuples(
@@ -323,10 +308,8 @@ def test_scaling_has_the_right_frequencies_or_is_refused():
         mostly(st.sampled_from([None, 4096, 131072])),
         LENGTHS,
     )
-    found["examples"] = attack(check, strategy, 4)
-    print(found)
-    assert found["frequencies"] > 0
-    assert found["refused"] > 0
+    check_examples(check, strategy, 200)
+    assert min(found["right"], found["refused"]) > 0
 
 
 @st.composite
@@ -345,7 +328,7 @@ def damaged_text(draw):
 
 
 def test_command_writes_a_page_or_one_line(tmp_path):
-    found = {0: 0, 2: 0}
+    found = Counter()
     path, out = tmp_path / "config.json", tmp_path / "page.html"
 
     def explored():
@@ -364,6 +347,5 @@ def test_command_writes_a_page_or_one_line(tmp_path):
         assert shown.count("\n") == (0 if status == 0 else 1)
         assert len(shown) < 1500
 
-    examples = attack(check, damaged_text(), 3)
-    print(found, examples)
-    assert all(found.values())
+    check_examples(check, damaged_text(), 100)
+    assert min(found[0], found[2]) > 0

@@ -2,32 +2,28 @@
 or written, and the results are right to the last bit.
 """
 
+import numbered_cases
 import torch
-import walking
-from budget import seconds
-from calls import CALLS, OPERATORS, call_operator, described, registered, written
-from drawing import Arguments, Draw
+from calls import CALLS, RECORDS, call_operator, described
+from expected_results import expected_results
 from guarded_pages import PAGE, Arena, placed
+from random_arguments import Arguments, Draw
 from support import assert_same_bits
-from truth import truth
 
 from rope_ext import _C
 
 PATHS = ("avx2", "portable") if "avx2" in _C.build_info()["cpu_capability"] else ("portable",)
+NAMES = list(CALLS)
 ARENA = Arena()
 
 
-def test_every_operator_has_a_case():
-    assert registered() == set(CALLS)
-
-
 def test_no_byte_outside_of_a_tensor_is_touched():
-    walking.survive(__file__, seconds(20))
+    numbered_cases.run_in_a_process(__file__, 640)
 
 
-def attack(number, note):
-    name = OPERATORS[number % len(OPERATORS)]
-    path = PATHS[number // len(OPERATORS) % len(PATHS)]
+def run_case(number, note):
+    name = NAMES[number % len(NAMES)]
+    path = PATHS[number // len(NAMES) % len(PATHS)]
     d = Draw(f"memory {number}")
     call = CALLS[name](d)
     if any(isinstance(t, torch.Tensor) and max(t.shape, default=0) > 2**20 for t in call.values()):
@@ -35,7 +31,7 @@ def attack(number, note):
     elements = max((t.numel() for t in call.values() if isinstance(t, torch.Tensor)), default=0)
     torch.set_num_threads(2 if elements > 2**15 else 1)
     ARENA.reset()
-    outputs = written(name)
+    outputs = RECORDS[name].written
     for argument, t in call.items():
         if isinstance(t, torch.Tensor):
             call[argument] = placed(ARENA, d, t, argument, is_written=argument in outputs)
@@ -45,7 +41,7 @@ def attack(number, note):
     whole = [pages.bytes for _, pages in ARENA.taken]
     before = [t.clone() for t in whole]
     inputs = contiguous(call)
-    expected = truth(name, inputs)
+    expected = expected_results(name, inputs)
     _C.set_cpu_capability(path)
     results = results_of(name, call)
     for want, got, argument in zip(expected, results, outputs or "0123", strict=False):
@@ -69,10 +65,10 @@ def contiguous(call: Arguments) -> Arguments:
 
 def results_of(name: str, call: Arguments) -> list[torch.Tensor]:
     result = call_operator(name, call)
-    if written(name):
-        return [call[argument] for argument in written(name)]
+    if RECORDS[name].written:
+        return [call[argument] for argument in RECORDS[name].written]
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 if __name__ == "__main__":
-    walking.main(__file__, attack)
+    numbered_cases.main(__file__, run_case)

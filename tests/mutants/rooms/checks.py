@@ -7,7 +7,7 @@ MUTANTS = [
     # A last dimension of stride 0 passes, any dtype is read as positions, packed heads and channels
     # are read from elsewhere.
     *mutants(
-        "csrc/check/parts.h", "test_bad_input test_drawn_arguments test_apply_rotary",
+        "csrc/check/parts.h", "test_bad_input test_apply_rotary attack/test_arguments",
         ("expanded-last-dimension-passes", "t.stride(last) != 1", "t.stride(last) > 1"),
         ("index-of-any-dtype-passes",
          "if (t.scalar_type() != torch::headeronly::ScalarType::Int &&",
@@ -18,7 +18,7 @@ MUTANTS = [
     ),
     # Arguments are accepted that make the kernel read or write other memory than the tensors have.
     *mutants(
-        "csrc/check/heads.h", "test_bad_input test_drawn_arguments",
+        "csrc/check/heads.h", "test_bad_input attack/test_arguments",
         ("head-dim-of-k-unchecked", "same = d == q.dim() - 2 ||", "same = d == q.dim() - 1 ||"),
         ("dtype-of-k-unchecked", 'check_dtype_like(op, "k", k, "q", q);', ""),
         ("odd-rotary-dim-passes", "rotary_dim % 2 != 0 || rotary_dim > head_dim",
@@ -27,7 +27,7 @@ MUTANTS = [
     ),
     # Views that share elements are written.
     *mutants(
-        "csrc/check/overlap.cpp", "test_bad_input test_properties",
+        "csrc/check/overlap.cpp", "test_bad_input test_overlap",
         ("sliding-windows-pass", "if (a.stride[d] < extent) return true;",
          "if (a.stride[d] == 0) return true;"),
         ("overlap-within-a-run-unseen",
@@ -36,13 +36,13 @@ MUTANTS = [
     ),
     # q and k that share elements are written.
     *mutants(
-        "csrc/check/written.h", "test_bad_input test_properties",
+        "csrc/check/written.h", "test_bad_input test_overlap",
         ("overlap-of-two-written-unseen", "size_t b = a + 1", "size_t b = a + 2"),
     ),
     # Rows of the table are taken from another place, or from outside of it.
     *mutants(
         "csrc/check/rotation.cpp",
-        "test_bad_input test_apply_rotary test_strides test_drawn_arguments",
+        "test_bad_input test_apply_rotary test_strides attack/test_arguments",
         ("positions-of-two-sequences-are-those-of-one", "rank == 2 && ids.size(0) > 1)",
          "rank == 2 && ids.size(0) > 2)"),
         ("positions-of-the-last-sequence-unchecked", "std::min<int64_t>(batch, 1) : batch;",
@@ -59,7 +59,7 @@ MUTANTS = [
     ),
     # A wrong axis is no error, but NaN.
     *mutants(
-        "csrc/check/angles.cpp", "test_axes test_drawn_arguments",
+        "csrc/check/angles.cpp", "test_axes attack/test_arguments",
         ("axis-one-past-the-last-passes", "if (is_inside(axis, count)) continue;",
          "if (is_inside(axis, count + 1)) continue;"),
     ),

@@ -12,7 +12,7 @@ MUTANTS = [
     ),
     # The tail turns by other rows, other channels are written, results go elsewhere.
     *mutants(
-        "csrc/cpu/isa/rotation.inl", "test_apply_rotary test_strides test_out test_properties",
+        "csrc/cpu/isa/rotation.inl", "test_apply_rotary test_strides attack/test_memory",
         ("tail-by-the-rows-before", "rotate(turn_at(i), tail1, tail2);",
          "rotate(turn_at(last), tail1, tail2);"),
         ("tail-stored-too-early", "P::store(out + P::kStepOut * last, half, tail1, tail2);",
@@ -32,7 +32,7 @@ MUTANTS = [
     # Entries of other pairs; the inverse of unequal halves; a NaN that may become a number.
     *mutants(
         "csrc/cpu/isa/table_rows.inl",
-        "test_apply_rotary test_special_values test_rotary_at test_properties",
+        "test_apply_rotary test_special_values test_rotary_at attack/test_memory",
         ("row-of-the-tail-from-whole-vectors-on", "first + pairs - kLanes, kLanes,",
          "first + whole, kLanes,"),
         ("inverse-by-the-first-sine", "kFullWidth ? to.s2[i] : to.s1[i];", "to.s1[i];"),

@@ -81,7 +81,7 @@ MUTANTS = [
     # Gradients of inverse rotations and of other orders, tangents with an offset, a lost gradient.
     *mutants(
         "rope_ext/_operators/rotation.py",
-        "test_gradients test_transforms test_every_operator test_properties",
+        "test_gradients test_transforms test_every_operator",
         ("backward-is-always-inverse", '"inverse": not options.get("inverse", False)}',
          '"inverse": True}'),
         ("backward-keeps-the-order-of-the-result",

@@ -6,7 +6,7 @@ from rooms.mutant import mutants
 MUTANTS = [
     # Signs of sines; the transpose differs where the halves of a table do.
     *mutants(
-        "csrc/math/rotation.h", "test_apply_rotary test_gradients test_properties",
+        "csrc/math/rotation.h", "test_apply_rotary test_gradients attack/test_memory",
         ("second-channel-turns-the-other-way", "x2 * turn.c2 + x1 * turn.s2;",
          "x2 * turn.c2 - x1 * turn.s2;"),
         ("inverse-is-no-transpose", "{turn.c1, -turn.s2, turn.c2, -turn.s1}",

@@ -6,7 +6,7 @@ from rooms.mutant import mutants
 MUTANTS = [
     # A wrong argument is ignored, or another one than was given is used.
     *mutants(
-        "rope_ext/options.py", "test_bad_input test_apply_rotary test_strides",
+        "rope_ext/options.py", "test_bad_input test_out test_apply_rotary",
         ("negative-offset-is-ignored", "if rotary_offset != 0:", "if rotary_offset > 0:"),
         ("sequence-first-is-batch-first", '"sbhd": (4, (0, 1)),', '"sbhd": (4, None),'),
         ("pairs-to-halves-in-place-passes", "if order is not None and order != interleaved:",
@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     # In a transform nothing is written; `out` counts no version.
     *mutants(
-        "rope_ext/_results.py", "test_transforms test_out test_compile",
+        "rope_ext/_results.py", "test_out test_in_place test_transforms test_compile",
         ("transforms-write-nothing",
          "tuple(x.copy_(y) for x, y in zip(tensors, new, strict=True))", "tuple(new)"),
         ("out-counts-no-version", "options, tuple(out))", "options)"),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from calls import rope, written
-from drawing import ROTATION_DEFAULTS, Arguments
+from calls import RECORDS, rope
 from normed_inputs import normalised, roundings, sizes_of
+from random_arguments import ROTATION_DEFAULTS, Arguments
 from support import assert_same_bits, rounded_once, ulp
 
 from rope_ext import reference
@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 @dataclass
-class Truth:
+class Expected:
     """A tensor of these bits; or one of this dtype, off by half an ulp and `allowed` at most."""
 
     value: torch.Tensor
@@ -44,10 +44,10 @@ class Truth:
             raise AssertionError(f"{name}: {error}") from None
 
 
-def truth(name: str, arguments: Arguments) -> list[Truth]:
+def expected_results(name: str, arguments: Arguments) -> list[Expected]:
     """Of the tensors that the operator writes, in the order of its schema; else of its results."""
     operator = name.removeprefix("rope::").removesuffix(".out")
-    if written(name):
+    if RECORDS[name].written:
         operator = operator.removesuffix("_")
     arguments = dict(arguments)
     x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
@@ -56,7 +56,7 @@ def truth(name: str, arguments: Arguments) -> list[Truth]:
         # No token has a position, so the positions of other sequences' tokens are arbitrary.
         arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
         arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
-    return TRUTHS[operator](arguments)
+    return RESULTS_OF[operator](arguments)
 
 
 def _unfit(a: Arguments) -> list[str]:
@@ -75,29 +75,29 @@ def rotation_of(a: Arguments) -> Arguments:
     return {name: a[name] for name in ROTATION_DEFAULTS if a.get(name) is not None}
 
 
-def _rotate(a: Arguments) -> list[Truth]:
+def _rotate(a: Arguments) -> list[Expected]:
     rows = a["cos"], a["sin"], a.get("position_ids")
     xs = [a[name] for name in ("x", "q", "k") if name in a]
-    return [Truth(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
+    return [Expected(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
 
 
-def _append(a: Arguments) -> list[Truth]:
+def _append(a: Arguments) -> list[Expected]:
     """By the reference, from the rotation's result rounded once."""
-    q, k = (truth.value for truth in _rotate(a))
+    q, k = (expected.value for expected in _rotate(a))
     caches = [
         reference._stored(a[f"{x}_cache"], rows, a["slot_mapping"], a.get(f"{x}_scale"))
         for x, rows in (("k", k), ("v", a["v"]))
     ]
-    return [Truth(x) for x in (q, k, *caches)]
+    return [Expected(x) for x in (q, k, *caches)]
 
 
-def _mla_append(a: Arguments) -> list[Truth]:
+def _mla_append(a: Arguments) -> list[Expected]:
     wide = F64 if a["q"].dtype == F64 else torch.float32
     a |= {name: a[name].to(wide) for name in ("cos", "sin")}
-    return [Truth(x) for x in reference.apply_rotary_mla_append(**a)]
+    return [Expected(x) for x in reference.apply_rotary_mla_append(**a)]
 
 
-def _at(a: Arguments) -> list[Truth]:
+def _at(a: Arguments) -> list[Expected]:
     """The rotation by the rows of cos_sin, in the dtype of the arithmetic."""
     ids = a.get("position_ids")
     if ids is None:
@@ -125,7 +125,7 @@ def _angles(a: Arguments, length: int | None = None) -> tuple[torch.Tensor, torc
     return ids, angles.where(reach, torch.nan)
 
 
-def _table(a: Arguments) -> list[Truth]:
+def _table(a: Arguments) -> list[Expected]:
     _, angles = _angles(a, a.get("length"))
     given, dtype = a["inv_freq"].dtype, a.get("dtype")
     dtype = dtype or (F64 if given == F64 else torch.float32)
@@ -133,10 +133,10 @@ def _table(a: Arguments) -> list[Truth]:
     exact = [angles.cos() * scaling, angles.sin() * scaling]
     # The angle here is off by half an ulp of float64; its sine by as much, and by one ulp more.
     here = abs(scaling) * (angles.abs() + 2) * 2.0**-52
-    return [Truth(x, 0.5 * ulp(x.nan_to_num(), dtype) + here, dtype) for x in exact]
+    return [Expected(x, 0.5 * ulp(x.nan_to_num(), dtype) + here, dtype) for x in exact]
 
 
-def _table_backward(a: Arguments) -> list[Truth]:
+def _table_backward(a: Arguments) -> list[Expected]:
     """Token by token through the reference, then summed. A term is a sum of two products; a sum of
     N of them is off by at most N units of the sum of their sizes.
     """
@@ -177,10 +177,10 @@ def _table_backward(a: Arguments) -> list[Truth]:
             sums = [torch.nn.functional.pad(t, (0, 0, 0, rest)) for t in sums]
     unit = 2.0**-52 if dtype == F64 else 2.0**-23
     allowed = sums[2] * unit * (tokens.numel() * heads + 4)
-    return [Truth(t, allowed, cos.dtype) for t in sums[:2]]
+    return [Expected(t, allowed, cos.dtype) for t in sums[:2]]
 
 
-def _cos_sin_backward(a: Arguments) -> list[Truth]:
+def _cos_sin_backward(a: Arguments) -> list[Expected]:
     grad_cos, grad_sin = a["grad_cos"].double(), a["grad_sin"].double()
     ids, angles = _angles(a, grad_cos.shape[0] if grad_cos.dim() else 0)
     scaling = a.get("attention_scaling", 1.0)
@@ -189,7 +189,7 @@ def _cos_sin_backward(a: Arguments) -> list[Truth]:
     pairs = angles.shape[-1]
     total, size = (t.reshape(-1, pairs).sum(0) for t in (by_angle, sizes))
     count = by_angle.numel() // pairs if pairs else 0
-    return [Truth(total, size * (count + 4) * 2.0**-52, a["inv_freq"].dtype)]
+    return [Expected(total, size * (count + 4) * 2.0**-52, a["inv_freq"].dtype)]
 
 
 def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
@@ -206,7 +206,7 @@ def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
     return a, case
 
 
-def _rms_norm(a: Arguments) -> list[Truth]:
+def _rms_norm(a: Arguments) -> list[Expected]:
     a, case = _normed(a)
     rows = a["cos"], a["sin"], a.get("position_ids")
     weights = a["q_weight"], a["k_weight"]
@@ -215,11 +215,11 @@ def _rms_norm(a: Arguments) -> list[Truth]:
     for value, x, weight in zip(exact, (a["q"], a["k"]), weights, strict=True):
         n, _, factor = normalised(x, weight, case)
         size = sizes_of(n * factor, weight, rows, case)
-        out.append(Truth(value, roundings(case, x) * size, case.dtype))
+        out.append(Expected(value, roundings(case, x) * size, case.dtype))
     return out
 
 
-def _rms_norm_backward(a: Arguments) -> list[Truth]:
+def _rms_norm_backward(a: Arguments) -> list[Expected]:
     """Bounds as in test_rms_norm_rotary.py."""
     weight_dtype = a["q_weight"].dtype
     a, case = _normed(a)
@@ -233,7 +233,7 @@ def _rms_norm_backward(a: Arguments) -> list[Truth]:
     order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
     how |= {"inverse": not how["inverse"]}
     how |= {"interleaved": order, "interleaved_out": how["interleaved"]}
-    out: list[list[Truth]] = [[], []]
+    out: list[list[Expected]] = [[], []]
     for i in range(2):
         x, weight, seed = leaves[i].detach(), leaves[2 + i].detach(), seeds[i].abs()
         n, inverse_rms, factor = (t.abs() for t in normalised(x, weight, case))
@@ -244,16 +244,16 @@ def _rms_norm_backward(a: Arguments) -> list[Truth]:
         row = (-1,) if weight.dim() == 1 else (-2, -1)
         size = inverse_rms * (g * factor + n * (n * g * factor).mean(row, keepdim=True))
         rounding = 2 * roundings(case, x) + 8 * 2.0**-24 * (case.dtype != F64)
-        out[0].append(Truth(exact[i], 2 * rounding * size, case.dtype))
+        out[0].append(Expected(exact[i], 2 * rounding * size, case.dtype))
         terms = x.numel() // max(weight.numel(), 1)
         unit = 2.0**-24 if case.dtype != F64 else 2.0**-52
         summed = tuple(range(x.dim() - weight.dim()))
         allowed = (rounding + terms * unit) * (n * g).sum(summed)
-        out[1].append(Truth(exact[2 + i], allowed, weight_dtype))
+        out[1].append(Expected(exact[2 + i], allowed, weight_dtype))
     return [*out[0], *out[1]]
 
 
-TRUTHS: dict[str, Callable[[Arguments], list[Truth]]] = {
+RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
     "apply_rotary_qk_append_kv": _append,

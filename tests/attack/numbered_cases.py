@@ -1,7 +1,10 @@
 """Numbered cases in a separate process, where a crash is a failure that names its case.
 
-A case is made from its number alone, so the number suffices to run it again. Hypothesis would
-shrink a case, but drawing one takes longer than running these, which describe themselves.
+A case is made from its number alone, so the number suffices to run it again:
+`PYTHONPATH=.:tests python tests/attack/test_memory.py 1234`. Hypothesis would shrink a case, but
+drawing one takes longer than running these, which describe themselves.
+
+ROPE_EXT_ATTACK_SECONDS is the time to spend; without it, tests have a fixed number of cases.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +29,22 @@ PER_CASE = 60  # seconds after which a case hangs
 KINDS_SHOWN = 20
 MEMORY = 4 * 2**30  # that a case may take beyond what the process has at first
 
-Attack = Callable[[int, Callable[[str], None]], None]  # (number, function that describes the case)
+RunCase = Callable[[int, Callable[[str], None]], None]  # (number, function that describes the case)
 
 
-def survive(script: str, seconds: float) -> None:
-    """Runs the cases of a script for some seconds. Fails if one fails, or ends the process."""
+def numbers(count: int) -> Iterator[int]:
+    """0, 1, 2, ... below count, or until ROPE_EXT_ATTACK_SECONDS are over."""
+    if "ROPE_EXT_ATTACK_SECONDS" not in os.environ:
+        return iter(range(count))
+    end = time.monotonic() + float(os.environ["ROPE_EXT_ATTACK_SECONDS"])
+    return itertools.takewhile(lambda _: time.monotonic() < end, itertools.count())
+
+
+def run_in_a_process(script: str, count: int) -> None:
+    """Runs `count` cases of a script. Fails if one fails, or ends the process."""
     with tempfile.NamedTemporaryFile("w+") as current:
         done = subprocess.run(
-            [sys.executable, script, "--seconds", str(seconds), "--current", current.name],
+            [sys.executable, script, "--count", str(count), "--current", current.name],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
@@ -42,7 +53,6 @@ def survive(script: str, seconds: float) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=seconds + 10 * PER_CASE,
         )
         case = current.read().rstrip()
     print(done.stdout)
@@ -52,11 +62,11 @@ def survive(script: str, seconds: float) -> None:
     assert done.returncode == 0, f"{ended}, the last was {case}\n{done.stdout[-8000:]}"
 
 
-def main(script: str, attack: Attack) -> None:
-    """Runs all cases until the time is over, or one."""
+def main(script: str, run_case: RunCase) -> None:
+    """Runs many cases, or one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", nargs="?", type=int, help="run this one alone")
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--count", type=int, default=1000, help="of cases, from 0 on")
     parser.add_argument("--current", default=os.devnull, help="where the case is written that runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,29 +75,27 @@ def main(script: str, attack: Attack) -> None:
     used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     if given.case is not None:
-        return attack(given.case, print)
-    sys.exit(_walk(script, attack, given.seconds, given.current))
-
-
-def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
-    file = os.open(current, os.O_WRONLY)
+        return run_case(given.case, print)
     command = f"PYTHONPATH=.:tests python {Path(script).relative_to(ROOT)}"
-    failures: dict[str, str] = {}
-    deadline = time.monotonic() + seconds
-    said = ""
+    sys.exit(_run_all(command, run_case, numbers(given.count), os.open(given.current, os.O_WRONLY)))
 
-    for number in itertools.count():
-        if time.monotonic() > deadline or len(failures) == KINDS_SHOWN:
+
+def _run_all(command: str, run_case: RunCase, cases: Iterator[int], current: int) -> int:
+    failures: dict[str, str] = {}
+    said, number = "", 0
+
+    for number in cases:
+        if len(failures) == KINDS_SHOWN:
             break
 
         def note(text: str, number: int = number) -> None:
             nonlocal said
             said = f"{command} {number}  # {text}"
-            os.pwrite(file, said.encode().ljust(4000)[:4000], 0)
+            os.pwrite(current, said.encode().ljust(4000)[:4000], 0)
 
         signal.alarm(PER_CASE)
         try:
-            attack(number, note)
+            run_case(number, note)
         except Exception as error:
             if "DefaultCPUAllocator" in str(error):
                 continue  # too large for memory
@@ -96,5 +104,5 @@ def _walk(script: str, attack: Attack, seconds: float, current: str) -> int:
                 failures[kind] = said
                 print(f"{said}\n{traceback.format_exc()}", flush=True)
     signal.alarm(0)
-    print(f"{number} cases, {len(failures)} kinds of failures")
+    print(f"{number + 1} cases, {len(failures)} kinds of failures")
     return min(len(failures), 1)

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import torch
-from drawing import Draw
+from random_arguments import Draw
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 

@@ -7,11 +7,11 @@ import functools
 import re
 
 import torch
-from calls import call_operator, overload_of, written
+from calls import RECORDS, call_operator
+from expected_results import expected_results
 from functions import call_function, in_layout, of_operator, operator_of
-from hostile import OF_NUMBERS, Wrapper, is_dense
+from invalid_arguments import OF_NUMBERS, Wrapper, is_dense
 from torch._subclasses import FakeTensor
-from truth import truth
 
 MANY = 2**20  # a loop over more sequences or tokens takes too long
 EXACT_FOR_ANY_NUMBER = ("rope::cos_sin", "rope::cos_sin_cache")
@@ -28,7 +28,7 @@ WORDS_OF_PYTORCH = {
 }
 
 
-def check(name, function, call, mode, replaced, *, fits):
+def check_outcome(name, function, call, mode, replaced, *, fits):
     tensors = map(inner, (*replaced, *call.values()))
     memory = {t.untyped_storage()._cdata: t for t in tensors if is_dense(t)}.values()
     before = [(t, bytes_of(t), None if t.is_inference() else t._version) for t in memory]
@@ -88,12 +88,12 @@ def check_numbers(name, function, call, meanings, result):
             layout = {"layout": meanings.get("layout", "bshd")}
             results = [in_layout({**layout, "x": x})["x"] for x in results]
         meanings, after = of_operator(meanings), of_operator(after)
-    expected = truth(name, meanings)
+    expected = expected_results(name, meanings)
     wild = name not in EXACT_FOR_ANY_NUMBER and any(map(is_wild, meanings.values()))
-    for want, got in zip(expected, results, strict=not written(name)):
+    for want, got in zip(expected, results, strict=not RECORDS[name].written):
         if want.allowed is None or not wild:
             want.check(got, "result")
-    for argument, want in zip(written(name), expected, strict=False):
+    for argument, want in zip(RECORDS[name].written, expected, strict=False):
         want.check(plain(after[argument]), argument)
         with torch.inference_mode():
             after[argument].copy_(meanings[argument])
@@ -107,7 +107,7 @@ def kind_of(name, argument):
     """The type in the schema; None for words of the functions."""
     if argument in OF_FUNCTIONS:
         return OF_FUNCTIONS[argument]
-    return next(str(a.type) for a in overload_of(name)._schema.arguments if a.name == argument)
+    return next(str(a.type) for a in RECORDS[name].arguments if a.name == argument)
 
 
 def as_number(kind, x):
