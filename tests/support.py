@@ -5,6 +5,9 @@ Data are made on the CPU and moved, so they are the same on every device; result
 the CPU.
 """
 
+import contextlib
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -206,6 +209,15 @@ def assert_derivatives(function, inputs):
         function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
     )
     assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+
+
+@contextlib.contextmanager
+def naming(case):
+    """An error in the block names the case: for a loop over cases in one test."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"{case}: {error}") from error
 
 
 class LargeTensors(TorchDispatchMode):
