@@ -28,7 +28,8 @@ from rope_ext.integrations.onnx import TRANSLATIONS
 B, S, H, D, L = 2, 7, 3, 16, 40
 R = 10  # of D channels, if a part rotates
 SIZES = [(B, S), (3, 11), (1, 1)]  # batch and length; exported with the first
-LIKE_X = {0: "batch", 1: "length"}
+ANY = torch.export.Dim.AUTO
+LIKE_X = {0: ANY, 1: ANY}
 
 
 class Case:
@@ -65,16 +66,16 @@ class Case:
         return x, *table, random_positions(*ids, rows=leading[0], dtype=torch.int32)
 
     def dynamic(self):
-        x = {0: "tokens"} if "packed" in self.rows else LIKE_X
+        x = {0: ANY} if "packed" in self.rows else LIKE_X
         table = {
             "rows": LIKE_X,
-            "rows of one sequence": {1: "length"},
-            "rows, packed": {1: "tokens"},
+            "rows of one sequence": {1: ANY},
+            "rows, packed": {1: ANY},
         }.get(self.rows)
         ids = {
             "table, [B, S]": [LIKE_X],
-            "table, [1, S]": [{1: "length"}],
-            "table, [S]": [{0: "length"}],
+            "table, [1, S]": [{1: ANY}],
+            "table, [S]": [{0: ANY}],
             "short table, packed": [x],
         }
         return (x, table, table, *ids.get(self.rows, []))
@@ -139,13 +140,12 @@ class Calls(nn.Module):
 
 def to_onnx(model, inputs, *, dynamic, opset_version=23):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not installed
+    program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
     return torch.onnx.export(
-        model.eval(),
-        inputs,
+        program,
         dynamo=True,
         opset_version=opset_version,
         custom_translation_table=TRANSLATIONS,
-        dynamic_shapes=dynamic,
         verbose=False,
     )
 
