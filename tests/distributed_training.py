@@ -166,14 +166,12 @@ def fsdp_and_tensor_parallel():
     return fully_sharded(mesh["data"], model, tokens, targets, position_ids)
 
 
-def context_parallel(load_balanced=True):
+def context_parallel():
     """Each rank has a part of the sequence, knows its positions, and gathers keys and values."""
     model, tokens, targets = made()
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
-    parts = [
-        rope_ext.positions.context_parallel(LENGTH, world, r, load_balanced) for r in range(world)
-    ]
+    parts = [rope_ext.positions.context_parallel(LENGTH, world, r) for r in range(world)]
     mine, everyones = parts[rank], torch.cat(parts)
     seen = mine[:, None] >= everyones
 
@@ -199,43 +197,6 @@ def context_parallel(load_balanced=True):
     return losses, grads
 
 
-def context_parallel_contiguous():
-    return context_parallel(load_balanced=False)
-
-
-def context_and_tensor_parallel():
-    """Rotation alone: q and k sharded along sequence and heads, in a mesh of two dimensions.
-
-    The table has more rows than the sequence, and no positions: each rank has to find its rows.
-    """
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("context", "tensor"))
-    tensors = rotation_data()
-    placed = [[Shard(1), Shard(2)]] * 2 + [[Replicate(), Replicate()]] * 2
-    q, k, cos, sin = (
-        DTensor.from_local(t, mesh, [Replicate()] * 2).redistribute(placements=p).detach()
-        for t, p in zip(tensors, placed, strict=True)
-    )
-    return rotation_and_gradients(q, k, cos, sin)
-
-
-def rotation_data():
-    torch.manual_seed(0)
-    q = torch.randn(BATCH, LENGTH, HEADS, HEAD_DIM, dtype=DTYPE)
-    k = torch.randn(BATCH, LENGTH, KV_HEADS, HEAD_DIM, dtype=DTYPE)
-    inv_freq = rope_ext.frequencies.default(HEAD_DIM)[0].to(DTYPE)
-    return q, k, *rope_ext.cos_sin_cache(inv_freq, LENGTH + 5)
-
-
-def rotation_and_gradients(*tensors):
-    leaves = [t.requires_grad_() for t in tensors]
-    y, z = rope_ext.apply_rotary_qk(*leaves)
-    ((y**2 * y).sum() + (z**2 * z).sum()).backward()
-    names = ("q", "k", "cos", "sin")
-    grads = {name: whole(t.grad) for name, t in zip(names, leaves, strict=True)}
-    return torch.cat([whole(y.detach()).flatten(), whole(z.detach()).flatten()]), grads
-
-
 # The scenarios for each number of ranks: four ranks run those that two can't distinguish.
 SCENARIOS = {
     2: {
@@ -247,8 +208,6 @@ SCENARIOS = {
         "tensor parallel": tensor_parallel,
         "FSDP2 and tensor parallel": fsdp_and_tensor_parallel,
         "context parallel": context_parallel,
-        "context parallel, contiguous": context_parallel_contiguous,
-        "context and tensor parallel, rotation": context_and_tensor_parallel,
     },
 }
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import distributed_training as training
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import RANKS, as_rank, on_every_rank, place
 from support import in_layout, naming, random, random_positions, random_table
 from torch.distributed.device_mesh import init_device_mesh
@@ -93,36 +92,6 @@ def test_every_rank_rotates_its_part_and_gradients_add_up(rows):
                 torch.testing.assert_close(part, whole, **SUMS)
 
 
-def in_place(x, y, *rows):
-    x, y = x.clone(), y.clone()
-    rope.apply_rotary_qk_(x, y, *rows)
-    return x, y
-
-
-def into_out(x, y, *rows):
-    outs = torch.empty_like(x), torch.empty_like(y)
-    rope.apply_rotary_qk.out(x, y, *rows, out_q=outs[0], out_k=outs[1])
-    return outs
-
-
-@pytest.mark.parametrize("form", [in_place, into_out])
-def test_every_rank_writes_its_part(form):
-    """test_every_operator.py has rows that are sharded; here rows are whole on each rank."""
-
-    def written(mesh, placement, rows):
-        xs = (place(x, mesh, placement) for x in (q, k))
-        return form(*xs, *(place(t, mesh) for t in rows))
-
-    for kind, shard in (("table", "sequence"), ("position_ids [S]", "batch"),
-                        ("rows [1, S, W]", "heads"), ("table", "replicated")):  # fmt: skip
-        rows, positions = ROW_KINDS[kind]
-        rows = (*rows, positions)
-        got = on_every_rank(partial(written, placement=SHARDS[shard], rows=rows))
-        for part, whole in zip(got, form(q, k, *rows), strict=True):
-            with naming((kind, shard)):
-                assert torch.equal(part, whole)
-
-
 def test_x_follows_rows_and_positions_that_are_sharded():
     def rotated(mesh, placement, kind):
         (cos, sin), positions = ROW_KINDS[kind]
@@ -159,21 +128,6 @@ def test_heads_of_q_and_k_shard_by_themselves(monkeypatch):
         got = on_every_rank(partial(on_rank, placements=placements))
         for part, whole in zip(got, expected, strict=True):
             torch.testing.assert_close(part, whole, **SUMS)
-
-
-def test_a_pending_sum_passes_through():
-    """Each rank has a term of the sum x. The rotation is linear."""
-
-    def on_rank(mesh):
-        x = place(q * dist.get_rank(), mesh, Partial()).requires_grad_()
-        y = rope.apply_rotary(x, *(place(t, mesh) for t in table))
-        y.backward(place(grad_q, mesh, Replicate()))
-        return y.detach(), x.grad
-
-    y, grad = on_every_rank(on_rank)
-    ranks = sum(range(RANKS))
-    torch.testing.assert_close(y, ranks * rope.apply_rotary(q, *table), **SUMS)
-    assert torch.equal(grad, rope.apply_rotary(grad_q, *table, inverse=True))
 
 
 def test_packed_tokens_shard_as_a_sequence():
@@ -345,27 +299,6 @@ def test_axes_and_frequencies_in_parts_are_refused_by_name(mesh):
     xs = place(q, mesh), place(k, mesh)
     with pytest.raises(RuntimeError, match=r"qk_at: expected inv_freq to be Replicate\(\)"):
         rope_ext.apply_rotary_qk_at(*xs, place(inv_freq, mesh, Shard(0)))
-
-
-def test_gradients_to_a_table_are_sharded_freely():
-    inv_freq = random(D // 2, dtype=DTYPE).abs()
-    grads = random(ROWS, D // 2, dtype=DTYPE), random(ROWS, D // 2, dtype=DTYPE, seed=1)
-
-    def gradient(inv_freq, *grads):
-        leaf = inv_freq.detach().requires_grad_()
-        torch.autograd.backward(rope_ext.cos_sin_cache(leaf, ROWS, start=5), grads)
-        return (leaf.grad,)
-
-    def on_rank(mesh, grads_at):
-        scale = dist.get_rank() if grads_at.is_partial() else 1
-        return gradient(place(inv_freq, mesh), *(place(g * scale, mesh, grads_at) for g in grads))
-
-    (expected,) = gradient(inv_freq, *grads)
-    for grads_at in (Replicate(), Shard(0), Shard(1), Partial()):
-        times = sum(range(RANKS)) if grads_at.is_partial() else 1
-        (got,) = on_every_rank(partial(on_rank, grads_at=grads_at))
-        atol = ROWS * SUMS["atol"]
-        torch.testing.assert_close(got, times * expected, rtol=SUMS["rtol"], atol=atol)
 
 
 def test_dtype_of_a_table_is_that_which_was_asked_for(mesh):
@@ -545,10 +478,9 @@ def assert_same_training(result, expected):
 @pytest.mark.shows("FSDP2", "apply_rotary_qk", "cos_sin")  # the model's frequencies are learned
 def test_training_on_several_ranks_is_that_on_one(trained, alone):
     assert alone[0][-1] < 0.8 * alone[0][0]  # it learns
-    rotation = training.rotation_and_gradients(*training.rotation_data())
     for scenario, result in trained.items():
         with naming(scenario):
-            assert_same_training(result, rotation if "rotation" in scenario else alone)
+            assert_same_training(result, alone)
 
 
 # ---- the import

@@ -227,7 +227,7 @@ def test_opcheck(operator):
 
 def test_rows_of_packed_tokens_may_have_a_batch_of_one(device):
     for operator in OPERATORS:
-        if "packed rows" not in dict(variants_of(operator)):
+        if "packed rows" not in dict(variants_of(operator)) or operator.name.endswith("backward"):
             continue
         given = arguments_of(operator, optional=False, rows=True, packed=True)
         given = given | {name: x.to(device) for name, x in tensors_in(given).items()}
