@@ -67,8 +67,9 @@ def test_only_what_is_rotated_or_stored_of_a_view_is_written(
     if appending is KV:
         for name, heads in (("q", H), ("k", K), ("v", K)):
             viewed(name, torch.bfloat16, VIEWS[view], B, S, heads, D)
-        for name in ("k_cache", "v_cache"):
-            viewed(name, cache_dtype, CACHES[cache_view], BLOCKS, BLOCK_SIZE, K, D)
+        of_v = [*CACHES][[*CACHES].index(cache_view) - 3]  # strides of their own
+        for name, of_cache in (("k_cache", cache_view), ("v_cache", of_v)):
+            viewed(name, cache_dtype, CACHES[of_cache], BLOCKS, BLOCK_SIZE, K, D)
         options = {}
     else:
         viewed("q", torch.bfloat16, VIEWS[view], B, S, H, D_LATENT)

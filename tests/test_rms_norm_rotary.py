@@ -140,6 +140,15 @@ def test_portable_kernels_have_the_bits_of_avx2(avx2):
                 assert_same_bits(a, b)
 
 
+def test_one_token_a_sequence_has_a_row_of_its_own(device):
+    q, k, *others = inputs_of(Case("", ""), device)
+    *others, _ = others
+    ids = torch.tensor([[3], [7]]).to(device)
+    packed = rope.rms_norm_rotary_qk(q[:, 0], k[:, 0], *others, ids[:, 0])
+    for a, b in zip(rope.rms_norm_rotary_qk(q[:, :1], k[:, :1], *others, ids), packed, strict=True):
+        assert_same_bits(a[:, 0], b)
+
+
 # ---- memory
 
 
