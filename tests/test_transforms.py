@@ -122,10 +122,11 @@ def test_vmap_in_place_writes_every_sample(device):
 def test_position_past_the_table_of_its_sample_is_refused():
     """The tables of all samples are joined in memory: no position may reach the next sample's."""
     cos, sin = random_table(N, L, P)
-    for position in (-1, L):
-        ids = torch.full((S,), position)
+    for i, position in ((0, L), (N - 1, -1)):  # beside the rows of another sample
+        ids = torch.zeros(N, S, dtype=torch.int64)
+        ids[i] = position
         with pytest.raises(RuntimeError, match="expected position_ids in"):
-            vmap(rope.apply_rotary, in_dims=(None, 0, 0, None))(random(B, S, H, D), cos, sin, ids)
+            vmap(rope.apply_rotary, in_dims=(None, 0, 0, 0))(random(B, S, H, D), cos, sin, ids)
 
 
 @pytest.mark.parametrize("layout", ["table", "table, ids BS", "rows per token", "packed, ids"])
