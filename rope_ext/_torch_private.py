@@ -20,6 +20,7 @@ keys_below_versions = torch._C._after_ADInplaceOrView_keyset
 
 # torch.func and forward-mode differentiation
 transforms_active = torch._C._are_functorch_transforms_active
+is_of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
 single_level = enable_single_level_autograd_function
 SingleLevelFunction = _SingleLevelFunction
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled

@@ -1,20 +1,39 @@
-"""Calls of operators that write to a cache, with arguments in a dictionary, and their results."""
+"""The operators that write to a paged cache: arguments by name, and the same in plain PyTorch."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
-from support import assert_same_bits
+from support import (
+    assert_same_bits,
+    random,
+    random_cache,
+    random_positions,
+    random_slots,
+    random_table,
+)
+
+import rope_ext
+from rope_ext import reference
+
+B, S, H, K, L = 2, 5, 4, 2, 9
+D, D_LATENT, R, RANK = 16, 24, 8, 32  # of 24 channels 16 stay
+BLOCKS, BLOCK_SIZE = 3, 8
+SLOTS = BLOCKS * BLOCK_SIZE  # for 10 tokens
+F8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Appending:
-    """operator: returns nothing. reference: the same in plain PyTorch; it returns what the tensors
-    in `written` become.
-    """
+    """operator and function: return nothing. reference: what the tensors in `written` become."""
 
     operator: torch._ops.OpOverloadPacket
+    function: Callable[..., None]
     reference: Callable[..., tuple[torch.Tensor, ...]]
+    arguments: Callable[..., dict[str, Any]]  # (device, dtype, cache dtype) and sizes
     written: tuple[str, ...]
 
     def expected_of(self, arguments):
@@ -37,3 +56,97 @@ class Appending:
         self.append({**arguments, **options})
         for name, t in {**kept, **expected}.items():
             assert_same_bits(arguments[name], t)
+
+    def assert_refused(self, arguments, expected):
+        """With this error, and nothing is written or counted as written."""
+        kept = {n: (as_bytes(t).clone(), t._version) for n, t in arguments.items()}
+        message = f"{self.operator.default._schema.name}: expected {expected}"
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
+            self.append(arguments)
+        for name, (before, version) in kept.items():
+            assert torch.equal(as_bytes(arguments[name]), before), name
+            assert arguments[name]._version == version, name
+
+
+def as_bytes(t):
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def of_keys_and_values(
+    device, dtype=torch.float32, cache_dtype=None, *, tokens=(B, S), heads=(H, K), dim=D,
+    width=None, blocks=BLOCKS, scales=False,
+):  # fmt: skip
+    cos, sin = random_table(L, width or dim // 2, device=device)
+    h, k = heads
+    shape, cache_dtype = (blocks, BLOCK_SIZE, k, dim), cache_dtype or dtype
+    made = {
+        "q": random(*tokens, h, dim, dtype=dtype, device=device),
+        "k": random(*tokens, k, dim, dtype=dtype, device=device, seed=1),
+        "v": random(*tokens, k, dim, dtype=dtype, device=device, seed=2),
+        "k_cache": random_cache(*shape, dtype=cache_dtype, device=device),
+        "v_cache": random_cache(*shape, dtype=cache_dtype, device=device, seed=6),
+        "slot_mapping": random_slots(*tokens, capacity=blocks * BLOCK_SIZE, device=device),
+        "cos": cos,
+        "sin": sin,
+        "position_ids": random_positions(*tokens, rows=L, device=device),
+    }
+    if scales:
+        made["k_scale"] = torch.linspace(0.02, 0.3, k, device="cpu").to(device)  # one a head
+        made["v_scale"] = torch.tensor(1.7, device=device)
+    return made
+
+
+def of_a_latent(
+    device, dtype=torch.float32, cache_dtype=None, *, tokens=(B, S), heads=H, dim=D_LATENT,
+    rotary_dim=R, rank=RANK, blocks=BLOCKS, scales=False,
+):  # fmt: skip
+    cos, sin = random_table(L, rotary_dim // 2, device=device)
+    row = blocks, BLOCK_SIZE, rank + rotary_dim
+    made = {
+        "q": random(*tokens, heads, dim, dtype=dtype, device=device),
+        "k_pe": random(*tokens, rotary_dim, dtype=dtype, device=device, seed=1),
+        "kv_c": random(*tokens, rank, dtype=dtype, device=device, seed=2),
+        "kv_cache": random_cache(*row, dtype=cache_dtype or dtype, device=device),
+        "slot_mapping": random_slots(*tokens, capacity=blocks * BLOCK_SIZE, device=device),
+        "cos": cos,
+        "sin": sin,
+        "position_ids": random_positions(*tokens, rows=L, device=device),
+    }
+    if scales:
+        made["scale"] = torch.tensor([0.3], device=device)
+    return made
+
+
+KV = Appending(
+    torch.ops.rope.apply_rotary_qk_append_kv_,
+    rope_ext.apply_rotary_qk_append_kv_,
+    reference.apply_rotary_qk_append_kv,
+    of_keys_and_values,
+    ("q", "k", "k_cache", "v_cache"),
+)
+LATENT = Appending(
+    torch.ops.rope.apply_rotary_mla_append_,
+    rope_ext.apply_rotary_mla_append_,
+    reference.apply_rotary_mla_append,
+    of_a_latent,
+    ("q", "k_pe", "kv_cache"),
+)
+
+
+# ---- changes of good arguments
+
+
+def changed(name, change):
+    return lambda given: {name: change(given[name])}
+
+
+def inside(name, other):
+    """Argument `name` as a part of the memory of `other`."""
+
+    def change(given):
+        whole = given[other].flatten().view(torch.uint8)
+        wanted = given[name]
+        count = wanted.numel() * wanted.element_size()
+        return {name: whole[:count].view(wanted.dtype).view(wanted.shape)}
+
+    return change

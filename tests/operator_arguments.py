@@ -31,28 +31,31 @@ def tensors_of(
     seed=0,
     dtype=torch.float32,
     rows=False,
+    packed=False,
     float8=True,
     positions_for_all=False,
     angles=False,
 ):
     """Values for the arguments of all operators, by name.
 
-    seed: of the values. rows: cos and sin have a row for each token instead of a table. float8: of
-    caches, with scales. positions_for_all: gradients of angles are those of one sequence. angles:
-    positions are float numbers, along several axes.
+    seed: of the values. rows: cos and sin have a row for each token instead of a table. packed:
+    tensors have no batch, and rows are [1, T, P]. float8: of caches, with scales.
+    positions_for_all: gradients of angles are those of one sequence. angles: positions are float
+    numbers, along several axes.
     """
     sizes = sizes or Sizes()
     B, S, H, K, D, L = sizes.B, sizes.S, sizes.H, sizes.K, sizes.D, sizes.L
     P, capacity = D // 2, BLOCK_SIZE * sizes.B * sizes.S
+    tokens = (B * S,) if packed else (B, S)
     count = itertools.count(100 * seed + 1)  # the name and the seed decide the values
 
     def drawn(*shape):
         return random(*shape, dtype=dtype, seed=next(count))
 
-    pool = {name: drawn(B, S, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
-    pool |= {name: drawn(B, S, K, D) for name in ("k", "v", "out_k", "grad_k")}
-    pool["k_pe"], pool["kv_c"] = drawn(B, S, D), drawn(B, S, RANK)
-    table = (B, S, P) if rows else (L, P)
+    pool = {name: drawn(*tokens, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
+    pool |= {name: drawn(*tokens, K, D) for name in ("k", "v", "out_k", "grad_k")}
+    pool["k_pe"], pool["kv_c"] = drawn(*tokens, D), drawn(*tokens, RANK)
+    table = (1, *tokens, P)[-3:] if rows else (L, P)
     pool["cos"], pool["sin"] = random_table(*table, dtype=dtype, seed=seed)
     pool["position_ids"] = random_positions(B, S, rows=L, seed=seed)
     if angles:
@@ -65,7 +68,7 @@ def tensors_of(
     order = torch.randperm(B * S, generator=torch.Generator().manual_seed(seed))
     pool |= {"token_order": order, "row_offsets": torch.arange(L + 1).clamp(max=B * S)}
     pool["row_offsets"][-1] = B * S
-    pool["slot_mapping"] = random_slots(B, S, capacity=capacity, seed=seed)
+    pool["slot_mapping"] = random_slots(*tokens, capacity=capacity, seed=seed)
     if float8:
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
     blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from support import (
     assert_same_bits,
+    naming,
     random,
     random_positions,
+    random_slots,
     random_table,
     rounded_once,
 )
@@ -18,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import rope_ext
 from rope_ext.decompositions import DECOMPOSITIONS
@@ -40,12 +43,6 @@ def lowered():
     torch._dynamo.reset()
     yield
     rope_ext.lowering("op")
-
-
-def wrapper_code(function, *args):
-    """The calls in Inductor's code, without its kernels."""
-    _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *args)
-    return code[code.index("def call(self, args)") : code.index("runner = Runner")]
 
 
 # ---- how many graphs
@@ -91,27 +88,38 @@ def in_intermediate(x, cos, sin):
     return rope.apply_rotary_(q, cos, sin), q * 1
 
 
+def in_caches_that_are_graph_inputs(x, cos, sin, k_cache, v_cache, slots):
+    q, k, v = (x @ x.T).unflatten(-1, (3, -1))[..., :D].split(1, dim=1)
+    rope_ext.apply_rotary_qk_append_kv_(q, k, v, k_cache, v_cache, slots, cos, sin, layout="thd")
+    return q * 1
+
+
 @needs_compiler
-@pytest.mark.parametrize("function", [in_packed_qkv, in_graph_input, in_intermediate])
+@pytest.mark.parametrize(
+    "function", [in_packed_qkv, in_graph_input, in_intermediate, in_caches_that_are_graph_inputs]
+)
 def test_in_place_is_in_place_in_the_code_of_inductor(function):
     """Functionalization on the way leaves no clone and no copy."""
-    x, table = random(96, 96), random_table(96, P)
-    expected, before = function(x.clone(), *table), x.clone()
-    _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), before, *table)
+    given = [random(96, 96), *random_table(96, P)]
+    if function is in_caches_that_are_graph_inputs:
+        given += random(8, 12, 1, D), random(8, 12, 1, D, seed=1), random_slots(96, capacity=96)
+    copies = [t.clone() for t in given]
+    expected = function(*copies)
+    got, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *given)
+    for a, b in zip(tree_leaves([got, given]), tree_leaves([expected, copies]), strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-16, atol=2.0**-16)  # sums in another order
     assert code.count("torch.ops.rope.apply_rotary") == 1
-    assert "apply_rotary_.default(" in code or "apply_rotary_qk_.default(" in code
+    assert "_.default(" in code.partition("torch.ops.rope.apply_rotary")[2].partition("(")[0] + "("
     assert "clone" not in code
     assert "copy" not in code.replace("async_compile", "").replace("copy_misaligned", "")
-    del expected
 
 
 @needs_compiler
 def test_out_of_place_is_one_allocation_each_in_the_code_of_inductor():
-    def function(q, k, cos, sin):
-        return rope_ext.apply_rotary_qk(q, k, cos, sin)
-
     q, k = random(B, S, H, D), random(B, S, K, D)
-    code = wrapper_code(function, q, k, *random_table(L, P))
+    compiled = torch.compile(lambda *given: rope_ext.apply_rotary_qk(*given), fullgraph=True)
+    _, (code,) = run_and_get_code(compiled, q, k, *random_table(L, P))
+    code = code[code.index("def call(self, args)") : code.index("runner = Runner")]
     assert code.count("torch.ops.rope.apply_rotary_qk.default(") == 1
     assert "empty_strided" not in code  # the operator allocates
     assert "cpp_fused" not in code
@@ -193,6 +201,7 @@ ROTATIONS = {
     "full width, rows, interleaved": ((B, S, D), None, {"rotary_dim": D, "interleaved": True}),
     "packed": ((L, P), None, {"interleaved": True, "interleaved_out": False}),
     "packed, ids": ((L, 5), (S,), {"rotary_offset": 2}),
+    "packed, rows": ((1, S, P), None, {"inverse": True}),
 }  # fmt: skip
 
 
@@ -235,21 +244,22 @@ def test_decomposed_rotation_has_the_bits_of_the_operator(name, dtype):
     with rope_ext.lowering("decompose"):
         (got, grads), codes = run_and_get_code(step)
     assert not any("torch.ops.rope" in code for code in codes)
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip((*got, *grads[:2]), (*expected, *wanted[:2]), strict=True):
         assert_same_bits(a, b)
-    for i, (a, b) in enumerate(zip(grads, wanted, strict=True)):
-        if i % 4 < 2:
-            assert_same_bits(a, b)
-        else:
-            size = 5.0**2 * 2 * B * S * (H + K)  # no number of random() is larger than 5
-            assert ((a - b).abs() <= 2 * B * S * (H + K) * 2.0**-23 * size).all()
+    terms = 2 * B * S * (H + K)
+    size = 5.0**2 * terms  # no number of random() is larger than 5
+    for a, b in zip(grads[2:], wanted[2:], strict=True):
+        assert ((a - b).abs() <= terms * 2.0**-23 * size).all()
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-def test_decompositions_are_the_operators(name):
+def test_decompositions_are_the_operators():
     """Used by run_decompositions in place of operators: forward, and backward to x."""
-    q, k, cos, sin, ids, options = rotation(name, torch.bfloat16)
+    for name in ROTATIONS:
+        with naming(name):
+            assert_decomposes(*rotation(name, torch.bfloat16))
 
+
+def assert_decomposes(q, k, cos, sin, ids, options):
     def function(q, k):
         q, k = q.requires_grad_(), k.requires_grad_()
         outs = rope.apply_rotary_qk(q, k, cos, sin, ids, **options)
@@ -260,22 +270,19 @@ def test_decompositions_are_the_operators(name):
     assert "rope" not in traced.code
     for a, b in zip(traced(q, k), function(q, k), strict=True):
         assert_same_bits(a, b)
+    assert_same_bits(function(q, k)[0], rounded_once(q, cos, sin, ids, **options))
 
 
-def test_exported_program_without_operators():
+def test_exported_program_loses_its_operators():
     class Rotate(torch.nn.Module):
         def forward(self, q, k, cos, sin, ids):
             return rope_ext.apply_rotary_qk(q, k, cos, sin, ids)
 
     inputs = rotation("ids S", torch.float32)[:5]
-    program = torch.export.export(Rotate(), inputs)
-    assert "rope" in program.graph_module.code
-    with rope_ext.lowering("decompose"):
-        plain = torch.export.export(Rotate(), inputs)
-    for without in (program.run_decompositions(DECOMPOSITIONS), plain):
-        assert "rope" not in without.graph_module.code
-        for a, b in zip(without.module()(*inputs), Rotate()(*inputs), strict=True):
-            assert_same_bits(a, b)
+    program = torch.export.export(Rotate(), inputs).run_decompositions(DECOMPOSITIONS)
+    assert "rope" not in program.graph_module.code
+    for a, b in zip(program.module()(*inputs), Rotate()(*inputs), strict=True):
+        assert_same_bits(a, b)
 
 
 def operators(function, *args):
@@ -314,8 +321,9 @@ def test_lowering_holds_until_the_end_of_its_block_or_from_now_on():
     assert decomposes() is False  # eager
 
 
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize(
+    ("needs_grad", "layout"), [(False, "bshd"), (True, "bhsd")], ids=["no grad", "grad"]
+)
 def test_decomposed_in_place_writes_its_argument(needs_grad, layout):
     def function(q, k, cos, sin):
         q, k = q * 1, k * 1
@@ -332,15 +340,14 @@ def test_decomposed_in_place_writes_its_argument(needs_grad, layout):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("position", [-1, L])
-def test_decomposed_position_past_the_table_is_nan(position):
+def test_decomposed_position_past_the_table_is_nan():
     x, (cos, sin) = random(B, S, H, D), random_table(L, P // 2)
     ids = random_positions(S, rows=L)
-    ids[3] = position
+    ids[1], ids[3] = -1, L
     with rope_ext.lowering("decompose"):
         _, got = operators(rope_ext.apply_rotary, x, cos, sin, ids)
     expected = rounded_once(x, cos, sin, ids.clamp(0, L - 1))
-    expected[:, 3, :, :P] = torch.nan
+    expected[:, 1::2, :, :P] = torch.nan
     assert_same_bits(got, expected)
 
 
@@ -359,24 +366,20 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_decomposition_refuses_what_the_operator_refuses(case):
+def test_decomposition_refuses_what_the_operator_refuses():
     """Plain PyTorch alone would broadcast some of these arguments."""
-    shape, table, ids, options = REFUSED[case]
-    x, cos, sin = random(*shape), random(*table), random(*table)
-    ids = None if ids is None else random_positions(*ids, rows=S)
-    for operator in (rope.apply_rotary, DECOMPOSITIONS[rope.apply_rotary.default]):
-        with pytest.raises(RuntimeError, match=r"rope::apply_rotary.*expected .*, got"):
-            operator(x, cos, sin, ids, **options)
-
-
-def test_decomposition_refuses_what_does_not_go_together():
+    of_one, of_two = rope.apply_rotary, rope.apply_rotary_qk
+    for case, (shape, table, ids, options) in REFUSED.items():
+        x, cos, sin = random(*shape), random(*table), random(*table)
+        ids = None if ids is None else random_positions(*ids, rows=S)
+        for operator in (of_one, DECOMPOSITIONS[of_one.default]):
+            with naming(case), pytest.raises(RuntimeError, match=r"rope::apply.*expected .*, got"):
+                operator(x, cos, sin, ids, **options)
     q, (cos, sin) = random(B, S, H, D), random_table(L, P)
-    others = [(random(B, S, K, D).half(), sin), (random(1, S, K, D), sin), (q, sin[:, :1])]
-    for k, sin in others:
-        for operator in (rope.apply_rotary_qk, DECOMPOSITIONS[rope.apply_rotary_qk.default]):
+    for k, s in ((random(B, S, K, D).half(), sin), (random(1, S, K, D), sin), (q, sin[:, :1])):
+        for operator in (of_two, DECOMPOSITIONS[of_two.default]):
             with pytest.raises(RuntimeError, match=r"expected (k|sin) .*, got"):
-                operator(q, k, cos, sin)
+                operator(q, k, cos, s)
 
 
 # ---- transforms in graphs

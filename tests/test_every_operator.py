@@ -6,14 +6,16 @@ it. An argument with a new name also needs a value in operator_arguments.py.
 
 import ast
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from operator_arguments import Sizes, arguments_of
 from ranks import RANKS, as_rank, on_every_rank, place
-from support import assert_same_bits
+from support import assert_same_bits, naming
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.func import vmap
@@ -32,12 +34,9 @@ SHARDED = Sizes(B=4, S=4, H=4, K=4, D=8, L=5)
 # or of up to AXES L = 10 if a position is a factor.
 SUMS = {"rtol": 64 * 2**-52, "atol": 10 * 64**2 * 2**-52}
 
-every = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-
 
 def of(operators):
-    operators = tuple(operators)
-    return pytest.mark.parametrize("operator", operators, ids=lambda operator: operator.name)
+    return pytest.mark.parametrize("operator", list(operators), ids=lambda operator: operator.name)
 
 
 def is_append(operator):
@@ -45,22 +44,19 @@ def is_append(operator):
     return bool({*operator.written} - {*operator.rotates, *operator.outs})
 
 
-writing = of(o for o in OPERATORS if o.written)
-VARIANTS = {  # of the arguments
-    "all": {},
-    "fewest": {"optional": False},
-    "rows": {"optional": False, "rows": True},
-}
+WRITING = [o for o in OPERATORS if o.written]
+IN_PLACE = [o for o in WRITING if not o.outs and not is_append(o)]
+every = of(OPERATORS)
 
 
-def in_every_variant(operators):
-    cases = [
-        pytest.param(operator, options, id=f"{operator.name}-{name}")
-        for operator in operators
-        for name, options in VARIANTS.items()
-        if name != "rows" or "cos" in operator.tensors
-    ]
-    return pytest.mark.parametrize(("operator", "variant"), cases)
+def variants_of(operator):
+    """Kinds of arguments by name: options of arguments_of."""
+    kinds = {"all": {}, "fewest": {"optional": False}}
+    if "cos" in operator.tensors:
+        kinds["rows"] = {"optional": False, "rows": True}
+    if "cos" in operator.tensors and "row_offsets" not in operator.tensors:
+        kinds["packed rows"] = {"optional": False, "rows": True, "packed": True}
+    return kinds.items()
 
 
 def results_of(operator, given):
@@ -76,6 +72,31 @@ def tensors_in(given):
 
 def cloned(given):
     return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
+def with_grad(x):
+    floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return x.requires_grad_() if floating else x
+
+
+def by_call(operator):
+    """The operator as the functions of rope_ext call it."""
+
+    def function(**given):
+        call(operator.overload, (), given, tuple(given[name] for name in operator.written))
+
+    return function
+
+
+def assert_nothing_written(operator, given, error, functions=None):
+    """Each call raises the error, and no tensor or version changes."""
+    kept, versions = cloned(given), {n: x._version for n, x in tensors_in(given).items()}
+    for function in functions or (operator.overload, by_call(operator)):
+        with pytest.raises(RuntimeError, match=re.escape(f"{operator.op}{error}")):
+            function(**given)
+    for name, x in tensors_in(given).items():
+        assert_same_bits(x, kept[name])
+        assert x._version == versions[name], name
 
 
 # ---- the rules of the code
@@ -140,10 +161,10 @@ def test_private_names_of_pytorch_are_in_one_file():
 # ---- kernels, fakes
 
 
-@every
-def test_kernel_for_every_device_and_kind_of_tensor(operator):
+def test_kernel_for_every_device_and_kind_of_tensor():
     for key in ("CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA", "Meta", "Negative", "ZeroTensor"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.op, key), key
+        for op in (operator.op for operator in OPERATORS):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, key), (op, key)
 
 
 def transposed(x, first, second):
@@ -159,20 +180,21 @@ VIEWS = {
 }
 
 
-@in_every_variant(OPERATORS)
-def test_fake_is_like_the_real_one(operator, variant):
-    for view, make in VIEWS.items():
-        given = arguments_of(operator, **variant)
+@every
+def test_fake_is_like_the_real_one(operator):
+    for (variant, options), view in product(variants_of(operator), VIEWS):
+        given = arguments_of(operator, **options)
         for name, x in tensors_in(given).items():
             if x.is_floating_point() and not (view == "expanded" and name in operator.written):
-                given[name] = make(x)
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fakes = {n: mode.from_tensor(x) for n, x in tensors_in(given).items()}
-            faked = results_of(operator, given | fakes)
-        for fake, real in zip(faked, results_of(operator, given), strict=True):
-            for what in ("shape", "dtype", "device"):
-                assert getattr(fake, what) == getattr(real, what), view
-            assert fake.stride() == real.stride(), view
+                given[name] = VIEWS[view](x)
+        with naming((variant, view)):
+            with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+                fakes = {n: mode.from_tensor(x) for n, x in tensors_in(given).items()}
+                faked = results_of(operator, given | fakes)
+            for fake, real in zip(faked, results_of(operator, given), strict=True):
+                for what in ("shape", "dtype", "device"):
+                    assert getattr(fake, what) == getattr(real, what)
+                assert fake.stride() == real.stride()
 
 
 @of(o for o in OPERATORS if len(o.tensors) > 1)
@@ -190,44 +212,47 @@ def test_tensor_on_another_device_is_refused_by_name(operator):
         assert_same_bits(given[name], x)
 
 
-@in_every_variant(OPERATORS)
+@every
 @pytest.mark.filterwarnings("ignore")  # warnings of opcheck itself
-def test_opcheck(operator, variant):
-    given = arguments_of(operator, **variant, float8=False)
-    if not operator.written:
-        given = {n: with_grad(x) for n, x in given.items()}
-    args = tuple(given.pop(name) for name in operator.positional if name in given)
-    torch.library.opcheck(operator.overload, args, given)
+def test_opcheck(operator):
+    kinds = [*variants_of(operator)]
+    for variant, options in (kinds[0], kinds[-1]):  # seconds each
+        given = arguments_of(operator, **options, float8=False)
+        if not operator.written:
+            given = {n: with_grad(x) for n, x in given.items()}
+        args = tuple(given.pop(name) for name in operator.positional if name in given)
+        with naming(variant):
+            torch.library.opcheck(operator.overload, args, given)
 
 
-def with_grad(x):
-    floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-    return x.requires_grad_() if floating else x
+def test_rows_of_packed_tokens_may_have_a_batch_of_one(device):
+    for operator in OPERATORS:
+        if "packed rows" not in dict(variants_of(operator)) or operator.name.endswith("backward"):
+            continue
+        given = arguments_of(operator, optional=False, rows=True, packed=True)
+        given = given | {name: x.to(device) for name, x in tensors_in(given).items()}
+        without = cloned(given) | {name: given[name][0] for name in ("cos", "sin")}
+        expected = results_of(operator, without)
+        for a, b in zip(results_of(operator, given), expected, strict=True):
+            with naming(operator.name):
+                assert_same_bits(a.view_as(b), b)
 
 
 # ---- writes
 
 
-@every
-def test_versions_of_what_is_written_are_counted(operator):
-    for function in (operator.overload, by_call(operator)):
-        given = arguments_of(operator)
-        before = {n: x._version for n, x in tensors_in(given).items()}
-        function(**given)
-        after = {n: x._version for n, x in tensors_in(given).items()}
-        assert after == {n: count + (n in operator.written) for n, count in before.items()}
+def test_versions_of_what_is_written_are_counted():
+    for operator, mode in product(OPERATORS, (torch.enable_grad, torch.inference_mode)):
+        for function in (operator.overload, by_call(operator)):
+            given = arguments_of(operator)
+            before = {n: x._version for n, x in tensors_in(given).items()}
+            with mode():
+                function(**given)
+            after = {n: x._version for n, x in tensors_in(given).items()}
+            assert after == {n: c + (n in operator.written) for n, c in before.items()}, operator
 
 
-def by_call(operator):
-    """The operator as the functions of rope_ext call it."""
-
-    def function(**given):
-        call(operator.overload, (), given, tuple(given[name] for name in operator.written))
-
-    return function
-
-
-@writing
+@of(WRITING)
 def test_inference_tensor_is_not_written_outside_of_inference_mode(operator):
     for name in operator.written:
         given = arguments_of(operator)
@@ -243,52 +268,52 @@ def test_inference_tensor_is_not_written_outside_of_inference_mode(operator):
             operator.overload(**given)
 
 
-@writing
-def test_tensor_that_requires_grad_is_refused_by_name(operator):
+@of(WRITING)
+def test_tensor_that_is_differentiated_is_refused_and_nothing_written(operator):
+    """One that requires grad, and one with a tangent."""
     for name, x in tensors_in(arguments_of(operator)).items():
         if not x.is_floating_point():
             continue
         given = arguments_of(operator)
         given[name].requires_grad_()
-        kept, versions = cloned(given), {n: x._version for n, x in tensors_in(given).items()}
-        expected = f"{operator.op}: expected {name} to need no gradient ("
-        for function in (operator.overload, by_call(operator)):
-            with pytest.raises(RuntimeError, match=re.escape(expected)):
-                function(**given)
-        for n, t in tensors_in(given).items():
-            assert_same_bits(t, kept[n])
-            assert t._version == versions[n]
+        assert_nothing_written(operator, given, f": expected {name} to need no gradient (")
         if name not in operator.written:
             with torch.no_grad():
                 operator.overload(**given)
+        if x.element_size() > 1:  # float8 has no tangents
+            with forward_ad.dual_level():
+                given = arguments_of(operator)
+                given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+                error = ": expected tensors without tangents"
+                assert_nothing_written(operator, given, error, [operator.overload])
 
 
 # ---- derivatives
 
 
-@in_every_variant(o for o in OPERATORS if not o.written)
-def test_derivatives(operator, variant):
+@of(o for o in OPERATORS if not o.written)
+def test_derivatives(operator):
     """Of every result by every floating tensor, against differences in random directions: backward,
     forward, twice, and under vmap.
     """
-    given = arguments_of(operator, SMALL, dtype=torch.float64, **variant)
-    given = {name: with_grad(x) for name, x in given.items()}
-    leaves = {n: x for n, x in tensors_in(given).items() if x.requires_grad}
-    results = results_of(operator, given)
-    differentiable = [i for i, x in enumerate(results) if x.requires_grad]  # some may be zeros
-    assert leaves
-    assert differentiable
+    for variant, options in variants_of(operator):
+        given = arguments_of(operator, SMALL, dtype=torch.float64, **options)
+        given = {name: with_grad(x) for name, x in given.items()}
+        leaves = {n: x for n, x in tensors_in(given).items() if x.requires_grad}
+        results = results_of(operator, given)
+        some = [i for i, x in enumerate(results) if x.requires_grad]  # others may be zeros
+        assert leaves
+        assert some
 
-    def function(*leaves_given):
-        results = results_of(operator, given | dict(zip(leaves, leaves_given, strict=True)))
-        return tuple(results[i] for i in differentiable)
+        def function(*values, given=given, names=tuple(leaves), some=tuple(some)):
+            results = results_of(operator, given | dict(zip(names, values, strict=True)))
+            return tuple(results[i] for i in some)
 
-    inputs = tuple(leaves.values())
-    checks = {"fast_mode": True, "check_batched_grad": True}
-    assert torch.autograd.gradcheck(
-        function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
-    )
-    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+        inputs, checks = tuple(leaves.values()), {"fast_mode": True, "check_batched_grad": True}
+        forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+        with naming(variant):
+            assert torch.autograd.gradcheck(function, inputs, **forward, **checks)
+            assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
 
 
 # ---- vmap
@@ -309,59 +334,47 @@ def assert_vmap_is_a_loop(operator, of_samples, batched):
             assert_same_bits(a[i], b)
 
 
-@in_every_variant(o for o in OPERATORS if not o.outs and not is_append(o))
-def test_vmap_is_a_loop(operator, variant):
+@of(o for o in OPERATORS if not o.outs and not is_append(o))
+def test_vmap_is_a_loop(operator):
     """All tensors batched, and each alone, together with the written ones."""
-    of_samples = [arguments_of(operator, seed=seed, **variant) for seed in range(N)]
-    names = [*tensors_in(of_samples[0])]
-    assert_vmap_is_a_loop(operator, of_samples, names)
-    for name in names:
-        batched = [n for n in names if n == name or n in operator.written]
-        assert_vmap_is_a_loop(operator, of_samples, batched)
+    for variant, options in variants_of(operator):
+        of_samples = [arguments_of(operator, seed=seed, **options) for seed in range(N)]
+        names = [*tensors_in(of_samples[0])]
+        for some in (names, *([n for n in names if n in (name, *operator.written)]
+                              for name in names)):  # fmt: skip
+            with naming((variant, some)):
+                assert_vmap_is_a_loop(operator, of_samples, some)
 
 
-@of(o for o in OPERATORS if o.outs or is_append(o))
-def test_vmap_is_refused(operator):
-    for name, x in tensors_in(arguments_of(operator)).items():
-        given = arguments_of(operator)
-        kept = cloned(given)
+def test_vmap_that_would_write_one_tensor_for_all_samples_is_refused():
+    """Of operators that rotate in place: unless what they write is batched. Others: always."""
+    for operator in WRITING:
+        error = ": expected what is written to be batched" if operator in IN_PLACE else ""
+        for name in tensors_in(arguments_of(operator)):
+            if operator in IN_PLACE and {name} == {*operator.written}:
+                continue
+            given = arguments_of(operator)
 
-        def function(x, name=name, given=given):
-            operator.overload(**{**given, name: x})
+            def mapped(operator=operator, name=name, **given):
+                x = given.pop(name)
+                vmap(lambda x: operator.overload(**given, **{name: x}))(torch.stack([x, x]))
 
-        with pytest.raises(RuntimeError, match=re.escape(operator.op)):
-            vmap(function)(torch.stack([x, x]))
-        for n, t in tensors_in(given).items():
-            assert_same_bits(t, kept[n])
-
-
-@of(o for o in OPERATORS if o.written and not o.outs and not is_append(o))
-def test_vmap_refuses_to_write_what_is_the_same_for_all(operator):
-    for name in tensors_in(arguments_of(operator)):
-        given = arguments_of(operator)
-        expected = f"{operator.op}: expected what is written to be batched"
-        if {name} == {*operator.written}:
-            continue
-        with pytest.raises(RuntimeError, match=expected):
-            vmap(lambda x, name=name, given=given: operator.overload(**{**given, name: x}))(
-                torch.stack([given[name]] * 2)
-            )
+            assert_nothing_written(operator, given, error, [mapped])
 
 
 # ---- FLOPs
 
 
-@every
-def test_flops_are_those_of_the_channels(operator):
-    for optional in (True, False):
+def test_flops_are_those_of_the_channels():
+    for operator, optional in product(OPERATORS, (True, False)):
         given = arguments_of(operator, optional=optional)
         with FlopCounterMode(display=False) as counter:
             operator.overload(**given)
         xs = [given[n] for n in operator.rotates if given.get(f"grad_{n}", given[n]) is not None]
         channels = sum(x.numel() for x in xs if x is not None)  # all of them rotate
         of_channel = operator.flops_rotated + operator.flops_channel
-        assert counter.get_total_flops() == channels * of_channel
-        assert bool(operator.rotates) == bool(counter.get_total_flops())
+        assert counter.get_total_flops() == channels * of_channel, operator
+        assert bool(operator.rotates) == bool(counter.get_total_flops()), operator
 
 
 # ---- DTensors
@@ -387,12 +400,17 @@ def assert_refused(expected, on_rank):
             on_rank(mesh)
 
 
-@in_every_variant(OPERATORS)
-def test_every_rank_computes_its_part(operator, variant):
+@of(o for o in OPERATORS if "row_offsets" not in o.tensors)  # they are of a rank's own tokens
+def test_every_rank_computes_its_part(operator):
+    for variant, options in variants_of(operator):
+        with naming(variant):
+            assert_every_rank_computes_its_part(
+                operator, arguments_of(operator, SHARDED, dtype=torch.float64, **options)
+            )
+
+
+def assert_every_rank_computes_its_part(operator, given):
     """Axis by axis: all tensors with the axis are sharded along it."""
-    given = arguments_of(operator, SHARDED, dtype=torch.float64, **variant)
-    if "token_order" in given:
-        pytest.skip("token_order is of each rank's tokens: test_distributed.py has it made")
     sharding = sharding_of(operator, given)
     axes_of = {name: axes for name, axes in sharding.axes.items() if given.get(name) is not None}
     for axis in sorted({axis for axes in axes_of.values() for axis in axes if axis}):

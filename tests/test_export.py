@@ -12,7 +12,6 @@ from support import assert_same_bits
 
 import rope_ext
 
-LOWERING = pytest.mark.parametrize("lowering", ["op", "decompose"])
 # The operators of the graph, one way to rotate after the other.
 OPERATORS = {
     "table": ["apply_rotary_qk"],
@@ -34,10 +33,12 @@ def operators(program):
     ]
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
-@LOWERING
-def test_one_program_for_all_sizes_with_the_bits_of_the_model(lowering, strict):
-    rotations = PACKAGED if strict else ROTATIONS  # strict takes several times longer
+@pytest.mark.parametrize(
+    ("lowering", "rotations", "strict"),
+    [("op", ROTATIONS, False), ("decompose", PACKAGED, True)],  # strict takes several times longer
+    ids=["op", "decompose"],
+)
+def test_one_program_for_all_sizes_with_the_bits_of_the_model(lowering, rotations, strict):
     model = Layers(rotations).eval()
     with rope_ext.lowering(lowering):
         program = exported(model, strict=strict)
@@ -76,7 +77,8 @@ def test_program_is_differentiable():
     assert_same_bits(*gradients)
 
 
-@LOWERING
+@pytest.mark.slow  # a C++ compiler works for 20 seconds
+@pytest.mark.parametrize("lowering", ["op", "decompose"])
 def test_package_of_aotinductor_has_the_numbers_of_the_model(lowering, tmp_path):
     """Sums of products may have another order, so it is near: an error would be 1e-3 or more."""
     run = torch._inductor.aoti_load_package(str(packaged(lowering, tmp_path)))

@@ -1,5 +1,6 @@
 """Positions of a rank's tokens, under context parallelism."""
 
+from itertools import product
 from typing import ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rope_ext import positions
 
 WORLDS = (1, 2, 3, 4, 8)
+RANKS_OF_WORLDS = [(world, rank) for world in WORLDS for rank in range(world)]
 # Lengths of packed sequences in multiples of the chunks of 24 = lcm(2 * world) tokens.
 LENGTHS = {
     "one sequence": [2],
@@ -17,16 +19,12 @@ LENGTHS = {
     "empty ones at both ends": [0, 4, 0],
     "no tokens at all": [0],
 }
+FUNCTIONS = (positions.context_parallel, positions.context_parallel_indices)
 UNIT = 48  # a multiple of 2 * world for every world above
 
 
 def packed(lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype) * UNIT
-
-
-def chunk_numbers(world, rank, load_balanced):
-    """The chunks of a rank, as in Megatron-LM's get_batch_on_this_cp_rank."""
-    return [rank, 2 * world - 1 - rank] if load_balanced else [rank]
 
 
 def transformer_engine_indices(cu_seqlens, total_tokens, world, rank):
@@ -42,47 +40,43 @@ def transformer_engine_indices(cu_seqlens, total_tokens, world, rank):
     return torch.tensor(indices, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("load_balanced", [True, False])
-def test_a_rank_has_its_chunks_in_order(world, load_balanced):
-    whole = torch.arange(UNIT)
-    chunks = whole.chunk(2 * world if load_balanced else world)
-    for rank in range(world):
+def test_a_rank_has_its_chunks_in_order(load_balanced):
+    for world, rank in RANKS_OF_WORLDS:
+        chunks = torch.arange(UNIT).chunk(2 * world if load_balanced else world)
         got = positions.context_parallel(UNIT, world, rank, load_balanced)
-        expected = torch.cat([chunks[i] for i in chunk_numbers(world, rank, load_balanced)])
+        mine = [rank, 2 * world - 1 - rank] if load_balanced else [rank]  # as in Megatron-LM
         assert got.dtype == torch.int64
-        assert torch.equal(got, expected)
+        assert torch.equal(got, torch.cat([chunks[i] for i in mine])), (world, rank)
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("load_balanced", [True, False])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_packed_sequences_are_cut_one_by_one(world, load_balanced, dtype, lengths):
-    cu_seqlens = packed(lengths, dtype)
+def test_packed_sequences_are_cut_one_by_one(load_balanced, lengths):
+    cu_seqlens = packed(lengths, torch.int32 if load_balanced else torch.int64)
     total = int(cu_seqlens[-1])
     within = torch.cat([torch.arange(n * UNIT) for n in lengths])
-    everyone = []
-    for rank in range(world):
-        options = {"cu_seqlens": cu_seqlens, "load_balanced": load_balanced}
+    options = {"cu_seqlens": cu_seqlens, "load_balanced": load_balanced}
+    everyone = {world: [] for world in WORLDS}
+    for world, rank in RANKS_OF_WORLDS:
         indices = positions.context_parallel_indices(total, world, rank, **options)
         got = positions.context_parallel(total, world, rank, **options)
         alone = [positions.context_parallel(n * UNIT, world, rank, load_balanced) for n in lengths]
-        assert torch.equal(got, torch.cat(alone))
-        assert torch.equal(got, within[indices])
-        everyone.append(indices)
-    order = torch.cat(everyone).argsort()
-    assert torch.equal(torch.cat(everyone)[order], torch.arange(total))
+        assert torch.equal(got, torch.cat(alone)), (world, rank)
+        assert torch.equal(got, within[indices]), (world, rank)
+        everyone[world].append(indices)
+    for indices in everyone.values():
+        assert torch.equal(torch.cat(indices).sort().values, torch.arange(total))
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("lengths", [[2], [1, 3, 2], [4, 1]])  # the kernel needs nonempty sequences
-def test_packed_indices_are_those_of_transformer_engine(world, lengths):
+def test_packed_indices_are_those_of_transformer_engine(lengths):
     cu_seqlens = packed(lengths)
     total = int(cu_seqlens[-1])
-    for rank in range(world):
+    for world, rank in RANKS_OF_WORLDS:
         got = positions.context_parallel_indices(total, world, rank, cu_seqlens=cu_seqlens)
-        assert torch.equal(got, transformer_engine_indices(cu_seqlens, total, world, rank))
+        expected = transformer_engine_indices(cu_seqlens, total, world, rank)
+        assert torch.equal(got, expected), (world, rank)
 
 
 def test_load_balance_gives_every_rank_the_same_causal_work():
@@ -90,14 +84,7 @@ def test_load_balance_gives_every_rank_the_same_causal_work():
     assert len(work) == 1
 
 
-def test_result_is_on_the_device_that_is_asked_for():
-    assert positions.context_parallel(8, 2, 0, device="meta").device.type == "meta"
-    with torch.device("meta"):
-        assert positions.context_parallel(8, 2, 0).device.type == "meta"
-
-
-@pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
-def test_result_is_made_on_its_device(function):
+def test_result_is_made_on_the_device_that_is_asked_for():
     """A copy from the CPU would wait for the device, and is not possible in a CUDA graph."""
 
     class Devices(TorchDispatchMode):
@@ -108,9 +95,12 @@ def test_result_is_made_on_its_device(function):
             self.seen.add(result.device.type)
             return result
 
-    with Devices() as devices:
-        getattr(positions, function)(8, 2, 1, device="meta")
-    assert devices.seen == {"meta"}
+    for function in FUNCTIONS:
+        with Devices() as devices:
+            function(8, 2, 1, device="meta")
+        assert devices.seen == {"meta"}
+        with torch.device("meta"):
+            assert function(8, 2, 0).device.type == "meta"
 
 
 def test_tokens_past_the_last_sequence_read_no_bound_where_values_are_not_looked_at():
@@ -138,26 +128,26 @@ def test_compiles_to_one_graph_for_all_lengths():
         assert torch.equal(compiled(cu_seqlens, total, 1), expected)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((8, 0, 0), {}, "expected world to be an integer of at least 1, got 0"),
-        (("8", 2, 0), {}, "expected seq_len to be an integer of at least 0, got '8'"),
-        ((8, None, 0), {}, "expected world to be an integer of at least 1, got None"),
-        ((8, 2, 2), {}, r"expected rank in \[0, 2\), of world ranks, got 2"),
-        ((8, 2, -1), {}, "expected rank to be an integer of at least 0, got -1"),
-        ((6, 2, 0), {}, "expected seq_len to be a multiple of 4, the chunks of 2 ranks, got 6"),
-        ((5, 2, 0, False), {}, "expected seq_len to be a multiple of 2, .*, got 5"),
-        ((-8, 2, 0), {}, "expected seq_len to be an integer of at least 0, got -8"),
-        ((8, 2, 0), {"cu_seqlens": [0.0, 8.0]}, "expected cu_seqlens of dtype int32 or int64"),
-        ((8, 2, 0), {"cu_seqlens": [8]}, r"expected cu_seqlens to have shape .*, got \[1\]"),
-        ((8, 2, 0), {"cu_seqlens": [0, 4]}, "expected cu_seqlens from 0 to seq_len, 8, got 0 to 4"),
-        ((8, 2, 0), {"cu_seqlens": [0, 2, 8]}, "sequence 0 of cu_seqlens .* of 4, .*, got 2"),
-        ((8, 2, 0), {"cu_seqlens": [0, 12, 8]}, "sequence 1 of cu_seqlens .* of 4, .*, got -4"),
-    ],
-)
-@pytest.mark.parametrize("function", ["context_parallel", "context_parallel_indices"])
-def test_invalid_arguments_raise_and_are_named(function, arguments, options, message):
-    options = {name: torch.tensor(value) for name, value in options.items()}
-    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: .*{message}"):
-        getattr(positions, function)(*arguments, **options)
+REFUSALS = [
+    ((8, 0, 0), {}, "expected world to be an integer of at least 1, got 0"),
+    (("8", 2, 0), {}, "expected seq_len to be an integer of at least 0, got '8'"),
+    ((8, None, 0), {}, "expected world to be an integer of at least 1, got None"),
+    ((8, 2, 2), {}, r"expected rank in \[0, 2\), of world ranks, got 2"),
+    ((8, 2, -1), {}, "expected rank to be an integer of at least 0, got -1"),
+    ((6, 2, 0), {}, "expected seq_len to be a multiple of 4, the chunks of 2 ranks, got 6"),
+    ((5, 2, 0, False), {}, "expected seq_len to be a multiple of 2, .*, got 5"),
+    ((-8, 2, 0), {}, "expected seq_len to be an integer of at least 0, got -8"),
+    ((8, 2, 0), {"cu_seqlens": [0.0, 8.0]}, "expected cu_seqlens of dtype int32 or int64"),
+    ((8, 2, 0), {"cu_seqlens": [8]}, r"expected cu_seqlens to have shape .*, got \[1\]"),
+    ((8, 2, 0), {"cu_seqlens": [0, 4]}, "expected cu_seqlens from 0 to seq_len, 8, got 0 to 4"),
+    ((8, 2, 0), {"cu_seqlens": [0, 2, 8]}, "sequence 0 of cu_seqlens .* of 4, .*, got 2"),
+    ((8, 2, 0), {"cu_seqlens": [0, 12, 8]}, "sequence 1 of cu_seqlens .* of 4, .*, got -4"),
+]
+
+
+def test_invalid_arguments_raise_and_are_named():
+    for function, (arguments, options, message) in product(FUNCTIONS, REFUSALS):
+        options = {name: torch.tensor(value) for name, value in options.items()}
+        name = rf"rope_ext\.positions\.{function.__name__}"
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            function(*arguments, **options)

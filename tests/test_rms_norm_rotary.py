@@ -22,7 +22,7 @@ from support import (
     VIEWS,
     assert_same_bits,
     in_layout,
-    name_of,
+    naming,
     on_cpu,
     random,
     random_table,
@@ -37,57 +37,46 @@ F64, F32, F16, BF16 = DTYPES
 
 CASES = [
     # models
-    Case("qwen 3", "a weight [D] of the model's dtype", D=128, dtype=BF16),
-    Case("qwen 3, float32 weights", "norms kept in float32", D=128, dtype=BF16, weight_dtype=F32),
+    Case("qwen 3", "norms kept in float32", D=128, dtype=BF16, weight_dtype=F32),
     Case("gemma 3", "1 + weight, 256 channels", K=1, D=256, dtype=BF16, unit_offset=True),
-    Case("olmo 2", "a row of all heads", K=4, D=128, dtype=BF16, all_heads=True),
     Case("olmo 2, grouped heads", "rows of q and k of two lengths", H=6, K=2, D=64, all_heads=True),
     Case("olmo 2 13B", "a row longer than a block of threads holds", H=40, K=40, D=128,
          dtype=F16, all_heads=True, batch=1),
     Case("float64", "arithmetic in float64", dtype=F64, table_dtype=F64, D=72),
     Case("float64, float32 weights", "widened", dtype=F64, weight_dtype=F32, unit_offset=True),
-    Case("float16, float32 weights", "1 + weight", dtype=F16, weight_dtype=F32, unit_offset=True),
     # sizes
     Case("one head", "nothing else to normalise with", H=1, K=1, D=64),
-    Case("one head of all", "a row is the head", H=1, K=1, D=64, all_heads=True),
-    Case("20 channels", "no whole vectors of 8", D=20, dtype=BF16),
-    Case("6 channels", "less than a vector", D=6, dtype=F16),
+    Case("20 channels", "no whole vectors of 8; a row is the head", H=1, K=1, D=20, dtype=BF16,
+         all_heads=True),
+    Case("6 channels", "less than a vector", D=6, dtype=F16, weight_dtype=F32, unit_offset=True),
     Case("29 channels, 18 rotate", "parts of vectors before, in and after the pairs", D=29, R=18,
          offset=3, dtype=BF16, all_heads=True),
     Case("512 channels", "a head of two warps or one", D=512, K=1, dtype=F32),
     Case("2100 channels", "several pieces of a head, and of the table", H=2, K=1, D=2100, batch=1),
     Case("2100 channels, 1100 stay", "several pieces that stay", H=2, K=1, D=2100, R=1000,
          offset=1050, batch=1, interleaved=True),
-    # rotations
-    Case("partial", "a quarter rotates, all is normalised", D=64, R=16, dtype=BF16),
-    Case("last channels", "none after them", D=48, R=16, offset=32),
+    # rotations and positions
+    Case("partial", "a quarter rotates, all is normalised", D=64, R=16, dtype=BF16, ids="BS"),
+    Case("last channels", "none after them", D=48, R=16, offset=32, ids="S"),
     Case("interleaved", "neighbours", D=64, interleaved=True, dtype=BF16),
     Case("interleaved, some stay", "neighbours between others", D=40, R=20, offset=7,
-         interleaved=True, all_heads=True),
+         interleaved=True, all_heads=True, table="per token", table_dtype=BF16),
     Case("neighbours to halves", "another order in the result", D=64, R=32, offset=16,
-         interleaved=True, interleaved_out=False, dtype=BF16),
+         interleaved=True, interleaved_out=False, dtype=BF16, ids="T", packed=True),
     Case("halves to neighbours", "the other way", D=64, interleaved_out=True, dtype=F16,
-         all_heads=True),
+         all_heads=True, packed=True),
     Case("halves to neighbours, ragged", "in parts of vectors", D=22, interleaved_out=True),
-    Case("inverse", "the way back of a rotation", D=32, inverse=True),
-    Case("full width", "one angle a channel", D=32, R=32, W=32),
+    Case("inverse", "the way back of a rotation", D=32, inverse=True, table="one for all"),
+    Case("full width", "one angle a channel", D=32, R=32, W=32, eps=0.5),
     Case("full width, inverse, neighbours to halves", "the transpose", D=24, R=20, W=20,
          inverse=True, interleaved=True, interleaved_out=False, dtype=BF16),
-    # positions
-    Case("ids S", "one row of positions for all", ids="S"),
-    Case("ids BS", "positions of each sequence", ids="BS", dtype=BF16, D=64),
-    Case("packed, ids", "no batch", ids="T", packed=True, D=64),
-    Case("packed, all heads", "no batch", packed=True, all_heads=True),
-    Case("rows for all", "rows of the step", table="one for all", D=32),
-    Case("rows per token", "of bfloat16", table="per token", table_dtype=BF16, D=32),
-    Case("eps", "a large one", eps=0.5),
 ]  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @cases
-def test_one_rounding_from_the_exact_result(case, backend):
-    tensors = inputs_of(case, backend)
+def test_one_rounding_from_the_exact_result(case, device):
+    tensors = inputs_of(case, device)
     got = rope.rms_norm_rotary_qk(*tensors, **case.options)
     q, k, q_weight, k_weight, *rows = in_float64(tensors, case.dtype)
     exact = reference.rms_norm_rotary_qk(q, k, q_weight, k_weight, *rows, **case.options)
@@ -100,13 +89,13 @@ def test_one_rounding_from_the_exact_result(case, backend):
 
 
 @cases
-def test_gradients_are_near_the_exact_ones(case, backend):
+def test_gradients_are_near_the_exact_ones(case, device):
     """To x: g w / rms and n mean(n g w) / rms; each term is within the roundings of its factors, of
     the sum over the row (N), and of 8 more. To the weights: a sum of n g over the tokens, and over
     the heads if these share the weight.
     """
-    tensors = inputs_of(case, backend)
-    seeds = [random(*x.shape, dtype=case.dtype, device=backend, seed=9) for x in tensors[:2]]
+    tensors = inputs_of(case, device)
+    seeds = [random(*x.shape, dtype=case.dtype, device=device, seed=9) for x in tensors[:2]]
     got = gradients(case, tensors, seeds)
     *leaves, cos, sin, ids = in_float64(tensors, case.dtype)
     leaves = [t.requires_grad_() for t in leaves]
@@ -137,108 +126,126 @@ def test_gradients_are_near_the_exact_ones(case, backend):
         assert_close(got[2 + i], exact[2 + i], (n * g).sum(summed), allowed, f"{name}_weight")
 
 
+def test_portable_kernels_have_the_bits_of_avx2(avx2):
+    for case in CASES:
+        tensors = inputs_of(case, "cpu")
+        seeds = [random(*x.shape, dtype=case.dtype, seed=9) for x in tensors[:2]]
+        results = []
+        for kernels in ("avx2", "portable"):
+            rope_ext._C.set_cpu_capability(kernels)
+            forward = rope.rms_norm_rotary_qk(*tensors, **case.options)
+            results.append([*forward, *gradients(case, tensors, seeds)])
+        for a, b in zip(*results, strict=True):
+            with naming(case.name):
+                assert_same_bits(a, b)
+
+
+def test_one_token_a_sequence_has_a_row_of_its_own(device):
+    q, k, *others = inputs_of(Case("", ""), device)
+    *others, _ = others
+    ids = torch.tensor([[3], [7]]).to(device)
+    packed = rope.rms_norm_rotary_qk(q[:, 0], k[:, 0], *others, ids[:, 0])
+    for a, b in zip(rope.rms_norm_rotary_qk(q[:, :1], k[:, :1], *others, ids), packed, strict=True):
+        assert_same_bits(a[:, 0], b)
+
+
 # ---- memory
 
 
-@pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-@pytest.mark.parametrize("view", VIEWS, ids=VIEWS)
-def test_strides_change_no_bit(view, all_heads, backend):
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_change_no_bit(view, device):
     """Strides of q, k, incoming gradients and weights; k has a separate layout. On CUDA, unaligned
     addresses change the order of sums over lanes: there, almost no bits differ.
     """
-    case = Case("", "", D=32, dtype=BF16, all_heads=all_heads)
-    tensors = inputs_of(case, backend)
-    seeds = [random(*x.shape, dtype=BF16, device=backend, seed=9) for x in tensors[:2]]
-    expected = rope.rms_norm_rotary_qk(*tensors), gradients(case, tensors, seeds)
 
     def strided(x):
         def base(*shape):
-            return torch.full(shape, torch.nan, dtype=x.dtype).to(backend)
+            return torch.full(shape, torch.nan, dtype=x.dtype).to(device)
 
-        out = VIEWS[view](base, *x.shape)
-        out.copy_(x)
-        return out
+        return VIEWS[view](base, *x.shape).copy_(x)
 
     def in_columns(weight):
-        wide = torch.full((*weight.shape[:-1], 40), torch.nan, dtype=weight.dtype).to(backend)
-        wide[..., 3:35].copy_(weight)
-        return wide[..., 3:35]
+        wide = torch.full((*weight.shape[:-1], 40), torch.nan, dtype=weight.dtype).to(device)
+        return wide[..., 3:35].copy_(weight)
 
-    q, k = (strided(x) for x in tensors[:2])
-    moved = [q, k, *(in_columns(w) for w in tensors[2:4]), *tensors[4:]]
-    got = rope.rms_norm_rotary_qk(*moved), gradients(case, moved, [strided(s) for s in seeds])
-    for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
-        if backend.type == "cpu":
-            assert_same_bits(a, b)
-        else:
-            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=2.0**-7, atol=2.0**-7)
+    for all_heads in (False, True):
+        case = Case("", "", D=32, dtype=BF16, all_heads=all_heads)
+        q, k, *others = inputs_of(case, device)
+        seeds = [random(*x.shape, dtype=BF16, device=device, seed=9) for x in (q, k)]
+        results = []
+        for tensors, given in (
+            ((q, k, *others), seeds),
+            ((strided(q), strided(k), *map(in_columns, others[:2]), *others[2:]),
+             [strided(seed) for seed in seeds]),
+        ):  # fmt: skip
+            results.append([*rope.rms_norm_rotary_qk(*tensors), *gradients(case, tensors, given)])
+        for a, b in zip(*results, strict=True):
+            if device.type == "cpu":
+                assert_same_bits(a, b)
+            else:
+                torch.testing.assert_close(a.cpu(), b.cpu(), rtol=2.0**-7, atol=2.0**-7)
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd", "sbhd", "thd"])
 def test_function_takes_every_layout(layout, device):
     q, k, *others = inputs_of(Case("", "", packed=layout == "thd"), device)
-    expected = rope.rms_norm_rotary_qk(q, k, *others, unit_offset=True, eps=0.1)
+    options = {"unit_offset": True, "eps": 1e-9}
+    q, k = q * 1e-4, k * 1e-4  # eps counts
+    expected = rope.rms_norm_rotary_qk(q, k, *others, **options)
     if layout != "thd":
         q, k = in_layout(q, layout), in_layout(k, layout)
-    got = rope_ext.rms_norm_rotary_qk(q, k, *others, unit_offset=True, eps=0.1, layout=layout)
+    got = rope_ext.rms_norm_rotary_qk(q, k, *others, **options, layout=layout)
     for a, b in zip(got, expected, strict=True):
         assert_same_bits(a, b if layout == "thd" else in_layout(b, layout))
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)], ids=["B", "S", "H"])
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-def test_sizes_of_zero(shape, all_heads, device):
+def test_sizes_of_zero(all_heads, device):
     """Unused weights have a gradient of zero."""
-    q = random(*shape, 16, device=device)
-    k = random(*shape[:2], 2, 16, device=device)
-    q_weight, k_weight = (
-        random(*((x.shape[2],) if all_heads else ()), 16, device=device) for x in (q, k)
-    )
-    tensors = [q, k, q_weight, k_weight, *random_table(L, 8, device=device), None]
-    for x, y in zip((q, k), rope.rms_norm_rotary_qk(*tensors), strict=True):
-        assert y.shape == x.shape
-    got = gradients(Case("", ""), tensors, [random(*x.shape, device=device) for x in (q, k)])
-    for grad, of in zip(got, tensors, strict=False):
-        assert grad.shape == of.shape
-    assert not got[2].cpu().any()
-    assert bool(got[3].cpu().any()) == (shape[2] == 0)
+    for shape in ((0, 5, 4), (2, 0, 4), (2, 5, 0)):
+        q, k = random(*shape, 16, device=device), random(*shape[:2], 2, 16, device=device)
+        weights = (random(*((x.shape[2],) if all_heads else ()), 16, device=device) for x in (q, k))
+        tensors = [q, k, *weights, *random_table(L, 8, device=device), None]
+        for x, y in zip((q, k), rope.rms_norm_rotary_qk(*tensors), strict=True):
+            assert y.shape == x.shape
+        got = gradients(Case("", ""), tensors, [random(*x.shape, device=device) for x in (q, k)])
+        assert [grad.shape for grad in got] == [x.shape for x in tensors[:4]]
+        assert not got[2].cpu().any()
+        assert bool(got[3].cpu().any()) == (shape[2] == 0)
 
 
 # ---- special values
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_row_of_zeros(dtype, backend):
-    q, k, *others = inputs_of(Case("", "", dtype=dtype), backend)
-    q[0, 1, 2] = 0
-    out, _ = rope.rms_norm_rotary_qk(q, k, *others)
-    assert not out[0, 1, 2].cpu().any()
-    out, _ = rope.rms_norm_rotary_qk(q, k, *others, eps=0.0)  # 0 / 0, as in PyTorch
-    nan = out.cpu().isnan()
-    assert nan[0, 1, 2].all()
-    assert nan.sum() == q.shape[-1]
+def test_row_of_zeros(device):
+    for dtype in DTYPES:
+        q, k, *others = inputs_of(Case("", "", dtype=dtype), device)
+        q[0, 1, 2] = 0
+        out, _ = rope.rms_norm_rotary_qk(q, k, *others)
+        assert not out[0, 1, 2].cpu().any(), dtype
+        out, _ = rope.rms_norm_rotary_qk(q, k, *others, eps=0.0)  # 0 / 0, as in PyTorch
+        nan = out.cpu().isnan()
+        assert nan[0, 1, 2].all(), dtype
+        assert nan.sum() == q.shape[-1], dtype
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-def test_infinity_and_nan_stay_in_their_row(value, all_heads, backend):
-    q, k, *others = inputs_of(Case("", "", all_heads=all_heads), backend)
-    expected = rope.rms_norm_rotary_qk(q, k, *others)[0].cpu()
-    q[1, 2, 3, 4] = value
-    got = rope.rms_norm_rotary_qk(q, k, *others)[0].cpu()
-    row = (1, 2) if all_heads else (1, 2, 3)
-    assert got[row].isnan().any()
-    got[row] = expected[row] = 0
-    assert_same_bits(got, expected)
+def test_infinity_and_nan_stay_in_their_row(all_heads, device):
+    for value in (float("inf"), float("nan")):
+        q, k, *others = inputs_of(Case("", "", all_heads=all_heads), device)
+        expected = rope.rms_norm_rotary_qk(q, k, *others)[0].cpu()
+        q[1, 2, 3, 4] = value
+        got = rope.rms_norm_rotary_qk(q, k, *others)[0].cpu()
+        row = (1, 2) if all_heads else (1, 2, 3)
+        assert got[row].isnan().any()
+        got[row] = expected[row] = 0
+        assert_same_bits(got, expected)
 
 
-def test_position_outside_of_the_table(device):
-    q, k, *others = inputs_of(Case("", ""), device)
-    others[-1] = torch.tensor([0, 1, L, 3, 4]).to(device)
-    if device.type == "cpu":
-        with pytest.raises(RuntimeError, match="rms_norm_rotary_qk: expected position_ids in"):
-            rope.rms_norm_rotary_qk(q, k, *others)
-        return
+@pytest.mark.cuda
+def test_position_outside_of_the_table_gives_nan_on_cuda():
+    q, k, *others = inputs_of(Case("", ""), "cuda")
+    others[-1] = torch.tensor([0, 1, L, 3, 4]).cuda()
     for out in rope.rms_norm_rotary_qk(q, k, *others):
         nan = out.cpu().isnan()
         assert nan[:, 2].all()
@@ -258,21 +265,13 @@ def many_tokens(device, all_heads):
 
 
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-def test_number_of_threads_and_instruction_set_change_no_bit(all_heads, threads, avx2):
+def test_runs_and_numbers_of_threads_have_the_same_bits(all_heads, device, threads):
     threads(1)
-    expected = many_tokens("cpu", all_heads)
-    for count, kernels in ((2, "avx2"), (3, "avx2"), (2, "portable")):
+    expected = many_tokens(device, all_heads)
+    for count in (1, 2, 3):
         threads(count)
-        rope_ext._C.set_cpu_capability(kernels)
-        for a, b in zip(expected, many_tokens("cpu", all_heads), strict=True):
+        for a, b in zip(expected, many_tokens(device, all_heads), strict=True):
             assert_same_bits(a, b)
-
-
-@pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-def test_gradients_have_the_same_bits_in_every_run(all_heads, device):
-    first, second = many_tokens(device, all_heads), many_tokens(device, all_heads)
-    for a, b in zip(first, second, strict=True):
-        assert_same_bits(a, b)
 
 
 # ---- models
@@ -303,8 +302,9 @@ def attention_of(family):
     return attention, module.apply_rotary_pos_emb
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
-@pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "Olmo2"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("Qwen3", F32), ("Gemma3", BF16), ("Olmo2", F32), ("Olmo2", BF16)]
+)
 @torch.no_grad()
 def test_norms_and_rotation_of_models(family, dtype):
     """In float32 the model's own results are as exact as one rounding and these roundings allow. In

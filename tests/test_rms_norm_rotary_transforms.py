@@ -1,17 +1,15 @@
 """rms_norm_rotary_qk: differentiated, compiled, batched, on several ranks, and its errors."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from normed_inputs import B, Case, L, S, inputs_of
 from ranks import on_every_rank, place
 from support import DTYPES, assert_derivatives, assert_same_bits, random, random_table
-from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.tensor import Shard
-from torch.func import grad as func_grad
-from torch.func import vmap
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import rope_ext
@@ -23,8 +21,7 @@ F64, F32, F16, BF16 = DTYPES
 # ---- differentiation
 
 
-DERIVED = [
-    Case("a weight for all heads", "sums over heads", H=2, K=1, D=6, dtype=F64, table_dtype=F64),
+DERIVED = [  # what test_every_operator.py does not have
     Case("all heads, ids, another order, some stay", "all at once", H=2, K=1, D=6, R=4, offset=1,
          ids="BS", all_heads=True, unit_offset=True, interleaved=True, interleaved_out=False,
          dtype=F64, table_dtype=F64),
@@ -45,29 +42,29 @@ def test_gradcheck_and_gradgradcheck(case):
     assert_derivatives(lambda *args: rope.rms_norm_rotary_qk(*args, ids, **case.options), leaves)
 
 
-@pytest.mark.parametrize("which", range(6))
-def test_only_inputs_that_require_grad_get_one(which):
-    tensors = inputs_of(Case("", ""), "cpu")
-    tensors[which].requires_grad_()
-    out_q, out_k = rope.rms_norm_rotary_qk(*tensors)
-    assert out_q.requires_grad
-    (out_q.sum() + out_k.sum()).backward()
-    assert [t is not None and t.grad is not None for t in tensors] == [i == which for i in range(7)]
+def test_only_inputs_that_require_grad_get_one():
+    for which in range(6):
+        tensors = inputs_of(Case("", ""), "cpu")
+        tensors[which].requires_grad_()
+        out_q, out_k = rope.rms_norm_rotary_qk(*tensors)
+        assert out_q.requires_grad
+        (out_q.sum() + out_k.sum()).backward()
+        got = [i for i, t in enumerate(tensors) if t is not None and t.grad is not None]
+        assert got == [which]
 
 
-@pytest.mark.parametrize("given", ["q", "k"])
-def test_gradient_of_one_result_leaves_the_other_tensor_alone(given, device):
-    tensors = inputs_of(Case("", ""), device)
-    i = "qk".index(given)
-    seeds = [random(*x.shape, device=device, seed=9) for x in tensors[:2]]
-    both = rope.rms_norm_rotary_qk_backward(*seeds, *tensors)
-    seeds[1 - i] = None
-    one = rope.rms_norm_rotary_qk_backward(*seeds, *tensors)
-    for index in (i, 2 + i):
-        assert_same_bits(one[index], both[index])
-    for index in (1 - i, 3 - i):
-        assert one[index].shape == both[index].shape
-        assert not one[index].cpu().any()
+def test_gradient_of_one_result_leaves_the_other_tensor_alone(device):
+    for i in (0, 1):
+        tensors = inputs_of(Case("", ""), device)
+        seeds = [random(*x.shape, device=device, seed=9) for x in tensors[:2]]
+        both = rope.rms_norm_rotary_qk_backward(*seeds, *tensors)
+        seeds[1 - i] = None
+        one = rope.rms_norm_rotary_qk_backward(*seeds, *tensors)
+        for index in (i, 2 + i):
+            assert_same_bits(one[index], both[index])
+        for index in (1 - i, 3 - i):
+            assert one[index].shape == both[index].shape
+            assert not one[index].cpu().any()
 
 
 def test_gradients_to_the_table_are_not_rounded_on_the_way():
@@ -88,86 +85,24 @@ def test_gradients_to_the_table_are_not_rounded_on_the_way():
 # ---- compilers and transforms
 
 
-def test_opcheck():
-    case = DERIVED[1]
-    tensors = inputs_of(case, "cpu")
-    seeds = [random(*x.shape, dtype=F64, seed=9) for x in tensors[:2]]
-    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
-    torch.library.opcheck(rope.rms_norm_rotary_qk.default, leaves, case.options)
-    backward = rope.rms_norm_rotary_qk_backward.default
-    torch.library.opcheck(backward, (*seeds, *leaves), case.options)
-    detached = [t if t is None else t.detach() for t in tensors]
-    torch.library.opcheck(backward, (None, seeds[1], *detached), case.options)
-
-
-def test_one_graph_for_all_lengths_with_the_operators_in_it():
-    """Forward and backward each are one call of an operator."""
-    calls = {"forward": [], "backward": []}
-
-    def compiler(direction):
-        def compile_graph(graph, inputs):
-            nodes = (node.target for node in graph.graph.nodes if node.op == "call_function")
-            calls[direction].append([str(t) for t in nodes if "getitem" not in str(t)])
-            return make_boxed_func(graph.forward)
-
-        return compile_graph
-
-    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+def test_one_graph_for_all_lengths():
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     function = rope_ext.rms_norm_rotary_qk
-    run = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     weights = [random(16, seed=s).requires_grad_() for s in (1, 2)]
-    table = random_table(12, 8)
-    for batch, seq in ((3, 5), (2, 7), (4, 9)):
+    graphs = 0
+    for batch, seq in ((3, 5), (2, 7)):
         leaves = [random(batch, seq, heads, 16).requires_grad_() for heads in (6, 4)] + weights
         seeds = [random(*x.shape, seed=3) for x in leaves[:2]]
         results = []
-        for each in (function, run):
-            outputs = each(*leaves, *table)
+        for each in (function, compiled):
+            outputs = each(*leaves, *random_table(12, 8))
             results.append([*outputs, *torch.autograd.grad(outputs, leaves, seeds)])
         for a, b in zip(*results, strict=True):
             assert_same_bits(a, b)
-    assert calls == {
-        "forward": [["rope.rms_norm_rotary_qk.default"]],
-        "backward": [["rope.rms_norm_rotary_qk_backward.default"]],
-    }
-
-
-@pytest.mark.parametrize("batched", ["q", "weights", "positions", "all"])
-def test_vmap_is_a_loop(batched):
-    case = Case("", "", ids="S")
-    samples = [inputs_of(case, "cpu") for _ in range(3)]
-    for i, tensors in enumerate(samples):
-        of = {"q": (0, 1), "weights": (2, 3), "positions": (6,), "all": range(7)}[batched]
-        for index in of:
-            x = tensors[index]
-            tensors[index] = x.roll(i, -1) if x.is_floating_point() else (x + i) % L
-    dims = [0 if any(not torch.equal(s[i], samples[0][i]) for s in samples[1:]) else None
-            for i in range(7)]  # fmt: skip
-    stacked = [torch.stack([s[i] for s in samples]) if dim == 0 else samples[0][i]
-               for i, dim in enumerate(dims)]  # fmt: skip
-
-    def loss(*tensors):
-        return sum(y.sin().sum() for y in rope.rms_norm_rotary_qk(*tensors))
-
-    for function in (rope.rms_norm_rotary_qk, func_grad(loss, argnums=(0, 2))):
-        got = vmap(function, in_dims=tuple(dims))(*stacked)
-        expected = zip(*(function(*s) for s in samples), strict=True)
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, torch.stack(b))
-
-
-def test_vmap_of_gradients():
-    tensors = inputs_of(Case("", ""), "cpu")
-    leaves = [t.requires_grad_() for t in tensors[:4]]
-    outputs = rope.rms_norm_rotary_qk(*leaves, *tensors[4:])
-    seeds = [random(3, *x.shape, seed=9) for x in tensors[:2]]
-    got = torch.autograd.grad(outputs, leaves, seeds, is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        each = [s[i] for s in seeds]
-        expected = torch.autograd.grad(outputs, leaves, each, retain_graph=True)
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a[i], b)
+        graphs = graphs or counter.frame_count  # more than one, as PyTorch checks a float again
+        assert counter.frame_count == graphs
 
 
 def test_flops_are_counted():
@@ -186,37 +121,32 @@ def test_flops_are_counted():
 # ---- on several ranks
 
 
-@pytest.mark.parametrize("dim", [None, 0, 1, 2], ids=["replicated", "batch", "sequence", "heads"])
-@pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])
-def test_every_rank_does_its_part_and_weight_gradients_add_up(dim, all_heads):
-    """Sums over tokens and heads are split over ranks: 64 n eps of n <= 128 terms of about 1."""
-    case = Case("", "", H=4, K=4, all_heads=all_heads, dtype=F64, table_dtype=F64)
+def test_tokens_of_a_norm_over_all_heads_are_sharded_and_heads_are_not():
+    """Sums over tokens are split over ranks: 64 n eps of n <= 128 terms of about 1."""
+    case = Case("", "", H=4, K=4, all_heads=True, dtype=F64, table_dtype=F64)
     q, k, *others = inputs_of(case, "cpu")
     q, k = q.repeat(2, 1, 1, 1)[:, :4], k.repeat(2, 1, 1, 1)[:, :4]
     seeds = [random(*x.shape, dtype=F64, seed=9) for x in (q, k)]
 
-    def results_and_gradients(leaves, seeds):
+    def results_and_gradients(leaves, table, seeds):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        results = rope.rms_norm_rotary_qk(*leaves[:4], *others_of(leaves))
+        results = rope.rms_norm_rotary_qk(*leaves, *table)
         torch.autograd.backward(results, seeds)
-        return [*(r.detach() for r in results), *(leaf.grad for leaf in leaves[:4])]
+        return [*(r.detach() for r in results), *(leaf.grad for leaf in leaves)]
 
-    def others_of(leaves):
-        return [leaf.detach() for leaf in leaves[4:]]
+    def on_rank(mesh, placement):
+        leaves = [place(x, mesh, placement) for x in (q, k)]
+        leaves += [place(w, mesh) for w in others[:2]]
+        table = [place(t, mesh) for t in others[2:4]]
+        return results_and_gradients(leaves, table, [place(s, mesh, placement) for s in seeds])
 
-    def on_rank(mesh):
-        placements = [] if dim is None else [Shard(dim)]
-        leaves = [place(x, mesh, *placements) for x in (q, k)]
-        leaves += [place(t, mesh) for t in others[:4]]
-        return results_and_gradients(leaves, [place(s, mesh, *placements) for s in seeds])
-
-    if all_heads and dim == 2:
-        with pytest.raises(RuntimeError, match="rms_norm_rotary_qk: expected q to be Replicate"):
-            on_every_rank(on_rank)
-        return
-    expected = results_and_gradients([q, k, *others[:4]], seeds)
-    for part, whole in zip(on_every_rank(on_rank), expected, strict=True):
-        torch.testing.assert_close(part, whole, rtol=2.0**-40, atol=2.0**-40)
+    expected = results_and_gradients([q, k, *others[:2]], others[2:4], seeds)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        got = on_every_rank(partial(on_rank, placement=placement))
+        for part, whole in zip(got, expected, strict=True):
+            torch.testing.assert_close(part, whole, rtol=2.0**-40, atol=2.0**-40)
+    with pytest.raises(RuntimeError, match="rms_norm_rotary_qk: expected q to be Replicate"):
+        on_every_rank(partial(on_rank, placement=Shard(2)))
 
 
 # ---- refusals
@@ -254,38 +184,37 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=[r[2][:50] for r in REFUSED])
-def test_refusals_name_what_is_wrong(name, change, message):
+def assert_refused(operator, message, *given, **named):
+    name = operator.default._schema.name
+    with pytest.raises(RuntimeError, match=f"^{name}: expected {re.escape(message)}"):
+        operator(*given, **named)
+
+
+def test_refusals_name_what_is_wrong():
     names = ("q", "k", "q_weight", "k_weight", "cos", "sin", "position_ids")
-    given = dict(zip(names, inputs_of(Case("", ""), "cpu"), strict=True))
-    given[name] = change(given.get(name))
-    with pytest.raises(RuntimeError, match=re.escape(message)) as refusal:
-        rope.rms_norm_rotary_qk(**given)
-    assert str(refusal.value).startswith("rope::rms_norm_rotary_qk: expected ")
-    grads = {"grad_q": torch.zeros(B, S, 4, 16), "grad_k": torch.zeros(B, S, 2, 16)}
-    for further in (False, True):  # PyTorch computes a gradient that is differentiated in turn
-        grads["grad_q"].requires_grad_(further)
-        with pytest.raises(RuntimeError, match=re.escape(message)) as refusal:
-            rope.rms_norm_rotary_qk_backward(**grads, **given)
-        assert str(refusal.value).startswith("rope::rms_norm_rotary_qk_backward: expected ")
+    for name, change, message in REFUSED:
+        given = dict(zip(names, inputs_of(Case("", ""), "cpu"), strict=True))
+        given[name] = change(given.get(name))
+        assert_refused(rope.rms_norm_rotary_qk, message, **given)
+        grads = {"grad_q": torch.zeros(B, S, 4, 16), "grad_k": torch.zeros(B, S, 2, 16)}
+        for further in (False, True):  # PyTorch computes a gradient that is differentiated in turn
+            grads["grad_q"].requires_grad_(further)
+            assert_refused(rope.rms_norm_rotary_qk_backward, message, **grads, **given)
+    q, k, w, v, *rows = inputs_of(Case("", "", dtype=BF16), "cpu")
+    for weights, message in (
+        ((w, v.float()), "k_weight of q_weight's dtype bfloat16, got float32"),
+        ((w.half(), v.half()), "q_weight of q's dtype bfloat16 or float32, got float16"),
+    ):
+        assert_refused(rope.rms_norm_rotary_qk, message, q, k, *weights, *rows)
 
 
-def test_weights_of_two_dtypes_are_refused():
-    q, k, q_weight, k_weight, *rows = inputs_of(Case("", "", dtype=BF16), "cpu")
-    with pytest.raises(RuntimeError, match="k_weight of q_weight's dtype bfloat16, got float32"):
-        rope.rms_norm_rotary_qk(q, k, q_weight, k_weight.float(), *rows)
-    with pytest.raises(RuntimeError, match="of q's dtype bfloat16 or float32, got float16"):
-        rope.rms_norm_rotary_qk(q, k, q_weight.half(), k_weight.half(), *rows)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda g: None, "expected grad_q or grad_k, got neither"),
-    (lambda g: g[..., :8], "expected grad_q of q's shape"),
-    (lambda g: g.double(), "expected grad_q of q's dtype"),
-    (lambda g: g.transpose(1, 3).contiguous().transpose(1, 3), "expected grad_q to have stride 1"),
-], ids=["neither", "shape", "dtype", "strides"])  # fmt: skip
-def test_backward_refuses_gradients_that_do_not_fit(change, message):
-    tensors = inputs_of(Case("", ""), "cpu")
-    grad = change(torch.zeros(B, S, 4, 16))
-    with pytest.raises(RuntimeError, match=re.escape(f"rms_norm_rotary_qk_backward: {message}")):
-        rope.rms_norm_rotary_qk_backward(grad, None, *tensors)
+def test_backward_refuses_gradients_that_do_not_fit():
+    for change, message in (
+        (lambda g: None, "grad_q or grad_k, got neither"),
+        (lambda g: g[..., :8], "grad_q of q's shape"),
+        (lambda g: g.double(), "grad_q of q's dtype"),
+        (lambda g: g.transpose(1, 3).contiguous().transpose(1, 3), "grad_q to have stride 1"),
+    ):
+        grad = change(torch.zeros(B, S, 4, 16))
+        given = inputs_of(Case("", ""), "cpu")
+        assert_refused(rope.rms_norm_rotary_qk_backward, message, grad, None, *given)

@@ -1,17 +1,15 @@
-"""PyTorch's transforms: vmap, grad, jvp and their nestings, autocast, checkpointing; and its tools:
-the profiler, the FLOP counter, deterministic algorithms.
+"""PyTorch's transforms: vmap, grad, jvp and their nestings, selective checkpointing; and its tools:
+the profiler, the FLOP counter.
 
-test_gradients.py compares derivatives with differences, also forward and batched ones; here
-transforms are applied to the functions. A vmap is compared with a loop.
+test_every_operator.py has each operator by each transform, test_works_with.py each function. Here
+are dimensions and shapes that differ, and nestings. A vmap is compared with a loop.
 """
 
-import warnings
 from functools import partial
 
 import pytest
 import torch
-from support import assert_same_bits, random, random_positions, random_table
-from torch.autograd import forward_ad
+from support import assert_same_bits, naming, random, random_positions, random_table
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -69,47 +67,31 @@ def sample(tensor, dim, i):
     return tensor if tensor is None or dim is None else tensor.select(dim, i).contiguous()
 
 
-@pytest.mark.parametrize("batched", BATCHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_vmap_rotates_as_a_loop_does(layout, batched, device):
+def test_vmap_rotates_as_a_loop_does(layout, device):
     tokens, table, ids = LAYOUTS[layout]
-    dims = BATCHED[batched]
-    if ids is None and dims == BATCHED["positions"]:
-        pytest.skip("no positions to be batched")
-    dims = (*dims[:4], None if ids is None else dims[4])
     make = partial(random, device=device)
-    arguments = [
-        samples((*tokens, H, D), dims[0], make),
-        samples((*tokens, K, D), dims[1], make),
-        samples(table, dims[2], partial(make, seed=1)),
-        samples(table, dims[3], partial(make, seed=2)),
-        samples(ids, dims[4], partial(random_positions, rows=L, device=device)),
-    ]
     options = {"interleaved": True, "interleaved_out": False, "inverse": True}
     function = partial(rope.apply_rotary_qk, **options)
-    out_q, out_k = vmap(function, in_dims=dims, out_dims=(1, -1))(*arguments)
-    one = vmap(partial(rope.apply_rotary, **options), in_dims=dims[:1] + dims[2:])
-    if any(dim is not None for dim in dims[:1] + dims[2:]):
-        assert_same_bits(one(arguments[0], *arguments[2:]), out_q.movedim(1, 0))
-    for i in range(N):
-        expected = function(*(sample(t, dim, i) for t, dim in zip(arguments, dims, strict=True)))
-        assert_same_bits(out_q.select(1, i), expected[0])
-        assert_same_bits(out_k.select(-1, i), expected[1])
-
-
-@pytest.mark.parametrize("dims", [(0, None), (None, 0), (1, 1)], ids=str)
-def test_vmap_over_frequencies_and_positions(dims, device):
-    inv_freq = samples((P,), dims[0], partial(random, device=device))
-    ids = samples((B, S), dims[1], partial(random_positions, rows=100, device=device))
-    got = vmap(rope.cos_sin, in_dims=dims)(inv_freq, ids)
-    for i in range(N):
-        expected = rope.cos_sin(sample(inv_freq, dims[0], i), sample(ids, dims[1], i))
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a[i], b)
-    if dims[1] is None:
-        table = vmap(lambda f: rope.cos_sin_cache(f, L, start=3))(inv_freq)
-        for a, b in zip(table, rope.cos_sin_cache(inv_freq[1], L, start=3), strict=True):
-            assert_same_bits(a[1], b)
+    for batched, dims in BATCHED.items():
+        if ids is None:
+            dims = (*dims[:4], None)
+        if not any(dim is not None for dim in dims):
+            continue  # no positions to be batched
+        arguments = [
+            samples((*tokens, H, D), dims[0], make),
+            samples((*tokens, K, D), dims[1], make),
+            samples(table, dims[2], partial(make, seed=1)),
+            samples(table, dims[3], partial(make, seed=2)),
+            samples(ids, dims[4], partial(random_positions, rows=L, device=device)),
+        ]
+        out_q, out_k = vmap(function, in_dims=dims, out_dims=(1, -1))(*arguments)
+        with naming(batched):
+            for i in range(N):
+                of_one = (sample(t, dim, i) for t, dim in zip(arguments, dims, strict=True))
+                for got, expected in zip((out_q.select(1, i), out_k.select(-1, i)),
+                                         function(*of_one), strict=True):  # fmt: skip
+                    assert_same_bits(got, expected)
 
 
 def test_nested_vmap(device):
@@ -122,52 +104,32 @@ def test_nested_vmap(device):
             assert_same_bits(got[i, j], rope.apply_rotary(x[i, j], cos[j], sin[j]))
 
 
-@pytest.mark.parametrize(
-    "operator", [rope.apply_rotary_, rope_ext.apply_rotary], ids=["torch.ops", "rope_ext"]
-)
-def test_vmap_in_place_writes_every_sample(operator, device):
-    x = random(B, N, S, H, D, device=device)
+def test_vmap_in_place_writes_every_sample(device):
     cos, sin = random_table(N, L, P, device=device)
-    expected = torch.stack([rope.apply_rotary(x[:, i], cos[i], sin[i]) for i in range(N)], 1)
-    if operator is rope_ext.apply_rotary:
-        operator = partial(operator, inplace=True)
+    for operator in (rope.apply_rotary_, partial(rope_ext.apply_rotary, inplace=True)):
+        x = random(B, N, S, H, D, device=device)
+        expected = torch.stack([rope.apply_rotary(x[:, i], cos[i], sin[i]) for i in range(N)], 1)
 
-    def function(x, cos, sin):
-        operator(x, cos, sin)
-        return x
+        def function(x, cos, sin, operator=operator):
+            operator(x, cos, sin)
+            return x
 
-    got = vmap(function, in_dims=(1, 0, 0), out_dims=1)(x, cos, sin)
-    assert_same_bits(got, expected)
-    assert_same_bits(x, expected)
-
-
-def test_vmap_in_place_refuses_what_is_one_for_all_samples(device):
-    x = random(B, S, H, D, device=device)
-    before = x.clone()
-    cos, sin = random_table(N, L, P, device=device)
-    with pytest.raises(RuntimeError, match="apply_rotary_: expected what is written to be batched"):
-        vmap(partial(rope.apply_rotary_, x))(cos, sin)
-    assert_same_bits(x, before)
+        got = vmap(function, in_dims=(1, 0, 0), out_dims=1)(x, cos, sin)
+        assert_same_bits(got, expected)
+        assert_same_bits(x, expected)
 
 
-@pytest.mark.parametrize("position", [-1, L])
-def test_position_past_the_table_of_its_sample_is_refused(position):
+def test_position_past_the_table_of_its_sample_is_refused():
     """The tables of all samples are joined in memory: no position may reach the next sample's."""
-    x = random(B, S, H, D)
     cos, sin = random_table(N, L, P)
-    ids = torch.full((S,), position)
-    with pytest.raises(RuntimeError, match="expected position_ids in"):
-        vmap(rope.apply_rotary, in_dims=(None, 0, 0, None))(x, cos, sin, ids)
+    for i, position in ((0, L), (N - 1, -1)):  # beside the rows of another sample
+        ids = torch.zeros(N, S, dtype=torch.int64)
+        ids[i] = position
+        with pytest.raises(RuntimeError, match="expected position_ids in"):
+            vmap(rope.apply_rotary, in_dims=(None, 0, 0, 0))(random(B, S, H, D), cos, sin, ids)
 
 
-def test_vmap_into_out_is_refused():
-    x = random(N, B, S, H, D)
-    cos, sin = random_table(L, P)
-    with pytest.raises(RuntimeError, match=r"apply_rotary\.out"):
-        vmap(lambda x, out: rope.apply_rotary.out(x, cos, sin, out=out))(x, torch.empty_like(x))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["table", "table, ids BS", "rows per token", "packed, ids"])
 def test_gradients_of_each_sample(layout, device):
     """vmap of grad: the gradients to x, cos and sin of each sample alone. The rows of a table may
     be summed in another order: each order is within n 2^-53 of the sum of n products' sizes, n <= 2
@@ -212,17 +174,6 @@ def turned_plainly(inv_freq, x, ids):
     return (reference.apply_rotary(x, *rows) * reference.apply_rotary(x, *table).sin()).sum()
 
 
-def test_func_grad_has_the_bits_of_autograd(device):
-    inv_freq = rope_ext.frequencies.default(D, device=device)[0].double()
-    x = random(B, S, H, D, dtype=F64, device=device)
-    ids = random_positions(B, S, rows=9, device=device)
-    got = grad(turned, argnums=(0, 1))(inv_freq, x, ids)
-    leaves = inv_freq.clone().requires_grad_(), x.clone().requires_grad_()
-    expected = torch.autograd.grad(turned(*leaves, ids), leaves)
-    for a, b in zip(got, expected, strict=True):
-        assert_same_bits(a, b)
-
-
 @pytest.mark.parametrize("argnums", [0, 1], ids=["inv_freq", "x"])
 def test_nested_derivatives_are_those_of_plain_torch(argnums, device):
     """Forward, backward and each over each. An entry is a sum of at most 2 S D products in float64:
@@ -243,19 +194,16 @@ def test_nested_derivatives_are_those_of_plain_torch(argnums, device):
             close(transform(other(turned, argnums), argnums)(inv_freq, x, ids), twice)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tangent_of_x_is_its_rotation(dtype, device):
-    x, tangent = (random(B, S, H, D, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+def test_tangent_of_x_is_its_rotation(device):
     cos, sin = random_table(L, P // 2, device=device)
     function = partial(rope.apply_rotary, cos=cos, sin=sin, rotary_offset=1)
-    out, got = jvp(function, (x,), (tangent,))
-    assert_same_bits(out, function(x))
-    assert_same_bits(got, function(tangent))
-    with forward_ad.dual_level(), torch.no_grad():
-        dual = function(forward_ad.make_dual(x, tangent))
-        assert_same_bits(forward_ad.unpack_dual(dual).tangent, got)
-    (back,) = vjp(function, x)[1](got)
-    assert_same_bits(back, function(got, inverse=True))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, tangent = (random(B, S, H, D, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+        out, got = jvp(function, (x,), (tangent,))
+        assert_same_bits(out, function(x))
+        assert_same_bits(got, function(tangent))
+        (back,) = vjp(function, x)[1](got)
+        assert_same_bits(back, function(got, inverse=True))
 
 
 def test_tangent_of_the_table_leaves_other_channels_alone(device):
@@ -294,42 +242,17 @@ def test_functions_in_place_are_transformed(layout, device):
     assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("name", ["x", "cos", "out"])
-def test_writing_operators_refuse_tangents_and_write_nothing(name, device):
-    x = random(B, S, H, D, device=device)
-    before = x.clone()
-    cos, sin = random_table(L, P, device=device)
-    with forward_ad.dual_level():
-        tensors = {"x": x, "cos": cos, "sin": sin}
-        if name == "out":
-            tensors["x"], tensors["out"] = before, x
-        tensors[name] = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
-        operator = rope.apply_rotary.out if name == "out" else rope.apply_rotary_
-        with pytest.raises(RuntimeError, match="expected tensors without tangents"):
-            operator(**tensors)
-    assert_same_bits(x, before)
-
-
-# ---- autocast
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_leaves_dtypes_and_tables_as_they_are(dtype, device):
-    """x from a layer under autocast is rotated by float32 tables, rounded once."""
-    linear = torch.nn.Linear(D, D, device=device)
+def test_table_that_is_first_needed_in_a_transform_is_not_kept_from_it(device):
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L, device=device)
-    x = random(B, S, H, D, device=device)
-    ids = random_positions(B, S, rows=9, device=device)
-    with torch.autocast(device.type, dtype=dtype):
-        q = linear(x)
-        assert q.dtype == dtype
-        cos, sin = module.cos_sin(ids)
-        assert cos.dtype == module.table(S)[0].dtype == torch.float32
-        rotated = (*module(q, q, ids), rope_ext.apply_rotary(q, cos, sin))
-        kept, _ = module(x, x, ids)
-    for y in rotated:
-        assert_same_bits(y, rope.apply_rotary(q, *rope.cos_sin(module.inv_freq, ids)))
-    assert kept.dtype == torch.float32
+    q = random(B, S, H, D, device=device)
+
+    def loss(q):
+        return module(q, q)[0].sin().sum()
+
+    first = jvp(grad(loss), (q,), (q.cos(),))
+    module(q, q)  # makes the table that is kept
+    for a, b in zip(first, jvp(grad(loss), (q,), (q.cos(),)), strict=True):
+        assert_same_bits(a, b)
 
 
 # ---- activation checkpointing
@@ -347,25 +270,9 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def block(module, q, k, inplace):
-    q, k = module(q * 2, k + 1, inplace=inplace)
+def block(module, q, k):
+    q, k = module(q * 2, k + 1)
     return (q.sin().sum(-2) + k.sin().sum(-2)).exp()
-
-
-@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-def test_checkpointed_block_has_the_gradients_of_the_block(reentrant, inplace, device):
-    module = rope_ext.RotaryEmbedding(
-        D, max_position_embeddings=L, learned=not inplace, device=device
-    )
-    q = random(B, S, H, D, device=device).requires_grad_()
-    k = random(B, S, K, D, device=device).requires_grad_()
-    leaves = [q, k, *module.parameters()]
-    expected = torch.autograd.grad(block(module, q, k, inplace).sum(), leaves)
-    y = checkpoint(block, module, q, k, inplace, use_reentrant=reentrant)
-    y.sum().backward()  # reentrant checkpointing has no autograd.grad
-    for leaf, wanted in zip(leaves, expected, strict=True):
-        assert_same_bits(leaf.grad, wanted)
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
@@ -379,10 +286,10 @@ def test_selective_checkpointing_decides_for_the_operator(saved, device):
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=L, device=device)
     q = random(B, S, H, D, device=device).requires_grad_()
     k = random(B, S, K, D, device=device).requires_grad_()
-    expected = torch.autograd.grad(block(module, q, k, False).sum(), (q, k))
+    expected = torch.autograd.grad(block(module, q, k).sum(), (q, k))
     with Calls(overload) as calls:
         contexts = partial(create_selective_checkpoint_contexts, policy)
-        y = checkpoint(block, module, q, k, False, use_reentrant=False, context_fn=contexts)
+        y = checkpoint(block, module, q, k, use_reentrant=False, context_fn=contexts)
         assert calls.count == 1
         got = torch.autograd.grad(y.sum(), (q, k))
     assert calls.count == (2 if saved else 3)  # one of them is the backward
@@ -427,42 +334,3 @@ def test_profiler_shows_operators_by_their_names():
     for name in ("rope::cos_sin_cache", "rope::apply_rotary", "ApplyRotaryBackward",
                  "rope::apply_rotary_table_backward", "CosSinCacheBackward"):  # fmt: skip
         assert name in names, f"no {name} among {sorted(names)}"
-
-
-def everything(device):
-    """Values, gradients, tangents and gradients of samples."""
-    q, k = random(2, 300, 6, 32, device=device), random(2, 300, 2, 32, device=device)
-    cos, sin = random_table(40, 16, device=device)
-    ids = random_positions(2, 300, rows=40, device=device)
-
-    def rotate(q, k, cos, sin):
-        return rope.apply_rotary_qk(q, k, cos, sin, ids)
-
-    def loss(*args):
-        return sum(out.square().sum() for out in rotate(*args))
-
-    args = q, k, cos, sin
-    found = [*rotate(*args), *grad(loss, argnums=(0, 1, 2, 3))(*args)]
-    found += jvp(rotate, args, (q, k, sin, cos))[1]
-    many = [t[None].expand(N, *t.shape) for t in args]
-    return [*found, *vmap(grad(loss, argnums=(2, 3)))(*many)]
-
-
-def test_runs_and_threads_have_the_same_bits(threads):
-    threads(1)
-    first = everything("cpu")
-    threads(2)
-    for other in (everything("cpu"), everything("cpu")):
-        for a, b in zip(first, other, strict=True):
-            assert_same_bits(a, b)
-
-
-def test_deterministic_algorithms_find_nothing_to_say(device):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            everything(device)
-    finally:
-        torch.use_deterministic_algorithms(before)

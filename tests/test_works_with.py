@@ -5,6 +5,7 @@ One small case each. Other tests cover all cases.
 
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from ranks import on_every_rank, place
-from support import assert_same_bits, random, random_positions
+from support import assert_same_bits, naming, random, random_positions
 from torch._dynamo import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard
@@ -27,9 +28,9 @@ from rope_ext import reference
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "compatibility.md"
 
-B, S, H, D, P, L = 8, 12, 4, 6, 3, 50  # all different: a graph treats equal sizes as one
+B, S, H, D, P, L = 8, 12, 4, 6, 3, 2000  # all different: a graph treats equal sizes as one
 SIZES = {"B": B, "H": H, "D": D, "P": P, "L": L}
-LENGTHS = (S, 20, 33)
+LENGTHS = (S, 33)
 F64 = torch.float64
 
 # ---- the functions, and the same in plain PyTorch
@@ -91,7 +92,7 @@ def arguments(function, dtype=torch.float32, length=S):
             return length
         shape = [SIZES.get(axis, length) for axis in axes]
         if axes == "BS":
-            return random_positions(*shape, rows=L)
+            return random_positions(*shape, rows=50)
         return random(*shape, dtype=dtype, seed=i)
 
     return [make(i, axes) for i, axes in enumerate(function.axes)]
@@ -251,15 +252,6 @@ def is_checkpointed(function):
                 assert_same_bits(leaf.grad, wanted)
 
 
-def is_deterministic(function):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with_gradients(function)
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def with_gradients(function):
     """The results and, if there are any, their gradients."""
     call, tensors = varying(function, arguments(function, length=40))
@@ -271,10 +263,15 @@ def with_gradients(function):
     return [*outs, *(g for g in grads if g is not None)]
 
 
-def without_gradients(function):
-    call, tensors = varying(function, arguments(function, length=40))
-    with torch.no_grad():
-        return call(*tensors)
+def is_deterministic(function):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with_gradients(function)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def is_sharded(function, axis):
@@ -303,6 +300,12 @@ def runs_in_threads(function):
             assert_same(got, expected)
 
 
+def without_gradients(function):
+    """Once PyTorch has started threads for a backward, none works in a fork."""
+    with torch.no_grad():
+        return function.call(*arguments(function, length=L))  # long enough for several threads
+
+
 class Calls(torch.utils.data.IterableDataset):
     def __init__(self, function):
         self.function = function
@@ -312,12 +315,12 @@ class Calls(torch.utils.data.IterableDataset):
 
 
 def runs_in_forked_workers(function):
-    """Without gradients: once PyTorch has started threads for a backward, none works in a fork."""
+    """After the parent has started its threads."""
     expected = without_gradients(function)
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
     results = list(torch.utils.data.DataLoader(Calls(function), batch_size=None, **workers))
     assert len(results) == 2
-    for got in results:
+    for got in (*results, without_gradients(function)):  # and the parent goes on
         assert_same(got, expected)
 
 
@@ -355,35 +358,40 @@ STAY_OPERATORS = {
 }
 
 
-def result_of(cell):
+def result_of(feature, name):
+    """None: the feature has no meaning for the function."""
+    if feature.startswith("DTensor"):
+        axis = CHECKS[feature].keywords["axis"]
+        if not any(axis in axes and len(axes) > 1 for axes in FUNCTIONS[name].axes):
+            return None
+    cell = (feature, name)
     return "refused" if cell in REFUSED else "operator" if cell in STAY_OPERATORS else "yes"
 
 
-def has_meaning(feature, name):
-    if not feature.startswith("DTensor"):
-        return True
-    axis = CHECKS[feature].keywords["axis"]
-    return any(axis in axes and len(axes) > 1 for axes in FUNCTIONS[name].axes)
+RESULTS = {feature: {n: r for n in FUNCTIONS if (r := result_of(feature, n))} for feature in CHECKS}
 
 
-CELLS = [(f, name) for f in CHECKS for name in FUNCTIONS if has_meaning(f, name)]
+def shown(feature):
+    results = RESULTS[feature].items()
+    return [pytest.mark.shows(feature, name, result=result) for name, result in results]
 
 
-@pytest.mark.parametrize(
-    ("feature", "name"),
-    [pytest.param(*c, marks=pytest.mark.shows(*c, result=result_of(c))) for c in CELLS],
-)
-def test_function_with_feature(feature, name):
-    function, check = FUNCTIONS[name], CHECKS[feature]
-    if (feature, name) in REFUSED:
-        with pytest.raises(RuntimeError, match=r"rope::apply_rotary\.out|vmap"):
-            check(function)
-    elif (feature, name) in STAY_OPERATORS:
-        keeps_an_operator(function, STAY_OPERATORS[feature, name])
-    else:
-        check(function)
+@pytest.mark.parametrize("feature", [pytest.param(f, marks=shown(f)) for f in CHECKS])
+def test_functions_with_feature(feature):
+    check = CHECKS[feature]
+    for name, result in RESULTS[feature].items():
+        function = FUNCTIONS[name]
+        with naming(name):
+            if result == "refused":
+                with pytest.raises(RuntimeError, match=r"rope::apply_rotary\.out|vmap"):
+                    check(function)
+            elif result == "operator":
+                keeps_an_operator(function, STAY_OPERATORS[feature, name])
+            else:
+                check(function)
 
 
+@pytest.mark.slow
 def test_page_says_what_tests_show(tmp_path):
     """Collects the marked tests of all files."""
     files = [str(f) for f in sorted(TESTS.glob("test_*.py")) if "mark.shows(" in f.read_text()]

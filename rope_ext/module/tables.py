@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rope_ext._torch_private import is_of_a_transform
 from rope_ext.angles import cos_sin, cos_sin_cache
 
 
@@ -59,7 +60,7 @@ class TableCache:
                 )
                 if made is not None:
                     cos, sin = torch.cat((made.cos, cos)), torch.cat((made.sin, sin))
-            if type(cos) is not Tensor:  # traced: without values
+            if type(cos) is not Tensor or is_of_a_transform(cos):  # without values, or only in it
                 return cos, sin
             made = self.made[name] = _Table(inv_freq, version, cos, sin)
         return made.cos, made.sin

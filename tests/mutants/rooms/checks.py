@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     # Slots and scales that store wrong values are accepted; scales are read from elsewhere.
     *mutants(
-        "csrc/check/cache.cpp", "test_append_kv test_append_mla",
+        "csrc/check/cache.cpp", "test_appends test_append_kv test_append_mla",
         ("one-slot-too-many-passes", "slots.size(0) <= batch * seq",
          "slots.size(0) <= batch * seq + 1"),
         ("neighbours-of-one-slot-pass", "rising && last < slot;", "rising && last <= slot;"),
@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     # v is stored with the scale, or by the strides, of k.
     *mutants(
-        "csrc/kv_cache.cpp", "test_append_kv",
+        "csrc/kv_cache.cpp", "test_append_kv test_appends",
         ("v-by-the-scale-of-k", '"v_scale", in.v_scale,', '"v_scale", in.k_scale,'),
         ("v-cache-by-the-strides-of-k-cache", "stored(in.v, in.v_cache);",
          "stored(in.v, in.k_cache);"),
@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     # Rows of the cache are overwritten, or go to other places.
     *mutants(
-        "csrc/latent_cache.cpp", "test_append_mla",
+        "csrc/latent_cache.cpp", "test_append_mla test_appends",
         ("k-pe-over-the-latent", "set_cache(args.k, kv_cache, args.v.channels);",
          "set_cache(args.k, kv_cache, 0);"),
         ("offset-in-a-block-by-the-stride-of-blocks",

@@ -68,7 +68,8 @@ MUTANTS = [
     ),
     # A slot of -1 is written before the cache; heads go to other places, by other scales.
     *mutants(
-        "csrc/cpu/isa/kv_cache.inl", "test_append_kv test_append_mla attack/test_memory",
+        "csrc/cpu/isa/kv_cache.inl",
+        "test_append_kv test_append_mla test_appends attack/test_memory",
         ("slot-of-minus-1-is-stored", "if (!is_inside(slot, capacity)) continue;",
          "if (slot >= capacity) continue;"),
         ("heads-of-the-cache-by-the-stride-of-k", "const int64_t at = to + head * x.stride_h;",

@@ -48,7 +48,7 @@ MUTANTS = [
     ),
     # What is stored: past the latent, in the order of x, at another place, without a slot.
     *mutants(
-        "csrc/cuda/kv_cache.cu", "test_append_kv test_append_mla",
+        "csrc/cuda/kv_cache.cu", "test_append_kv test_append_mla test_appends",
         ("tail-of-the-latent-by-its-first-vector", "channel + place.in.second < args.v.channels",
          "channel < args.v.channels"),
         ("k-is-stored-in-the-order-of-x", "is_v ? place.in : place.out;", "place.in;"),
@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     # Batches of one token each use the slot and the position of the first.
     *mutants(
-        "csrc/cuda/parts/sequence_slices.cuh", "test_append_kv test_apply_rotary test_rotary_at",
+        "csrc/cuda/parts/sequence_slices.cuh", "test_appends test_apply_rotary test_rotary_at",
         ("one-token-each-in-one-slot", "args.slots.stride_s = args.slots.stride_b;",
          "args.slots.stride_s = 0;"),
         ("one-token-each-at-one-position",
@@ -102,7 +102,7 @@ MUTANTS = [
     ),
     # A slot after the cache is written; heads by another scale.
     *mutants(
-        "csrc/cuda/parts/cache_store.cuh", "test_append_kv test_append_mla",
+        "csrc/cuda/parts/cache_store.cuh", "test_append_kv test_append_mla test_appends",
         ("slot-one-past-the-cache", "if (index >= static_cast<uint64_t>(args.blocks) * size)",
          "if (index > static_cast<uint64_t>(args.blocks) * size)"),
         ("all-heads-by-the-first-scale", "heads.scale + head * heads.scale_stride_h",

@@ -17,7 +17,7 @@ MUTANTS = [
     ),
     # Autograd does not see that a tensor was written, or is skipped where it has work to do.
     *mutants(
-        "rope_ext/_engine/calls.py", "test_in_place test_out test_append_kv test_transforms",
+        "rope_ext/_engine/calls.py", "test_in_place test_out test_appends test_transforms",
         ("functions-count-no-version", "increment_version(counted)", "pass"),
         ("inference-tensors-are-written", "check_may_be_written(operator, written)", "pass"),
         ("gradient-of-cos-is-skipped", "any_requires_grad(*args, *written, *options.values())",
@@ -25,7 +25,7 @@ MUTANTS = [
     ),
     # The same for direct calls of the operators; gradients and tangents are lost.
     *mutants(
-        "rope_ext/_engine/writes.py", "test_every_operator test_in_place test_append_kv",
+        "rope_ext/_engine/writes.py", "test_every_operator test_in_place test_appends",
         ("operators-count-no-version", "increment_version(written)", "pass"),
         ("gradient-of-what-is-read-is-lost", "any_requires_grad(*args, *options.values()):",
          "any_requires_grad(*written):"),

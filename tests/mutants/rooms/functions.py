@@ -37,7 +37,7 @@ MUTANTS = [
     ),
     # Autograd does not see a write; heads are taken for tokens of a block.
     *mutants(
-        "rope_ext/kv_cache.py", "test_append_kv test_append_mla",
+        "rope_ext/kv_cache.py", "test_appends test_append_kv",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
         ("heads-first-caches-as-they-are", 'cache.transpose(1, 2) if layout == "HND" else cache',
          "cache"),
