@@ -13,7 +13,7 @@ import rope_ext
 from rope_ext import positions
 
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from transformers import GenerationMixin, vision_utils
+from transformers import vision_utils
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
@@ -22,18 +22,6 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 MERGE = 2  # patches on each side of a token, in transformers' grids
-
-
-# ---- padding
-
-
-def test_padded_positions_are_those_of_generate():
-    prepare = getattr(GenerationMixin, "_prepare_position_ids_for_generation", None)
-    if prepare is None:
-        pytest.skip("this transformers has them elsewhere")
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    expected = prepare(None, mask, {"attention_mask": mask})
-    assert torch.equal(positions.from_attention_mask(mask), expected)
 
 
 # ---- grids
@@ -85,15 +73,12 @@ image = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
 video = st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(1, 4))
 
 
-either = st.one_of(image, video)
-
-
 @st.composite
-def prompts(draw, vision=either):
+def prompts(draw):
     """Segments with text between any two grids, as in chat templates."""
     segments = [draw(text)] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 3))):
-        segments += [draw(vision), draw(text)]
+        segments += [draw(image | video), draw(text)]
     return segments or [draw(text)]
 
 
@@ -121,8 +106,9 @@ def as_transformers_gets_it(sequences, padded_left=True):
     return torch.tensor(types), image_grid, video_grid, torch.tensor(masks)
 
 
-def rope_index(model, types, image_grid, video_grid, mask, **options):
-    """Positions by a class of transformers, without its weights."""
+def of_transformers(model, sequences, padded_left=True, **options):
+    """Positions by a class of transformers, without its weights; and the mask."""
+    types, image_grid, video_grid, mask = as_transformers_gets_it(sequences, padded_left)
 
     def get_vision_position_ids(*arguments, **others):
         return model.get_vision_position_ids(None, *arguments, **others)
@@ -132,14 +118,10 @@ def rope_index(model, types, image_grid, video_grid, mask, **options):
         config=SimpleNamespace(vision_config=vision_config),
         get_vision_position_ids=get_vision_position_ids,
     )
-    return model.get_rope_index(
+    ids, _ = model.get_rope_index(
         of_model, types, types, image_grid, video_grid, attention_mask=mask, **options
-    )[0]
-
-
-def of_transformers(model, sequences, padded_left=True, **options):
-    types, image_grid, video_grid, mask = as_transformers_gets_it(sequences, padded_left)
-    return rope_index(model, types, image_grid, video_grid, mask, **options), mask
+    )
+    return ids, mask
 
 
 @drawn
@@ -168,23 +150,6 @@ def test_frames_are_as_far_apart_as_in_qwen2_5_vl(segments, seconds):
         for s in segments
     ]
     assert torch.equal(positions.mrope(spaced, after="space"), expected[:, 0])
-
-
-@drawn
-@given(prompts(vision=image), st.integers(2, 4), st.integers(1, 3))
-def test_frames_with_timestamps_are_images_to_qwen3_vl(segments, frames, stamp):
-    """In its prompts every frame of a video is separate, after the text with its time."""
-    side = 3
-    types, image_grid, _, _ = as_transformers_gets_it([segments])
-    video = ([0] * stamp + [2] * side * side) * frames
-    types = torch.cat((types, torch.tensor([video])), 1)
-    mask = torch.ones_like(types)
-    video_grid = torch.tensor([[frames, side * MERGE, side * MERGE]])
-    model = modeling_qwen3_vl.Qwen3VLModel
-    expected = rope_index(model, types, image_grid, video_grid, mask)
-    for after in ("space", "max"):  # no video has more frames than its width
-        got = positions.mrope([*segments, *[stamp, (1, side, side)] * frames], after=after)
-        assert torch.equal(got, expected[:, 0])
 
 
 def test_the_next_segment_begins_past_the_largest_position():
