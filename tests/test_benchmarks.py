@@ -256,17 +256,6 @@ def test_the_report_names_what_was_left_out_and_how_much_faster_peers_are():
     assert "- third left out: not importable" in text
 
 
-def test_the_csv_file_and_the_chart_hold_the_same(tmp_path):
-    paths = report.write(tmp_path, "made_up", [made_up([2, 4, 6])], "a machine")
-    rows = {row["way"]: row for row in rows_of(paths[1])}
-    assert list(rows) == ["ours", "floor", "slow", "fast"]
-    assert rows["ours"]["ratio"] == "2.0000"
-    assert rows["ours"]["fastest_peer"] == "fast"
-    assert rows["ours"]["peer_median_over_way"] == "2.0000"
-    assert rows["slow"]["median_us"] == "80.0000"
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
-
-
 def test_allocations_are_counted():
     q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 2, 16)
     table = torch.randn(2, 1, 8)

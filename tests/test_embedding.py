@@ -296,16 +296,6 @@ def test_frequencies_and_table_stay_float32_through(cast):
     assert_all_same(module(q, k), make()(q, k))
 
 
-def test_default_dtype_does_not_matter():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        module = make()
-    finally:
-        torch.set_default_dtype(before)
-    assert_same_bits(module.inv_freq, frequencies.default(D)[0])
-
-
 def test_a_module_has_its_frequencies_after_to_empty(device):
     """As model loaders do: built on meta in 16 bits, then filled."""
     options = {"base": 5e5, "rotary_dim": 8}

@@ -1,7 +1,6 @@
 """RotaryEmbedding with scaled, length-dependent and learned frequencies."""
 
 import copy
-import math
 import pickle
 import re
 
@@ -446,25 +445,6 @@ def test_gradient_of_learned_frequencies_is_that_of_plain_float64(name, ids, dev
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=terms * S * 27 * 2.0**-24)
 
 
-def test_learned_frequencies_learn():
-    """From constant frequencies to those of the target."""
-    module = make("default", learned=True)
-    with torch.no_grad():
-        module.inv_freq.copy_(frequencies.constant(D, value=0.3)[0])
-    teacher = make("default")
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    q, k = q_and_k()
-    target, _ = teacher(q, k)
-    losses = []
-    for _ in range(60):
-        loss = (module(q, k)[0] - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
-
-
 def test_learned_frequencies_stay_the_same_float32_parameter_through_casts():
     for cast in (
         lambda module: module.half(),
@@ -611,11 +591,3 @@ def test_the_config_of_a_vision_tower_is_refused():
     config = {**LLAMA, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
     with pytest.raises(ValueError, match="tokens of one position each, got the rope_type 'axial'"):
         RotaryEmbedding.from_config(config)
-
-
-def test_attention_factor_multiplies_the_scores(device):
-    """YaRN: q and k by 0.1 ln 4 + 1 each."""
-    q, k = q_and_k(device)
-    module = make("yarn", device)
-    out_q, _ = module(q, k, torch.zeros(S, dtype=torch.int64, device=device))
-    torch.testing.assert_close(out_q, q * (0.1 * math.log(4) + 1), rtol=2 * ULP, atol=0)

@@ -137,18 +137,6 @@ def assert_equal(got, expected):
 # ---- formulas of papers that transformers does not have
 
 
-def test_ntk_slows_the_slowest_pair_alpha_times_and_leaves_the_fastest():
-    plain, _ = frequencies.default(128)
-    for function in (frequencies.ntk, frequencies.ntk_alpha):
-        stretched, attention_scaling = function(128, alpha=8.0)
-        ratio = plain.double() / stretched.double()
-        # 2^-24 a rounding: of each exponent times ln base, each power and each reciprocal
-        torch.testing.assert_close(ratio[-1].item(), 8.0, rtol=64 * 2.0**-24, atol=0)
-        assert ratio[0] == 1
-        assert (ratio.diff() > 0).all()
-        assert attention_scaling == 1.0
-
-
 def test_yarn_takes_the_ramp_as_numbers_of_pairs():
     """The pairs that follow from beta_fast and beta_slow; and others, by the formula in float64."""
     factor, original, head_dim, base = 16.0, 4096, 128, 10000.0

@@ -314,12 +314,14 @@ def test_import_where_another_library_has_the_names_says_who(kind, schema, tmp_p
     expect_import_error(result, "another library", "foreign.py:4. A process", "import only one")
 
 
+@pytest.mark.slow
 def test_import_beside_another_library_of_other_names_works(tmp_path):
     code = FOREIGN.format(kind="FRAGMENT", schema="other(Tensor x) -> Tensor")
     result = run_python(code + "print(torch.ops.rope.other)", tmp_path)
     assert result.stdout.split()[-1] == "rope.other", result.stderr
 
 
+@pytest.mark.slow
 def test_import_again_once_the_names_are_free(tmp_path):
     code = """
 import torch
@@ -345,6 +347,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "rope_ext
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["the same copy", "another copy"])
 def test_second_import_is_refused_and_names_the_first(own, tmp_path):
     if not own:
@@ -355,6 +358,7 @@ def test_second_import_is_refused_and_names_the_first(own, tmp_path):
     expect_import_error(result, "rope_ext", _C.__file__, "start a new process")
 
 
+@pytest.mark.slow
 def test_library_without_python_that_came_first_is_named(tmp_path):
     """A copy named librope, whose operators are registered by hand."""
     copy = tmp_path / "librope.so"
@@ -371,6 +375,7 @@ import rope_ext
     expect_import_error(run_python(code, tmp_path), str(copy), "csrc/schema.cpp")
 
 
+@pytest.mark.slow
 def test_package_is_loaded_anew_as_often_as_asked(tmp_path):
     code = """
 import importlib, sys, torch

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from support import error_of
 from torch.utils._pytree import tree_leaves
 
-import rope_ext
 from rope_ext import positions
 
 INT_DTYPES = (torch.int32, torch.int64)
@@ -66,14 +65,6 @@ def test_next_tokens_count_from_their_offsets():
         assert positions.from_offsets(offsets, 0).shape == (3, 0)
     assert positions.from_offsets(4, 3).tolist() == [[4, 5, 6]]
     assert positions.from_offsets(4, 3, device="meta").device.type == "meta"
-
-
-def test_one_row_of_positions_serves_every_sequence():
-    inv_freq, _ = rope_ext.frequencies.default(8)
-    x = torch.randn(3, 2, 1, 8)
-    rows = rope_ext.cos_sin(inv_freq, positions.from_offsets(4, 2))
-    each = rope_ext.cos_sin(inv_freq, positions.from_offsets(torch.tensor([4, 4, 4]), 2))
-    assert torch.equal(rope_ext.apply_rotary(x, *rows), rope_ext.apply_rotary(x, *each))
 
 
 @drawn
@@ -178,16 +169,6 @@ def test_slots_of_a_batch_from_pages(device):
     options = {"kv_indptr": kv_indptr, "mask": one_row == 1}
     got = positions.slot_mapping(kv_indices, one_row, 4, **options)
     assert got.tolist() == [[-1]] * 3
-
-
-def test_no_two_tokens_of_different_sequences_share_a_slot():
-    """Prompts, parts of prompts and decoded tokens in one batch, from boundaries to slots."""
-    cu_seqlens, cached = boundaries([5, 1, 3, 0]), torch.tensor([0, 9, 4, 2])
-    block_table = torch.tensor([[0, 1, -1], [4, 2, 7], [3, 9, -1], [8, -1, -1]])
-    at = positions.from_cu_seqlens(cu_seqlens, 12, offsets=cached)
-    sequence = positions.sequence_of_tokens(cu_seqlens, 12)
-    slots = positions.slot_mapping(block_table, at, 4, sequence)
-    assert slots.tolist() == [0, 1, 2, 3, 4, 29, 36, 37, 38, -1, -1, -1]
 
 
 # ---- devices and graphs

@@ -211,16 +211,6 @@ def test_pairs_are_of_the_axes_that_ggml_gives_them():
         assert axes.tolist() == expected
 
 
-def test_leftover_pairs_do_not_turn_in_llama_cpp():
-    axes = positions.mrope_axes([24, 20, 20, 0], interleaved=True, leftover="last")
-    of_transformers = positions.mrope_axes([24, 20, 20], interleaved=True)
-    assert (axes != of_transformers).nonzero().flatten().tolist() == [61, 62]
-    ids = torch.nn.functional.pad(positions.mrope([3, (1, 2, 2)]), (0, 0, 0, 1))
-    cos, sin = rope_ext.cos_sin(rope_ext.frequencies.default(128)[0], ids, axes=axes)
-    assert torch.equal(cos[:, 61:63], torch.ones(7, 2))
-    assert torch.equal(sin[:, 61:63], torch.zeros(7, 2))
-
-
 @pytest.mark.parametrize(("interleaved", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_rows_are_picked_from_the_tables_of_each_axis(interleaved, dtype, device):
     """Equal to the rows of cos_sin, and to those that Qwen2-VL takes from both halves."""
@@ -275,12 +265,6 @@ def test_channels_are_of_the_axes_that_hunyuan_gives_them():
 def test_an_axis_of_its_own_for_each_run_of_pairs():
     assert positions.axial_axes([2, 0, 3]).tolist() == [0, 0, 2, 2, 2]
     assert positions.mrope_axes([1], interleaved=True).tolist() == [0]
-    inv_freq, _ = rope_ext.frequencies.axial(32, axes=2)
-    axes = positions.axial_axes([len(inv_freq)] * 2)
-    position_ids = positions.grid(3, 4)
-    cos, _ = rope_ext.cos_sin(inv_freq.repeat(2), position_ids)
-    side_by_side = [rope_ext.cos_sin(inv_freq, ids)[0] for ids in position_ids]
-    assert torch.equal(gathered(cos, axes), torch.cat(side_by_side, -1))
 
 
 TABLE, AXES = torch.ones(3, 4, 2), torch.arange(2)
