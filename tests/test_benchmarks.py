@@ -28,7 +28,7 @@ import verify
 from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
 from cases_cpu import CPU_CASES
 from common import Case
-from rivals_cpu import Peer
+from other_libraries_cpu import Peer
 
 import rope_ext
 
@@ -155,7 +155,7 @@ def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(monkeypat
     def broken(problem):
         raise RuntimeError("first line\nsecond line")
 
-    rivals = {
+    libraries = {
         "right": lambda p: Peer(lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin), False),
         "of other pairs": lambda p: Peer(
             lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin, interleaved=True), True
@@ -164,7 +164,7 @@ def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(monkeypat
         "missing": missing,
         "broken": broken,
     }
-    monkeypatch.setattr(rotations_cpu, "RIVALS", rivals)
+    monkeypatch.setattr(rotations_cpu, "OTHER_LIBRARIES", libraries)
     benchmark = Benchmark([])
     rotations_cpu.add_peers(benchmark, problem(SMALL), Options(), rotations_cpu.forward)
     assert set(benchmark.functions) == {"right", "of other pairs, interleaved"}

@@ -78,7 +78,7 @@ MUTANTS = [
          "torch.where(positions < -1, padding, positions)"),
     ),
     *mutants(
-        "rope_ext/positions/pages.py", "test_positions test_paged_decode",
+        "rope_ext/positions/paged_cache.py", "test_positions test_paged_decode",
         ("last-block-is-not-there", "within = index <= last", "within = index < last"),
         ("block-of-minus-1-has-slots", "found = (block >= 0) & within & known",
          "found = within & known"),
