@@ -6,7 +6,7 @@ from rooms.mutant import mutants
 MUTANTS = [
     # Each changes the numbers, or the lengths at which they change.
     *mutants(
-        "rope_ext/frequencies/basic.py", "test_frequencies",
+        "rope_ext/frequencies/basic.py", "test_frequencies test_frequencies_of_configs",
         ("proportional-without-its-factor", "(0, head_dim // 2 - rotated)) / factor, 1.0",
          "(0, head_dim // 2 - rotated)), 1.0"),
         ("proportional-over-the-part-that-rotates", "exponents(2 * rotated, device, head_dim)",
