@@ -380,12 +380,6 @@ def test_config_without_the_lengths_that_its_scaling_needs_is_refused():
             assert needed in error_of(made_by, config)
 
 
-def test_config_without_max_position_embeddings_rotates_where_nothing_needs_it():
-    module = RotaryEmbedding.from_config({"model_type": "llama", "head_dim": D})
-    assert module.max_position_embeddings is None
-    assert module.table(3)[0].shape[0] == 2048
-
-
 def test_the_longest_length_so_far_is_copied_with_the_module():
     module = make("dynamic")
     module(*q_and_k(seq=100))
@@ -458,14 +452,6 @@ def test_learned_frequencies_stay_the_same_float32_parameter_through_casts():
         assert module.inv_freq is parameter  # the optimizer's
         assert module.inv_freq.grad.dtype == torch.float32
         assert_same_bits(module.inv_freq, before)
-
-
-def test_learned_frequencies_made_in_inference_mode_can_be_trained():
-    with torch.inference_mode():
-        module = make("yarn", learned=True)
-    q, k = q_and_k()
-    module(q, k)[0].square().sum().backward()
-    assert module.inv_freq.grad.isfinite().all()
 
 
 def test_learned_frequencies_of_a_meta_module_start_as_the_scaling_says(device):

@@ -211,7 +211,11 @@ def test_pairs_are_of_the_axes_that_ggml_gives_them():
         assert axes.tolist() == expected
 
 
-@pytest.mark.parametrize(("interleaved", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("interleaved", "dtype"),
+    [(False, torch.float32), (True, torch.bfloat16)],
+    ids=["sections", "taking turns"],
+)
 def test_rows_are_picked_from_the_tables_of_each_axis(interleaved, dtype, device):
     """Equal to the rows of cos_sin, and to those that Qwen2-VL takes from both halves."""
     sections, inv_freq = [4, 2, 2], rope_ext.frequencies.default(16)[0].to(device)
