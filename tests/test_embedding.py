@@ -334,15 +334,21 @@ def test_copies_and_casts_in_inference_mode_are_no_inference_tensors():
         assert learned.inv_freq.requires_grad
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, "pickle"])
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
 def test_copies_rotate_alike(duplicate, device):
+    q, k = q_and_k(device)
     for used in (False, True):
         module = make(device, base=5e5, rotary_dim=8, interleaved=True)
-        q, k = q_and_k(device)
         if used:
             module(q, k)
-        pickled = duplicate == "pickle"
-        other = pickle.loads(pickle.dumps(module)) if pickled else duplicate(module)
+        other = DUPLICATES[duplicate](module)
         for ids in (None, torch.arange(S).to(device)):
             assert_all_same(other(q, k, ids), module(q, k, ids))
         assert str(other) == str(module)
@@ -376,8 +382,6 @@ def test_state_dict_has_no_frequencies_and_older_ones_change_nothing():
 
 REFUSED = [
     ({"rotary_dim": 7}, "rotary_dim to be even, .* got 7"),
-    ({"rotary_dim": D + 2}, f"rotary_dim to be even, .* got {D + 2}"),
-    ({"rotary_dim": 0}, "rotary_dim to be even, .* got 0"),
     ({"base": -1.0}, "base to be above 0, got -1.0"),
     ({"max_position_embeddings": 2**31}, "max_position_embeddings .* at most 2147483647, got 2147"),
     ({"max_position_embeddings": 0}, "max_position_embeddings to be .* at least 1 .* got 0"),

@@ -235,9 +235,9 @@ def of_images(height, width, tokens, mask):
     )
 
 
-def rows_of_axes(cos, axes, sections):
-    axes_taking_turns = positions.mrope_axes([4, 2, 2], interleaved=True) + sections
-    return positions.mrope_rows(cos, 2 * cos, axes), axes_taking_turns
+def rows_of_axes(cos, axes, factor):
+    taking_turns = positions.mrope_axes([4, 2, 2], interleaved=True)
+    return positions.mrope_rows(cos, 2 * cos, axes), factor * taking_turns
 
 
 # Functions in a graph, with sizes and values of their arguments, all different: the graph would
