@@ -262,6 +262,11 @@ def test_unknown_capability_in_the_environment_fails_at_import(tmp_path):
 # --------------------------------------------------------------------------------------- import
 
 
+def test_import_from_another_folder(tmp_path):
+    result = run_python("import rope_ext; print(rope_ext.__file__)", tmp_path, PYTHONPATH="")
+    assert result.stdout.strip() == rope_ext.__file__, result.stderr
+
+
 def test_import_takes_little_beside_that_of_torch(tmp_path):
     """Processor time, the least of several tries: the machine may be busy, and the first try may
     have to compile to bytecode, as an installation does.
