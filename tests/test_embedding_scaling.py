@@ -234,12 +234,6 @@ def test_keys_of_a_decoded_sequence_are_those_of_its_prefill_with_one_regime(nam
         assert_same_bits(cache, whole)
 
 
-def test_regime_length_is_without_effect_on_other_scalings(device):
-    q, k = q_and_k(device)
-    module = make("yarn", device)
-    assert_all_same(module(q, k, regime_length=10**6), module(q, k))
-
-
 # ---- on the device
 
 
