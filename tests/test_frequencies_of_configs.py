@@ -364,6 +364,14 @@ def test_scaling_without_a_type_is_the_default_as_in_transformers():
     assert_equal(frequencies.from_config(config_object(json)), expected)
 
 
+def test_dynamic_frequencies_change_after_max_position_embeddings_as_in_transformers():
+    dynamic = {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}
+    json = config_json("llama", 4096, 32, 4096, rope_scaling=dynamic)
+    for length in (3000, 5000):
+        expected = of_transformers(config_object(json), None, length)
+        assert_equal(frequencies.from_config(json, length=length), expected)
+
+
 def test_yarn_for_a_context_shorter_than_the_original_has_the_bits_of_transformers():
     yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
     json = config_json("llama", 4096, 32, 4096, rope_scaling=yarn)
