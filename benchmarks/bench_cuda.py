@@ -22,8 +22,8 @@ from measuring import summary
 from measuring_cuda import Timed, copies, copy_rate, measure, set_count, why_no_graphs
 from operator_case import EAGER, OperatorCase, Way
 from operators_cuda import cases, without_case
+from other_libraries import reason
 from report_cuda import COPY, Measured
-from rivals import reason
 from verify import check_once_rounded, check_roughly
 
 import rope_ext

@@ -24,7 +24,7 @@ from measuring import machine, measure, settle_allocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rope_ext.demo import models, rotary, weights
+from rope_ext.demo import model_rotation, models, weights
 from rope_ext.integrations.transformers import patch
 
 PROMPT, DECODED, CONTEXT, BATCH, SEQ = 2048, 128, 16, 2, 512  # tokens; CONTEXT: before decoding
@@ -59,7 +59,7 @@ def kind(way: str) -> str:
 @contextlib.contextmanager
 def rotation_left_out(model: nn.Module):
     """Within the block every model of this family leaves q and k as they are."""
-    with rotary.replaced_rotary(model, lambda original: lambda q, k, *rest: (q, k)):
+    with model_rotation.replaced_rotary(model, lambda original: lambda q, k, *rest: (q, k)):
         yield
 
 

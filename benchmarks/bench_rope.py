@@ -5,9 +5,9 @@
 
 Every result is verified against float64 before it is timed. On the CPU, each case has a goal: a
 ratio to a floor, which is comparable between machines, unlike times. cases_cpu.py lists cases and
-goals, floors.cpp has the floors, and rivals_cpu.py has the other libraries; those that are not
-installed are left out (pip install 'rope_ext[bench]' installs them). --out writes Markdown, CSV and
-a chart. Stop other programs first: a goal is judged by medians.
+goals, floors.cpp has the floors, and other_libraries_cpu.py has the other libraries; those that are
+not installed are left out (pip install 'rope_ext[bench]' installs them). --out writes Markdown, CSV
+and a chart. Stop other programs first: a goal is judged by medians.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from operator_case import Call
-from rivals import reason
+from other_libraries import reason
 
 L2_MULTIPLE, MOST_SETS = 4, 64
 CALLS_IN_A_GRAPH = 20  # at least

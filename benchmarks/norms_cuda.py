@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from common import Case
 from operator_case import EAGER, Arguments, Call, OperatorCase, Way, in_float64
-from rivals_cuda import NORM_RIVALS, norm_then_rotate
+from other_libraries_cuda import NORMS_OF_OTHER_LIBRARIES, norm_then_rotate
 from rotations_cuda import (
     eager_arguments,
     eager_rotation,
@@ -92,7 +92,7 @@ def norm(
         {
             "two F.rms_norm, apply_rotary_qk": Way(norm_steps, without_eps),
             EAGER: Way(eager_norm, eager_norm_arguments),
-            **NORM_RIVALS,
+            **NORMS_OF_OTHER_LIBRARIES,
         },
         compiled=compiled,
         roundings=16,

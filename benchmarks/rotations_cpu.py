@@ -12,8 +12,8 @@ import floors
 import torch
 from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
 from common import DECODE_STRIDE, FIRST_POSITION, Case
-from rivals import Skip, reason
-from rivals_cpu import RIVALS, SLOW_TO_MAKE, Peer, Problem, angle_slack
+from other_libraries import Skip, reason
+from other_libraries_cpu import OTHER_LIBRARIES, SLOW_TO_MAKE, Peer, Problem, angle_slack
 from torch import Tensor
 from verify import OURS_SLACK, PEERS_SLACK, check_rotation, exact_rows
 
@@ -71,7 +71,7 @@ def add_peers(
     step: Callable[..., Callable[[], object]],
 ) -> None:
     many = problem.shape.tokens > QUICK_TOKENS
-    for name, make in RIVALS.items():
+    for name, make in OTHER_LIBRARIES.items():
         slow = name in SLOW_TO_MAKE or (name != "transformers" and many)
         if options.quick and slow:
             benchmark.left_out[name] = "--quick"

@@ -16,8 +16,8 @@ from operator_case import (
     in_float64,
     in_sectors,
 )
-from rivals import eager, widened
-from rivals_cuda import rotation_rivals
+from other_libraries import eager, widened
+from other_libraries_cuda import rotations_of_other_libraries
 from torch import Tensor
 
 import rope_ext
@@ -122,7 +122,7 @@ def rotation(
 
     ways = {EAGER: Way(eager_rotation, eager_arguments)}
     if both and not given:
-        ways.update(rotation_rivals(in_place))
+        ways.update(rotations_of_other_libraries(in_place))
     return OperatorCase(
         operator,
         form,

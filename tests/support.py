@@ -202,6 +202,15 @@ def inverse_of(options):
     return back
 
 
+def error_of(function, *arguments, **options):
+    """The message of the ValueError that the call raises, or "no error"."""
+    try:
+        function(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def assert_near_exact(got, x, cos, sin, position_ids=None, **options):
     """|got - exact| <= 0.5 ulp(exact) + 2^-23 (|x1 c| + |x2 s|), elementwise, for x below float64.
 

@@ -28,7 +28,7 @@ import verify
 from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
 from cases_cpu import CPU_CASES
 from common import Case
-from rivals_cpu import Peer
+from other_libraries_cpu import Peer
 
 import rope_ext
 
@@ -48,14 +48,9 @@ def _one_thread(threads):
     threads(1)
 
 
-@pytest.fixture
-def problem():
+def problem(shape, dtype=torch.float32):
     """A problem of one shape, as rope_ext gets it."""
-
-    def make(shape, dtype=torch.float32):
-        return rotations_cpu.make_problem(shape, dtype, Options())
-
-    return make
+    return rotations_cpu.make_problem(shape, dtype, Options())
 
 
 def rows_of(path):
@@ -104,7 +99,7 @@ def turned(problem, **options):
     return rope_ext.reference.apply_rotary(problem.q, problem.cos, problem.sin, **options)
 
 
-def test_a_right_rotation_is_accepted(problem):
+def test_a_right_rotation_is_accepted():
     for shape in (SMALL, PARTIAL):
         for dtype in (torch.float32, torch.bfloat16):
             p = problem(shape, dtype)
@@ -112,28 +107,28 @@ def test_a_right_rotation_is_accepted(problem):
             rotations_cpu.verify(p, (p.q, p.k), got)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda p: p.q,  # not rotated
-        lambda p: turned(p, interleaved=True),  # other pairs
-        lambda p: turned(p, inverse=True),  # inverse
-        lambda p: turned(p).roll(1, 1),  # tokens in another place
-        lambda p: rope_ext.apply_rotary(p.q, *rope_ext.cos_sin(p.inv_freq, p.positions + 1)),
-        lambda p: turned(p) + 1e-4 * (torch.arange(24) == 20),  # in a channel that does not rotate
-        lambda p: turned(p).to(torch.bfloat16).float(),  # rounded further than float32
-        lambda p: turned(p).double(),  # another dtype
-        lambda p: turned(p)[:, :-1],  # one token less
-        lambda p: turned(p) * float("nan"),
-    ],
-)
-def test_a_wrong_rotation_is_rejected(problem, wrong):
+WRONG = [
+    lambda p: p.q,  # not rotated
+    lambda p: turned(p, interleaved=True),  # other pairs
+    lambda p: turned(p, inverse=True),  # inverse
+    lambda p: turned(p).roll(1, 1),  # tokens in another place
+    lambda p: rope_ext.apply_rotary(p.q, *rope_ext.cos_sin(p.inv_freq, p.positions + 1)),
+    lambda p: turned(p) + 1e-4 * (torch.arange(24) == 20),  # in a channel that does not rotate
+    lambda p: turned(p).to(torch.bfloat16).float(),  # rounded further than float32
+    lambda p: turned(p).double(),  # another dtype
+    lambda p: turned(p)[:, :-1],  # one token less
+    lambda p: turned(p) * float("nan"),
+]
+
+
+def test_a_wrong_rotation_is_rejected():
     p = problem(PARTIAL)
-    with pytest.raises(verify.WrongResult, match=r"^q is "):
-        rotations_cpu.verify(p, (p.q, p.k), (wrong(p), p.k))
+    for wrong in WRONG:
+        with pytest.raises(verify.WrongResult, match=r"^q is "):
+            rotations_cpu.verify(p, (p.q, p.k), (wrong(p), p.k))
 
 
-def test_an_error_in_the_last_token_of_a_sample_is_found(problem):
+def test_an_error_in_the_last_token_of_a_sample_is_found():
     shape = Case("long", 1, 3 * verify.SAMPLE + 1, 1, 1, 16, 16)
     p = problem(shape)
     q, k = rope_ext.apply_rotary_qk(p.q, p.k, p.cos, p.sin)
@@ -153,14 +148,14 @@ def test_a_table_of_rounded_angles_is_rejected():
         verify.check_table("cos", rounded, exact, ulps=1.0)
 
 
-def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(problem, monkeypatch):
+def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(monkeypatch):
     def missing(problem):
         raise ImportError("No module named 'nowhere'")
 
     def broken(problem):
         raise RuntimeError("first line\nsecond line")
 
-    rivals = {
+    libraries = {
         "right": lambda p: Peer(lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin), False),
         "of other pairs": lambda p: Peer(
             lambda q, k: rope_ext.apply_rotary_qk(q, k, p.cos, p.sin, interleaved=True), True
@@ -169,7 +164,7 @@ def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(problem, 
         "missing": missing,
         "broken": broken,
     }
-    monkeypatch.setattr(rotations_cpu, "RIVALS", rivals)
+    monkeypatch.setattr(rotations_cpu, "OTHER_LIBRARIES", libraries)
     benchmark = Benchmark([])
     rotations_cpu.add_peers(benchmark, problem(SMALL), Options(), rotations_cpu.forward)
     assert set(benchmark.functions) == {"right", "of other pairs, interleaved"}
@@ -210,13 +205,13 @@ def test_the_floor_in_place_writes_the_rotated_channels_and_no_others():
     assert (q[..., 16:] != before[0][..., 16:]).all()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_floors_of_copying_and_filling_write_everything(streaming):
-    x, y = torch.randn(3, 5, 40), torch.empty(3, 5, 40)
-    floors.load().copy_(y, x, streaming=streaming)
-    assert torch.equal(x, y)
-    floors.load().fill_(y, streaming=streaming)
-    assert not y.any()
+def test_the_floors_of_copying_and_filling_write_everything():
+    for streaming in (False, True):
+        x, y = torch.randn(3, 5, 40), torch.empty(3, 5, 40)
+        floors.load().copy_(y, x, streaming=streaming)
+        assert torch.equal(x, y)
+        floors.load().fill_(y, streaming=streaming)
+        assert not y.any()
 
 
 # ---- they report
@@ -237,23 +232,17 @@ def made_up(ours, goals=GOALS):
     )
 
 
-@pytest.mark.parametrize(
-    ("ours", "verdict", "measured"),
-    [
+def test_a_goal_is_judged_by_the_median_ratio_to_its_floor():
+    for ours, verdict, measured in (
         ([1.5, 3, 4.5], "reached", "1.50 (1.50-1.50)"),
         ([1.6, 3.2, 4.8], "**missed**", "1.60 (1.60-1.60)"),
         ([2, 2.4, 60], "**missed**", "2.00 (1.20-20.00)"),  # round by round: 2, 1.2, 20
-    ],
-)
-def test_a_goal_is_judged_by_the_median_ratio_to_its_floor(ours, verdict, measured):
-    result = made_up(ours)
-    line = report.goal_line(result, result.goals[0])
-    assert line.startswith(f"| made up | ours | <= 1.50 floor | {verdict} | {measured} |")
-    assert "(fast) |" in line
-
-
-def test_a_goal_without_a_floor_is_in_microseconds():
-    for limit, verdict in ((10e-6, "reached"), (2e-6, "**missed**")):
+    ):
+        result = made_up(ours)
+        line = report.goal_line(result, result.goals[0])
+        assert line.startswith(f"| made up | ours | <= 1.50 floor | {verdict} | {measured} |")
+        assert "(fast) |" in line
+    for limit, verdict in ((10e-6, "reached"), (2e-6, "**missed**")):  # in microseconds
         result = made_up([2, 3, 4], [Goal("ours", None, limit)])
         assert result.verdict(result.goals[0]) == verdict
         assert "3.00 (2.00-4.00) us" in report.goal_line(result, result.goals[0])
@@ -265,17 +254,6 @@ def test_the_report_names_what_was_left_out_and_how_much_faster_peers_are():
     assert "| ours | rope_ext | 4 (2-6) | 2.00 | 1.000 |" in text
     assert "| slow | peer | 80 (40-120) |  | 20.000 |" in text
     assert "- third left out: not importable" in text
-
-
-def test_the_csv_file_and_the_chart_hold_the_same(tmp_path):
-    paths = report.write(tmp_path, "made_up", [made_up([2, 4, 6])], "a machine")
-    rows = {row["way"]: row for row in rows_of(paths[1])}
-    assert list(rows) == ["ours", "floor", "slow", "fast"]
-    assert rows["ours"]["ratio"] == "2.0000"
-    assert rows["ours"]["fastest_peer"] == "fast"
-    assert rows["ours"]["peer_median_over_way"] == "2.0000"
-    assert rows["slow"]["median_us"] == "80.0000"
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
 def test_allocations_are_counted():

@@ -56,22 +56,21 @@ def test_an_operator_without_a_case_is_named():
     ]
 
 
-@pytest.mark.parametrize(
-    ("label", "least"),
-    [
-        # 40 heads of 128 in and out, a row of 2 x 64 float32
-        ("apply_rotary_qk bf16, prefill 4096", 4096 * (2 * 40 * 256 + 512)),
-        # two sectors of each head of 192 bytes
-        ("apply_rotary_qk_ bf16, 24 of 96 channels, prefill 2048", 2048 * (2 * 128 * 64 + 96)),
-        # v read, k and v written in a byte a channel; a slot; two scales in a sector
-        (
-            "apply_rotary_qk_append_kv_ bf16, float8 cache, prefill 4096",
-            4096 * (2 * 40 * 256 + 512 + 8 * 128 * (2 + 2) + 8) + 32,
-        ),
-    ],
-)
-def test_the_fewest_bytes_are_those_counted_by_hand(label, least):
-    assert case_of(label).least_bytes == least
+# The fewest bytes of cases, counted by hand.
+LEAST = {
+    # 40 heads of 128 in and out, a row of 2 x 64 float32
+    "apply_rotary_qk bf16, prefill 4096": 4096 * (2 * 40 * 256 + 512),
+    # two sectors of each head of 192 bytes
+    "apply_rotary_qk_ bf16, 24 of 96 channels, prefill 2048": 2048 * (2 * 128 * 64 + 96),
+    # v read, k and v written in a byte a channel; a slot; two scales in a sector
+    "apply_rotary_qk_append_kv_ bf16, float8 cache, prefill 4096": (
+        4096 * (2 * 40 * 256 + 512 + 8 * 128 * (2 + 2) + 8) + 32
+    ),
+}
+
+
+def test_the_fewest_bytes_are_those_counted_by_hand():
+    assert {label: case_of(label).least_bytes for label in LEAST} == LEAST
 
 
 # ---- judging
@@ -85,22 +84,20 @@ def test_one_rounding_passes_and_two_do_not():
         verify.check_once_rounded("x", rounded * (1 + 2**-6), exact, roundings=4)
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda x: -x, lambda x: x.roll(1), lambda x: x * float("nan"), lambda x: x[1:]]
-)
-def test_other_ways_may_round_but_not_be_wrong(wrong):
+def test_other_ways_may_round_but_not_be_wrong():
     exact = torch.randn(1000, dtype=torch.float64)
     verify.check_roughly("x", (exact * 1.01).bfloat16(), exact, angle_slack=0)
-    with pytest.raises(verify.WrongResult, match=r"^x is "):
-        verify.check_roughly("x", wrong(exact).bfloat16(), exact, angle_slack=0)
+    for wrong in (-exact, exact.roll(1), exact * float("nan"), exact[1:]):
+        with pytest.raises(verify.WrongResult, match=r"^x is "):
+            verify.check_roughly("x", wrong.bfloat16(), exact, angle_slack=0)
 
 
 # ---- measuring
 
 
-@pytest.mark.parametrize(("set_bytes", "count"), [(1 << 30, 2), (40 << 20, 6), (100, 64)])
-def test_sets_are_four_times_the_cache_but_never_too_many(set_bytes, count):
-    assert measuring_cuda.set_count(set_bytes, l2_bytes=50 << 20) == count
+def test_sets_are_four_times_the_cache_but_never_too_many():
+    for set_bytes, count in ((1 << 30, 2), (40 << 20, 6), (100, 64)):
+        assert measuring_cuda.set_count(set_bytes, l2_bytes=50 << 20) == count
 
 
 # ---- reporting
@@ -120,17 +117,11 @@ def measured(label, ours, copy=20.0, graph=True):
 PREFILL, DECODE = "apply_rotary_qk bf16, prefill 4096", "apply_rotary_qk_ bf16, decode 64"
 
 
-@pytest.mark.parametrize(
-    ("result", "verdict"),
-    [
-        (measured(PREFILL, 23.6), "reached"),  # of 21.5 expected
-        (measured(PREFILL, 23.7), "**missed**"),
-        (measured(PREFILL, 10, graph=False), "no graph"),
-        (measured(DECODE, 10), "a launch takes 2 us"),
-    ],
-)
-def test_the_time_in_a_graph_is_held_against_that_of_a_copy(result, verdict):
-    assert result.verdict == verdict
+def test_the_time_in_a_graph_is_held_against_that_of_a_copy():
+    assert measured(PREFILL, 23.6).verdict == "reached"  # of 21.5 expected
+    assert measured(PREFILL, 23.7).verdict == "**missed**"
+    assert measured(PREFILL, 10, graph=False).verdict == "no graph"
+    assert measured(DECODE, 10).verdict == "a launch takes 2 us"
 
 
 def test_the_report_says_what_was_measured_expected_missed_and_left_out():

@@ -46,38 +46,34 @@ def plain_nll(model, tokens):
     return cross_entropy(logits, tokens[0, 1:], reduction="none").double()
 
 
-@pytest.mark.parametrize(("chunk", "logits"), [(1024, 256), (64, 16), (33, 50), (199, 7)])
-def test_reading_in_chunks_is_reading_at_once(model, tokens, chunk, logits, monkeypatch):
-    monkeypatch.setattr(extension_reading, "CHUNK", chunk)
-    monkeypatch.setattr(extension_reading, "LOGITS", logits)
-    read = []
-    reading = extension_reading.read(model, tokens, read.append)
-    torch.testing.assert_close(reading.nll, plain_nll(model, tokens), **CLOSE)
-    assert sum(read) == LENGTH
-    assert reading.seconds > 0
+def test_reading_in_chunks_is_reading_at_once(model, tokens, monkeypatch):
+    expected = plain_nll(model, tokens)
+    for chunk, logits in ((1024, 256), (33, 50), (199, 7)):
+        monkeypatch.setattr(extension_reading, "CHUNK", chunk)
+        monkeypatch.setattr(extension_reading, "LOGITS", logits)
+        read = []
+        reading = extension_reading.read(model, tokens, read.append)
+        torch.testing.assert_close(reading.nll, expected, **CLOSE)
+        assert sum(read) == LENGTH
+        assert reading.seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("method", "scaling"),
-    [
-        ("none", {"rope_type": "default"}),
-        ("linear", {"rope_type": "linear", "factor": LENGTH / TRAINED}),
-        (
-            "YaRN",
-            {
-                "rope_type": "yarn",
-                "factor": LENGTH / TRAINED,
-                "original_max_position_embeddings": TRAINED,
-            },
-        ),
-        ("dynamic NTK", {"rope_type": "dynamic", "factor": LENGTH / TRAINED}),
-    ],
-)
-def test_a_method_is_that_of_transformers(model, tokens, method, scaling):
+FACTOR = {"factor": LENGTH / TRAINED}
+SCALINGS = {
+    "none": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", **FACTOR},
+    "YaRN": {"rope_type": "yarn", **FACTOR, "original_max_position_embeddings": TRAINED},
+    "dynamic NTK": {"rope_type": "dynamic", **FACTOR},
+}
+
+
+@pytest.mark.parametrize("method", SCALINGS)
+def test_a_method_is_that_of_transformers(model, tokens, method):
     with extension_methods.extended(model, method, TRAINED, LENGTH):
         got = extension_reading.read(model, tokens, lambda count: None).nll
     config = copy.deepcopy(model.config)
-    config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
+    theta = config.rope_parameters["rope_theta"]
+    config.rope_parameters = {"rope_theta": theta, **SCALINGS[method]}
     own = transformers.LlamaForCausalLM(config).eval()
     own.load_state_dict(model.state_dict())
     torch.testing.assert_close(got, plain_nll(own, tokens), **CLOSE)

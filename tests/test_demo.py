@@ -9,7 +9,7 @@ import torch
 
 import rope_ext
 from rope_ext.__main__ import main
-from rope_ext.demo import compare, models, rotary, scaling, weights
+from rope_ext.demo import compare, model_rotation, models, scaling, weights
 from rope_ext.integrations.transformers import rotations
 
 # the demo needs a model library that rope_ext does not need; the test extra installs it
@@ -68,7 +68,7 @@ def test_the_functions_place_is_taken_inside_and_given_back_after(model, tokens)
     def noted(original):
         return lambda *args: calls.append(args) or original(*args)
 
-    with rotary.replaced_rotary(model, noted) as tally:
+    with model_rotation.replaced_rotary(model, noted) as tally:
         model(tokens)
     assert tally.calls == len(calls) == LAYERS
     model(tokens)
@@ -76,7 +76,10 @@ def test_the_functions_place_is_taken_inside_and_given_back_after(model, tokens)
 
 
 def test_the_function_is_back_after_an_exception(model):
-    with pytest.raises(KeyError), rotary.replaced_rotary(model, rotary.with_rope_ext):
+    with (
+        pytest.raises(KeyError),
+        model_rotation.replaced_rotary(model, model_rotation.with_rope_ext),
+    ):
         raise KeyError
     assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
 
@@ -90,8 +93,8 @@ def test_an_nn_module_in_the_place_of_the_function_is_replaced(model, tokens, mo
 
     plain = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Rotary())
-    assert len(rotary.require_llama_form(model)) == 1
-    with rotary.replaced_rotary(model, rotary.with_rope_ext) as tally:
+    assert len(model_rotation.require_llama_form(model)) == 1
+    with model_rotation.replaced_rotary(model, model_rotation.with_rope_ext) as tally:
         model(tokens)
     assert tally.calls == LAYERS
 
@@ -104,7 +107,7 @@ def test_rope_ext_has_the_same_float32_bits_as_the_original(unsqueeze_dim):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     original = modeling_llama.apply_rotary_pos_emb
     expected = original(q, k, cos, sin, unsqueeze_dim)
-    got = rotary.with_rope_ext(original)(q, k, cos, sin, unsqueeze_dim)
+    got = model_rotation.with_rope_ext(original)(q, k, cos, sin, unsqueeze_dim)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
@@ -117,8 +120,8 @@ def test_rope_ext_has_the_same_float32_bits_as_the_original(unsqueeze_dim):
 )
 def test_other_conventions_and_other_arguments_are_refused(model, monkeypatch, rotation, reason):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotation)
-    with pytest.raises(rotary.NotLlamaForm, match=reason):
-        rotary.require_llama_form(model)
+    with pytest.raises(model_rotation.NotLlamaForm, match=reason):
+        model_rotation.require_llama_form(model)
 
 
 # ---- the comparisons
@@ -163,7 +166,7 @@ def test_nan_does_not_pass():
 
 
 def test_a_patch_that_never_runs_is_an_error(model, tokens, monkeypatch):
-    monkeypatch.setattr(rotary, "substituted", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(model_rotation, "substituted", lambda *args: contextlib.nullcontext())
     for comparison in (
         functools.partial(compare.compare_generation, model, tokens[:, :5], 2),
         functools.partial(compare.compare_prompt, model, tokens),
@@ -204,7 +207,7 @@ def test_a_wrong_rotation_ends_with_status_1(capsys):
 
 
 def test_a_patch_that_never_runs_ends_with_status_1(monkeypatch, capsys):
-    monkeypatch.setattr(rotary, "substituted", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(model_rotation, "substituted", lambda *args: contextlib.nullcontext())
     assert main(["demo", "--random", *SMALL_DEMO]) == 1
     assert "FAILED: the model's rotary function ran 0 times" in capsys.readouterr().err
 
@@ -246,7 +249,7 @@ def test_each_run_starts_without_the_lengths_of_the_one_before(model, tokens):
         first = model(tokens[:, :17]).logits
         model(tokens)
         assert not torch.equal(model(tokens[:, :17]).logits, first)
-        rotary.forget_lengths(model)
+        model_rotation.forget_lengths(model)
         assert torch.equal(model(tokens[:, :17]).logits, first)
 
 

@@ -6,10 +6,127 @@ import re
 
 import pytest
 import torch
-from support import assert_same_bits
+from support import assert_same_bits, error_of
 
 import rope_ext
 from rope_ext import frequencies
+
+ORIGINAL = "original_max_position_embeddings"
+YARN = {"factor": 4.0, ORIGINAL: 4096}
+LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, ORIGINAL: 4096, "factor": 4.0}
+LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, ORIGINAL: 8192}
+# Every method, with what it needs for heads of 16.
+METHODS = {
+    "default": {},
+    "partial": {"rotary_pct": 0.5},
+    "proportional": {"partial_rotary_factor": 0.5},
+    "linear": {"factor": 4.0},
+    "ntk": {"alpha": 4.0},
+    "ntk_alpha": {"alpha": 4.0},
+    "dynamic_ntk": YARN,
+    "yarn": YARN,
+    "longrope": LONGROPE,
+    "llama3": LLAMA3,
+    "axial": {},
+    "pixel": {},
+    "constant": {},
+    "xpos": {},
+}
+NAN = float("nan")
+# Options of a method besides those above. The bounds of a number are checked by one function,
+# whose errors `default` shows.
+REFUSALS = {
+    "default": [
+        ({"rotary_dim": 7}, "rotary_dim to be even, at least 2 .* got 7"),
+        ({"rotary_dim": 18}, "at most head_dim 16, got 18"),
+        ({"rotary_dim": "8"}, "rotary_dim to be even, .* got '8'"),
+        ({"base": 0}, "base to be above 0, got 0"),
+        ({"base": NAN}, "base to be a finite number above 0, got nan"),
+        ({"base": "1e4"}, "base to be a finite number above 0, got '1e4'"),
+        ({"base": True}, "base to be a finite number above 0, got True"),
+        ({"base": 1e300}, r"base to be of a size from 1e-15 to 1e\+15, got 1e\+300"),
+        ({"base": 10**400}, "base to be of a size .* got an integer of 1329 bits"),
+    ],
+    "partial": [
+        ({"rotary_pct": 0.0}, "rotary_pct to be above 0 and at most 1, got 0.0"),
+        ({"rotary_pct": 0.2}, "rotary_dim to be even, .* got 3"),
+    ],
+    "proportional": [
+        ({"partial_rotary_factor": 1.5}, "at least 0 and at most 1, got 1.5"),
+        ({"factor": 0.5}, "factor to be at least 1, got 0.5"),
+    ],
+    "linear": [
+        ({"factor": 0.9}, "factor to be at least 1, got 0.9"),
+        ({"factor": None}, "factor to be a finite number at least 1, got None"),
+        ({"factor": 10**18}, "factor to be of a size .* got 1000000000000000000"),
+    ],
+    "ntk": [
+        ({"alpha": 0.5}, "alpha to be at least 1, got 0.5"),
+        ({"alpha": None}, "alpha, or factor as another name, got neither"),
+        ({"factor": 8.0}, "factor to be alpha, 4, got 8.0"),
+        ({"alpha": None, "factor": 0.5}, "factor to be at least 1, got 0.5"),
+        ({"rotary_dim": 2}, "rotary_dim to be even, at least 4 .* got 2"),
+        ({"alpha": 1e15, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got 1.*e.45"),
+    ],
+    "ntk_alpha": [({"alpha": float("inf")}, "alpha to be a finite number")],
+    "dynamic_ntk": [
+        ({ORIGINAL: 0}, "an integer of at least 1"),
+        ({"factor": 2**31}, "factor to be at least 1 and at most .* got 2147483648"),
+        ({"factor": 1e9, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got "),
+        ({"length": -1}, "length to be an integer of at least 0 .* got -1"),
+        ({"length": torch.ones(())}, "length .* got torch.float32"),
+    ],
+    "yarn": [
+        ({"factor": 0.9}, "factor to be at least 1, got 0.9"),
+        ({"factor": None}, "factor, or max_position_embeddings .* got neither"),
+        ({"factor": None, "max_position_embeddings": 0}, "an integer of at least 1"),
+        ({ORIGINAL: 4096.0}, "an integer .* got 4096.0"),
+        ({ORIGINAL: None}, "or factor, low and high, got neither"),
+        ({"truncate": "false"}, "truncate to be a bool, got 'false'"),
+        ({"base": 1.0}, "base to be above 1, got 1.0"),
+        ({"beta_fast": 0.5}, "beta_fast to be at least beta_slow 1, got 0.5"),
+        ({"beta_slow": 0}, "beta_slow to be above 0, got 0"),
+        ({"attention_factor": -1.0}, "attention_factor to be above 0, got -1.0"),
+        ({"mscale": -1.0}, "mscale to be at least 0, got -1.0"),
+        ({"low": 1.0}, "high to be a finite number at least 1, got None"),
+        ({"high": 1.0}, "low to be a finite number, got None"),
+        ({"low": 2.0, "high": 1.5}, "high to be at least 2, got 1.5"),
+        ({"low": 1, "high": 2, "beta_fast": 32}, "either low and high or beta_fast and b"),
+    ],
+    "longrope": [
+        ({"short_factor": [1.0] * 7}, "short_factor to have 8 numbers, .* got 7"),
+        ({"long_factor": [1.0] * 9}, "long_factor to have 8 numbers, .* got 9"),
+        ({"long_factor": [1.0] * 7 + [0]}, r"long_factor\[7\] to be above 0, got 0"),
+        ({"long_factor": 2.0}, "long_factor to be a list of 8 numbers, got 2.0"),
+        ({"factor": None}, "factor or attention_factor, .* got neither"),
+        ({"short_mscale": 1.0}, "short_mscale and long_mscale together"),
+        ({"length": torch.ones(())}, "length to be an integer of at least 0"),
+    ],
+    "llama3": [
+        ({"high_freq_factor": 1.0}, "high_freq_factor to be above 1, got 1.0"),
+        ({"low_freq_factor": 0.0}, "low_freq_factor to be above 0, got 0.0"),
+    ],
+    "axial": [
+        ({"axes": 0}, "axes to be an integer of at least 1"),
+        ({"axes": 9}, "head_dim to be even, at least 18 .* got 16"),
+        ({"axes": 3, "alternating": True}, "head_dim to be a multiple of 6, .* got 16"),
+    ],
+    "pixel": [
+        ({"max_freq": 1}, "max_freq to be at least 2, got 1"),
+        ({"size": 1}, "size to be an integer of at least 2"),
+    ],
+    "constant": [({"value": NAN}, "value to be a finite number")],
+    "xpos": [({"scale_base": 0}, "scale_base to be above 0, got 0")],
+}
+REFUSED_SCALINGS = [
+    ({"rope_type": "yarnn"}, "rope_type to be one of default, .* got 'yarnn'"),
+    ({"rope_type": ["yarn"]}, r"rope_type to be one of default, .* got \['yarn'\]"),
+    ({"rope_type": "yarn", "factor": 4.0}, "to have original_max_position_embeddings, got fac"),
+    ({"rope_type": "dynamic", "factor": 4.0}, "to have original_max_position_embeddings"),
+    ({"rope_type": "linear", "fator": 4.0}, r"keys of rope_type 'linear' .* got \['fator'\]"),
+    ({"rope_type": "linear"}, "rope_type 'linear' to have factor, got nothing"),
+    ({"rope_type": "default", "factor": 4.0}, r"to be among none, got \['factor'\]"),
+]
 
 
 def assert_equal(got, expected):
@@ -18,44 +135,6 @@ def assert_equal(got, expected):
 
 
 # ---- formulas of papers that transformers does not have
-
-
-def test_ntk_slows_the_slowest_pair_alpha_times_and_leaves_the_fastest():
-    plain, _ = frequencies.default(128)
-    for function in (frequencies.ntk, frequencies.ntk_alpha):
-        stretched, attention_scaling = function(128, alpha=8.0)
-        ratio = plain.double() / stretched.double()
-        # 2^-24 a rounding: of each exponent times ln base, each power and each reciprocal
-        torch.testing.assert_close(ratio[-1].item(), 8.0, rtol=64 * 2.0**-24, atol=0)
-        assert ratio[0] == 1
-        assert (ratio.diff() > 0).all()
-        assert attention_scaling == 1.0
-
-
-def test_dynamic_ntk_at_twice_the_length_is_ntk_with_twice_the_factor_less_one():
-    """alpha = f L / O - (f - 1) = 2 * 2 - 1."""
-    dynamic = frequencies.dynamic_ntk(
-        64, factor=2.0, original_max_position_embeddings=2048, length=4096
-    )
-    assert_equal(dynamic, frequencies.ntk(64, alpha=3.0))
-
-
-def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
-    head_dim, base, factor, original = 128, 10000.0, 16.0, 4096
-    plain = frequencies.default(head_dim, base=base)[0]
-    inv_freq, _ = frequencies.yarn(
-        head_dim, base=base, factor=factor, original_max_position_embeddings=original
-    )
-    turns = original * plain / (2 * math.pi)
-    fast = turns > 34  # beta_fast, and the pair that truncate rounds to
-    slow = turns < 0.9
-    assert fast.any()
-    assert slow.any()
-    assert_same_bits(inv_freq[fast], plain[fast])
-    torch.testing.assert_close(inv_freq[slow], plain[slow] / factor, rtol=2.0**-22, atol=0)
-    between = ~fast & ~slow
-    assert (inv_freq[between] <= plain[between]).all()
-    assert (inv_freq[between] * (1 + 1e-6) >= plain[between] / factor).all()
 
 
 def test_yarn_takes_the_ramp_as_numbers_of_pairs():
@@ -93,11 +172,11 @@ def test_ntk_has_factor_as_another_name_of_alpha():
         assert_same_bits(rope_ext.RotaryEmbedding(64, scaling=scaling).inv_freq, expected[0])
 
 
-@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_a_call_without_tokens_has_the_frequencies_of_a_short_sequence(rope_type):
-    scaling = {"rope_type": rope_type, **(LONGROPE if rope_type == "longrope" else YARN)}
-    expected = frequencies.from_scaling(16, scaling, length=1)
-    assert_equal(frequencies.from_scaling(16, scaling, length=0), expected)
+def test_a_call_without_tokens_has_the_frequencies_of_a_short_sequence():
+    for rope_type, options in (("longrope", LONGROPE), ("dynamic", YARN)):
+        scaling = {"rope_type": rope_type, **options}
+        expected = frequencies.from_scaling(16, scaling, length=1)
+        assert_equal(frequencies.from_scaling(16, scaling, length=0), expected)
 
 
 def test_xpos_tables_rotate_and_decay_with_the_distance():
@@ -126,29 +205,10 @@ def test_xpos_tables_rotate_and_decay_with_the_distance():
     assert (decay[8, 0] < 1).all()
 
 
-@pytest.mark.parametrize(("head_dim", "axes", "pairs"), [(64, 2, 16), (64, 3, 10), (80, 1, 40)])
-def test_axial_shares_the_channels_of_a_head_among_the_axes(head_dim, axes, pairs):
-    inv_freq, _ = frequencies.axial(head_dim, axes=axes, base=100.0)
-    assert_same_bits(inv_freq, frequencies.default(2 * pairs, base=100.0)[0])
-
-
-def test_axes_side_by_side_rotate_by_each():
-    """A token at (h, w): the score of two depends only on the differences of h and of w."""
-    inv_freq, _ = frequencies.axial(16, axes=2)
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
-
-    def rotated(x, h, w):
-        rows = [rope_ext.cos_sin(inv_freq, torch.tensor([[p]])) for p in (h, w)]
-        cos, sin = (torch.cat(parts, -1) for parts in zip(*rows, strict=True))
-        return rope_ext.apply_rotary(x, cos, sin)
-
-    def score(a, b):
-        return (rotated(q, *a) * rotated(k, *b)).sum()
-
-    # 16 products and rotations of numbers of about 1, each rounded to 2^-24 of its size
-    torch.testing.assert_close(score((5, 7), (2, 1)), score((13, 6), (10, 0)), rtol=0, atol=1e-5)
-    assert (score((5, 7), (2, 1)) - score((5, 7), (1, 2))).abs() > 1e-2
+def test_axial_shares_the_channels_of_a_head_among_the_axes():
+    for head_dim, axes, pairs in ((64, 2, 16), (64, 3, 10), (80, 1, 40)):
+        inv_freq, _ = frequencies.axial(head_dim, axes=axes, base=100.0)
+        assert_same_bits(inv_freq, frequencies.default(2 * pairs, base=100.0)[0])
 
 
 def test_pixel_frequencies_make_whole_numbers_of_half_turns_between_the_edges():
@@ -164,62 +224,24 @@ def test_pixel_frequencies_make_whole_numbers_of_half_turns_between_the_edges():
     torch.testing.assert_close(cos, expected.float(), rtol=0, atol=5 * math.pi * 2.0**-22)
 
 
-def test_constant_frequencies_are_alike():
-    inv_freq, attention_scaling = frequencies.constant(6, value=0.5)
-    assert_same_bits(inv_freq, torch.full((3,), 0.5))
-    assert attention_scaling == 1.0
-
-
 # ---- all methods
 
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
-LONGROPE = {
-    "short_factor": [1.0] * 8,
-    "long_factor": [2.0] * 8,
-    "original_max_position_embeddings": 4096,
-    "factor": 4.0,
-}
-LLAMA3 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-}
-METHODS = {
-    "default": {},
-    "partial": {"rotary_pct": 0.5},
-    "proportional": {"partial_rotary_factor": 0.5},
-    "linear": {"factor": 4.0},
-    "ntk": {"alpha": 4.0},
-    "ntk_alpha": {"alpha": 4.0},
-    "dynamic_ntk": YARN,
-    "yarn": YARN,
-    "longrope": LONGROPE,
-    "llama3": LLAMA3,
-    "axial": {},
-    "pixel": {},
-    "constant": {},
-    "xpos": {},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_frequencies_are_float32_whatever_the_default_dtype(method, device):
-    function = getattr(frequencies, method)
-    expected = function(16, **METHODS[method])[0]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        got = function(16, device=device, **METHODS[method])[0]
-    finally:
-        torch.set_default_dtype(before)
-    assert got.dtype == torch.float32
-    assert got.device.type == device.type
-    if device.type == "cpu":
-        assert_same_bits(got, expected)
-    else:  # another pow: a few units in the last place
-        torch.testing.assert_close(got.cpu(), expected, rtol=2.0**-20, atol=0)
+def test_frequencies_are_float32_whatever_the_default_dtype(device):
+    for method, options in METHODS.items():
+        function = getattr(frequencies, method)
+        expected = function(16, **options)[0]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            got = function(16, device=device, **options)[0]
+        finally:
+            torch.set_default_dtype(before)
+        assert (got.dtype, got.device.type) == (torch.float32, device.type), method
+        if device.type == "cpu":
+            assert_same_bits(got, expected)
+        else:  # another pow: a few units in the last place
+            torch.testing.assert_close(got.cpu(), expected, rtol=2.0**-20, atol=0)
 
 
 def test_length_on_a_device_is_not_waited_for(device):
@@ -233,123 +255,29 @@ def test_length_on_a_device_is_not_waited_for(device):
             torch.cuda.set_sync_debug_mode("default")
     expected = frequencies.dynamic_ntk(16, length=9000, **YARN)[0]
     torch.testing.assert_close(inv_freq.cpu(), expected, rtol=2.0**-20, atol=0)
+    on_meta, _ = frequencies.dynamic_ntk(16, length=length.to("meta"), **YARN)
+    assert on_meta.is_meta
+
+
+def test_every_parameter_of_a_method_is_documented_and_its_source_named():
+    for function in (getattr(frequencies, method) for method in METHODS):
+        for name in inspect.signature(function).parameters:
+            line = re.compile(rf"^        (\w+, )*{name}(, \w+)*: ", re.MULTILINE)
+            assert line.search(function.__doc__), (function, name)
+        assert "Source: " in function.__doc__, function
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_parameter_of_a_method_is_documented_and_its_source_named(method):
+def test_invalid_parameters_raise_and_are_named(method):
     function = getattr(frequencies, method)
-    for name in inspect.signature(function).parameters:
-        assert re.search(rf"^        (\w+, )*{name}(, \w+)*: ", function.__doc__, re.MULTILINE), (
-            name
-        )
-    assert "Source: " in function.__doc__
+    for options, message in REFUSALS.get(method, ()):
+        got = error_of(function, 16, **{**METHODS[method], **options})
+        assert re.match(rf"frequencies\.{method}: expected .*{message}", got), options
+    got = error_of(function, 15, **METHODS[method])  # an odd head
+    assert re.match(rf"frequencies\.{method}: expected .*, got \d+", got)
 
 
-# ---- refusals
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("default", {"rotary_dim": 7}, "rotary_dim to be even, at least 2 .* got 7"),
-        ("default", {"rotary_dim": 18}, "at most head_dim 16, got 18"),
-        ("default", {"base": 0}, "base to be above 0, got 0"),
-        ("default", {"base": NAN}, "base to be a finite number above 0, got nan"),
-        ("default", {"base": "1e4"}, "base to be a finite number above 0, got '1e4'"),
-        ("partial", {"rotary_pct": 0.0}, "rotary_pct to be above 0 and at most 1, got 0.0"),
-        ("partial", {"rotary_pct": 0.2}, "rotary_dim to be even, .* got 3"),
-        ("proportional", {"partial_rotary_factor": 1.5}, "at least 0 and at most 1, got 1.5"),
-        ("proportional", {"factor": 0.5}, "factor to be at least 1, got 0.5"),
-        ("linear", {"factor": 0.9}, "factor to be at least 1, got 0.9"),
-        ("linear", {"factor": None}, "factor to be a finite number at least 1, got None"),
-        ("linear", {"factor": True}, "factor to be a finite number at least 1, got True"),
-        ("ntk", {"alpha": 0.5}, "alpha to be at least 1, got 0.5"),
-        ("ntk", {"rotary_dim": 2}, "rotary_dim to be even, at least 4 .* got 2"),
-        ("ntk_alpha", {"alpha": float("inf")}, "alpha to be a finite number"),
-        ("dynamic_ntk", {"original_max_position_embeddings": 0}, "an integer of at least 1"),
-        ("dynamic_ntk", {"length": -1}, "length to be an integer of at least 0 .* got -1"),
-        ("dynamic_ntk", {"length": torch.ones(())}, "length .* got torch.float32"),
-        ("yarn", {"factor": NAN}, "factor to be a finite number at least 1, got nan"),
-        ("yarn", {"factor": 0.9}, "factor to be at least 1, got 0.9"),
-        ("yarn", {"factor": None}, "factor, or max_position_embeddings .* got neither"),
-        ("yarn", {"factor": None, "max_position_embeddings": 0}, "an integer of at least 1"),
-        ("yarn", {"truncate": "false"}, "truncate to be a bool, got 'false'"),
-        ("yarn", {"base": 1.0}, "base to be above 1, got 1.0"),
-        ("yarn", {"beta_fast": 0.5}, "beta_fast to be at least beta_slow 1, got 0.5"),
-        ("yarn", {"beta_slow": 0}, "beta_slow to be above 0, got 0"),
-        ("yarn", {"attention_factor": -1.0}, "attention_factor to be above 0, got -1.0"),
-        ("yarn", {"mscale": -1.0}, "mscale to be at least 0, got -1.0"),
-        ("yarn", {"original_max_position_embeddings": 4096.0}, "an integer .* got 4096.0"),
-        ("longrope", {"short_factor": [1.0] * 7}, "short_factor to have 8 numbers, .* got 7"),
-        ("longrope", {"long_factor": [1.0] * 9}, "long_factor to have 8 numbers, .* got 9"),
-        ("longrope", {"long_factor": [1.0] * 7 + [0]}, r"long_factor\[7\] to be above 0, got 0"),
-        ("longrope", {"long_factor": 2.0}, "long_factor to be a list of 8 numbers, got 2.0"),
-        ("longrope", {"factor": None}, "factor or attention_factor, .* got neither"),
-        ("longrope", {"short_mscale": 1.0}, "short_mscale and long_mscale together"),
-        ("longrope", {"length": torch.ones(())}, "length to be an integer of at least 0"),
-        ("llama3", {"high_freq_factor": 1.0}, "high_freq_factor to be above 1, got 1.0"),
-        ("llama3", {"low_freq_factor": 0.0}, "low_freq_factor to be above 0, got 0.0"),
-        ("axial", {"axes": 0}, "axes to be an integer of at least 1"),
-        ("axial", {"axes": 9}, "head_dim to be even, at least 18 .* got 16"),
-        ("axial", {"axes": 3, "alternating": True}, "head_dim to be a multiple of 6, .* got 16"),
-        ("default", {"base": 1e300}, r"base to be of a size from 1e-15 to 1e\+15, got 1e\+300"),
-        ("default", {"base": 10**400}, "base to be of a size .* got an integer of 1329 bits"),
-        ("default", {"rotary_dim": "8"}, "rotary_dim to be even, .* got '8'"),
-        ("ntk", {"alpha": None}, "alpha, or factor as another name, got neither"),
-        ("ntk", {"factor": 8.0}, "factor to be alpha, 4, got 8.0"),
-        ("ntk", {"alpha": None, "factor": 0.5}, "factor to be at least 1, got 0.5"),
-        ("ntk", {"alpha": 1e15, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got 1.*e.45"),
-        ("dynamic_ntk", {"factor": 1e9, "base": 1e15, "rotary_dim": 4}, "stretched base, .* got "),
-        ("dynamic_ntk", {"factor": 2**31}, "factor to be at least 1 and at most .* got 2147483648"),
-        ("yarn", {"low": 1.0}, "high to be a finite number at least 1, got None"),
-        ("yarn", {"high": 1.0}, "low to be a finite number, got None"),
-        ("yarn", {"low": 2.0, "high": 1.5}, "high to be at least 2, got 1.5"),
-        ("yarn", {"low": 1, "high": 2, "beta_fast": 32}, "either low and high or beta_fast and b"),
-        (
-            "yarn",
-            {"original_max_position_embeddings": None},
-            "or factor, low and high, got neither",
-        ),
-        ("linear", {"factor": 10**18}, "factor to be of a size .* got 1000000000000000000"),
-        ("pixel", {"max_freq": 1}, "max_freq to be at least 2, got 1"),
-        ("pixel", {"size": 1}, "size to be an integer of at least 2"),
-        ("constant", {"value": NAN}, "value to be a finite number"),
-        ("xpos", {"scale_base": 0}, "scale_base to be above 0, got 0"),
-    ],
-)
-def test_parameters_out_of_bounds_are_refused_by_name(method, options, message):
-    with pytest.raises(ValueError, match=rf"frequencies\.{method}: expected .*{message}"):
-        getattr(frequencies, method)(16, **{**METHODS[method], **options})
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_odd_head_is_refused_by_name(method):
-    with pytest.raises(ValueError, match=rf"frequencies\.{method}: expected .*, got \d+"):
-        getattr(frequencies, method)(15, **METHODS[method])
-
-
-@pytest.mark.parametrize(
-    ("scaling", "message"),
-    [
-        ({"rope_type": "yarnn"}, "rope_type to be one of default, .* got 'yarnn'"),
-        ({"rope_type": ["yarn"]}, r"rope_type to be one of default, .* got \['yarn'\]"),
-        ({"rope_type": "yarn", "factor": 4.0}, "to have original_max_position_embeddings, got fac"),
-        ({"rope_type": "dynamic", "factor": 4.0}, "to have original_max_position_embeddings"),
-        ({"rope_type": "linear", "fator": 4.0}, r"keys of rope_type 'linear' .* got \['fator'\]"),
-        ({"rope_type": "linear"}, "rope_type 'linear' to have factor, got nothing"),
-        ({"rope_type": "default", "factor": 4.0}, r"to be among none, got \['factor'\]"),
-    ],
-)
-def test_a_dict_that_does_not_fit_is_refused_by_name(scaling, message):
-    with pytest.raises(ValueError, match=rf"frequencies\.from_scaling: expected .*{message}"):
-        frequencies.from_scaling(16, scaling)
-
-
-def test_dynamic_frequencies_lie_where_a_length_lies():
-    length = torch.ones(3, dtype=torch.int64, device="meta")
-    inv_freq, _ = frequencies.dynamic_ntk(
-        8, factor=2.0, original_max_position_embeddings=16, length=length
-    )
-    assert inv_freq.device == length.device
+def test_an_invalid_scaling_raises_and_is_named():
+    for scaling, message in REFUSED_SCALINGS:
+        got = error_of(frequencies.from_scaling, 16, scaling)
+        assert re.match(rf"frequencies\.from_scaling: expected .*{message}", got), scaling

@@ -1,4 +1,6 @@
-"""from_config compared to every rotary module of transformers, each made from its defaults."""
+"""from_config compared to every rotary module of transformers, each made from its defaults, and to
+the recorded conventions of its models.
+"""
 
 import inspect
 import warnings
@@ -10,8 +12,10 @@ from torch import nn
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
 from tiny_models import families, modeling  # noqa: E402
 
-from rope_ext import frequencies  # noqa: E402
+from rope_ext import RotaryEmbedding, frequencies  # noqa: E402
+from rope_ext.frequencies.config import resolve  # noqa: E402
 from rope_ext.frequencies.families import OTHER_FORMS  # noqa: E402
+from rope_ext.integrations.transformers.families import load  # noqa: E402
 
 # Why from_config raises for these defaults.
 REFUSED = {
@@ -28,7 +32,18 @@ OTHERS = {
     "MusicFlamingoRotaryEmbedding",  # it rotates sound, while from_config reads the text's part
     "MiniMaxM3VLRotaryEmbedding",  # ignores rotary_dim, which checkpoints have besides the factor
 }
-LEAST = 200  # modules, of all of transformers
+LEAST = 180  # modules, and models with a record, of all of transformers
+
+# Conventions of models whose tokens have more than one position, or no heads.
+SPATIAL = ("vision", "2D", "after a prefix", "no heads", "from positions")
+WITHOUT_CONFIG = {
+    "esmfold2 (EsmFold2AtomDecoder)",
+    "mimi (MimiTransformerModel)",
+    "neucodec (NeuCodecDecoder)",
+    "xcodec2 (Xcodec2Decoder)",
+}
+# Their record also has towers with other conventions: the convention of the text model.
+OF_TEXT = {"mistral_large4": ["interleaved in, halves out"], "musicflamingo": ["half-split"]}
 
 
 def rotary_modules(family):
@@ -82,3 +97,31 @@ def test_every_rotary_module_has_the_frequencies_that_from_config_reads_from_its
             compared += 1
     assert compared >= LEAST
     assert refused >= REFUSED.keys()
+
+
+@pytest.mark.slow
+def test_pairs_are_those_of_the_record_of_the_models():
+    compared = 0
+    for name, record in load()["families"].items():
+        family = name.split(" ")[0]
+        conventions = OF_TEXT.get(family) or [
+            convention
+            for convention in record.get("convention", ())
+            if not any(word in convention for word in SPATIAL)
+        ]
+        if not conventions or name in WITHOUT_CONFIG:
+            continue
+        text = getattr(modeling(family), record["model"]).config_class().get_text_config()
+        parameters = {"rope_theta": 1e4}
+        config = {"model_type": text.model_type, "head_dim": 64, "rope_parameters": parameters}
+        if text.model_type in OTHER_FORMS:
+            continue
+        halves = [convention.startswith("half-split") for convention in conventions]
+        one = all(halves) or not any(halves) or hasattr(text, "rope_interleave")
+        compared += 1
+        if one and not conventions[0].startswith("last channels"):
+            assert resolve(config).interleaved == (not all(halves)), name
+        else:
+            with pytest.raises(ValueError, match="expected a model_type with one rotation"):
+                RotaryEmbedding.from_config(config)
+    assert compared >= LEAST

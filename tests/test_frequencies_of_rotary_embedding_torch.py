@@ -17,23 +17,20 @@ B, S, H, D = 2, 11, 3, 24
 MAX_FREQ = 7.0
 
 
+def test_frequencies_have_the_bits_of_the_library():
+    for ours, options in (
+        (frequencies.default(D, base=500), {"theta": 500}),
+        (frequencies.pixel(D, max_freq=MAX_FREQ), {"freqs_for": "pixel", "max_freq": MAX_FREQ}),
+        (frequencies.constant(D), {"freqs_for": "constant", "num_freqs": D // 2}),
+        (frequencies.ntk(D, alpha=4.0), {"theta_rescale_factor": 4.0}),
+    ):
+        theirs = rotary_embedding_torch.RotaryEmbedding(dim=D, **options)
+        assert_same_bits(ours[0], theirs.freqs.detach())
+
+
 @pytest.mark.parametrize(
-    ("options", "ours"),
-    [
-        ({"theta": 500}, frequencies.default(D, base=500)),
-        ({"freqs_for": "pixel", "max_freq": MAX_FREQ}, frequencies.pixel(D, max_freq=MAX_FREQ)),
-        ({"freqs_for": "constant", "num_freqs": D // 2}, frequencies.constant(D)),
-        ({"theta_rescale_factor": 4.0}, frequencies.ntk(D, alpha=4.0)),
-    ],
-    ids=["lang", "pixel", "constant", "lang, rescaled"],
+    ("freqs_for", "sizes"), [("pixel", (5, 6)), ("lang", (2, 5, 6))], ids=["image", "volume"]
 )
-def test_frequencies_have_the_bits_of_the_library(options, ours):
-    theirs = rotary_embedding_torch.RotaryEmbedding(dim=D, **options)
-    assert_same_bits(ours[0], theirs.freqs.detach())
-
-
-@pytest.mark.parametrize("sizes", [(5, 6), (2, 5, 6)], ids=["image", "volume"])
-@pytest.mark.parametrize("freqs_for", ["pixel", "lang"])
 def test_tokens_with_a_position_an_axis_are_rotated_as_by_the_library(freqs_for, sizes):
     axes = len(sizes)
     theirs = rotary_embedding_torch.RotaryEmbedding(

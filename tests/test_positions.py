@@ -1,12 +1,14 @@
 """Positions of packed, cached and padded sequences, and their slots in a paged cache."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import error_of
 from torch.utils._pytree import tree_leaves
 
-import rope_ext
 from rope_ext import positions
 
 INT_DTYPES = (torch.int32, torch.int64)
@@ -56,23 +58,13 @@ def test_positions_pass_the_range_of_int32():
 # ---- cached and padded
 
 
-@pytest.mark.parametrize("dtype", INT_DTYPES)
-def test_next_tokens_count_from_their_offsets(dtype, device):
-    offsets = torch.tensor([5, 0, 9], dtype=dtype, device=device)
-    got = positions.from_offsets(offsets, 2)
-    assert got.device == offsets.device
-    assert got.tolist() == [[5, 6], [0, 1], [9, 10]]
+def test_next_tokens_count_from_their_offsets():
+    for dtype in INT_DTYPES:
+        offsets = torch.tensor([5, 0, 9], dtype=dtype)
+        assert positions.from_offsets(offsets, 2).tolist() == [[5, 6], [0, 1], [9, 10]]
+        assert positions.from_offsets(offsets, 0).shape == (3, 0)
     assert positions.from_offsets(4, 3).tolist() == [[4, 5, 6]]
-    assert positions.from_offsets(offsets, 0).shape == (3, 0)
     assert positions.from_offsets(4, 3, device="meta").device.type == "meta"
-
-
-def test_one_row_of_positions_serves_every_sequence():
-    inv_freq, _ = rope_ext.frequencies.default(8)
-    x = torch.randn(3, 2, 1, 8)
-    rows = rope_ext.cos_sin(inv_freq, positions.from_offsets(4, 2))
-    each = rope_ext.cos_sin(inv_freq, positions.from_offsets(torch.tensor([4, 4, 4]), 2))
-    assert torch.equal(rope_ext.apply_rotary(x, *rows), rope_ext.apply_rotary(x, *each))
 
 
 @drawn
@@ -86,78 +78,33 @@ def test_padding_on_either_side_has_position_0(rows):
         assert got.tolist() == expected
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["packed", "padded on the left"])
-def test_padding_has_the_position_that_is_asked_for(left, device):
+def test_padding_has_the_position_that_is_asked_for():
     """-1 marks padding for slots; 0 is a row of a table, which has none for position -1."""
-    if left:  # two tokens of padding, none, all three
-        offsets = torch.tensor([-2, 4, -3], device=device)
-        expected = [[-1, -1, 0], [4, 5, 6], [-1, -1, -1]]
-
-        def made(padding):
-            return positions.from_offsets(offsets, 3, padding=padding)
-
-        assert positions.from_offsets(-1, 3, padding=0).tolist() == [[0, 0, 1]]
-        assert positions.from_offsets(-1, 3, padding=-1, device=device).tolist() == [[-1, 0, 1]]
-    else:
-        cu_seqlens = torch.tensor([0, 2, 5], device=device)
-        expected = [0, 1, 0, 1, 2, -1, -1]
-
-        def made(padding):
-            return positions.from_cu_seqlens(cu_seqlens, 7, padding=padding)
-
-        assert torch.equal(made(-1), positions.from_cu_seqlens(cu_seqlens, 7))
-    marked, for_a_table = made(-1), made(0)
-    assert marked.tolist() == expected
-    assert torch.equal(for_a_table, marked.clamp(min=0))
-    x = torch.randn(*marked.shape, 2, 8).to(device)
-    inv_freq, _ = rope_ext.frequencies.default(8)
-    table = rope_ext.cos_sin_cache(inv_freq.to(device), 7)
-    layout = "bshd" if left else "thd"
-    rotated = rope_ext.apply_rotary(x, *table, for_a_table, layout=layout)
-    assert rotated.isfinite().all()
-    assert torch.equal(rotated[marked == -1], x[marked == -1])  # row 0 does not rotate
-    rows = rope_ext.cos_sin(inv_freq.to(device), marked)
-    by_rows = rope_ext.apply_rotary(x, *rows, layout=layout)
-    assert torch.equal(by_rows[marked >= 0], rotated[marked >= 0])
-    if device.type == "cpu":
-        with pytest.raises(RuntimeError, match=r"position_ids in \[0, 7\).*got -1"):
-            rope_ext.apply_rotary(x, *table, marked, layout=layout)
-    else:
-        rotated = rope_ext.apply_rotary(x, *table, marked, layout=layout)
-        assert rotated[marked == -1].isnan().all()
+    offsets = torch.tensor([-2, 4, -3])  # two tokens of padding, none, all three
+    cu_seqlens = torch.tensor([0, 2, 5])
+    for padding in (-1, 0):
+        got = positions.from_offsets(offsets, 3, padding=padding).tolist()
+        assert got == [[padding, padding, 0], [4, 5, 6], [padding] * 3]
+        assert positions.from_offsets(-1, 3, padding=padding).tolist() == [[padding, 0, 1]]
+        got = positions.from_cu_seqlens(cu_seqlens, 7, padding=padding).tolist()
+        assert got == [0, 1, 0, 1, 2, padding, padding]
 
 
 # ---- slots
 
 
-@st.composite
-def paged(draw):
-    """A table without holes, and positions with blocks in it, or -1."""
-    rows, most, block_size = (
-        draw(st.integers(0, 3)),
-        draw(st.integers(0, 4)),
-        draw(st.integers(1, 5)),
-    )
-    table = draw(
-        st.lists(st.lists(st.integers(0, 99), min_size=most, max_size=most), min_size=rows,
-                 max_size=rows)
-    )  # fmt: skip
-    place = st.integers(-2, most * block_size - 1)
-    token = st.tuples(st.integers(0, rows - 1), place) if rows else st.nothing()
-    return table, most, block_size, draw(st.lists(token, max_size=8 if rows else 0))
-
-
 @drawn
-@given(paged(), dtypes)
-def test_slots_of_packed_tokens_are_those_of_their_blocks(case, dtype):
-    table, most, block_size, tokens = case
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.data(), dtypes)
+def test_slots_of_packed_tokens_are_those_of_their_blocks(rows, most, block_size, data, dtype):
+    row = st.lists(st.integers(0, 99), min_size=most, max_size=most)
+    table = data.draw(st.lists(row, min_size=rows, max_size=rows))
+    places = st.integers(-2, most * block_size - 1)
+    tokens = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), places), max_size=8))
     expected = [
         table[b][p // block_size] * block_size + p % block_size if p >= 0 else -1 for b, p in tokens
     ]
-    block_table = torch.tensor(table, dtype=dtype).view(len(table), most)
-    sequence = torch.tensor([b for b, _ in tokens], dtype=dtype)
-    at = torch.tensor([p for _, p in tokens], dtype=dtype)
-    got = positions.slot_mapping(block_table, at, block_size, sequence)
+    sequence, at = torch.tensor(tokens, dtype=dtype).view(-1, 2).unbind(1)
+    got = positions.slot_mapping(torch.tensor(table, dtype=dtype), at, block_size, sequence)
     assert got.dtype == torch.int64
     assert got.tolist() == expected
 
@@ -175,6 +122,7 @@ def test_slots_of_a_batch(device):
     no_blocks = torch.empty(3, 0, dtype=torch.int32, device=device)
     nowhere = torch.full((3, 1), -1, device=device)
     assert torch.equal(positions.slot_mapping(no_blocks, nowhere, 4), nowhere)
+    assert positions.slot_mapping(block_table[:0], at[:0], 4).shape == (0, 2)
 
 
 @drawn
@@ -223,16 +171,6 @@ def test_slots_of_a_batch_from_pages(device):
     assert got.tolist() == [[-1]] * 3
 
 
-def test_no_two_tokens_of_different_sequences_share_a_slot():
-    """Prompts, parts of prompts and decoded tokens in one batch, from boundaries to slots."""
-    cu_seqlens, cached = boundaries([5, 1, 3, 0]), torch.tensor([0, 9, 4, 2])
-    block_table = torch.tensor([[0, 1, -1], [4, 2, 7], [3, 9, -1], [8, -1, -1]])
-    at = positions.from_cu_seqlens(cu_seqlens, 12, offsets=cached)
-    sequence = positions.sequence_of_tokens(cu_seqlens, 12)
-    slots = positions.slot_mapping(block_table, at, 4, sequence)
-    assert slots.tolist() == [0, 1, 2, 3, 4, 29, 36, 37, 38, -1, -1, -1]
-
-
 # ---- devices and graphs
 
 
@@ -253,23 +191,19 @@ ON_A_DEVICE = {
 }
 
 
-@pytest.mark.parametrize("name", ON_A_DEVICE)
-def test_values_on_a_device_are_not_waited_for(name):
+def test_values_on_a_device_are_not_waited_for():
     """The meta device has no values: reading one would raise."""
-    call = ON_A_DEVICE[name]
-    expected = call(torch.tensor)
-    got = call(lambda values: torch.tensor(values, device="meta"))
-    assert got.device.type == "meta"
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
+    for name, call in ON_A_DEVICE.items():
+        got, expected = call(lambda values: torch.tensor(values, device="meta")), call(torch.tensor)
+        assert got.device.type == "meta", name
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
 
 
-@pytest.mark.parametrize("name", ON_A_DEVICE)
-def test_a_device_has_the_numbers_of_the_cpu(name, device):
-    call = ON_A_DEVICE[name]
-    got = call(lambda values: torch.tensor(values, device=device))
-    assert got.device.type == device.type
-    assert torch.equal(got.cpu(), call(torch.tensor))
+def test_a_device_has_the_numbers_of_the_cpu(device):
+    for name, call in ON_A_DEVICE.items():
+        got = call(lambda values: torch.tensor(values, device=device))
+        assert got.device.type == device.type, name
+        assert torch.equal(got.cpu(), call(torch.tensor)), name
 
 
 def packed_step(cu_seqlens, total, cached, block_table):
@@ -287,59 +221,59 @@ def step_on_pages(qo_indptr, total, kv_indptr, kv_indices, last_page_len):
     return positions.slot_mapping(kv_indices, at, 4, sequence, **options)
 
 
+def padded_step(offsets, seq_len, mask):
+    return positions.from_offsets(offsets, seq_len, padding=-1), positions.from_attention_mask(mask)
+
+
+def of_images(height, width, tokens, mask):
+    prompt = [tokens, (1, height, 2), tokens + 1, (3, height, 2, 2.5), 2]
+    return (
+        positions.grid(2 * height, 2 * width, merge=2),
+        positions.patch_centers(height, width),
+        positions.mrope(prompt),
+        positions.mrope_batch([[tokens, (1, 2, 2)], [(1, 1, 2)]], mask),
+    )
+
+
+def rows_of_axes(cos, axes, factor):
+    taking_turns = positions.mrope_axes([4, 2, 2], interleaved=True)
+    return positions.mrope_rows(cos, 2 * cos, axes), factor * taking_turns
+
+
 # Functions in a graph, with sizes and values of their arguments, all different: the graph would
 # treat equal ones as one.
 IN_A_GRAPH = {
-    "packed": (
-        packed_step,
-        lambda i: (
-            boundaries([3 + i, 0, *range(i), 2]),
-            7 + 2 * i,
-            torch.arange(2, 4 + i + 1),
-            torch.arange(9 * (3 + i)).view(-1, 9),
-        ),
+    packed_step: lambda i: (
+        boundaries([3 + i, 0, *range(i), 2]),
+        7 + 2 * i,
+        torch.arange(2, 4 + i + 1),
+        torch.arange(9 * (3 + i)).view(-1, 9),
     ),
-    "pages": (
-        step_on_pages,
-        lambda i: (
-            boundaries([1] * (3 + i)),
-            9 + 2 * i,
-            boundaries([2] * (3 + i)),
-            torch.arange(40 + 3 * i).flip(0),
-            torch.full((3 + i,), 3),
-        ),
+    step_on_pages: lambda i: (
+        boundaries([1] * (3 + i)),
+        9 + 2 * i,
+        boundaries([2] * (3 + i)),
+        torch.arange(40 + 3 * i).flip(0),
+        torch.full((3 + i,), 3),
     ),
-    "padded on the left": (
-        lambda offsets, n: positions.from_offsets(offsets, n, padding=-1),
-        lambda i: (torch.arange(-2, 3 + i), 9 + i),
+    padded_step: lambda i: (torch.arange(-2, 3 + i), 9 + i, torch.ones(3 + i, 7 + i).bool()),
+    of_images: lambda i: (
+        3 + i,
+        11 + 2 * i,
+        5 + i,
+        (torch.arange(9 + i) >= torch.tensor([[0], [7 + i]])).int(),
     ),
-    "rows of axes": (
-        lambda cos, axes: positions.mrope_rows(cos, 2 * cos, axes),
-        lambda i: (torch.arange(24.0 * (5 + i)).view(3, -1, 8), torch.arange(8) % 3),
-    ),
-    "cached": (positions.from_offsets, lambda i: (torch.arange(3 + i), 5 + i)),
-    "cached, as many": (positions.from_offsets, lambda i: (7 + i, 4 + i)),
-    "padded": (positions.from_attention_mask, lambda i: (torch.ones(3 + i, 7 + i).bool(),)),
-    "grid": (lambda h, w: positions.grid(h, w, merge=2), lambda i: (6 + 2 * i, 10 + 2 * i)),
-    "centers": (positions.patch_centers, lambda i: (2 + i, 5 + i)),
-    "text and images": (
-        lambda n, h: positions.mrope([n, (1, h, 2), n + 1, (3, h, 2, 2.5), 2]),
-        lambda i: (11 + i, 4 + i),
-    ),
-    "batch": (
-        lambda n, mask: positions.mrope_batch([[n, (1, 2, 2)], [(1, 1, 2)]], mask),
-        lambda i: (5 + i, (torch.arange(9 + i) >= torch.tensor([[0], [7 + i]])).int()),
-    ),
-    "axes": (
-        lambda n: n * positions.mrope_axes([4, 2, 2], interleaved=True) + 1,
-        lambda i: (i + 2,),
+    rows_of_axes: lambda i: (
+        torch.arange(24.0 * (5 + i)).view(3, -1, 8),
+        torch.arange(8) % 3,
+        i + 2,
     ),
 }
 
 
-@pytest.mark.parametrize("name", IN_A_GRAPH)
-def test_one_graph_serves_all_lengths(name):
-    function, arguments = IN_A_GRAPH[name]
+@pytest.mark.parametrize("function", IN_A_GRAPH)
+def test_one_graph_serves_all_lengths(function):
+    arguments = IN_A_GRAPH[function]
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
     for i in range(3):
@@ -369,24 +303,23 @@ def T(*values, dtype=None, device=None):
 
 
 PAGES = T(7, 2, 5), T(9), 4, T(0)
+META = {"device": "meta"}
 
 REFUSALS = {
     "from_cu_seqlens": [
         ((T(0.0, 1.0),), {}, "cu_seqlens of dtype int32 or int64, got torch.float32"),
         ((T([0, 1]),), {}, r"cu_seqlens to have shape \[sequences \+ 1\], got \[1, 2\]"),
-        ((T(dtype=torch.int64),), {}, r"cu_seqlens to have shape .*, got \[0\]"),
         ((T(1, 2),), {}, "cu_seqlens to begin with 0, got 1"),
         ((T(0, 3, 2),), {}, "sequence 1 of cu_seqlens to have a length of at least 0, got -1"),
         ((T(0, 3), 2), {}, "total to be at least 3, the last of cu_seqlens, got 2"),
         ((T(0, 3), 3.0), {}, "total to be an integer of at least 0, got 3.0"),
-        ((T(0, 3, device="meta"),), {}, "total, .* for cu_seqlens on meta, .*, got None"),
+        ((T(0, 3, **META),), {}, "total, .* for cu_seqlens on meta, .*, got None"),
         ((T(0, 3),), {"offsets": -1}, "offsets to be an integer of at least 0, got -1"),
         ((T(0, 3),), {"offsets": T(1, 2)}, r"offsets to have shape .*, \[1\], got \[2\]"),
         ((T(0, 3),), {"offsets": T(-1)}, r"offsets of at least 0, got -1 at index \[0\]"),
         ((T(0, 3),), {"offsets": T(1.0)}, "offsets of dtype int32 or int64, got torch.float32"),
-        ((T(0, 3),), {"offsets": T(1, device="meta")}, "offsets on the device of .*, got meta"),
+        ((T(0, 3),), {"offsets": T(1, **META)}, "offsets on the device of .*, got meta"),
         ((T(0, 3),), {"padding": -2}, "padding to be an integer of at least -1, got -2"),
-        ((T(0, 3),), {"padding": None}, "padding to be an integer of at least -1, got None"),
     ],
     "sequence_of_tokens": [
         ((T(0, 3), 2), {}, "total to be at least 3, the last of cu_seqlens, got 2"),
@@ -396,11 +329,9 @@ REFUSALS = {
         ((T(3, -2), 1), {}, r"offsets of at least 0, got -2 at index \[1\] \(give padding="),
         ((-2, 1), {}, r"offsets to be an integer of at least 0, got -2 \(give padding="),
         ((2.0, 1), {"padding": 0}, r"offsets to be an integer, got 2.0$"),
-        ((2, 1), {"padding": -2}, "padding to be an integer of at least -1, got -2"),
         ((T([2]), 1), {}, r"offsets to have shape \[B\], got \[1, 1\]"),
         ((T(2.0), 1), {}, "offsets of dtype int32 or int64, got torch.float32"),
         ((2, -1), {}, "seq_len to be an integer of at least 0, got -1"),
-        ((2, True), {}, "seq_len to be an integer of at least 0, got True"),
     ],
     "from_attention_mask": [
         ((T([0.0]),), {}, "attention_mask of dtype bool, int32 or int64, got torch.float32"),
@@ -410,36 +341,25 @@ REFUSALS = {
     "slot_mapping": [
         ((T([1]), T([0]), 0), {}, "block_size to be an integer of at least 1, got 0"),
         ((T(1), T([0]), 4), {}, r"block_table to have shape \[B, .*, got \[1\]"),
-        ((T([1.0]), T([0]), 4), {}, "block_table of dtype int32 or int64, got torch.float32"),
-        ((T([1]), T(0), 4), {}, r"positions to have shape \[1\|B, S\], got \[1\]"),
         ((T([1], [1]), T([0], [0], [0]), 4), {}, r"positions .*, \[2, 1\], got \[3, 1\]"),
-        ((T([1]), T([0.0]), 4), {}, "positions of dtype int32 or int64, got torch.float32"),
-        ((T([1]), T([0], device="meta"), 4), {}, "positions on the device of block_table, cpu"),
+        ((T([1]), T(0), 4), {}, r"positions to have shape \[1\|B, S\], got \[1\]"),
+        ((T([1]), T([0], **META), 4), {}, "positions on the device of block_table, cpu"),
         ((T([1]), T([0]), 4, T(0)), {}, r"positions to have shape \[T\], got \[1, 1\]"),
         ((T([1]), T(0), 4, T(0, 0)), {}, r"sequence to have shape .*, \[1\], got \[2\]"),
         ((T([1]), T(0), 4, T(0.0)), {}, "sequence of dtype int32 or int64, got torch.float32"),
-        ((T([1]), T(0), 4, T(0, device="meta")), {}, "sequence on the device of block_table"),
+        ((T([1]), T(0), 4, T(0, **META)), {}, "sequence on the device of block_table"),
         ((T([1]), T(0), 4, T(1)), {}, r"sequence in \[0, 1\), the rows .*, got 1 at index \[0\]"),
-        ((T([1]), T(0), 4, T(-1)), {}, r"sequence in \[0, 1\), the rows .*, got -1 at index"),
         ((T([1]), T([0]), 4), {"mask": T([1])}, "mask of dtype bool, got torch.int64"),
         ((T([1]), T([0]), 4), {"mask": T(True)}, r"mask to have .*, \[1, 1\], got \[1\]"),
         ((T([1, 2], [3, -1]), T([7]), 4), {}, r"block 1 of sequence 1, for position 7, .*, -1\]"),
         ((T([1, 2]), T(0, 8), 4, T(0, 0)), {}, r"block 2 .* position 8, got \[1, 2\]"),
-        ((T([1])[:, :0], T([0]), 4), {}, r"block 0 of sequence 0, for position 0, got \[\]"),
-        (PAGES, {"kv_indptr": T(0, 2, 3)}, r"block 2 of sequence 0, for position 9, got \[7, 2\]"),
-        (PAGES[:3], {"kv_indptr": T(0, 3)}, r"positions to have shape \[1\|B, S\], got \[1\]"),
         (PAGES, {"kv_indptr": T(0, 4)}, "block_table to have the 4 pages of kv_indptr, got 3"),
         (PAGES, {"kv_indptr": T(1, 3)}, "kv_indptr to begin with 0, got 1"),
         (PAGES, {"kv_indptr": T(0, 3, 2)}, "sequence 1 of kv_indptr to have a length .*, got -1"),
-        (PAGES, {"kv_indptr": T(0.0, 3.0)}, "kv_indptr of dtype int32 or int64, got torch.float32"),
         (PAGES, {"kv_indptr": T([0, 3])}, r"kv_indptr to have shape .*, got \[1, 2\]"),
-        (PAGES, {"kv_indptr": T(0, 3, device="meta")}, "kv_indptr on the device of block_table"),
+        (PAGES, {"kv_indptr": T(0, 3, **META)}, "kv_indptr on the device of block_table"),
         ((T([7]), *PAGES[1:]), {"kv_indptr": T(0, 1)}, r"\[pages\] with kv_indptr, got \[1, 1\]"),
-        (
-            (*PAGES[:3], T(1)),
-            {"kv_indptr": T(0, 3)},
-            r"in \[0, 1\), the sequences of kv_indptr, got 1 .*\(tokens of no sequence take a mask",
-        ),
+        ((*PAGES[:3], T(1)), {"kv_indptr": T(0, 3)}, r"got 1 .*\(tokens of no sequence take a"),
     ],
     "seq_lens": [
         ((T(0, 2), T(3), 0), {}, "page_size to be an integer of at least 1, got 0"),
@@ -447,16 +367,13 @@ REFUSALS = {
         ((T(0, 2), T(3.0), 4), {}, "kv_last_page_len of dtype int32 or int64, got torch.float32"),
         ((T(0, 2), T(5), 4), {}, r"kv_last_page_len of at most page_size, 4, got \[5\]"),
         ((T(0, 2), T(-1), 4), {}, r"kv_last_page_len of at least 0, got -1 at index \[0\]"),
-        ((T(0, 2), T(1, device="meta"), 4), {}, "kv_last_page_len on the device of kv_indptr, cpu"),
-        ((T(0, 2, 1), T(1, 1), 4), {}, "sequence 1 of kv_indptr to have a length of at least 0"),
+        ((T(0, 2), T(1, **META), 4), {}, "kv_last_page_len on the device of kv_indptr, cpu"),
     ],
 }
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options", "message"),
-    [(function, *row) for function, rows in REFUSALS.items() for row in rows],
-)
-def test_invalid_arguments_raise_and_are_named(function, arguments, options, message):
-    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: expected .*{message}"):
-        getattr(positions, function)(*arguments, **options)
+@pytest.mark.parametrize("function", REFUSALS)
+def test_invalid_arguments_raise_and_are_named(function):
+    for arguments, options, message in REFUSALS[function]:
+        got = error_of(getattr(positions, function), *arguments, **options)
+        assert re.match(rf"rope_ext\.positions\.{function}: expected .*{message}", got)

@@ -1,17 +1,19 @@
 """Positions of images, videos and text with them, compared to those of transformers."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import error_of
 
 import rope_ext
 from rope_ext import positions
 
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from transformers import GenerationMixin, vision_utils
+from transformers import vision_utils
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
@@ -22,33 +24,20 @@ drawn = settings(deadline=None, derandomize=True, database=None, max_examples=60
 MERGE = 2  # patches on each side of a token, in transformers' grids
 
 
-# ---- padding
-
-
-def test_padded_positions_are_those_of_generate():
-    prepare = getattr(GenerationMixin, "_prepare_position_ids_for_generation", None)
-    if prepare is None:
-        pytest.skip("this transformers has them elsewhere")
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    expected = prepare(None, mask, {"attention_mask": mask})
-    assert torch.equal(positions.from_attention_mask(mask), expected)
-
-
 # ---- grids
 
 
-@pytest.mark.parametrize("merge", [1, 2, 3])
-def test_patches_are_in_the_order_of_transformers(merge):
+def test_patches_are_in_the_order_of_transformers():
     frames, height, width = 2, 6, 12
-    expected = vision_utils.get_vision_position_ids(
-        torch.tensor([[frames, height, width]]), merge, include_temporal=True
-    )
-    video = positions.grid(frames, height, width, merge=merge)
-    assert video.dtype == torch.int64
-    assert torch.equal(video, expected.t())
-    assert torch.equal(
-        positions.grid(height, width, merge=merge), expected[: height * width, 1:].t()
-    )
+    for merge in (1, 2, 3):
+        expected = vision_utils.get_vision_position_ids(
+            torch.tensor([[frames, height, width]]), merge, include_temporal=True
+        )
+        video = positions.grid(frames, height, width, merge=merge)
+        assert video.dtype == torch.int64
+        assert torch.equal(video, expected.t())
+        image = positions.grid(height, width, merge=merge)
+        assert torch.equal(image, expected[: height * width, 1:].t())
 
 
 def test_grids_may_be_empty_and_on_a_device():
@@ -59,14 +48,14 @@ def test_grids_may_be_empty_and_on_a_device():
     assert positions.patch_centers(2, 4, device="meta").device.type == "meta"
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 7), (14, 37), (100, 64)])
-def test_centers_of_patches_have_the_bits_of_dinov3(height, width):
+def test_centers_of_patches_have_the_bits_of_dinov3():
     theirs = modeling_dinov3_vit.get_patches_center_coordinates
-    for dtype in (torch.float32, torch.float64):
-        expected = theirs(height, width, dtype=dtype, device=torch.device("cpu"))
-        got = positions.patch_centers(height, width, dtype=dtype)
-        assert got.dtype == dtype
-        assert torch.equal(got, expected.t())
+    for height, width in ((1, 1), (3, 7), (100, 64)):
+        for dtype in (torch.float32, torch.float64):
+            expected = theirs(height, width, dtype=dtype, device=torch.device("cpu"))
+            got = positions.patch_centers(height, width, dtype=dtype)
+            assert got.dtype == dtype
+            assert torch.equal(got, expected.t())
 
 
 def test_centers_of_a_volume_are_those_of_each_axis():
@@ -84,15 +73,12 @@ image = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
 video = st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(1, 4))
 
 
-either = st.one_of(image, video)
-
-
 @st.composite
-def prompts(draw, vision=either):
+def prompts(draw):
     """Segments with text between any two grids, as in chat templates."""
     segments = [draw(text)] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 3))):
-        segments += [draw(vision), draw(text)]
+        segments += [draw(image | video), draw(text)]
     return segments or [draw(text)]
 
 
@@ -121,13 +107,16 @@ def as_transformers_gets_it(sequences, padded_left=True):
 
 
 def of_transformers(model, sequences, padded_left=True, **options):
+    """Positions by a class of transformers, without its weights; and the mask."""
     types, image_grid, video_grid, mask = as_transformers_gets_it(sequences, padded_left)
+
+    def get_vision_position_ids(*arguments, **others):
+        return model.get_vision_position_ids(None, *arguments, **others)
+
     vision_config = SimpleNamespace(spatial_merge_size=MERGE, tokens_per_second=2)
     of_model = SimpleNamespace(
         config=SimpleNamespace(vision_config=vision_config),
-        get_vision_position_ids=lambda *args, **rest: model.get_vision_position_ids(
-            None, *args, **rest
-        ),
+        get_vision_position_ids=get_vision_position_ids,
     )
     ids, _ = model.get_rope_index(
         of_model, types, types, image_grid, video_grid, attention_mask=mask, **options
@@ -136,24 +125,18 @@ def of_transformers(model, sequences, padded_left=True, **options):
 
 
 @drawn
-@given(prompts())
-def test_a_prompt_has_the_positions_of_qwen2_vl(segments):
-    expected, _ = of_transformers(modeling_qwen2_vl.Qwen2VLModel, [segments])
-    got = positions.mrope(segments, after="space")
-    assert got.dtype == torch.int64
-    assert torch.equal(got, expected[:, 0])
-
-
-@drawn
 @given(st.lists(prompts(), min_size=1, max_size=3), st.booleans())
 def test_a_padded_batch_has_the_positions_of_qwen2_vl(sequences, padded_left):
     model = modeling_qwen2_vl.Qwen2VLModel
     expected, mask = of_transformers(model, sequences, padded_left)
     got = positions.mrope_batch(sequences, mask, after="space")
+    assert got.dtype == torch.int64
     assert torch.equal(got, expected)
     assert torch.equal(got, positions.mrope_batch(sequences, mask.bool(), after="space"))
     if not padded_left:
         assert torch.equal(got, positions.mrope_batch(sequences, after="space"))
+    if len(sequences) == 1:
+        assert torch.equal(positions.mrope(sequences[0], after="space"), expected[:, 0])
 
 
 @drawn
@@ -169,53 +152,11 @@ def test_frames_are_as_far_apart_as_in_qwen2_5_vl(segments, seconds):
     assert torch.equal(positions.mrope(spaced, after="space"), expected[:, 0])
 
 
-@drawn
-@given(prompts(vision=image), st.integers(2, 4), st.integers(1, 3))
-def test_frames_with_timestamps_are_images_to_qwen3_vl(segments, frames, stamp):
-    """In its prompts every frame of a video is separate, after the text with its time."""
-    side = 3
-    types, image_grid, _, mask = as_transformers_gets_it([segments])
-    video = ([0] * stamp + [2] * side * side) * frames
-    types = torch.cat((types, torch.tensor([video])), 1)
-    mask = torch.ones_like(types)
-    video_grid = torch.tensor([[frames, side * MERGE, side * MERGE]])
-    model = modeling_qwen3_vl.Qwen3VLModel
-    of_model = SimpleNamespace(
-        config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=MERGE)),
-        get_vision_position_ids=lambda *args, **rest: model.get_vision_position_ids(
-            None, *args, **rest
-        ),
-    )
-    expected, _ = model.get_rope_index(
-        of_model, types, types, image_grid, video_grid, attention_mask=mask
-    )
-    for after in ("space", "max"):  # no video has more frames than its width
-        got = positions.mrope([*segments, *[stamp, (1, side, side)] * frames], after=after)
-        assert torch.equal(got, expected[:, 0])
-
-
-@drawn
-@given(prompts(), st.sampled_from([None, 1.0, 0.3, 2.5]))
-def test_the_next_segment_begins_past_the_largest_position(segments, step):
-    expected, start = [], 0
-    for segment in segments:
-        if isinstance(segment, int):
-            ids = [(start + i,) * 3 for i in range(segment)]
-        else:
-            frames, height, width = segment
-            ids = [
-                (start + int(f * (1.0 if step is None else step)), start + h, start + w)
-                for f in range(frames)
-                for h in range(height)
-                for w in range(width)
-            ]
-        expected += ids
-        start = 1 + max(max(place) for place in ids)
-    spaced = [s if isinstance(s, int) or step is None else (*s, step) for s in segments]
-    assert positions.mrope(spaced).t().tolist() == [list(place) for place in expected]
-
-
-def test_a_long_video_tells_the_two_ends_apart():
+def test_the_next_segment_begins_past_the_largest_position():
+    """Where a video has more frames than rows and columns, `after` tells."""
+    assert positions.mrope([2, (3, 2, 1, 2.5), 1]).t().tolist() == [
+        [0] * 3, [1] * 3, [2, 2, 2], [2, 3, 2], [4, 2, 2], [4, 3, 2], [7, 2, 2], [7, 3, 2], [8] * 3
+    ]  # fmt: skip
     segments = [2, (5, 1, 2), 1]
     assert positions.mrope(segments)[:, -1].tolist() == [7, 7, 7]
     assert positions.mrope(segments, after="space")[:, -1].tolist() == [4, 4, 4]
@@ -236,60 +177,45 @@ def gathered(freq, axes):
     return torch.stack([freq[axis, ..., pair] for pair, axis in enumerate(axes.tolist())], -1)
 
 
-@pytest.mark.parametrize(
-    ("module", "sections", "interleaved"),
-    [
-        (modeling_qwen2_vl.Qwen2VLRotaryEmbedding, [16, 24, 24], False),
-        (modeling_qwen2_vl.Qwen2VLRotaryEmbedding, [2, 1, 1], False),
-        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [24, 20, 20], True),
-        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [11, 11, 10], True),
-        (modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding, [6, 1, 1], True),
-    ],
-)
-def test_pairs_are_of_the_axes_that_transformers_gives_them(module, sections, interleaved):
-    inv_freq, _ = rope_ext.frequencies.default(2 * sum(sections))
+SECTIONS = [  # and whether axes take turns: then it is Qwen3-VL's way
+    ([16, 24, 24], False), ([2, 1, 1], False),
+    ([24, 20, 20], True), ([11, 11, 10], True), ([6, 1, 1], True),
+]  # fmt: skip
+
+
+def test_pairs_are_of_the_axes_that_transformers_gives_them():
     position_ids = positions.mrope([3, (1, 4, 5), (2, 3, 2), 2])[:, None]  # [3, 1, T]
-    axes = positions.mrope_axes(sections, interleaved=interleaved)
-    assert axes.dtype == torch.int64
-    assert axes.bincount(minlength=3).tolist() == sections
-    for freq in rope_ext.cos_sin(inv_freq, position_ids):  # [3, 1, T, P]
-        got = gathered(freq, axes)
-        of_module = SimpleNamespace(mrope_section=sections)
-        expected = module.recomposition_frequencies(of_module, freq.clone())
-        assert torch.equal(torch.cat((got, got), -1), expected)
+    for sections, interleaved in SECTIONS:
+        inv_freq, _ = rope_ext.frequencies.default(2 * sum(sections))
+        axes = positions.mrope_axes(sections, interleaved=interleaved)
+        assert axes.dtype == torch.int64
+        assert axes.bincount(minlength=3).tolist() == sections
+        module = modeling_qwen2_vl.Qwen2VLRotaryEmbedding
+        if interleaved:
+            module = modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding
+        for freq in rope_ext.cos_sin(inv_freq, position_ids):  # [3, 1, T, P]
+            got = gathered(freq, axes)
+            of_module = SimpleNamespace(mrope_section=sections)
+            expected = module.recomposition_frequencies(of_module, freq.clone())
+            assert torch.equal(torch.cat((got, got), -1), expected)
 
 
-@pytest.mark.parametrize("sections", [[24, 20, 20, 0], [11, 11, 10, 0], [2, 1, 1, 4], [1, 7, 0, 2]])
-def test_pairs_are_of_the_axes_that_ggml_gives_them(sections):
+def test_pairs_are_of_the_axes_that_ggml_gives_them():
     """ggml_mrope_cache_init of llama.cpp, IMROPE, with positions of 0 on the last axis."""
-    t, h, w, _ = sections
-    expected = []
-    for sector in range(sum(sections)):
-        if sector % 3 == 1 and sector < 3 * h:
-            expected.append(1)
-        elif sector % 3 == 2 and sector < 3 * w:
-            expected.append(2)
-        elif sector % 3 == 0 and sector < 3 * t:
-            expected.append(0)
-        else:
-            expected.append(3)
-    axes = positions.mrope_axes(sections, interleaved=True, leftover="last")
-    assert axes.dtype == torch.int64
-    assert axes.tolist() == expected
+    for sections in ([24, 20, 20, 0], [11, 11, 10, 0], [2, 1, 1, 4], [1, 7, 0, 2]):
+        expected = [
+            pair % 3 if pair < 3 * sections[pair % 3] else 3 for pair in range(sum(sections))
+        ]
+        axes = positions.mrope_axes(sections, interleaved=True, leftover="last")
+        assert axes.dtype == torch.int64
+        assert axes.tolist() == expected
 
 
-def test_leftover_pairs_do_not_turn_in_llama_cpp():
-    axes = positions.mrope_axes([24, 20, 20, 0], interleaved=True, leftover="last")
-    of_transformers = positions.mrope_axes([24, 20, 20], interleaved=True)
-    assert (axes != of_transformers).nonzero().flatten().tolist() == [61, 62]
-    ids = torch.nn.functional.pad(positions.mrope([3, (1, 2, 2)]), (0, 0, 0, 1))
-    cos, sin = rope_ext.cos_sin(rope_ext.frequencies.default(128)[0], ids, axes=axes)
-    assert torch.equal(cos[:, 61:63], torch.ones(7, 2))
-    assert torch.equal(sin[:, 61:63], torch.zeros(7, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("interleaved", [False, True], ids=["sections", "taking turns"])
+@pytest.mark.parametrize(
+    ("interleaved", "dtype"),
+    [(False, torch.float32), (True, torch.bfloat16)],
+    ids=["sections", "taking turns"],
+)
 def test_rows_are_picked_from_the_tables_of_each_axis(interleaved, dtype, device):
     """Equal to the rows of cos_sin, and to those that Qwen2-VL takes from both halves."""
     sections, inv_freq = [4, 2, 2], rope_ext.frequencies.default(16)[0].to(device)
@@ -343,12 +269,6 @@ def test_channels_are_of_the_axes_that_hunyuan_gives_them():
 def test_an_axis_of_its_own_for_each_run_of_pairs():
     assert positions.axial_axes([2, 0, 3]).tolist() == [0, 0, 2, 2, 2]
     assert positions.mrope_axes([1], interleaved=True).tolist() == [0]
-    inv_freq, _ = rope_ext.frequencies.axial(32, axes=2)
-    axes = positions.axial_axes([len(inv_freq)] * 2)
-    position_ids = positions.grid(3, 4)
-    cos, _ = rope_ext.cos_sin(inv_freq.repeat(2), position_ids)
-    side_by_side = [rope_ext.cos_sin(inv_freq, ids)[0] for ids in position_ids]
-    assert torch.equal(gathered(cos, axes), torch.cat(side_by_side, -1))
 
 
 TABLE, AXES = torch.ones(3, 4, 2), torch.arange(2)
@@ -397,10 +317,8 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options", "message"),
-    [(function, *row) for function, rows in REFUSALS.items() for row in rows],
-)
-def test_invalid_arguments_raise_and_are_named(function, arguments, options, message):
-    with pytest.raises(ValueError, match=rf"rope_ext\.positions\.{function}: expected .*{message}"):
-        getattr(positions, function)(*arguments, **options)
+@pytest.mark.parametrize("function", REFUSALS)
+def test_invalid_arguments_raise_and_are_named(function):
+    for arguments, options, message in REFUSALS[function]:
+        got = error_of(getattr(positions, function), *arguments, **options)
+        assert re.match(rf"rope_ext\.positions\.{function}: expected .*{message}", got)

@@ -1,10 +1,10 @@
 """The demo: a language model with its own rotary function and with rope_ext, side by side.
 
-weights.py   SmolLM2-135M: downloaded, checked, cached
-models.py    the model, pretrained or random, and the text it reads
-rotary.py    replaces a model's rotary function
-compare.py   differences in tokens, logits, gradients and time
-scaling.py   another rope scaling for the model; differences in frequencies and tables
+weights.py         SmolLM2-135M: downloaded, checked, cached
+models.py          the model, pretrained or random, and the text it reads
+model_rotation.py  replaces a model's rotary function
+compare.py         differences in tokens, logits, gradients and time
+scaling.py         another rope scaling for the model; differences in frequencies and tables
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import rope_ext
-from rope_ext.demo import compare, models, rotary, scaling, weights
+from rope_ext.demo import compare, model_rotation, models, scaling, weights
 
 NEEDED = ("transformers", "gguf", "accelerate")
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     except (
         CannotRun,
         weights.ChecksumMismatch,
-        rotary.NotLlamaForm,
+        model_rotation.NotLlamaForm,
         scaling.NotScalable,
     ) as error:
         print(f"rope_ext demo: {error}", file=sys.stderr)
@@ -59,7 +59,7 @@ def compare_and_report(args: argparse.Namespace) -> int:
         raise CannotRun(f"expected --prompt to be text in UTF-8, got {args.prompt!a}") from None
 
     model, tokenizer, title = load(args)
-    replaced = rotary.require_llama_form(model)
+    replaced = model_rotation.require_llama_form(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", args.prompt_tokens)
     scaled = None
     if args.rope_scaling:
@@ -227,14 +227,16 @@ def show_checks(checks: list[compare.Check]) -> None:
     )
 
 
-def show_timings(model: nn.Module, calls: dict[str, rotary.Call]) -> None:
-    original, _ = rotary.own_rotations(model)[0]
+def show_timings(model: nn.Module, calls: dict[str, model_rotation.Call]) -> None:
+    original, _ = model_rotation.own_rotations(model)[0]
     print(
         f"\nmicroseconds a call, median (10 - 90 %) of {compare.TIMING_ROUNDS} interleaved rounds, "
         "on the model's own q and k"
     )
     for name, call in calls.items():
-        own, ours = compare.time_side_by_side(call, [original, rotary.with_rope_ext(original)])
+        own, ours = compare.time_side_by_side(
+            call, [original, model_rotation.with_rope_ext(original)]
+        )
         shapes = [f"{list(x.shape)} strides {list(x.stride())}" for x in call[:2]]
         print(f"{name:8} q {shapes[0]}, k {shapes[1]}")
         for label, t in (("transformers", own), ("rope_ext", ours)):

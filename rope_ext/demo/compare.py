@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rope_ext.demo.rotary import (
+from rope_ext.demo.model_rotation import (
     FLOAT32_EPS,
     Call,
     Tally,

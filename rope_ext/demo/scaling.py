@@ -10,7 +10,7 @@ from torch import nn
 
 import rope_ext
 from rope_ext.demo.compare import Check, generate
-from rope_ext.demo.rotary import forget_lengths
+from rope_ext.demo.model_rotation import forget_lengths
 
 TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 # Shorter than the prompt, so that the frequencies for longer sequences are used.

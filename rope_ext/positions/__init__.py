@@ -7,16 +7,16 @@ TypeError. Values of tensors are checked only on the CPU.
 
 The files::
 
-    sequences.py  packed batches, tokens after those of a cache, padded batches
-    pages.py      slots of a paged KV cache, tokens of its sequences
-    grids.py      images and volumes: one position for each axis
-    multimodal.py M-RoPE: text with images and videos; the axis of each pair
-    ranks.py      context parallelism: the tokens of a rank
+    sequences.py    packed batches, tokens after those of a cache, padded batches
+    paged_cache.py  slots of a paged KV cache, tokens of its sequences
+    grids.py        images and volumes: one position for each axis
+    multimodal.py   M-RoPE: text with images and videos; the axis of each pair
+    ranks.py        context parallelism: the tokens of a rank
 """
 
 from rope_ext.positions.grids import grid, patch_centers
 from rope_ext.positions.multimodal import axial_axes, mrope, mrope_axes, mrope_batch, mrope_rows
-from rope_ext.positions.pages import seq_lens, slot_mapping
+from rope_ext.positions.paged_cache import seq_lens, slot_mapping
 from rope_ext.positions.ranks import context_parallel, context_parallel_indices
 from rope_ext.positions.sequences import (
     from_attention_mask,

@@ -6,7 +6,7 @@ from rooms.mutant import mutants
 MUTANTS = [
     # Each changes the numbers, or the lengths at which they change.
     *mutants(
-        "rope_ext/frequencies/basic.py", "test_frequencies",
+        "rope_ext/frequencies/basic.py", "test_frequencies test_frequencies_of_configs",
         ("proportional-without-its-factor", "(0, head_dim // 2 - rotated)) / factor, 1.0",
          "(0, head_dim // 2 - rotated)), 1.0"),
         ("proportional-over-the-part-that-rotates", "exponents(2 * rotated, device, head_dim)",
@@ -32,7 +32,7 @@ MUTANTS = [
          "(base ** exponents(rotary_dim, device)), 1.0"),
     ),
     *mutants(
-        "rope_ext/frequencies/ntk_aware.py", "test_frequencies test_embedding_scaling",
+        "rope_ext/frequencies/ntk_aware.py", "test_frequencies test_frequencies_of_configs",
         ("dynamic-stretches-from-the-start", "factor * longest / original - (factor - 1)",
          "factor * longest / original"),
         ("short-lengths-shrink-the-base", "length = length.clamp(min=original)",
@@ -43,7 +43,7 @@ MUTANTS = [
         ("decay-at-one-token", "(decay.log() / scale_base).float()", "decay.log().float()"),
     ),
     *mutants(
-        "rope_ext/frequencies/spatial.py", "test_frequencies",
+        "rope_ext/frequencies/spatial.py", "test_frequencies test_frequencies_of_configs",
         ("axes-do-not-take-turns", "inv_freq.view(-1, axes).t().contiguous()",
          "inv_freq.view(axes, -1)"),
         ("pixels-counted-from-one", "return inv_freq / (size - 1), 1.0",
@@ -58,7 +58,7 @@ MUTANTS = [
     ),
     *mutants(
         "rope_ext/frequencies/config.py",
-        "test_frequencies_of_configs test_frequencies_of_families test_embedding",
+        "test_frequencies_of_configs test_embedding_scaling",
         ("dynamic-by-its-own-original-length", "scaling.pop(original, None)", "pass"),
         ("no-config-is-interleaved", "default=model_type in INTERLEAVED)", "default=False)"),
         ("all-of-the-head-rotates", "return head_dim, int(head_dim * part)",
@@ -78,7 +78,7 @@ MUTANTS = [
          "torch.where(positions < -1, padding, positions)"),
     ),
     *mutants(
-        "rope_ext/positions/pages.py", "test_positions test_paged_decode",
+        "rope_ext/positions/paged_cache.py", "test_positions test_paged_decode",
         ("last-block-is-not-there", "within = index <= last", "within = index < last"),
         ("block-of-minus-1-has-slots", "found = (block >= 0) & within & known",
          "found = within & known"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from operator_case import Arguments, Way
-from rivals import Skip, widened
+from other_libraries import Skip, widened
 from torch import Tensor
 
 rope = torch.ops.rope
@@ -79,7 +79,7 @@ def heads_first(rotate: Callable[..., Any], q: Tensor, k: Tensor) -> tuple[Tenso
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def rotation_rivals(in_place: bool) -> dict[str, Way]:
+def rotations_of_other_libraries(in_place: bool) -> dict[str, Way]:
     flash = Way(one_by_one, functools.partial(flash_attn, inplace=in_place))
     if in_place:
         return {"flash-attn": flash, "Liger": Way(heads_first, liger)}
@@ -115,4 +115,4 @@ def norm_then_rotate(
     return rope.apply_rotary_qk(*normalised, cos, sin, position_ids)
 
 
-NORM_RIVALS = {"QuACK's RMSNorm, then apply_rotary_qk": Way(norm_then_rotate, quack)}
+NORMS_OF_OTHER_LIBRARIES = {"QuACK's RMSNorm, then apply_rotary_qk": Way(norm_then_rotate, quack)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from common import Case
-from rivals import Skip, widened
+from other_libraries import Skip, widened
 from torch import Tensor
 
 BASE = 10000.0  # of frequencies.default
@@ -233,7 +233,7 @@ def angle_slack(problem: Problem, roundings: int) -> float:
     return int(problem.positions.max()) * torch.finfo(torch.float32).eps / 2 * roundings
 
 
-RIVALS = {
+OTHER_LIBRARIES = {
     "transformers": make_transformers,
     "transformers, compiled": make_compiled,
     "complex multiplication": make_complex,
