@@ -5,6 +5,10 @@ Data are made on the CPU and moved, so they are the same on every device; result
 the CPU.
 """
 
+from functools import partial
+from itertools import combinations, product
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +29,47 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+# ---- cases
+
+
+def pairwise(**values):
+    """Cases (pytest.param) in which each value of a parameter meets each value of every other one:
+    about as many as the two longest parameters multiply to. The keys of a dict name its values.
+
+    Each case takes the first pair that is missing, then the values that complete most pairs.
+    """
+    values = {p: v if isinstance(v, dict) else {_id(p, x): x for x in v} for p, v in values.items()}
+    missing = dict.fromkeys(  # in order, unlike a set
+        frozenset([(p, a), (q, b)])
+        for p, q in combinations(values, 2)
+        for a, b in product(values[p], values[q])
+    )
+
+    def completed(case, option):
+        return sum(frozenset([option, other]) in missing for other in case.items())
+
+    cases = []
+    while missing:
+        case = dict(next(iter(missing)))
+        for p in [p for p in values if p not in case]:
+            options = [(p, a) for a in values[p]]
+            case |= [max(options, key=partial(completed, case))]
+        for pair in combinations(case.items(), 2):
+            missing.pop(frozenset(pair), None)
+        cases.append(
+            pytest.param(
+                *(v[case[p]] for p, v in values.items()), id="-".join(case[p] for p in values)
+            )
+        )
+    return cases
+
+
+def _id(parameter, value):
+    if isinstance(value, torch.dtype):
+        return name_of(value)
+    return value if isinstance(value, str) else f"{parameter}={value}"
 
 
 # ---- data
