@@ -5,6 +5,7 @@ Data are made on the CPU and moved, so they are the same on every device; result
 the CPU.
 """
 
+import contextlib
 from functools import partial
 from itertools import combinations, product
 
@@ -251,6 +252,15 @@ def assert_derivatives(function, inputs):
         function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **checks
     )
     assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **checks)
+
+
+@contextlib.contextmanager
+def naming(case):
+    """An error in the block names the case: for a loop over cases in one test."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"{case}: {error}") from error
 
 
 class LargeTensors(TorchDispatchMode):
