@@ -59,6 +59,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(threads):
+    """For many operations on tiny tensors, which threads of busy cores would wait for."""
+    threads(1)
+
+
 def use_cpu_kernels(name):
     try:
         _C.set_cpu_capability(name)

@@ -14,11 +14,7 @@ from types import MethodType
 import pytest
 import torch
 
-from rope_ext.integrations.transformers import (
-    hooked_rotations,
-    kernel_mapping,
-    register_kernels,
-)
+from rope_ext.integrations.transformers import hooked_rotations, kernel_mapping, register_kernels
 from rope_ext.integrations.transformers.kernels_hook import HOOK, RotaryPosEmb, rotation_of
 
 if find_spec("kernels") is None or find_spec("transformers") is None:
