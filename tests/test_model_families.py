@@ -110,8 +110,7 @@ def result_of(case, called):
     assert generated(model, arguments, case) == own_tokens
 
     unpatch(model)
-    with torch.no_grad():
-        again, calls = counted(lambda: outputs_of(model, arguments))
+    again, calls = counted(lambda: outputs_of(model, arguments))
     assert calls & rotating
     for name, values in own["outputs"].items():
         assert torch.equal(again[name], values), f"output {name} after unpatch"
