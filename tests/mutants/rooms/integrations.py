@@ -29,7 +29,7 @@ MUTANTS = [
     ),
     # A rotation that has run before stays as it was.
     *mutants(
-        "rope_ext/integrations/transformers/rebuilding.py",
+        "rope_ext/integrations/transformers/method_copies.py",
         "test_patch_refusals test_patch_wrappers",
         ("rotations-kept-by-init-are-patched", 'name == "__init__":', 'name == "__new__":'),
     ),
