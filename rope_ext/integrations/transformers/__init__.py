@@ -24,8 +24,8 @@ from rope_ext.integrations.transformers.kernels_hook import (
     kernel_mapping,
     register_kernels,
 )
-from rope_ext.integrations.transformers.patching import Report, Site, patch, patched, unpatch
 from rope_ext.integrations.transformers.method_copies import UnrecognizedRotation
+from rope_ext.integrations.transformers.patching import Report, Site, patch, patched, unpatch
 
 __all__ = [
     "Report",
