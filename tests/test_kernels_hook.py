@@ -27,7 +27,7 @@ if not is_kernels_available():
 
 import kernels
 import transformers
-from support import assert_same_bits, random, random_table
+from support import assert_same_bits, naming, random, random_table
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -41,6 +41,7 @@ from transformers.integrations import hub_kernels
 B, S, HIDDEN, HEADS, KV_HEADS, VOCABULARY = 2, 9, 64, 4, 2, 97
 D = HIDDEN // HEADS
 COMPILE = kernels.Mode.TORCH_COMPILE
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = (kernels.Mode.INFERENCE, kernels.Mode.TRAINING)
 SIZES = {
     "hidden_size": HIDDEN,
@@ -125,14 +126,13 @@ def calls_of_the_operator(function):
     return sum(event.count for event in profile.key_averages() if operator in event.key)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_kernelized_model_computes_and_learns_the_same(family, mode):
+def test_a_kernelized_model_computes_and_learns_the_same(family):
     model = tiny(family)
     expected = outputs_and_gradients(model)
     assert calls_of_the_operator(lambda: model(tokens())) == 0
     register_kernels()
-    kernels.kernelize(model, mode=mode, device="cpu")
+    kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
     (rotation,) = hooked_rotations(model).values()
     assert rotation.convention == FAMILIES[family][2]
     assert calls_of_the_operator(lambda: model(tokens())) == model.config.num_hidden_layers
@@ -141,12 +141,11 @@ def test_a_kernelized_model_computes_and_learns_the_same(family, mode):
     assert calls_of_the_operator(lambda: model(tokens())) == 0
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_kernelized_model_compiles_in_one_graph(mode):
+def test_a_kernelized_model_compiles_in_one_graph():
     model = tiny("llama")
     expected = outputs_and_gradients(model)
     register_kernels()
-    kernels.kernelize(model, mode=mode | COMPILE, device="cpu")
+    kernels.kernelize(model, mode=kernels.Mode.INFERENCE | COMPILE, device="cpu")
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same_training(outputs_and_gradients(model, compiled), expected)
@@ -195,27 +194,29 @@ def test_training_under_autocast_learns_what_the_model_itself_learns():
         assert similarity > 0.999, name
 
 
-@pytest.mark.parametrize("module", HOOKED)
-def test_every_hooked_function_of_transformers_keeps_its_rotation(module):
-    namespace = vars(importlib.import_module(f"transformers.models.{module}"))
-    hooks = [
-        value for value in namespace.values()
-        if getattr(type(value), "kernel_layer_name", None) == HOOK
-    ]  # fmt: skip
-    assert hooks
-    for hook in hooks:
-        own = MethodType(type(hook).forward, hook)
-        rotation = rotation_of(type(hook))
-        assert rotation is not None
-        width = D // 2 if rotation.pairs.columns == "a pair" else D
-        for unsqueeze_dim, heads_first in ((1, True), (2, False)):
-            q, k = (
-                random(*((B, H, S, D) if heads_first else (B, S, H, D))) for H in (HEADS, KV_HEADS)
-            )
-            table = random_table(B, S, width)
-            results = RotaryPosEmb.forward(hook, q, k, *table, unsqueeze_dim)
-            for got, expected in zip(results, own(q, k, *table, unsqueeze_dim), strict=True):
-                assert_same_bits(got, expected)
+def test_every_hooked_function_of_transformers_keeps_its_rotation():
+    for module in HOOKED:
+        namespace = vars(importlib.import_module(f"transformers.models.{module}"))
+        hooks = [
+            value for value in namespace.values()
+            if getattr(type(value), "kernel_layer_name", None) == HOOK
+        ]  # fmt: skip
+        with naming(module):
+            assert hooks
+            for hook in hooks:
+                assert_keeps_its_rotation(hook)
+
+
+def assert_keeps_its_rotation(hook):
+    own = MethodType(type(hook).forward, hook)
+    rotation = rotation_of(type(hook))
+    assert rotation is not None
+    table = random_table(B, S, D // 2 if rotation.pairs.columns == "a pair" else D)
+    q, k = random(B, HEADS, S, D), random(B, KV_HEADS, S, D)
+    for unsqueeze_dim, x, y in ((1, q, k), (2, q.transpose(1, 2), k.transpose(1, 2))):
+        results = RotaryPosEmb.forward(hook, x, y, *table, unsqueeze_dim)
+        for got, expected in zip(results, own(x, y, *table, unsqueeze_dim), strict=True):
+            assert_same_bits(got, expected)
 
 
 def attention():
