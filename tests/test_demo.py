@@ -81,12 +81,6 @@ def test_the_functions_place_is_taken_inside_and_given_back_after(model, tokens)
     assert tally.calls == len(calls) == LAYERS
 
 
-def test_the_function_is_back_after_an_exception(model):
-    with pytest.raises(KeyError), rotary.replaced_rotary(model, rotary.with_rope_ext):
-        raise KeyError
-    assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
-
-
 def test_an_nn_module_in_the_place_of_the_function_is_replaced(model, tokens, monkeypatch):
     """The `kernels` package turns the function into one instance of an nn.Module."""
 

@@ -126,6 +126,8 @@ def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads
 
 
 def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, capsys):
+    assert main(["demo", "--clear-cache"]) == 0
+    assert not cache.exists()
     for name, what in FOUND:
         fill(cache, name, what)
         (cache / "mine.txt").touch()
@@ -135,11 +137,6 @@ def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, ca
             capsys.readouterr()
             assert main(["demo", "--clear-cache"]) == 0
             assert "nothing" in capsys.readouterr().out
-
-
-def test_clearing_makes_no_cache(cache):
-    assert main(["demo", "--clear-cache"]) == 0
-    assert not cache.exists()
 
 
 def test_second_use_fetches_and_writes_nothing(cache, downloads):

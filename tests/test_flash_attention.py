@@ -163,20 +163,15 @@ def test_forward_and_backward_are_those_of_flash_attention(dtype, documented):
             assert_same_bits(x, got)
 
 
-@pytest.mark.parametrize("offsets", [4, torch.tensor([4, 9])], ids=["int", "tensor"])
-def test_padding_after_the_last_sequence_takes_one_row(offsets):
+def test_tokens_after_the_last_sequence_take_one_row():
     x, table = random(70, H, D), random_table(L, D // 2)
-    options = {"cu_seqlens": torch.tensor([0, 3, 20]), "seqlen_offsets": offsets}
-    got = flash_attention.apply_rotary_emb(x, *table, max_seqlen=17, **options)
-    row = 4 if isinstance(offsets, int) else 0
-    rows = (t[row].expand(50, -1) for t in table)
-    assert_same_bits(got[20:], reference.apply_rotary(x[20:], *rows))
-
-
-def test_without_a_sequence():
-    x, table = random(0, H, D), random_table(L, D // 2)
-    cu_seqlens = torch.zeros(1, dtype=torch.int32)
-    assert flash_attention.apply_rotary_emb(x, *table, cu_seqlens=cu_seqlens).shape == x.shape
+    for offsets, row in ((4, 4), (torch.tensor([4, 9]), 0)):
+        options = {"cu_seqlens": torch.tensor([0, 3, 20]), "seqlen_offsets": offsets}
+        got = flash_attention.apply_rotary_emb(x, *table, max_seqlen=17, **options)
+        rows = (t[row].expand(50, -1) for t in table)
+        assert_same_bits(got[20:], reference.apply_rotary(x[20:], *rows))
+    none = torch.zeros(1, dtype=torch.int32)  # no sequence at all
+    assert flash_attention.apply_rotary_emb(x[:0], *table, cu_seqlens=none).shape == (0, H, D)
 
 
 # ---- packed tensors in place
@@ -247,19 +242,15 @@ def test_in_place_is_twice_differentiable_on_views_too():
     torch.autograd.gradgradcheck(rotated, leaf)
 
 
-@pytest.mark.parametrize(
-    ("leaf", "learned", "offset", "message"),
-    [
+def test_in_place_refuses_before_it_writes():
+    for leaf, learned, offset, message in (
         (True, False, 0, "qkv_: expected qkv to be no leaf that requires grad"),
         (False, True, 0, "qkv_: expected cos and sin to need no gradient"),
         (False, False, L - S + 1, r"position_ids in \[0, 40\).*got 40"),
-    ],
-    ids=["a leaf", "learned tables", "a position past the table"],
-)
-def test_in_place_refuses_before_it_writes(leaf, learned, offset, message):
-    qkv = random(1, S, 3, H, D).requires_grad_(leaf)
-    table = [t.requires_grad_(learned) for t in random_table(L, D // 2)]
-    before, offsets = qkv.detach().clone(), torch.tensor([offset])
-    with pytest.raises(RuntimeError, match=message):
-        flash_attention.apply_rotary_emb_qkv_(qkv, *table, *table, seqlen_offsets=offsets)
-    assert_same_bits(qkv.detach(), before)
+    ):
+        qkv = random(1, S, 3, H, D).requires_grad_(leaf)
+        table = [t.requires_grad_(learned) for t in random_table(L, D // 2)]
+        before, offsets = qkv.detach().clone(), torch.tensor([offset])
+        with naming(message), pytest.raises(RuntimeError, match=message):
+            flash_attention.apply_rotary_emb_qkv_(qkv, *table, *table, seqlen_offsets=offsets)
+        assert_same_bits(qkv.detach(), before)
