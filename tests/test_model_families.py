@@ -1,4 +1,4 @@
-"""Every family of transformers that rotates: a tiny model, patched and not.
+"""Every family of transformers that rotates: tiny models, patched and not.
 
 Results are compared with float64. The error of rope_ext in float32 may be twice that of the
 family's own float32 result, plus NOISE, for tensors that are only rounding errors (such as the
@@ -6,7 +6,6 @@ gradient of a bias of keys, which is zero in exact arithmetic). If a model can't
 limit is NOISE alone. Sines with a factor of 1.0001 exceed the limit in all models but two.
 """
 
-import collections
 import copy
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from support import naming  # noqa: E402
 from tiny_families import CASES, NOT_REACHED, NOT_RUN  # noqa: E402
 from tiny_models import build, families, floats, innermost, inputs, rotations  # noqa: E402
 
@@ -22,8 +22,9 @@ from rope_ext.__main__ import main  # noqa: E402
 from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch  # noqa: E402
 from rope_ext.integrations.transformers import families as families_of_record  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = 16 * torch.finfo(torch.float32).eps  # times the largest value of the compared tensors
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 RECORD = families_of_record.load()
 recorded_release = pytest.mark.skipif(
     transformers.__version__ != RECORD["transformers"],
@@ -37,64 +38,82 @@ REFUSED = ("modernbert",)  # its attention came from a table of functions
 
 
 def parameters():
-    """All cases. Those whose conventions an earlier case covers are marked `slow`."""
+    """All families. Those whose conventions an earlier one covers are marked `slow`."""
     seen = set()
-    for case in CASES:
-        conventions = tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
-        if transformers.__version__ != RECORD["transformers"] and case.name in ROTATED_OTHERWISE:
-            conventions = (case.name,)
-        yield pytest.param(
-            case, id=case.name, marks=[pytest.mark.slow] if conventions in seen else []
-        )
-        seen.add(conventions)
+    for family in dict.fromkeys(case.family for case in CASES):
+        conventions = {
+            tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
+            for case in cases_of(family)
+        }
+        if transformers.__version__ != RECORD["transformers"] and family in ROTATED_OTHERWISE:
+            conventions = {family}
+        yield pytest.param(family, marks=[pytest.mark.slow] if conventions <= seen else [])
+        seen |= conventions
 
 
-@pytest.mark.parametrize("case", list(parameters()))
-def test_patched_model_computes_the_same(case, recording):
-    if recording is not None:
-        recording[case.name] = {"result": "failed", "reason": "see the tests"}
-        recording[case.name] = result_of(case)
-    elif transformers.__version__ == RECORD["transformers"]:
-        assert result_of(case) == RECORD["families"][case.name]
-    else:
-        result = result_of(case)
-        assert result["result"] == "passed" or case.name in REFUSED, result
+def cases_of(family):
+    return [case for case in CASES if case.family == family]
 
 
-def result_of(case):
-    """The record of a case. Raises if the patched model's results differ."""
+@pytest.mark.parametrize("family", [*parameters()])
+def test_patched_models_compute_the_same(family, recording):
+    called, others = set(), []  # by the models; those that do not run under another release
+    for case in cases_of(family):
+        with naming(case.name):
+            if recording is not None:
+                recording[case.name] = {"result": "failed", "reason": "see the tests"}
+            result = result_of(case, called)
+            if recording is not None:
+                recording[case.name] = result
+            elif transformers.__version__ == RECORD["transformers"]:
+                assert result == RECORD["families"][case.name]
+            elif result["result"] == "not run":
+                others.append(result["reason"])
+            else:
+                assert result["result"] == "passed" or family in REFUSED, result
+    if len(others) == len(cases_of(family)):
+        pytest.skip(f"does not run as for transformers {RECORD['transformers']}: {others[0]}")
+    if transformers.__version__ == RECORD["transformers"]:
+        assert {*rotations(family).values()} - called == NOT_REACHED.get(family, set())
+
+
+def result_of(case, called):
+    """The record of a case. Adds the rotations that its model calls. Raises if the patched model's
+    results differ.
+    """
     try:
-        originals = innermost(rotations(case.family))
+        everything = rotations(case.family)
+        rotating = innermost(everything).keys()
         model = build(case)
         arguments = inputs(case, model)
         exact_model = copy.deepcopy(model).double() if case.float64 else None
-        own, calls = counted(originals, lambda: run(model, arguments))
+        own, calls = counted(lambda: run(model, arguments))
         own_tokens = generated(model, arguments, case)
         exact = run(exact_model, in_float64(arguments)) if exact_model else own
         assert all(x.isfinite().all() for each in (own, exact) for x in each["outputs"].values())
     except Exception as error:
         if transformers.__version__ == RECORD["transformers"]:
             raise
-        pytest.skip(f"does not run as for transformers {RECORD['transformers']}: {error!r}")
-    assert calls, f"expected the model to call one of {[*originals.values()]}"
+        return {"result": "not run", "reason": repr(error)}
+    called |= {everything[code] for code in calls & everything.keys()}
+    assert calls & rotating, f"expected the model to call one of {[*everything.values()]}"
     try:
         report = patch(model)
     except UnrecognizedRotation as error:
         return {"model": type(model).__name__, "result": "refused", "reason": str(error)}
     assert report.sites
 
-    new, calls = counted(originals, lambda: run(model, arguments))
-    assert not calls, f"the patched model still calls {dict(calls)}"
+    new, calls = counted(lambda: run(model, arguments))
+    assert not calls & rotating, f"the patched model still calls {calls & rotating}"
     for what in ("outputs", "gradients"):
         assert_as_close(new[what], own[what], exact[what], what)
     assert generated(model, arguments, case) == own_tokens
 
     unpatch(model)
-    again, calls = counted(originals, lambda: run(model, arguments))
-    assert calls
-    for what in ("outputs", "gradients"):
-        for name, values in own[what].items():
-            assert torch.equal(again[what][name], values), f"{what}: {name} after unpatch"
+    again, calls = counted(lambda: outputs_of(model, arguments))
+    assert calls & rotating
+    for name, values in own["outputs"].items():
+        assert torch.equal(again[name], values), f"output {name} after unpatch"
     return {
         "model": type(model).__name__,
         "convention": [*report.conventions],
@@ -103,11 +122,15 @@ def result_of(case):
     }
 
 
+def outputs_of(model, arguments) -> dict[int, torch.Tensor]:
+    torch.manual_seed(3)
+    return dict(enumerate(floats(model(**arguments))))
+
+
 def run(model, arguments) -> dict[str, dict[str, torch.Tensor]]:
     """Outputs, and gradients of all parameters to a weighted sum of the outputs."""
-    torch.manual_seed(3)
     model.zero_grad()
-    outputs = dict(enumerate(floats(model(**arguments))))
+    outputs = outputs_of(model, arguments)
     generator = torch.Generator().manual_seed(4)
     weights = {n: torch.randn(x.shape, generator=generator) for n, x in outputs.items()}
     sum((x * weights[n].to(x)).sum() for n, x in outputs.items() if x.requires_grad).backward()
@@ -137,17 +160,12 @@ def assert_as_close(new, own, exact, what):
             assert error <= allowed, f"{what}: {name} is off by {error:.2g}, {allowed:.2g} allowed"
 
 
-def counted(codes, function):
-    """The result, and the number of calls of each code object."""
-    calls = collections.Counter()
-
-    def count(frame, event, _):
-        if event == "call" and frame.f_code in codes:
-            calls[codes[frame.f_code]] += 1
-
-    sys.setprofile(count)
+def counted(function):
+    """The result, and the code objects that were called."""
+    called = set()
+    sys.setprofile(lambda frame, event, _: event == "call" and called.add(frame.f_code))
     try:
-        return function(), calls
+        return function(), called
     finally:
         sys.setprofile(None)
 
@@ -164,26 +182,6 @@ def generated(model, arguments, case):
         **prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )
     return tokens.tolist()
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=pytest.mark.slow)
-        for family in families()
-        if family not in NOT_RUN
-    ],
-)
-@recorded_release
-def test_every_rotation_of_a_family_runs_in_one_of_its_models(family):
-    everything = rotations(family)
-    called = set()
-    for case in CASES:
-        if case.family == family:
-            model = build(case)
-            arguments = inputs(case, model)
-            called |= set(counted(everything, lambda m=model, a=arguments: m(**a))[1])
-    assert {*everything.values()} - called == NOT_REACHED.get(family, set())
 
 
 @recorded_release

@@ -16,7 +16,7 @@ from rotating_models import (
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from support import small_llama  # noqa: E402
+from support import naming, small_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from rope_ext.integrations.transformers import (  # noqa: E402
@@ -108,14 +108,17 @@ def test_a_rotation_of_any_file_is_recognized_by_what_it_computes():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("rotation", UNKNOWN, ids=lambda f: f.__name__)
-def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(rotation, model):
-    other = model_with(rotation).Attention()
-    both = nn.ModuleList([model, other])
-    with pytest.raises(UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary_pos_"):
-        patch(both)
+def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(model):
+    for rotation in UNKNOWN:
+        other = model_with(rotation).Attention()
+        with naming(rotation.__name__):
+            with pytest.raises(
+                UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary"
+            ):
+                patch(nn.ModuleList([model, other]))
+            assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
+            assert type(other).__mro__[1] is nn.Module
     assert rotations_of_rope_ext(model, tokens()) == 0
-    assert type(other).__mro__[1] is nn.Module
 
 
 def test_a_model_without_a_rotation_is_refused():
@@ -141,17 +144,12 @@ def test_a_forward_of_its_own_that_rotates_is_refused_where_that_of_the_class_do
         patch(nn.ModuleList([module, file.Attention()]))
 
 
-def test_a_method_that_calls_the_rotating_method_of_its_base_is_refused():
-    derived = """
+HIDDEN_ROTATIONS = {
+    "a base": """
 class Derived(Attention):
     def forward(self, q, k, cos, sin):
         return super().forward(q, k, cos, sin)
-"""
-    with pytest.raises(UnrecognizedRotation, match=r"Derived\.forward to rotate itself"):
-        patch(model_with(standard, derived).Derived())
-
-
-HIDDEN_ROTATIONS = {
+""",
     "a method with an argument filled in": """
 import functools
 class Derived(Attention):
@@ -243,15 +241,16 @@ class Derived(Attention):
 }
 
 
-@pytest.mark.parametrize("source", HIDDEN_ROTATIONS.values(), ids=HIDDEN_ROTATIONS)
-def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind(source):
-    file = model_with(standard, source)
-    both = nn.ModuleList([file.Attention(), file.Derived()])
-    before = dict(vars(file))
-    with pytest.raises(UnrecognizedRotation, match="nothing has been changed"):
-        patch(both)
-    assert type(both[0]) is file.Attention
-    assert vars(file) == before
+def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind():
+    for name, source in HIDDEN_ROTATIONS.items():
+        file = model_with(standard, source)
+        both = nn.ModuleList([file.Attention(), file.Derived()])
+        before = dict(vars(file))
+        with naming(name):
+            with pytest.raises(UnrecognizedRotation, match="nothing has been changed"):
+                patch(both)
+            assert type(both[0]) is file.Attention
+            assert vars(file) == before
 
 
 def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model):
@@ -294,10 +293,10 @@ def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
     assert rotation.convention == STANDARD
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_the_result_has_the_dtype_of_q_whatever_the_tables_have(dtype):
+def test_the_result_has_the_dtype_of_q_whatever_the_tables_have():
     module = model_with(standard).Attention()
     q, k, cos, sin = arguments()
     patch(module)
-    for result in module(q.to(dtype), k.to(dtype), cos, sin):
-        assert result.dtype == dtype
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        for result in module(q.to(dtype), k.to(dtype), cos, sin):
+            assert result.dtype == dtype

@@ -23,7 +23,7 @@ from rotating_models import (
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from support import small_llama  # noqa: E402
+from support import naming, small_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 from transformers.models.roformer import modeling_roformer  # noqa: E402
 
@@ -36,6 +36,9 @@ from rope_ext.integrations.transformers import (  # noqa: E402
 
 LAYERS = 2
 LlamaAttention = modeling_llama.LlamaAttention
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -109,27 +112,35 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapper_around_forward_stays(wrap, tokens, monkeypatch):
-    wrapped = wrap(LlamaAttention.forward)
+def test_a_wrapper_around_forward_stays(tokens, monkeypatch):
+    own = LlamaAttention.forward
+    for name, wrap in WRAPPERS.items():
+        wrapped = wrap(own)
+        monkeypatch.setattr(LlamaAttention, "forward", wrapped)
+        model = small_llama(LAYERS)
+        expected = model(tokens).logits
+        before = names_for_copies()
+        with naming(name):
+            patch(model)
+            assert torch.equal(model(tokens).logits, expected)
+            assert rotations_of_rope_ext(model, tokens) == LAYERS
+            assert wrap is not counting or wrapped.calls == 3 * LAYERS
+            unpatch(model)
+            assert LlamaAttention.forward is wrapped
+            assert rotations_of_rope_ext(model, tokens) == 0
+            assert names_for_copies() <= before
+
+
+def test_a_wrapped_forward_is_compiled_to_one_graph(tokens, monkeypatch):
+    graphs = Graphs()
+    wrapped = doubling(in_a_global(without_wraps(LlamaAttention.forward)))
     monkeypatch.setattr(LlamaAttention, "forward", wrapped)
     model = small_llama(LAYERS)
     expected = model(tokens).logits
-    before = names_for_copies()
     patch(model)
-    assert torch.equal(model(tokens).logits, expected)
-    assert rotations_of_rope_ext(model, tokens) == LAYERS
-    graphs = Graphs()
-    if wrap is counting:  # torch.compile can't trace it
-        assert wrapped.calls == 3 * LAYERS
-    else:
-        compiled = torch.compile(model, backend=graphs, fullgraph=True)
-        assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
-        assert graphs.rotations == [LAYERS]
-    unpatch(model)
-    assert LlamaAttention.forward is wrapped
-    assert rotations_of_rope_ext(model, tokens) == 0
-    assert names_for_copies() <= before
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
+    assert graphs.rotations == [LAYERS]
 
 
 def test_a_forward_that_is_compiled_stays_compiled(tokens, monkeypatch):
@@ -146,16 +157,12 @@ def test_a_forward_that_is_compiled_stays_compiled(tokens, monkeypatch):
     assert set(own.rotations[unpatched:]) == {1}
 
 
-@pytest.mark.parametrize("of", ["the model", "its modules"])
-def test_a_compiled_model_is_patched(of, tokens):
+def test_a_model_of_compiled_modules_is_patched(tokens):
     graphs = Graphs()
     model = small_llama(LAYERS)
     expected = model(tokens, use_cache=False).logits
-    if of == "the model":
-        model = torch.compile(model, backend=graphs)
-    else:
-        for layer in model.model.layers:
-            layer.compile(backend=graphs)
+    for layer in model.model.layers:
+        layer.compile(backend=graphs)
     assert len(patch(model).sites) == LAYERS
     assert torch.equal(model(tokens, use_cache=False).logits, expected)
     assert sum(graphs.rotations) in (1, LAYERS)  # layers share their code, and its graph
@@ -187,13 +194,14 @@ def test_modules_in_the_place_of_projections_are_used(tokens):
     assert torch.equal(model(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("replace", [torch.compile, doubling, functools.partial])
-def test_a_forward_that_a_module_has_itself_is_refused(replace):
-    model = small_llama(LAYERS)
-    attention = model.model.layers[1].self_attn
-    attention.forward = replace(attention.forward)
-    with pytest.raises(UnrecognizedRotation, match=r"'model\.layers\.1\.self_attn'.* of its own"):
-        patch(model)
+def test_a_forward_that_a_module_has_itself_is_refused():
+    for replace in (torch.compile, doubling, functools.partial):
+        model = small_llama(LAYERS)
+        attention = model.model.layers[1].self_attn
+        attention.forward = replace(attention.forward)
+        expected = r"'model\.layers\.1\.self_attn'.* of its own"
+        with naming(replace), pytest.raises(UnrecognizedRotation, match=expected):
+            patch(model)
 
 
 def test_a_wrapper_around_the_rotation_method_stays(monkeypatch):
@@ -292,18 +300,19 @@ class Derived(Base):
 }
 
 
-@pytest.mark.parametrize("source", METHODS.values(), ids=METHODS)
-def test_a_method_is_copied_as_it_is(source, monkeypatch):
-    file = model_with(apply_rotary_pos_emb, source)
-    module = file.Derived()
-    expected = module(*arguments())
-    before = vars(file).keys()
-    with patched(module):
-        monkeypatch.setattr(sys.modules[__name__], "standard", None)  # it is no longer called
-        got = module(*arguments())
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
-    assert vars(file).keys() == before
+def test_a_method_is_copied_as_it_is():
+    for name, source in METHODS.items():
+        file = model_with(apply_rotary_pos_emb, source)
+        module = file.Derived()
+        expected = module(*arguments())
+        before = vars(file).keys()
+        with naming(name):
+            with patched(module), pytest.MonkeyPatch.context() as context:
+                context.setattr(sys.modules[__name__], "standard", None)  # it is no longer called
+                got = module(*arguments())
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b)
+            assert vars(file).keys() == before
 
 
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
@@ -336,8 +345,7 @@ class Derived(Attention):
 # --------------------------------------------------------------------- the code that is loaded
 
 
-@pytest.mark.parametrize("edit", [("+ 0", "+ 1"), ("import", "# a line more\nimport")])
-def test_a_file_that_has_changed_since_it_was_imported_is_not_read(edit, tmp_path, monkeypatch):
+def test_a_file_that_has_changed_since_it_was_imported_is_not_read(tmp_path, monkeypatch):
     source = """
 import torch
 from torch import nn
@@ -355,13 +363,12 @@ class Attention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         return q + 0, k
 """
-    name = f"edited_model_{len(edit[1])}"
-    path = tmp_path / f"{name}.py"
+    path = tmp_path / "edited_model.py"
     path.write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module(name).Attention()
+    module = importlib.import_module("edited_model").Attention()
     expected = module(*arguments())
-    path.write_text(source.replace(*edit))
+    path.write_text("# a line more\n" + source.replace("+ 0", "+ 1"))
     patch(module)
     for a, b in zip(module(*arguments()), expected, strict=True):
         assert torch.equal(a, b)
@@ -394,12 +401,8 @@ def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
     gc.collect()
     assert names_for_copies() <= none
 
-
-def test_a_model_that_goes_takes_its_globals_along():
-    gc.collect()
-    before = names_for_copies()
     model = small_llama(LAYERS)
     patch(model)
     del model
     gc.collect()
-    assert names_for_copies() <= before
+    assert names_for_copies() <= none

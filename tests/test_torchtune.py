@@ -1,6 +1,6 @@
-"""The module with torchtune's signature compared to torchtune's own, if torchtune is installed: the
-stage "kernels hook" of .ci/run installs it without its dependencies. The file of the rotary module
-needs none of them and is imported without the package, which requires an old torchao.
+"""The module with torchtune's signature compared to its documented formula, and to torchtune's own
+module if torchtune is installed: the stage "kernels hook" of .ci/run installs it without its
+dependencies. The file of the rotary module needs none of them and is imported without the package.
 """
 
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -8,41 +8,70 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, name_of, random, random_positions
+from support import DTYPES, assert_same_bits, name_of, naming, random, random_positions
+from torch import nn
 
+from rope_ext import reference
 from rope_ext.integrations.reference_apis.torchtune import RotaryPositionalEmbeddings
 
-if find_spec("torchtune") is None:
-    pytest.skip("torchtune is not installed", allow_module_level=True)
-
+PACKAGE = find_spec("torchtune")
 B, S, H, D, L = 3, 11, 4, 16, 64
+BASE = 500
 
 
-def of_torchtune():
-    folder = Path(find_spec("torchtune").origin).parent
-    spec = spec_from_file_location("rotary", folder / "modules" / "position_embeddings.py")
+class Restated(nn.Module):
+    def __init__(self, dim, max_seq_len, base):
+        super().__init__()
+        self.frequency = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+    def forward(self, x, input_pos):
+        at = torch.arange(x.shape[1]) if input_pos is None else input_pos
+        table = reference.cos_sin(self.frequency, at if at.dim() == 2 else at[None])
+        return reference.apply_rotary(x.double(), *table, interleaved=True).to(x.dtype)
+
+
+@pytest.fixture(params=["restated", "package"] if PACKAGE else ["restated"])
+def documented(request):
+    if request.param == "restated":
+        return Restated
+    path = Path(PACKAGE.origin).parent / "modules" / "position_embeddings.py"
+    spec = spec_from_file_location("rotary", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.RotaryPositionalEmbeddings
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("positions", [None, (B, S), (S,)], ids=["index", "each", "all"])
-def test_forward_and_backward_are_torchtunes(positions, dtype):
-    arguments = {"dim": D, "max_seq_len": L, "base": 500}
-    theirs, ours = of_torchtune()(**arguments), RotaryPositionalEmbeddings(**arguments)
+def test_forward_and_backward_are_torchtunes(dtype, documented):
+    arguments = {"dim": D, "max_seq_len": L, "base": BASE}
+    theirs, ours = documented(**arguments), RotaryPositionalEmbeddings(**arguments)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
-    input_pos = None if positions is None else random_positions(*positions, rows=L)
     x, weight = random(B, S, H, D, dtype=dtype), random(B, S, H, D, dtype=dtype, seed=1)
-    results = []
-    for module in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        y = module(leaf, input_pos=input_pos)
-        (y * weight).sum().backward()
-        results.append((y, leaf.grad))
-    # Positions of 63 times frequencies, rounded to float32: angles differ by up to 63 x 2^-24. They
-    # compute in float32, also for float64, and round the gradient's two parts separately.
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    for got, expected in zip(*results, strict=True):
-        assert got.dtype == expected.dtype
-        torch.testing.assert_close(got, expected, rtol=2 * eps, atol=max(8 * eps, 4 * L * 2.0**-24))
+    positions = random_positions(B, S, rows=L)
+    for name, input_pos in {
+        "index": None, "each": positions, "all": positions[0], "int32": positions[:1].int()
+    }.items():  # fmt: skip
+        results = []
+        for module in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            y = module(leaf, input_pos=input_pos)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), leaf)))
+        # Positions of 63 times frequencies, rounded to float32: angles differ by up to 63 x 2^-24.
+        # torchtune computes in float32, also for float64, and rounds the gradient's two parts.
+        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        with naming(name):
+            for got, expected in zip(*results, strict=True):
+                assert got.dtype == expected.dtype
+                torch.testing.assert_close(
+                    got, expected, rtol=2 * eps, atol=max(8 * eps, 4 * L * 2.0**-24)
+                )
+
+
+def test_frequencies_survive_casts_and_come_back_from_meta():
+    module = RotaryPositionalEmbeddings(D)
+    inv_freq = module.inv_freq.clone()
+    assert not module.state_dict()
+    assert_same_bits(module.bfloat16().inv_freq, inv_freq)
+    module.to("meta").to_empty(device="cpu").rope_init()
+    assert_same_bits(module.inv_freq, inv_freq)
+    assert module(random(1, S, H, D), input_pos=torch.tensor([10**6] * S)).isfinite().all()

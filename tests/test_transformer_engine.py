@@ -5,13 +5,13 @@ and to its own file if the package is installed, as in the stage "kernels hook" 
 import inspect
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from support import assert_same_bits, name_of, random
+from support import assert_same_bits, name_of, naming, random
 
 from rope_ext.integrations.reference_apis.transformer_engine import apply_rotary_pos_emb
 
@@ -25,16 +25,9 @@ STARTS = torch.tensor([3, 0, 40])
 
 
 def restated(
-    t,
-    freqs,
-    tensor_format="sbhd",
-    start_positions=None,
-    interleaved=False,
-    fused=False,
-    cu_seqlens=None,
-    cp_size=1,
-    cp_rank=0,
-):
+    t, freqs, tensor_format="sbhd", start_positions=None, interleaved=False, fused=False,
+    cu_seqlens=None, cp_size=1, cp_rank=0,
+):  # fmt: skip
     """Token by token: y = t cos + rotate_half(t) sin in t's dtype, sequence by sequence."""
 
     def sequence(x, start):  # [tokens, H, D]
@@ -87,28 +80,27 @@ def test_signature_is_theirs(documented):
     ]
 
 
+BSHD, THD = {"tensor_format": "bshd"}, {"tensor_format": "thd", "cu_seqlens": CU_SEQLENS}
 CASES = {
     "sbhd": {},
-    "bshd": {"tensor_format": "bshd"},
+    "bshd": BSHD,
     "from a position of each sequence": {"start_positions": START},
-    "bshd, from positions": {"tensor_format": "bshd", "start_positions": START.long()},
-    "fused is accepted": {"tensor_format": "bshd"},
+    "bshd, from positions": {**BSHD, "start_positions": START.long()},
     "first of 2 ranks": {"cp_size": 2, "cp_rank": 0},
     "last of 4 ranks, from positions": {
-        "tensor_format": "bshd",
+        **BSHD,
         "cp_size": 4,
         "cp_rank": 3,
         "start_positions": START,
     },
-    "packed": {"tensor_format": "thd", "cu_seqlens": CU_SEQLENS},
-    "packed, from positions": {
-        "tensor_format": "thd",
+    "packed": THD,
+    "packed, int64, from positions": {
+        **THD,
         "cu_seqlens": CU_SEQLENS.long(),
         "start_positions": STARTS,
     },
     "packed, third of 4 ranks, from positions": {
-        "tensor_format": "thd",
-        "cu_seqlens": CU_SEQLENS,
+        **THD,
         "start_positions": STARTS,
         "cp_size": 4,
         "cp_rank": 2,
@@ -117,27 +109,25 @@ CASES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-@pytest.mark.parametrize("case", CASES)
-def test_forward_and_backward_have_the_bits_of_the_unfused_formula(
-    case, interleaved, dtype, documented
-):
-    options = {"interleaved": interleaved, **CASES[case]}
-    shape = SHAPES.get(options.get("tensor_format", "sbhd"))
-    shape = shape or (T // options.get("cp_size", 1), H, D)
+def test_forward_and_backward_have_the_bits_of_the_unfused_formula(dtype, documented):
     freqs = 3 * random(L, 1, 1, R)  # all channels differ, so a wrong transpose shows
-    t, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
-    leaf = t.clone().requires_grad_()
-    y = apply_rotary_pos_emb(leaf, freqs, fused="fused" in case, **options)
-    (gradient,) = torch.autograd.grad(y, leaf, weight)
-    assert y.stride() == t.stride()
-    # float16 and bfloat16: theirs rounds tables and products; ours rounds the float32 result.
-    exact = t if dtype != torch.bfloat16 else t.float()
-    leaf = exact.clone().requires_grad_()
-    expected = documented(leaf, freqs, **options)
-    (expected_gradient,) = torch.autograd.grad(expected, leaf, weight.to(exact.dtype))
-    assert_same_bits(y.detach(), expected.detach().to(dtype))
-    assert_same_bits(gradient, expected_gradient.to(dtype))
+    for name, interleaved in product(CASES, (False, True)):
+        options = {"interleaved": interleaved, **CASES[name]}
+        shape = SHAPES.get(options.get("tensor_format", "sbhd"))
+        shape = shape or (T // options.get("cp_size", 1), H, D)
+        t, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+        # float16 and bfloat16: theirs rounds tables and products; ours rounds the float32 result.
+        exact = t if dtype != torch.bfloat16 else t.float()
+        results = []
+        for function, x in ((apply_rotary_pos_emb, t), (documented, exact)):
+            fused = {"fused": interleaved} if function is apply_rotary_pos_emb else {}  # accepted
+            leaf = x.clone().requires_grad_()
+            y = function(leaf, freqs, **fused, **options)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, weight.to(y.dtype))))
+        with naming((name, interleaved)):
+            assert results[0][0].stride() == t.stride()
+            for got, expected in zip(*results, strict=True):
+                assert_same_bits(got, expected.to(dtype))
 
 
 def test_gradients_to_angles_and_second_ones():
@@ -156,9 +146,8 @@ def test_gradients_to_angles_and_second_ones():
 
 def test_padding_after_the_last_packed_sequence_takes_the_first_row():
     t, freqs = random(T + 3, H, D), random(L, 1, 1, R)
-    options = {"tensor_format": "thd", "cu_seqlens": CU_SEQLENS}
-    got = apply_rotary_pos_emb(t, freqs, start_positions=STARTS, **options)
-    assert_same_bits(got[:T], restated(t[:T], freqs, start_positions=STARTS, **options))
+    got = apply_rotary_pos_emb(t, freqs, start_positions=STARTS, **THD)
+    assert_same_bits(got[:T], restated(t[:T], freqs, start_positions=STARTS, **THD))
     assert_same_bits(got[T:], restated(t[T:, None].transpose(0, 1), freqs)[0])
 
 
@@ -174,55 +163,37 @@ def test_a_position_past_the_angles_is_nan_where_values_are_not_looked_at():
 
 
 X, ANGLES, PACKED = random(S, B, H, D), random(L, 1, 1, R), random(T, H, D)
-REFUSED = {
-    r"tensor_format to be sbhd, bshd or thd, got 'bhsd'": (X, ANGLES, {"tensor_format": "bhsd"}),
-    r"t to have shape \[S, B, H, D\], got shape \[40, 3, 16\]": (PACKED, ANGLES, {}),
-    r"t to have shape \[T, H, D\], got shape": (X, ANGLES, {"tensor_format": "thd"}),
-    r"freqs to have shape \[s2, 1, 1, R\], got shape \[64, 12\]": (X, ANGLES[:, 0, 0], {}),
-    r"freqs to have rows for 8 tokens, got shape \[7, 1, 1, 12\]": (X, ANGLES[:7], {}),
-    r"freqs to have rows for 80 tokens": (X, ANGLES, {"cp_size": 10}),
-    r"cp_rank to be in \[0, 2\), of cp_size ranks, got 2": (
-        X,
-        ANGLES,
-        {"cp_size": 2, "cp_rank": 2},
-    ),
-    r"cp_rank to be in \[0, 0\)": (X, ANGLES, {"cp_size": 0}),
-    r"t to have an even number of tokens for cp_size > 1": (X[:7], ANGLES, {"cp_size": 2}),
-    r"cu_seqlens to have shape \[B \+ 1\] for thd, got None": (
+PAST = torch.tensor([0, L - S + 1])
+REFUSED = [
+    (X, ANGLES, {"tensor_format": "bhsd"}, "tensor_format to be sbhd, bshd or thd, got 'bhsd'"),
+    (PACKED, ANGLES, {}, r"t to have shape \[S, B, H, D\], got shape \[40, 3, 16\]"),
+    (X, ANGLES, {"tensor_format": "thd"}, r"t to have shape \[T, H, D\], got shape"),
+    (X, ANGLES[:, 0, 0], {}, r"freqs to have shape \[s2, 1, 1, R\], got shape \[64, 12\]"),
+    (X, ANGLES[:7], {}, r"freqs to have rows for 8 tokens, got shape \[7, 1, 1, 12\]"),
+    (X, ANGLES, {"cp_size": 10}, "freqs to have rows for 80 tokens"),
+    (X, ANGLES, {"cp_size": 2, "cp_rank": 2}, r"cp_rank to be in \[0, 2\), of cp_size .*, got 2"),
+    (X, ANGLES, {"cp_size": 0}, r"cp_rank to be in \[0, 0\)"),
+    (X[:7], ANGLES, {"cp_size": 2}, "t to have an even number of tokens for cp_size > 1"),
+    (
         PACKED,
         ANGLES,
         {"tensor_format": "thd"},
+        r"cu_seqlens to have shape \[B \+ 1\] for thd, got N",
     ),
-    r"start_positions to have shape \[2\], got shape \[3\]": (
-        X,
-        ANGLES,
-        {"start_positions": STARTS},
-    ),
-    r"start_positions to be int32 or int64, got torch.float32": (
+    (X, ANGLES, {"start_positions": STARTS}, r"start_positions to have shape \[2\], got shape \[3"),
+    (
         X,
         ANGLES,
         {"start_positions": START.float()},
+        "start_positions to be int32 or int64, got tor",
     ),
-    r"start_positions to be on the device of t, cpu, got meta": (
-        X,
-        ANGLES,
-        {"start_positions": START.to("meta")},
-    ),
-    r"freqs to have a row for position 64, got 64 rows": (
-        X,
-        ANGLES,
-        {"start_positions": torch.tensor([0, L - S + 1])},
-    ),
-    r"sequence 0 of cu_seqlens to have a length that is a multiple of 10": (
-        PACKED[: T // 5],
-        ANGLES,
-        {"tensor_format": "thd", "cu_seqlens": CU_SEQLENS, "cp_size": 5},
-    ),
-}
+    (X, ANGLES, {"start_positions": START.to("meta")}, "start_positions .* of t, cpu, got meta"),
+    (X, ANGLES, {"start_positions": PAST}, "freqs to have a row for position 64, got 64 rows"),
+    (PACKED[: T // 5], ANGLES, {**THD, "cp_size": 5}, "sequence 0 of cu_seqlens .* multiple of 10"),
+]
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_refusals_name_argument_expected_and_got(message):
-    t, freqs, options = REFUSED[message]
-    with pytest.raises(ValueError, match=f"^rope_ext.*: expected {message}"):
-        apply_rotary_pos_emb(t, freqs, **options)
+def test_refusals_name_argument_expected_and_got():
+    for t, freqs, options, message in REFUSED:
+        with naming(message), pytest.raises(ValueError, match=f"^rope_ext.*: expected {message}"):
+            apply_rotary_pos_emb(t, freqs, **options)

@@ -30,7 +30,7 @@ def text(**config) -> dict:
     return {"text_config": config}
 
 
-VIDEO = {"pixel_values_videos": (4, 3, 32, 32)}  # frames, channels, height, width
+PREDICTOR = {"pred_hidden_size": 64, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 2}
 MEMORY = {
     "memory_attention_hidden_size": 64,
     "memory_attention_feed_forward_hidden_size": 48,
@@ -223,11 +223,7 @@ VISION = [
     Case(
         "edgetam_video",
         "EdgeTamVideoMemoryAttention",
-        {
-            **MEMORY,
-            "memory_attention_mlp_hidden_size": 48,
-            "memory_attention_rope_k_sizes": [4, 4],
-        },
+        {**MEMORY, "memory_attention_mlp_hidden_size": 48, "memory_attention_rope_k_sizes": [4, 4]},
         lambda model: memory(model) | {"num_spatial_memory_tokens": 2},
     ),
     Case(
@@ -287,7 +283,7 @@ VISION = [
         {},
         lambda model: patches(model) | {"merge_sizes": torch.ones(2).long()},
     ),
-    Case("vjepa2", "VJEPA2Model", {}, draw(**VIDEO)),
+    Case("vjepa2", "VJEPA2Model", PREDICTOR, draw(pixel_values_videos=(4, 3, 32, 32))),
 ]
 
 ROTARY = {"position_embeddings_type": "rotary"}
@@ -350,7 +346,7 @@ NOT_RUN = {
 
 # Functions that no model of the family calls.
 NOT_REACHED = {
-    "exaone4_5": {"apply_rotary_pos_emb"},  # its language model is that of exaone4
+    "exaone4_5": {"apply_rotary_pos_emb"}  # its language model is that of exaone4
 }
 
 LISTED = [*LANGUAGE, *OTHERS, *VISION, *AUDIO]

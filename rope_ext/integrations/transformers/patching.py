@@ -1,8 +1,8 @@
 """patch(model) replaces the rotation of one loaded model.
 
-The methods of a module that call a rotation are copied with the replacement (rebuilding.py). The
-copies become methods of a class that is derived from the module's own and has the same name, and
-the module becomes an instance of that class. So no class changes, files get only globals that
+The methods of a module that call a rotation are copied with the replacement (method_copies.py).
+The copies become methods of a class that is derived from the module's own and has the same name,
+and the module becomes an instance of that class. So no class changes, files get only globals that
 nothing else uses, and other models of the family are not affected.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 from torch import nn
 
 from rope_ext._argument_errors import describe, shown
-from rope_ext.integrations.transformers.rebuilding import (
-    RebuiltMethod,
+from rope_ext.integrations.transformers.method_copies import (
+    MethodCopy,
     Substitute,
     UnrecognizedRotation,
-    rebuilt_methods,
+    method_copies,
 )
 from rope_ext.integrations.transformers.recognition import Rotation
 
@@ -152,7 +152,7 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             before.append(module)
             continue
         if own not in classes:
-            methods = rebuilt_methods(own, substitute)
+            methods = method_copies(own, substitute)
             classes[own] = _derived(own, methods, substitute) if methods else None
         derived = classes[own]
         _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
@@ -228,13 +228,13 @@ def _report(model: nn.Module) -> Report:
             Site(name, method, function, rotation.convention)
             for name, module in model.named_modules()
             if issubclass(type(module), _Patched)
-            for method, rebuilt in type(module)._rope_ext_methods.items()
-            for function, rotation in sorted(rebuilt.rotations.items())
+            for method, copied in type(module)._rope_ext_methods.items()
+            for function, rotation in sorted(copied.rotations.items())
         )
     )
 
 
-def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], name: str) -> None:
+def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: str) -> None:
     """Raises for a module with a method of its own that rotates, or that replaces one that does.
 
     methods: those of its class that rotate. A forward that accelerate's hooks keep is allowed.
@@ -247,7 +247,7 @@ def _check_own_methods(module: nn.Module, methods: dict[str, RebuiltMethod], nam
         else:
             function = getattr(own, "__func__", own)
             refused = hasattr(type(module), method) and bool(
-                RebuiltMethod(type(module), method, function, _by_rope_ext).function
+                MethodCopy(type(module), method, function, _by_rope_ext).function
             )
         if refused:
             raise UnrecognizedRotation(
@@ -278,7 +278,7 @@ class _Patched:
     """A base of the classes of patched modules."""
 
     _rope_ext_original: type  # the module's class before
-    _rope_ext_methods: dict[str, RebuiltMethod]
+    _rope_ext_methods: dict[str, MethodCopy]
     _rope_ext_substitute: Substitute
     # The modules of the class, each with its reasons: calls of patch and blocks.
     _rope_ext_reasons: weakref.WeakKeyDictionary[nn.Module, set[object]]
@@ -305,7 +305,7 @@ class _Patched:
         return new
 
 
-def _derived(own: type, methods: dict[str, RebuiltMethod], substitute: Substitute) -> type:
+def _derived(own: type, methods: dict[str, MethodCopy], substitute: Substitute) -> type:
     """The class of patched instances of `own`."""
     namespace: dict[str, Any] = {
         "__module__": own.__module__,
@@ -316,6 +316,6 @@ def _derived(own: type, methods: dict[str, RebuiltMethod], substitute: Substitut
         "_rope_ext_substitute": staticmethod(substitute),
         "_rope_ext_reasons": weakref.WeakKeyDictionary(),
     }
-    for name, rebuilt in methods.items():
-        namespace[name] = staticmethod(rebuilt.function) if rebuilt.static else rebuilt.function
+    for name, copied in methods.items():
+        namespace[name] = staticmethod(copied.function) if copied.static else copied.function
     return type(own.__name__, (_Patched, own), namespace)

@@ -1,4 +1,4 @@
-"""Copies of the methods of a class that rotate, with other rotations (copying.py).
+"""Copies of the methods of a class that rotate, with other rotations (function_copies.py).
 
 If a method is wrapped, by a decorator or by a library, the wrapper is copied too, and the copy of
 the wrapped function replaces the original in a cell or in a global of the wrapper. The same holds
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext.integrations.transformers.copying import Key, bind, copied
+from rope_ext.integrations.transformers.function_copies import Key, bind, copied
 from rope_ext.integrations.transformers.recognition import (
     Rotation,
     recognize,
@@ -36,28 +36,28 @@ class UnrecognizedRotation(ValueError):
     """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
 
-def rebuilt_methods(owner: type, substitute: Substitute) -> "dict[str, RebuiltMethod]":
+def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]":
     """The methods of a class and its bases that rotate, with their rotations replaced.
 
     Nothing is changed before they are bound. Raises UnrecognizedRotation.
     """
-    methods: dict[str, RebuiltMethod] = {}
+    methods: dict[str, MethodCopy] = {}
     for defining in owner.__mro__:
         if defining.__module__.partition(".")[0] in ("torch", "builtins", "rope_ext"):
             continue
         for name, attribute in vars(defining).items():
             if name not in methods:
-                methods[name] = RebuiltMethod(defining, name, attribute, substitute)
+                methods[name] = MethodCopy(defining, name, attribute, substitute)
             elif methods[name].may_call_one_of(defining):
-                base = RebuiltMethod(defining, name, attribute, substitute)
+                base = MethodCopy(defining, name, attribute, substitute)
                 if base.function:
                     where = f"{owner.__name__}.{name}"
                     raise _refusal(f"{where} to rotate itself", f"{base.where}, too")
     return {name: method for name, method in methods.items() if method.function}
 
 
-class RebuiltMethod:
-    """A method of a class. `function` is its copy with other rotations, None if it has none."""
+class MethodCopy:
+    """A copy of a method: `function`, with other rotations. None if the method does not rotate."""
 
     def __init__(self, owner: type, name: str, attribute: Any, substitute: Substitute) -> None:
         self.where, self.name, self.substitute = f"{owner.__name__}.{name}", name, substitute
