@@ -37,6 +37,12 @@ def small_random_models(monkeypatch):
     monkeypatch.setattr(models, "RANDOM_STD", 0.3)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def recognized_function():
+    """The model's function is compared with rope_ext once, before a test makes rope_ext wrong."""
+    model_rotation.require_llama_form(small_llama(LAYERS))
+
+
 @pytest.fixture
 def model():
     return small_llama(LAYERS)
