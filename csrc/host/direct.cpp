@@ -184,8 +184,10 @@ class DirectCall final : public Call {
 
   void* written_data(const TensorView& x) override {
     PyObject* const object = object_of(x);
-    const auto is_new = [&](PyObject* each) { return each == object; };
-    if (!std::any_of(made_.begin(), made_.begin() + made_count_, is_new)) {
+    const auto among = [object](const auto& objects, size_t count) {
+      return std::find(objects.begin(), objects.begin() + count, object) != objects.begin() + count;
+    };
+    if (!among(made_, made_count_) && !among(written_, written_count_)) {
       written_.at(written_count_++) = object;
     }
     return const_cast<void*>(x.const_data_ptr());
