@@ -58,8 +58,10 @@ needs_dispatcher = (
     torch._C._len_torch_dispatch_stack,
     torch._C._is_tracing,
     torch._C._autograd._profiler_enabled,
-    in_forward_mode,
 )
+# Where in_forward_mode looks: a dictionary and a name in it. The level is below 0 outside.
+forward_level = (vars(forward_ad), "_current_level")
+version_of = Tensor._version
 
 
 def is_dual(*values: Any) -> bool:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
@@ -79,7 +79,7 @@ def apply_rotary_qk_append_kv_(
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         done = _append_kv(
             layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, cos, sin, position_ids,
             k_scale, v_scale, rotary_dim, rotary_offset, interleaved, inverse,
@@ -144,7 +144,7 @@ def apply_rotary_mla_append_(
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         done = _append_latent(
             None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
             interleaved, interleaved_out,

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext import decompositions
 from rope_ext._argument_errors import raise_argument_error
@@ -77,7 +77,7 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    if out is None and type(inplace) is bool and not is_compiling():
+    if out is None and type(inplace) is bool and not is_dynamo_compiling():
         rotated = (_rotate_in_place if inplace else _rotate)(
             layout, None, x, cos, sin, position_ids,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
@@ -126,7 +126,7 @@ def apply_rotary_qk(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
     """
-    if out is None and type(inplace) is bool and not is_compiling():
+    if out is None and type(inplace) is bool and not is_dynamo_compiling():
         rotated = (_rotate_in_place_qk if inplace else _rotate_qk)(
             layout, None, q, k, cos, sin, position_ids,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,

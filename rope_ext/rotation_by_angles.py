@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.direct import direct_call
@@ -58,7 +58,7 @@ def apply_rotary_qk_at(
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """
-    if type(inplace) is bool and not is_compiling():
+    if type(inplace) is bool and not is_dynamo_compiling():
         rotated = (_rotate_in_place if inplace else _rotate)(
             layout, None, q, k, inv_freq, position_ids, axes, attention_scaling,
             rotary_offset, interleaved, interleaved_out, inverse,

@@ -13,6 +13,7 @@
 #include <deque>
 #include <exception>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -34,13 +35,46 @@ struct Order {
   int64_t first, second;  // the dimensions to swap to get those of the schema
 };
 
+// A function of PyTorch without arguments, or a method or an attribute of its tensors. Those that
+// are written in C are called without Python's layers between, which take longer than they do.
+class Question {
+ public:
+  Question() = default;
+  explicit Question(PyObject* callable) : callable_(callable) {
+    if (PyCFunction_CheckExact(callable) && PyCFunction_GET_FLAGS(callable) == METH_NOARGS) {
+      function_ = PyCFunction_GET_FUNCTION(callable);
+      self_ = PyCFunction_GET_SELF(callable);
+    } else if (Py_TYPE(callable) == &PyMethodDescr_Type) {
+      const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(callable)->d_method;
+      if (method.ml_flags == METH_NOARGS) function_ = method.ml_meth;
+    } else if (Py_TYPE(callable) == &PyGetSetDescr_Type) {
+      attribute_ = reinterpret_cast<PyGetSetDescrObject*>(callable)->d_getset;
+    }
+  }
+
+  // A new reference to the answer, or nullptr and an error of Python. tensor: of a method or
+  // attribute.
+  PyObject* operator()(PyObject* tensor = nullptr) const {
+    if (attribute_ != nullptr) return attribute_->get(tensor, attribute_->closure);
+    if (function_ != nullptr) return function_(tensor != nullptr ? tensor : self_, nullptr);
+    return tensor != nullptr ? PyObject_CallOneArg(callable_, tensor)
+                             : PyObject_CallNoArgs(callable_);
+  }
+
+ private:
+  PyObject *callable_ = nullptr, *self_ = nullptr;
+  PyCFunction function_ = nullptr;
+  PyGetSetDef* attribute_ = nullptr;
+};
+
 // What direct calls need of PyTorch, set once; rope_ext/_engine/direct.py says what it is.
 struct PyTorch {
   const dlpack::ExchangeApi* api = nullptr;
   PyTypeObject *tensor, *parameter;
   std::array<PyObject*, 4> dtypes;  // of DType
-  std::vector<PyObject*> unless;
-  PyObject *is_negative, *is_inference_mode, *requires_grad, *version;
+  std::vector<Question> unless;
+  Question is_negative, is_inference_mode, requires_grad, version;
+  PyObject *forward_ad, *forward_level;  // a module's dictionary, and a name in it
   PyObject *increment_version, *empty_like, *new_empty, *transpose;
   std::vector<Order> layouts, cache_layouts;
 };
@@ -81,14 +115,16 @@ bool can_be_direct(PyObject* const* args, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     if (!is_tensor(args[i]) && !is_plain(args[i])) return false;
   }
-  for (PyObject* const condition : pytorch.unless) {
-    if (is_true(PyObject_CallNoArgs(condition))) return false;
+  for (const Question& condition : pytorch.unless) {
+    if (is_true(condition())) return false;
   }
+  PyObject* const level = PyDict_GetItemWithError(pytorch.forward_ad, pytorch.forward_level);
+  if (level == nullptr || PyLong_AsLong(level) >= 0) return false;
   const bool differentiates = aoti_torch_grad_mode_is_enabled();
   for (size_t i = 0; i < count; ++i) {
     if (!is_tensor(args[i])) continue;
-    if (is_true(PyObject_CallOneArg(pytorch.is_negative, args[i]))) return false;
-    if (differentiates && is_true(PyObject_GetAttr(args[i], pytorch.requires_grad))) return false;
+    if (is_true(pytorch.is_negative(args[i]))) return false;
+    if (differentiates && is_true(pytorch.requires_grad(args[i]))) return false;
   }
   return true;
 }
@@ -312,7 +348,7 @@ class DirectCall final : public Call {
       PyTuple_SET_ITEM(written, i, Py_NewRef(written_[i]));
     }
     const bool may_be_written =
-        is_true(PyObject_CallNoArgs(pytorch.is_inference_mode)) ||
+        is_true(pytorch.is_inference_mode()) ||
         std::all_of(written_.begin(), written_.begin() + written_count_, has_version);
     PyObject* const done =
         may_be_written ? PyObject_CallOneArg(pytorch.increment_version, written) : nullptr;
@@ -321,7 +357,7 @@ class DirectCall final : public Call {
   }
 
   static bool has_version(PyObject* tensor) {
-    PyObject* const version = PyObject_GetAttr(tensor, pytorch.version);
+    PyObject* const version = pytorch.version(tensor);
     Py_XDECREF(version);
     return version != nullptr;
   }
@@ -413,12 +449,14 @@ void set_pytorch(const py::dict& of) {
   const auto dtypes = of["dtypes"].cast<py::tuple>();
   for (size_t i = 0; i < 4; ++i) pytorch.dtypes[i] = kept(dtypes[i]);
   for (const py::handle condition : of["unless"].cast<py::tuple>()) {
-    pytorch.unless.push_back(kept(condition));
+    pytorch.unless.emplace_back(kept(condition));
   }
-  pytorch.is_negative = object("is_negative");
-  pytorch.is_inference_mode = object("is_inference_mode");
-  pytorch.requires_grad = kept(py::str("requires_grad"));
-  pytorch.version = kept(py::str("_version"));
+  pytorch.is_negative = Question(object("is_negative"));
+  pytorch.is_inference_mode = Question(object("is_inference_mode"));
+  pytorch.requires_grad = Question(object("requires_grad"));
+  pytorch.version = Question(object("version"));
+  std::tie(pytorch.forward_ad, pytorch.forward_level) =
+      std::pair(kept(of["forward_level"][py::int_(0)]), kept(of["forward_level"][py::int_(1)]));
   pytorch.increment_version = object("increment_version");
   pytorch.empty_like = object("empty_like");
   pytorch.new_empty = object("new_empty");

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rope_ext import _C
-from rope_ext._torch_private import count_versions, exchange_api_of, needs_dispatcher
+from rope_ext._torch_private import (
+    count_versions,
+    exchange_api_of,
+    forward_level,
+    needs_dispatcher,
+    version_of,
+)
 from rope_ext.options import CACHE_ORDERS, ORDERS
 
 ENVIRONMENT_VARIABLE = "ROPE_EXT_DIRECT"
@@ -43,6 +49,9 @@ def _start() -> None:
             "dtypes": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
             "unless": needs_dispatcher,
             "is_negative": Tensor.is_neg,
+            "requires_grad": Tensor.requires_grad,
+            "version": version_of,
+            "forward_level": forward_level,
             "is_inference_mode": torch.is_inference_mode_enabled,
             "increment_version": count_versions,
             "empty_like": torch.empty_like,
