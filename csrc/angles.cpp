@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> make_tables(const AngleInputs& in, int64_t length,
   tensors.set(args.angles, in, args.tokens);
   shape.push_back(args.angles.pairs);
   Tensor cos = new_like(in.inv_freq, shape, dtype);
-  Tensor sin = new_like(in.inv_freq, shape, dtype);
+  Tensor sin = cos.call().empty_like(cos);
   args.cos = cos.mutable_data_ptr();
   args.sin = sin.mutable_data_ptr();
   run(cos, args);

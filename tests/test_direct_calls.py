@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rope_ext
 from rope_ext import _C, _results, angles, kv_cache, rms_norm
 from rope_ext._operators import OPERATORS
+from rope_ext.module import rotary_embedding
 
 BY_NAME = {operator.name: operator for operator in OPERATORS}
 # function -> its operators: with new results, in place
@@ -237,6 +238,49 @@ def test_every_refusal_is_that_of_the_dispatcher_and_nothing_is_written(
             assert got == expected, (name, bad)
             refusals.add(got)
     assert len(refusals) > len(good)
+
+
+MODULES = {
+    "default": {},
+    "learned": {"learned": True},
+    "interleaved": {"interleaved": True, "rotary_dim": 4},
+    "yarn": {
+        "scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    },
+}
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize(
+    ("options", "layout"), zip(MODULES, ["bshd", "bhsd", "sbhd", "thd"], strict=True)
+)
+def test_module_is_direct(options, layout, inplace, positions, monkeypatch, by_dispatcher, device):
+    module = rope_ext.RotaryEmbedding(8, **MODULES[options], device=device)
+    module.table(8)
+    shape = {"bshd": (2, 3), "bhsd": (2, 4, 3), "sbhd": (3, 2), "thd": (3,)}[layout]
+    rest = (8,) if layout == "bhsd" else (4, 8)
+    ids = torch.tensor([5, 2, 7], device=device) if positions else None
+
+    def call():
+        q, k = (random(*shape, *rest, seed=seed, device=device) for seed in (0, 1))
+        with torch.no_grad():
+            return (*module(q, k, ids, layout=layout, inplace=inplace), q, k)
+
+    expected = by_dispatcher(call)
+    with monkeypatch.context() as patched:
+        if not (options == "learned" and not positions):  # its table is made anew in each call
+            patched.setattr(rotary_embedding, "apply_rotary_qk", None)
+        assert_same((call(), []), (expected, []))
+
+
+def test_module_keeps_no_table_where_its_frequencies_need_a_gradient_or_have_changed():
+    module, q = rope_ext.RotaryEmbedding(8), random(1, 3, 2, 8)
+    first, _ = module(q, q)
+    module.inv_freq.mul_(2)
+    assert not torch.equal(module(q, q)[0], first)
+    module.inv_freq.requires_grad_()
+    assert module(q, q)[0].requires_grad
 
 
 # ---- where the dispatcher is needed
