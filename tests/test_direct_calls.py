@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
 from rope_ext import _C, _results, angles, kv_cache, rms_norm
@@ -92,7 +92,8 @@ def copied(given):
 def outcome(function, given):
     """Results, or the error; then the bits, strides and versions of all tensors of the call."""
     try:
-        returned = function(**given)
+        with _disable_current_modes():  # those of the plugins that run the tests
+            returned = function(**given)
     except Exception as error:
         returned = f"{type(error).__name__}: {error}"
     results = returned if isinstance(returned, tuple) else (returned,)
@@ -253,7 +254,7 @@ MODULES = {
 @pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
 @pytest.mark.parametrize(
-    ("options", "layout"), zip(MODULES, ["bshd", "bhsd", "sbhd", "thd"], strict=True)
+    ("options", "layout"), [*zip(MODULES, ["bshd", "bhsd", "sbhd", "thd"], strict=True)]
 )
 def test_module_is_direct(options, layout, inplace, positions, monkeypatch, by_dispatcher, device):
     module = rope_ext.RotaryEmbedding(8, **MODULES[options], device=device)
@@ -264,7 +265,7 @@ def test_module_is_direct(options, layout, inplace, positions, monkeypatch, by_d
 
     def call():
         q, k = (random(*shape, *rest, seed=seed, device=device) for seed in (0, 1))
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             return (*module(q, k, ids, layout=layout, inplace=inplace), q, k)
 
     expected = by_dispatcher(call)
@@ -445,5 +446,8 @@ def test_an_environment_variable_turns_them_off_and_info_says_so(value, state):
 def test_results_are_in_the_memory_that_pytorch_counts(only_direct):
     x, (cos, sin) = random(1, 3, 4, 8, device="cuda"), random_table(3, 4, device="cuda")
     before = torch.cuda.memory_allocated()
-    rotated = rope_ext.apply_rotary(x, cos, sin)
+    if before == 0:
+        pytest.skip("an allocator that does not count")
+    with _disable_current_modes():
+        rotated = rope_ext.apply_rotary(x, cos, sin)
     assert torch.cuda.memory_allocated() - before >= rotated.nbytes
