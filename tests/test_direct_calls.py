@@ -115,6 +115,11 @@ def assert_same(got, expected):
             assert a == b
 
 
+def rotation(dtype=torch.float32):
+    q, k = random(1, 3, 4, 8, dtype=dtype), random(1, 3, 2, 8, dtype=dtype)
+    return {"q": q, "k": k, **dict(zip(("cos", "sin"), random_table(3, 4), strict=True))}
+
+
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
@@ -241,6 +246,23 @@ def test_every_refusal_is_that_of_the_dispatcher_and_nothing_is_written(
     assert len(refusals) > len(good)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_out_is_direct(layout, only_direct):
+    given = rotation()
+    q, k = given.pop("q"), given.pop("k")
+    expected = [rope_ext.reference.apply_rotary(x, **given) for x in (q, k)]
+    heads_first = layout == "bhsd"
+    q, k = (x.transpose(1, 2) if heads_first else x for x in (q, k))
+    out = torch.empty_like(q), torch.empty_like(k)
+    assert rope_ext.apply_rotary_qk(q, k, **given, layout=layout, out=out) is out
+    assert [x._version for x in out] == [1, 1]
+    for got, x in zip(out, expected, strict=True):
+        assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
+    one = torch.empty_like(q)
+    assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
+    assert_same_bits(one, out[0])
+
+
 MODULES = {
     "default": {},
     "learned": {"learned": True},
@@ -285,11 +307,6 @@ def test_module_keeps_no_table_where_its_frequencies_need_a_gradient_or_have_cha
 
 
 # ---- where the dispatcher is needed
-
-
-def rotation(dtype=torch.float32):
-    q, k = random(1, 3, 4, 8, dtype=dtype), random(1, 3, 2, 8, dtype=dtype)
-    return {"q": q, "k": k, **dict(zip(("cos", "sin"), random_table(3, 4), strict=True))}
 
 
 class Functions(TorchFunctionMode):
