@@ -112,21 +112,22 @@ bool is_plain(PyObject* object) {
 // Whether the call is one that the operators' C++ functions can take without the dispatcher.
 bool can_be_direct(PyObject* const* args, size_t count) {
   if (!in_use) return false;
+  const bool differentiates = aoti_torch_grad_mode_is_enabled();
   for (size_t i = 0; i < count; ++i) {
-    if (!is_tensor(args[i]) && !is_plain(args[i])) return false;
+    if (is_tensor(args[i])) {
+      if (differentiates && is_true(pytorch.requires_grad(args[i]))) return false;
+    } else if (!is_plain(args[i])) {
+      return false;
+    }
   }
   for (const Question& condition : pytorch.unless) {
     if (is_true(condition())) return false;
   }
   PyObject* const level = PyDict_GetItemWithError(pytorch.forward_ad, pytorch.forward_level);
   if (level == nullptr || PyLong_AsLong(level) >= 0) return false;
-  const bool differentiates = aoti_torch_grad_mode_is_enabled();
-  for (size_t i = 0; i < count; ++i) {
-    if (!is_tensor(args[i])) continue;
-    if (is_true(pytorch.is_negative(args[i]))) return false;
-    if (differentiates && is_true(pytorch.requires_grad(args[i]))) return false;
-  }
-  return true;
+  return std::none_of(args, args + count, [](PyObject* each) {
+    return is_tensor(each) && is_true(pytorch.is_negative(each));
+  });
 }
 
 ScalarType scalar_type(const dlpack::DataType& type) {
