@@ -279,7 +279,12 @@ class RotaryEmbedding(FrequencyTensors):
         depend on lengths. With positions, the rotation by angles has the bits of one by rows.
         """
         inv_freq = (self._parameters if self.learned else self._buffers).get("inv_freq")
-        if type(q) is not Tensor or inv_freq is None or self.rope_type in BY_LENGTH:
+        if (
+            type(q) is not Tensor
+            or type(layout) is not str
+            or inv_freq is None
+            or self.rope_type in BY_LENGTH
+        ):
             return NotImplemented
         shape = q.shape
         if layout not in SEQUENCE or len(shape) < 3 or shape[-1] != self.head_dim:
