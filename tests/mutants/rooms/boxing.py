@@ -32,7 +32,7 @@ MUTANTS = [
         ("modes-see-nothing", "if (is_true(condition())) return false;", "(void)condition;"),
         ("tangents-are-lost", "PyLong_AsLong(level) >= 0", "PyLong_AsLong(level) >= 9"),
         ("zeros-without-memory-are-read", "from.data == nullptr && view.numel() > 0", "false"),
-        ("inference-tensors-are-written", "return version != nullptr;", "return true;"),
+        ("inference-tensors-are-written-directly", "return version != nullptr;", "return true;"),
         ("new-results-count-as-written", "!among(made_, made_count_) && ", ""),
         ("one-version-twice", " && !among(written_, written_count_)", ""),
         ("layouts-as-they-are", "std::swap(sizes[order->first], sizes[order->second]);", ""),
