@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "check/parts.h"
-#include "host/allocation.h"
 #include "host/angle_tensors.h"
 #include "host/device.h"
+#include "host/outputs.h"
 #include "registration.h"
 
 namespace rope {
@@ -37,39 +37,38 @@ ScalarType check_table_dtype(const AngleInputs& in, std::optional<ScalarType> as
 }
 
 // cos and sin of shape [*shape, P]; `length` positions where there are no position_ids.
-std::tuple<Tensor, Tensor> make_tables(const char* op, const AngleSource& angles, int64_t start,
-                                       int64_t length, std::vector<int64_t> shape,
-                                       const TableOptions& options) {
-  const AngleInputs in = angle_inputs(op, angles, start, options.attention_scaling);
-  check_device_supported(op, in.inv_freq);
+std::tuple<Tensor, Tensor> make_tables(const AngleInputs& in, int64_t length,
+                                       std::vector<int64_t> shape,
+                                       std::optional<ScalarType> asked) {
+  check_device_supported(in.op, in.inv_freq);
   CosSinArgs args{};
   args.angles = check_angles(in);
   args.tokens = check_length(in, length);
-  const ScalarType dtype = check_table_dtype(in, options.dtype);
+  const ScalarType dtype = check_table_dtype(in, asked);
   args.dtype = *dtype_of(dtype);
-  AngleTensors tensors(angles.inv_freq, angles.axes);
-  tensors.set(args.angles, angles.position_ids, args.tokens);
+  AngleTensors tensors;
+  tensors.set(args.angles, in, args.tokens);
   shape.push_back(args.angles.pairs);
-  Tensor cos = allocate(angles.inv_freq, shape, dtype);
-  Tensor sin = allocate(angles.inv_freq, shape, dtype);
+  Tensor cos = new_like(in.inv_freq, shape, dtype);
+  Tensor sin = cos.call().empty_like(cos);
   args.cos = cos.mutable_data_ptr();
   args.sin = sin.mutable_data_ptr();
-  run(in.inv_freq, args);
+  run(cos, args);
   return {std::move(cos), std::move(sin)};
 }
 
 std::tuple<Tensor, Tensor> cos_sin_cache(const Tensor& inv_freq, int64_t length, int64_t start,
                                          const TableOptions& options) {
-  const AngleSource angles{inv_freq, std::nullopt, std::nullopt};
-  return make_tables("cos_sin_cache", angles, start, length, {length}, options);
+  const AngleInputs in{"cos_sin_cache", inv_freq, {}, {}, start, options.attention_scaling};
+  return make_tables(in, length, {length}, options.dtype);
 }
 
 std::tuple<Tensor, Tensor> cos_sin(const Tensor& inv_freq, const Tensor& position_ids,
                                    const OptionalTensor& axes, const TableOptions& options) {
-  const auto sizes = TensorView(position_ids).sizes();
+  const AngleInputs in{"cos_sin", inv_freq, position_ids, view(axes), 0, options.attention_scaling};
+  const auto sizes = position_ids.sizes();
   const bool has_axes = axes && sizes.size() > 0;  // axes of position_ids []: refused later
-  return make_tables("cos_sin", {inv_freq, position_ids, axes}, 0, 0,
-                     {sizes.begin() + has_axes, sizes.end()}, options);
+  return make_tables(in, 0, {sizes.begin() + has_axes, sizes.end()}, options.dtype);
 }
 
 // Everything but the data of the tensors.
@@ -107,22 +106,22 @@ Tensor cos_sin_backward(const Tensor& grad_cos, const Tensor& grad_sin, const An
   const AngleInputs in = angle_inputs("cos_sin_backward", angles, start, attention_scaling);
   check_device_supported(in.op, in.inv_freq);
   CosSinGradArgs args = check_grad(in, grad_cos, grad_sin);
-  const Tensor dcos = as_contiguous(grad_cos), dsin = as_contiguous(grad_sin);
-  AngleTensors tensors(angles.inv_freq, angles.axes);
-  tensors.set(args.angles, angles.position_ids, args.tokens);
-  args.grad_cos = dcos.const_data_ptr();
-  args.grad_sin = dsin.const_data_ptr();
+  Tensor cos_copy, sin_copy;
+  AngleTensors tensors;
+  tensors.set(args.angles, in, args.tokens);
+  args.grad_cos = contiguous_data(grad_cos, cos_copy);
+  args.grad_sin = contiguous_data(grad_sin, sin_copy);
   // At most 1024 partial sums, each of at least 64 tokens. Their number depends on that of the
   // tokens alone, so the order of the sum is always the same.
   args.chunk_tokens = std::max<int64_t>(64, (args.tokens + 1023) / 1024);
   args.chunks = (args.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
   const std::vector<int64_t> partial_shape{args.chunks, args.angles.pairs};
   const std::vector<int64_t> shape{args.angles.pairs};
-  Tensor partial = allocate(angles.inv_freq, partial_shape, ScalarType::Double);
-  Tensor grad = allocate(angles.inv_freq, shape);
+  Tensor partial = new_like(in.inv_freq, partial_shape, ScalarType::Double);
+  Tensor grad = new_like(in.inv_freq, shape);
   args.partial = static_cast<double*>(partial.mutable_data_ptr());
   args.grad_inv_freq = grad.mutable_data_ptr();
-  run(in.inv_freq, args);
+  run(grad_cos, args);
   return grad;
 }
 

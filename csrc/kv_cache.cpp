@@ -70,8 +70,8 @@ void check_memory(const Inputs& in) {
   check_written(rotary.op, written, read);
 }
 
-void apply_rotary_qk_append_kv_(const Tensor& q, const Tensor& k, const Tensor& v,
-                                const Tensor& k_cache, const Tensor& v_cache,
+void apply_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, const TokenTensor& v,
+                                const CacheTensor& k_cache, const CacheTensor& v_cache,
                                 const Tensor& slot_mapping, const Rows& rows,
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                 const RotationOfKv& rotation) {

@@ -2,18 +2,14 @@
 // schema.cpp inserts where its name stands in braces.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
 
-namespace rope {
+#include "tensor.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace rope {
 
 // {rows}
 struct Rows {

@@ -1,12 +1,9 @@
 // rms_norm_rotary_qk: q and k normalised by RMSNorm, then rotated; forward and backward.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "check/heads.h"
 #include "check/rotation.h"
-#include "host/allocation.h"
 #include "host/device.h"
 #include "host/outputs.h"
 #include "registration.h"
@@ -16,7 +13,7 @@ namespace rope {
 namespace {
 
 struct Inputs {
-  Inputs(const char* op, const Tensor& q, const Tensor& k, const NormWeights& weights,
+  Inputs(const char* op, const TensorView& q, const TensorView& k, const NormWeights& weights,
          const Rows& rows, const NormOptions& norm, const Rotation& rotation)
       : rotary(op, q, &k, rows, rotation),
         q_weight(weights.q_weight),
@@ -88,7 +85,7 @@ void transpose(RotaryArgs& rotary) {
   rotary.inverse = !rotary.inverse;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const Tensor& q, const Tensor& k,
+std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const TokenTensor& q, const TokenTensor& k,
                                               const NormWeights& weights, const Rows& rows,
                                               const NormOptions& options,
                                               const AnyRotation& rotation) {
@@ -138,7 +135,10 @@ RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorVie
 }
 
 // grad, where there is a gradient, else zeros.
-Tensor zeros_unless(bool given, Tensor grad) { return given ? grad : torch::stable::zero_(grad); }
+Tensor zeros_unless(bool given, Tensor grad) {
+  if (!given) grad.call().fill_zero(grad);
+  return grad;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
     const OptionalTensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const Tensor& k,
@@ -148,11 +148,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
   check_device_supported(in.rotary.op, in.rotary.q);
   RmsNormRotaryGradArgs args = check_grad(in, view(grad_q), view(grad_k));
   Tensor to_q = dense_like(q), to_k = dense_like(k);
-  Tensor to_q_weight = allocate(weights.q_weight, weights.q_weight.sizes());
-  Tensor to_k_weight = allocate(weights.k_weight, weights.k_weight.sizes());
+  Tensor to_q_weight = new_like(weights.q_weight, weights.q_weight.sizes());
+  Tensor to_k_weight = new_like(weights.k_weight, weights.k_weight.sizes());
   const std::vector<int64_t> partial_shape{args.chunks, args.columns};
   Tensor partial =
-      allocate(q, partial_shape,
+      new_like(q, partial_shape,
                args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
   set_output(args.rotary, args.rotary.q, to_q);
   set_output(args.rotary, args.rotary.k, to_k);
@@ -160,9 +160,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
   args.grad_q_weight = to_q_weight.mutable_data_ptr();
   args.grad_k_weight = to_k_weight.mutable_data_ptr();
   run(in.rotary.q, args);
-  return {zeros_unless(grad_q.has_value(), to_q), zeros_unless(grad_k.has_value(), to_k),
-          zeros_unless(grad_q.has_value(), to_q_weight),
-          zeros_unless(grad_k.has_value(), to_k_weight)};
+  return {zeros_unless(grad_q.has_value(), std::move(to_q)),
+          zeros_unless(grad_k.has_value(), std::move(to_k)),
+          zeros_unless(grad_q.has_value(), std::move(to_q_weight)),
+          zeros_unless(grad_k.has_value(), std::move(to_k_weight))};
 }
 
 }  // namespace

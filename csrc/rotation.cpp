@@ -16,8 +16,9 @@ RotaryArgs check(const RotaryInputs& in) {
 }
 
 // A call of one of the operators, checked; k is null for those on one tensor.
-struct Call {
-  Call(const char* op, const Tensor& q, const Tensor* k, const Rows& rows, const Rotation& rotation)
+struct Rotating {
+  Rotating(const char* op, const TensorView& q, const TensorView* k, const Rows& rows,
+           const Rotation& rotation)
       : in(op, q, k, rows, rotation), args(check(in)) {}
 
   void run() const { rope::run(in.q, args); }
@@ -26,21 +27,20 @@ struct Call {
   RotaryArgs args;
 };
 
-void rotate_in_place(Call call) {
+void rotate_in_place(Rotating call) {
   const RotaryInputs& in = call.in;
   check_order_stays(in.op, in.rotation);
   const Named written[] = {{in.q_name, in.q}, {"k", in.k}};
   const Named read[] = {{"cos", in.cos}, {"sin", in.sin}, {"position_ids", in.position_ids}};
   check_written(in.op, written, read);
-  set_in_place(call.args, call.args.q, in.q.tensor());
-  if (in.k) set_in_place(call.args, call.args.k, in.k->tensor());
+  set_in_place(call.args, call.args.q, in.q);
+  if (in.k) set_in_place(call.args, call.args.k, *in.k);
   call.run();
 }
 
 // out_k is null for the operator on one tensor.
-void rotate_into(Call call, const Tensor& out_q, const Tensor* out_k) {
+void rotate_into(Rotating call, const TensorView& q_result, const TensorView* out_k) {
   const RotaryInputs& in = call.in;
-  const TensorView q_result(out_q);
   const auto k_result = out_k ? std::optional<TensorView>(*out_k) : std::nullopt;
   const char* const q_result_name = in.k ? "out_q" : "out";
   check_like(in.op, q_result_name, q_result, in.q_name, in.q);
@@ -52,43 +52,44 @@ void rotate_into(Call call, const Tensor& out_q, const Tensor* out_k) {
                         {"sin", in.sin},
                         {"position_ids", in.position_ids}};
   check_written(in.op, written, read);
-  set_output(call.args, call.args.q, out_q);
+  set_output(call.args, call.args.q, q_result);
   if (out_k != nullptr) set_output(call.args, call.args.k, *out_k);
   call.run();
 }
 
-Tensor apply_rotary(const Tensor& x, const Rows& rows, const AnyRotation& rotation) {
-  Call call("apply_rotary", x, nullptr, rows, rotation);
+Tensor apply_rotary(const TokenTensor& x, const Rows& rows, const AnyRotation& rotation) {
+  Rotating call("apply_rotary", x, nullptr, rows, rotation);
   Tensor out = new_output(call.args, call.args.q, x);
   call.run();
   return out;
 }
 
-std::tuple<Tensor, Tensor> apply_rotary_qk(const Tensor& q, const Tensor& k, const Rows& rows,
-                                           const AnyRotation& rotation) {
-  Call call("apply_rotary_qk", q, &k, rows, rotation);
+std::tuple<Tensor, Tensor> apply_rotary_qk(const TokenTensor& q, const TokenTensor& k,
+                                           const Rows& rows, const AnyRotation& rotation) {
+  Rotating call("apply_rotary_qk", q, &k, rows, rotation);
   Tensor out_q = new_output(call.args, call.args.q, q);
   Tensor out_k = new_output(call.args, call.args.k, k);
   call.run();
   return {std::move(out_q), std::move(out_k)};
 }
 
-void apply_rotary_(const Tensor& x, const Rows& rows, const AnyRotation& rotation) {
+void apply_rotary_(const TokenTensor& x, const Rows& rows, const AnyRotation& rotation) {
   rotate_in_place({"apply_rotary_", x, nullptr, rows, rotation});
 }
 
-void apply_rotary_qk_(const Tensor& q, const Tensor& k, const Rows& rows,
+void apply_rotary_qk_(const TokenTensor& q, const TokenTensor& k, const Rows& rows,
                       const AnyRotation& rotation) {
   rotate_in_place({"apply_rotary_qk_", q, &k, rows, rotation});
 }
 
-void apply_rotary_out(const Tensor& x, const Rows& rows, const AnyRotation& rotation,
-                      const Tensor& out) {
+void apply_rotary_out(const TokenTensor& x, const Rows& rows, const AnyRotation& rotation,
+                      const TokenTensor& out) {
   rotate_into({"apply_rotary.out", x, nullptr, rows, rotation}, out, nullptr);
 }
 
-void apply_rotary_qk_out(const Tensor& q, const Tensor& k, const Rows& rows,
-                         const AnyRotation& rotation, const Tensor& out_q, const Tensor& out_k) {
+void apply_rotary_qk_out(const TokenTensor& q, const TokenTensor& k, const Rows& rows,
+                         const AnyRotation& rotation, const TokenTensor& out_q,
+                         const TokenTensor& out_k) {
   rotate_into({"apply_rotary_qk.out", q, &k, rows, rotation}, out_q, &out_k);
 }
 

@@ -69,24 +69,24 @@ RotaryAtArgs check(const Inputs& in) {
   return args;
 }
 
-void rotate(const Inputs& in, RotaryAtArgs& args, const AngleSource& angles) {
-  const AngleTensors tensors(angles.inv_freq, angles.axes);
-  tensors.set(args.angles);
+void rotate(const Inputs& in, RotaryAtArgs& args) {
+  AngleTensors tensors;
+  tensors.set(args.angles, in.angles);
   run(in.q, args);
 }
 
-std::tuple<Tensor, Tensor> apply_rotary_qk_at(const Tensor& q, const Tensor& k,
+std::tuple<Tensor, Tensor> apply_rotary_qk_at(const TokenTensor& q, const TokenTensor& k,
                                               const AngleSource& angles, double attention_scaling,
                                               const RotationByAngles& rotation) {
   const Inputs in{q, k, angle_inputs("apply_rotary_qk_at", angles, 0, attention_scaling), rotation};
   RotaryAtArgs args = check(in);
   Tensor out_q = new_output(args, args.q, q);
   Tensor out_k = new_output(args, args.k, k);
-  rotate(in, args, angles);
+  rotate(in, args);
   return {std::move(out_q), std::move(out_k)};
 }
 
-void apply_rotary_qk_at_(const Tensor& q, const Tensor& k, const AngleSource& angles,
+void apply_rotary_qk_at_(const TokenTensor& q, const TokenTensor& k, const AngleSource& angles,
                          double attention_scaling, const RotationByAngles& rotation) {
   const char* const op = "apply_rotary_qk_at_";
   const Inputs in{q, k, angle_inputs(op, angles, 0, attention_scaling), rotation};
@@ -99,7 +99,7 @@ void apply_rotary_qk_at_(const Tensor& q, const Tensor& k, const AngleSource& an
   check_written(op, written, read);
   set_in_place(args, args.q, q);
   set_in_place(args, args.k, k);
-  rotate(in, args, angles);
+  rotate(in, args);
 }
 
 }  // namespace

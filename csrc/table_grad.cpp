@@ -1,8 +1,8 @@
 // apply_rotary_table_backward: the gradient of a rotation to its cos and sin.
 #include "check/heads.h"
 #include "check/rotation.h"
-#include "host/allocation.h"
 #include "host/device.h"
+#include "host/outputs.h"
 #include "registration.h"
 
 namespace rope {
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> apply_rotary_table_backward(const Tensor& grad_q, con
   check_device_supported(op, q);
   RotaryTableGradArgs args = check(
       {op, grad_q, q, view(grad_k), view(k), cos, view(token_order), view(row_offsets), rotation});
-  Tensor grad_cos = allocate(cos, cos.sizes());
-  Tensor grad_sin = allocate(cos, cos.sizes());
+  Tensor grad_cos = new_like(cos, cos.sizes());
+  Tensor grad_sin = new_like(cos, cos.sizes());
   args.grad_cos = grad_cos.mutable_data_ptr();
   args.grad_sin = grad_sin.mutable_data_ptr();
   run(q, args);

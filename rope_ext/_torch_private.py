@@ -31,6 +31,7 @@ unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
 
+
 # Registrations of operators
 registered_operators = torch._C._dispatch_get_all_op_names
 registrations_of = torch._C._dispatch_dump
@@ -39,9 +40,29 @@ define_namespace = torch._C._dispatch_library
 _OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
 
+def exchange_api_of(type_of_tensors: type) -> Any:
+    """DLPack's exchange API of a type, a capsule; None: it has none."""
+    return getattr(type_of_tensors, "__dlpack_c_exchange_api__", None)
+
+
 def in_forward_mode() -> bool:
     """Whether this is within forward_ad.dual_level()."""
     return forward_ad._current_level >= 0
+
+
+# Direct calls
+count_versions = torch._C._increment_version
+# If one of these is true, a call has to go through the dispatcher.
+needs_dispatcher = (
+    transforms_active,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+    torch._C._autograd._profiler_enabled,
+)
+# Where in_forward_mode looks: a dictionary and a name in it. The level is below 0 outside.
+forward_level = (vars(forward_ad), "_current_level")
+version_of = Tensor._version
 
 
 def is_dual(*values: Any) -> bool:

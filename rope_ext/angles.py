@@ -2,11 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
+from rope_ext._engine.direct import direct_call
 
 rope = torch.ops.rope
+_table, _rows = direct_call("cos_sin_cache"), direct_call("cos_sin")
 
 
 def cos_sin_cache(
@@ -39,6 +42,10 @@ def cos_sin_cache(
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/math/angle.h.
     """
+    if not is_dynamo_compiling():
+        made = _table(None, None, inv_freq, length, start, attention_scaling, dtype)
+        if made is not NotImplemented:
+            return made
     try:
         _check_dtype(dtype)
         options = {"start": start, "attention_scaling": attention_scaling, "dtype": dtype}
@@ -82,6 +89,10 @@ def cos_sin(
     Source of axes: Qwen2-VL (arXiv 2409.12191, section 2.1). Its sections of pairs are such a map,
     and so are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
+    if not is_dynamo_compiling():
+        made = _rows(None, None, inv_freq, position_ids, axes, attention_scaling, dtype)
+        if made is not NotImplemented:
+            return made
     try:
         _check_dtype(dtype)
         options = {"attention_scaling": attention_scaling, "dtype": dtype}

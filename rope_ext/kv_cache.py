@@ -4,12 +4,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
-from rope_ext.options import Layout, as_bshd, rotation_options
+from rope_ext._engine.direct import direct_call
+from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, rotation_options
 
 rope = torch.ops.rope
+_append_kv, _append_latent = map(
+    direct_call, ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_")
+)
 
 CacheLayout = Literal["NHD", "HND"]
 
@@ -74,6 +79,13 @@ def apply_rotary_qk_append_kv_(
     Source: the semantics are those of vLLM's rotary_embedding and reshape_and_cache_flash, and of
     FlashInfer's append_paged_kv_cache.
     """
+    if not is_dynamo_compiling():
+        done = _append_kv(
+            layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, cos, sin, position_ids,
+            k_scale, v_scale, rotary_dim, rotary_offset, interleaved, inverse,
+        )  # fmt: skip
+        if done is None:
+            return
     try:
         name = "apply_rotary_qk_append_kv_"
         options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
@@ -132,6 +144,13 @@ def apply_rotary_mla_append_(
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; the row of the cache is that of vLLM's
     concat_and_cache_mla.
     """
+    if not is_dynamo_compiling():
+        done = _append_latent(
+            None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
+            interleaved, interleaved_out,
+        )  # fmt: skip
+        if done is None:
+            return
     try:
         options = rotation_options(interleaved=interleaved, interleaved_out=interleaved_out)
         _add_scales(options, scale=scale)
@@ -148,9 +167,10 @@ def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:
 
 def _as_nhd(cache: Tensor, layout: str, function: str, name: str) -> Tensor:
     """A view [blocks, block_size, Hk, D] of a cache."""
-    if layout not in ("NHD", "HND"):
+    if layout not in CACHE_ORDERS:
         raise ValueError(
-            f"rope_ext.{function}: expected cache_layout to be one of NHD, HND, got {layout!r}"
+            f"rope_ext.{function}: expected cache_layout to be one of {', '.join(CACHE_ORDERS)}, "
+            f"got {layout!r}"
         )
     if cache.dim() != 4:
         heads_first = layout == "HND"
@@ -159,4 +179,5 @@ def _as_nhd(cache: Tensor, layout: str, function: str, name: str) -> Tensor:
             f"rope_ext.{function}: expected {name} to have shape {shape} (cache_layout "
             f"{layout!r}), got {list(cache.shape)}"
         )
-    return cache.transpose(1, 2) if layout == "HND" else cache
+    swap = CACHE_ORDERS[layout][1]
+    return cache if swap is None else cache.transpose(swap[0], swap[1])

@@ -9,12 +9,16 @@ from rope_ext._argument_errors import describe
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
 
 # The number of dimensions, and those to swap to get [B, S, H, D] or [T, H, D].
-_ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {
+ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "bshd": (4, None),
     "bhsd": (4, (1, 2)),
     "sbhd": (4, (0, 1)),
     "thd": (3, None),
 }
+# For caches, the dimensions to swap to get [blocks, block_size, Hk, D].
+CACHE_ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {"NHD": (4, None), "HND": (4, (1, 2))}
+# The dimension that counts the tokens of a sequence.
+SEQUENCE = {"bshd": 1, "bhsd": 2, "sbhd": 0, "thd": 0}
 
 
 def rotation_options(
@@ -60,12 +64,11 @@ def check_order_stays(function: str, options: dict[str, Any], inplace: object = 
 
 def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
     """A view of x as [B, S, H, D] or [T, H, D]; `function` and `name` are for messages."""
-    if layout not in _ORDERS:
+    if layout not in ORDERS:
         raise ValueError(
-            f"rope_ext.{function}: expected layout to be one of {', '.join(_ORDERS)}, "
-            f"got {layout!r}"
+            f"rope_ext.{function}: expected layout to be one of {', '.join(ORDERS)}, got {layout!r}"
         )
-    rank, swap = _ORDERS[layout]
+    rank, swap = ORDERS[layout]
     if x.dim() != rank:
         dims = ", ".join(layout.upper())
         advice = ': packed tokens [T, H, D] take layout="thd"' if x.dim() == 3 else ""
@@ -78,5 +81,5 @@ def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
 
 def from_bshd(x: Tensor, layout: str) -> Tensor:
     """A view of x [B, S, H, D] or [T, H, D] in the order of layout."""
-    swap = _ORDERS[layout][1]
+    swap = ORDERS[layout][1]
     return x if swap is None else x.transpose(swap[0], swap[1])

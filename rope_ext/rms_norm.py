@@ -2,10 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
+from rope_ext._engine.direct import direct_call
 from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
+
+_norm_and_rotate = direct_call("rms_norm_rotary_qk")
 
 
 def rms_norm_rotary_qk(
@@ -60,6 +64,13 @@ def rms_norm_rotary_qk(
     Source: RMSNorm, arXiv 1910.07467, equation 4; Qwen3RMSNorm, Gemma3RMSNorm and Olmo2RMSNorm of
     transformers; RoFormer, arXiv 2104.09864, equation 34.
     """
+    if not is_dynamo_compiling():
+        rotated = _norm_and_rotate(
+            layout, None, q, k, q_weight, k_weight, cos, sin, position_ids, eps, unit_offset,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+        )  # fmt: skip
+        if rotated is not NotImplemented:
+            return rotated
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
         if eps != 1e-6:

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext import decompositions
 from rope_ext._argument_errors import raise_argument_error
+from rope_ext._engine.direct import direct_call
 from rope_ext._in_place import check_tables_need_no_grad
 from rope_ext._results import Rotation, rotate
 from rope_ext.options import Layout, rotation_options
@@ -75,6 +77,17 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
+    if type(inplace) is bool and not is_dynamo_compiling():
+        args = (
+            layout, None, x, cos, sin, position_ids,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+        )  # fmt: skip
+        if out is None:
+            rotated = (_rotate_in_place if inplace else _rotate)(*args)
+            if rotated is not NotImplemented:
+                return x if rotated is None else rotated
+        elif not inplace and _rotate_into(*args, out) is None:
+            return out
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
         outs = None if out is None else (out,)
@@ -117,6 +130,22 @@ def apply_rotary_qk(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
     """
+    if type(inplace) is bool and not is_dynamo_compiling():
+        args = (
+            layout, None, q, k, cos, sin, position_ids,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+        )  # fmt: skip
+        if out is None:
+            rotated = (_rotate_in_place_qk if inplace else _rotate_qk)(*args)
+            if rotated is not NotImplemented:
+                return (q, k) if rotated is None else rotated
+        elif (
+            not inplace
+            and type(out) is tuple
+            and len(out) == 2
+            and _rotate_into_qk(*args, *out) is None
+        ):
+            return out
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
         rows = cos, sin, position_ids
@@ -125,6 +154,10 @@ def apply_rotary_qk(
         raise_argument_error(apply_rotary_qk)
         raise
 
+
+_rotate, _rotate_in_place = direct_call("apply_rotary"), direct_call("apply_rotary_")
+_rotate_into, _rotate_into_qk = map(direct_call, ("apply_rotary.out", "apply_rotary_qk.out"))
+_rotate_qk, _rotate_in_place_qk = direct_call("apply_rotary_qk"), direct_call("apply_rotary_qk_")
 
 _ONE = Rotation(
     function="apply_rotary",

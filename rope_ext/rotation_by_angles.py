@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
+from rope_ext._engine.direct import direct_call
 from rope_ext._results import Rotation, rotate
 from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
 
@@ -56,6 +58,13 @@ def apply_rotary_qk_at(
 
     Source: RoFormer, arXiv 2104.09864, equation 34.
     """
+    if type(inplace) is bool and not is_dynamo_compiling():
+        rotated = (_rotate_in_place if inplace else _rotate)(
+            layout, None, q, k, inv_freq, position_ids, axes, attention_scaling,
+            rotary_offset, interleaved, interleaved_out, inverse,
+        )  # fmt: skip
+        if rotated is not NotImplemented:
+            return (q, k) if rotated is None else rotated
     try:
         options = rotation_options(None, rotary_offset, interleaved, interleaved_out, inverse)
         if attention_scaling != 1.0:
@@ -93,6 +102,8 @@ def _check_angles_need_no_grad(
             "rotate with inplace=False, or detach() them"
         )
 
+
+_rotate, _rotate_in_place = direct_call("apply_rotary_qk_at"), direct_call("apply_rotary_qk_at_")
 
 _BY_ANGLES = Rotation(
     function="apply_rotary_qk_at",

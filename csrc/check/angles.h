@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "args.h"
-#include "check/tensor_view.h"
 #include "packs.h"
+#include "tensor.h"
 
 namespace rope {
 

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "args.h"
-#include "check/tensor_view.h"
+#include "tensor.h"
 
 namespace rope {
 

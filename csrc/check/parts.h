@@ -1,13 +1,12 @@
 // Checks of one tensor, or of one beside another, of which those of the families are made.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <type_traits>
 
+#include "call.h"
 #include "check/refusal.h"
 #include "math/index.h"
 
@@ -118,9 +117,7 @@ void look_at_values(const TensorView& t, const Look& look) {
   if (t.is_cpu()) {
     look(t);
   } else if (checks_on_device()) {
-    const torch::stable::Tensor on_host =
-        torch::stable::to(t.tensor(), torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    look(TensorView(on_host));
+    look(t.call().on_host(t));
   }
 }
 

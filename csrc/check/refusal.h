@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "args.h"
-#include "check/tensor_view.h"
+#include "tensor.h"
 
 namespace rope {
 

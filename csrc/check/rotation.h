@@ -5,14 +5,15 @@
 #include <optional>
 
 #include "args.h"
+#include "call.h"
 #include "check/parts.h"
-#include "check/tensor_view.h"
 #include "packs.h"
+#include "tensor.h"
 
 namespace rope {
 
 struct RotaryInputs {
-  RotaryInputs(const char* op, const Tensor& q, const Tensor* k, const Rows& rows,
+  RotaryInputs(const char* op, const TensorView& q, const TensorView* k, const Rows& rows,
                const Rotation& rotation)
       : op(op),
         q(q),

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -16,7 +17,6 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 namespace rope {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::detail::from;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
@@ -44,56 +44,73 @@ __attribute__((weak)) NewEmpty torch_new_empty __asm__(
 namespace {
 
 // Throws PyTorch's own exception if it can't allocate such a tensor; returns if by now it can.
-void throw_as_torch(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
+void throw_as_torch(AtenTensorHandle like, Sizes sizes, std::optional<ScalarType> dtype) {
   if (torch_new_empty != nullptr) {
     auto* const made = new NewTensor(
-        torch_new_empty(like.get(), sizes, dtype, std::nullopt, std::nullopt, std::nullopt));
+        torch_new_empty(like, sizes, dtype, std::nullopt, std::nullopt, std::nullopt));
     aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(made));
   } else if (torch_exception_get_what_without_backtrace != nullptr) {
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
 }
 
-// The result of aten::`name` for the arguments that stack() returns: a tensor of these sizes and
-// dtype.
-template <class Stack>
-Tensor call(const char* name, const Stack& stack, const Tensor& like, Sizes sizes,
-            std::optional<ScalarType> dtype = std::nullopt) {
+Sizes sizes_of(AtenTensorHandle x) {
+  int64_t dims, *sizes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(x, &dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &sizes));
+  return Sizes(sizes, static_cast<size_t>(dims));
+}
+
+// The result of aten::`name` for x and the arguments that rest() returns: a tensor of these sizes
+// and dtype.
+template <class Rest>
+AtenTensorHandle call(const char* name, AtenTensorHandle x, const Rest& rest, Sizes sizes,
+                      std::optional<ScalarType> dtype = std::nullopt) {
+  const auto stack = [&] {  // the call owns its values
+    std::array<StableIValue, 6> values{torch::stable::detail::from(new_handle(x))};
+    const auto others = rest();
+    std::copy(others.begin(), others.end(), values.begin() + 1);
+    return values;
+  };
   auto values = stack();
   if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw_as_torch(like, sizes, dtype);
-    values = stack();  // the call owns the values before
+    throw_as_torch(x, sizes, dtype);
+    values = stack();
     if (torch_call_dispatcher(name, "", values.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
       const auto what = torch_exception_get_what_without_backtrace;
       throw std::runtime_error(what ? what() : std::string(name) + " of PyTorch failed");
     }
   }
-  return torch::stable::detail::to<Tensor>(values[0]);
+  return torch::stable::detail::to<AtenTensorHandle>(values[0]);
 }
 
 }  // namespace
 
-Tensor allocate_like(const Tensor& x) {
-  const auto stack = [&] {
-    const StableIValue none = from(std::nullopt);
-    return std::array<StableIValue, 6>{from(x), none, none, none, none, none};
-  };
-  return call("aten::empty_like", stack, x, x.sizes());
+AtenTensorHandle new_handle(AtenTensorHandle x) {
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x, &out));
+  return out;
 }
 
-Tensor allocate(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
-  const auto stack = [&] {
+AtenTensorHandle allocate_like(AtenTensorHandle x) {
+  const auto rest = [] {
     const StableIValue none = from(std::nullopt);
-    return std::array<StableIValue, 6>{from(like), from(sizes), from(dtype), none, none, none};
+    return std::array{none, none, none, none, none};
   };
-  return call("aten::new_empty", stack, like, sizes, dtype);
+  return call("aten::empty_like", x, rest, sizes_of(x));
 }
 
-Tensor allocate_contiguous(const Tensor& x) {
-  const auto stack = [&] {
-    return std::array<StableIValue, 2>{from(x), from(torch::headeronly::MemoryFormat::Contiguous)};
+AtenTensorHandle allocate(AtenTensorHandle like, Sizes sizes, std::optional<ScalarType> dtype) {
+  const auto rest = [&] {
+    const StableIValue none = from(std::nullopt);
+    return std::array{from(sizes), from(dtype), none, none, none};
   };
-  return call("aten::contiguous", stack, x, x.sizes());
+  return call("aten::new_empty", like, rest, sizes, dtype);
+}
+
+AtenTensorHandle allocate_contiguous(AtenTensorHandle x) {
+  const auto rest = [] { return std::array{from(torch::headeronly::MemoryFormat::Contiguous)}; };
+  return call("aten::contiguous", x, rest, sizes_of(x));
 }
 
 }  // namespace rope

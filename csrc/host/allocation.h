@@ -2,16 +2,18 @@
 // runs out.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
 
 namespace rope {
 
-torch::stable::Tensor allocate_like(const torch::stable::Tensor& x);
-torch::stable::Tensor allocate(const torch::stable::Tensor& like,
-                               torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                               std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
-torch::stable::Tensor allocate_contiguous(const torch::stable::Tensor& x);
+// Another owner of the same tensor.
+AtenTensorHandle new_handle(AtenTensorHandle x);
+
+AtenTensorHandle allocate_like(AtenTensorHandle x);
+AtenTensorHandle allocate(AtenTensorHandle like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                          std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
+AtenTensorHandle allocate_contiguous(AtenTensorHandle x);
 
 }  // namespace rope

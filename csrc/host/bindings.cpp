@@ -8,6 +8,7 @@
 
 #include "cpu/capability.h"
 #include "host/compiler.h"
+#include "host/direct.h"
 #include "registration.h"
 
 namespace py = pybind11;
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),
         "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
+  rope::add_direct_calls(m);
 }

@@ -6,9 +6,10 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "call.h"
 #include "check/refusal.h"
-#include "check/tensor_view.h"
 #include "kernels.h"
+#include "tensor.h"
 
 // In libtorch_cuda, which is never linked: found when the running PyTorch has CUDA, else null.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -27,13 +28,29 @@ inline void check_device_supported(const char* op, const TensorView& t) {
   }
 }
 
-// Runs the kernel for these arguments on the device of `where`, which is supported; on CUDA with
-// that device current, on its current stream.
+// A kernel that reads or writes more elements than this takes long.
+inline constexpr int64_t kShortWork = 1 << 16;
+
+// Tells the call of a tensor that a kernel runs.
+class Running {
+ public:
+  Running(const TensorView& of, bool is_long) : call_(of.call()) { call_.begin_kernel(is_long); }
+  Running(const Running&) = delete;
+  ~Running() { call_.end_kernel(); }
+
+ private:
+  Call& call_;
+};
+
+// Runs the kernel for these arguments on the device of `of`, which is supported and as large as any
+// tensor of the call; on CUDA with that device current, on its current stream, where a launch may
+// have to wait.
 template <class Args>
-void run(const TensorView& where, const Args& args) {
-  if (where.is_cpu()) return std::get<void (*)(const Args&)>(cpu::kKernels)(args);
+void run(const TensorView& of, const Args& args) {
+  const Running running(of, !of.is_cpu() || of.numel() > kShortWork);
+  if (of.is_cpu()) return std::get<void (*)(const Args&)>(cpu::kKernels)(args);
   if constexpr (kBuiltWithCuda) {
-    const int32_t index = where.get_device_index();
+    const int32_t index = of.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(index);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));

@@ -1,43 +1,44 @@
 // The tensors that results are written to: new ones, given ones, or the inputs themselves.
 #pragma once
 
+#include "call.h"
 #include "check/parts.h"
-#include "host/allocation.h"
 
 namespace rope {
 
+inline Tensor new_like(const TensorView& x, TensorView::Sizes sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return x.call().empty(x, sizes, dtype);
+}
+
 // Dense, of x's shape and order of dimensions, as torch.empty_like; last stride 1.
-inline torch::stable::Tensor dense_like(const torch::stable::Tensor& x) {
-  torch::stable::Tensor out = allocate_like(x);
+inline Tensor dense_like(const TensorView& x) {
+  Tensor out = x.call().empty_like(x);
   const int64_t last = x.dim() - 1;
-  if (x.size(last) > 1 && out.stride(last) != 1) return allocate(x, x.sizes());
+  if (x.size(last) > 1 && out.stride(last) != 1) return new_like(x, x.sizes());
   return out;
 }
 
 // The result for `heads`, q or k of checked arguments, goes to `out`, a tensor of its shape.
-inline void set_output(const RotaryArgs& args, RotatedHeads& heads,
-                       const torch::stable::Tensor& out) {
+inline void set_output(const RotaryArgs& args, RotatedHeads& heads, const TensorView& out) {
   heads.out = heads_of(out.strides(), out.mutable_data_ptr(), args.dtype, args.rotary_offset);
 }
 
-inline void set_in_place(const RotaryArgs& args, RotatedHeads& heads,
-                         const torch::stable::Tensor& x) {
+inline void set_in_place(const RotaryArgs& args, RotatedHeads& heads, const TensorView& x) {
   set_output(args, heads, x);
   heads.in.data = heads.out.data;  // mutable_data_ptr moves the memory of a copy-on-write tensor
 }
 
 // `stored` goes to this cache, from a channel on.
-inline void set_cache(StoredHeads& stored, const torch::stable::Tensor& cache,
-                      int64_t first_channel) {
+inline void set_cache(StoredHeads& stored, const TensorView& cache, int64_t first_channel) {
   char* const data = static_cast<char*>(cache.mutable_data_ptr());
-  const int64_t bytes = first_channel * static_cast<int64_t>(cache.element_size());
+  const int64_t bytes = first_channel * cache.element_size();
   stored.cache = data == nullptr ? nullptr : data + bytes;
 }
 
 // The result for `heads` in a new tensor like x.
-inline torch::stable::Tensor new_output(RotaryArgs& args, RotatedHeads& heads,
-                                        const torch::stable::Tensor& x) {
-  torch::stable::Tensor out = dense_like(x);
+inline Tensor new_output(RotaryArgs& args, RotatedHeads& heads, const TensorView& x) {
+  Tensor out = dense_like(x);
   set_output(args, heads, out);
   args.new_outputs = true;
   return out;

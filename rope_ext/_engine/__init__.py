@@ -13,6 +13,7 @@ placements.py   placements of the DTensors of a call
 dtensor.py      calls on local tensors
 flops.py        formulas for torch.utils.flop_counter
 calls.py        calls that skip the Autograd kernels if nothing is differentiated
+direct.py       calls that skip the dispatcher
 import_hook.py  registration with modules of PyTorch that are imported later
 
 Only rope_ext/_torch_private.py uses private names of PyTorch.

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext import frequencies
 from rope_ext._argument_errors import raise_argument_error, shown
+from rope_ext._engine.direct import direct_call
 from rope_ext.frequencies import config as configs
 from rope_ext.frequencies.bounds import LAST_POSITION, exponents
 from rope_ext.frequencies.scaling import BY_LENGTH, rope_type_of, split_scaling
@@ -20,8 +22,11 @@ from rope_ext.module.frequencies_by_length import (
 )
 from rope_ext.module.frequency_tensors import FrequencyTensors
 from rope_ext.module.tables import TableCache, tables
-from rope_ext.options import Layout, as_bshd
+from rope_ext.options import SEQUENCE, Layout, as_bshd
 from rope_ext.rotation import apply_rotary_qk
+
+_rotate, _rotate_in_place = direct_call("apply_rotary_qk"), direct_call("apply_rotary_qk_")
+_rotate_at, _rotate_at_in_place = map(direct_call, ("apply_rotary_qk_at", "apply_rotary_qk_at_"))
 
 
 class RotaryEmbedding(FrequencyTensors):
@@ -224,6 +229,10 @@ class RotaryEmbedding(FrequencyTensors):
         Raises:
             RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`.
         """
+        if regime_length is None and type(inplace) is bool and not is_dynamo_compiling():
+            rotated = self._rotate_directly(q, k, position_ids, layout, inplace)
+            if rotated is not NotImplemented:
+                return (q, k) if rotated is None else rotated
         try:
             view = as_bshd(q, layout, "RotaryEmbedding", "q")
             seq, head_dim = view.size(-3), view.size(-1)
@@ -262,6 +271,42 @@ class RotaryEmbedding(FrequencyTensors):
         except Exception:
             raise_argument_error(RotaryEmbedding.forward, "RotaryEmbedding")
             raise
+
+    def _rotate_directly(
+        self, q: Tensor, k: Tensor, position_ids: Tensor | None, layout: str, inplace: bool
+    ) -> Any:
+        """What a direct call returns (rope_ext/_engine/direct.py), where the frequencies do not
+        depend on lengths. With positions, the rotation by angles has the bits of one by rows.
+        """
+        inv_freq = (self._parameters if self.learned else self._buffers).get("inv_freq")
+        if (
+            type(q) is not Tensor
+            or type(layout) is not str
+            or inv_freq is None
+            or self.rope_type in BY_LENGTH
+        ):
+            return NotImplemented
+        shape = q.shape
+        if layout not in SEQUENCE or len(shape) < 3 or shape[-1] != self.head_dim:
+            return NotImplemented
+        if position_ids is None:
+            table = (
+                None
+                if self.learned
+                else self._tables.kept("inv_freq", inv_freq, shape[SEQUENCE[layout]])
+            )
+            if table is None:
+                return NotImplemented
+            cos, sin = table
+            return (_rotate_in_place if inplace else _rotate)(
+                layout, None, q, k, cos, sin, None, None, 0, self.interleaved, None, False
+            )
+        if q.dtype == torch.float64 or inv_freq.dtype != torch.float32:  # rows are of float32
+            return NotImplemented
+        return (_rotate_at_in_place if inplace else _rotate_at)(
+            layout, None, q, k, inv_freq, position_ids, None, self.attention_scaling,
+            0, self.interleaved, None, False,
+        )  # fmt: skip
 
     def cos_sin(
         self, position_ids: Tensor, *, regime_length: int | Tensor | None = None

@@ -40,6 +40,20 @@ class TableCache:
     def __init__(self) -> None:
         self.made: dict[str, _Table] = {}
 
+    def kept(self, name: str, inv_freq: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+        """cos, sin [L, P] with L >= length, if :meth:`get` would return what has been made."""
+        made = self.made.get(name)
+        if (
+            made is None
+            or made.inv_freq is not inv_freq
+            or made.version != inv_freq._version
+            or made.cos.shape[0] < length
+            or inv_freq.requires_grad
+            or (inv_freq.is_cuda and _is_captured(inv_freq))
+        ):
+            return None
+        return made.cos, made.sin
+
     def get(
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
     ) -> tuple[Tensor, Tensor]:

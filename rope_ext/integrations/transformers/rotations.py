@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from rope_ext._engine.calls import call
+from rope_ext._engine.direct import direct_call
 from rope_ext.options import rotation_options
+
+_rotate_both = direct_call("apply_rotary_qk")
 
 
 class Pairs(NamedTuple):
@@ -37,11 +41,20 @@ class Pairs(NamedTuple):
         # Not inverse=True, the transpose: it differs if the two columns of a pair differ.
         return cos, -sin if self.negated else sin
 
+    @property
+    def takes_tables_as_they_are(self) -> bool:
+        """Whether :meth:`rows` returns cos and sin themselves, if their last stride is 1."""
+        return self.columns != "first half" and not self.negated
+
+    def channels(self, cos: Tensor, head_dim: int) -> tuple[int, int]:
+        """rotary_dim and rotary_offset; cos as :meth:`rows` returns it."""
+        rotary_dim = cos.shape[-1] if self.columns == "a channel" else 2 * cos.shape[-1]
+        return rotary_dim, head_dim - rotary_dim if self.last_channels else 0
+
     def options(self, cos: Tensor, head_dim: int) -> dict[str, Any]:
         """The operators' keywords; cos as :meth:`rows` returns it."""
-        rotary_dim = cos.shape[-1] if self.columns == "a channel" else 2 * cos.shape[-1]
-        offset = head_dim - rotary_dim if self.last_channels else 0
-        return rotation_options(rotary_dim, offset, self.interleaved, self.interleaved_out)
+        channels = self.channels(cos, head_dim)
+        return rotation_options(*channels, self.interleaved, self.interleaved_out)
 
 
 # The first that agrees with a function is taken.
@@ -110,6 +123,15 @@ def rotate_both(
             rotate(pairs, q, cos, sin, heads_axis, position_ids),
             rotate(pairs, k, cos, sin, heads_axis, position_ids),
         )
+    if q.dim() == 4 and pairs.takes_tables_as_they_are and not is_dynamo_compiling():
+        layout = "bhsd" if heads_axis == -3 else "bshd"
+        rotary_dim, offset = pairs.channels(cos, q.shape[-1])
+        rotated = _rotate_both(
+            layout, None, q, k, cos, sin, position_ids,
+            rotary_dim, offset, pairs.interleaved, pairs.interleaved_out, False,
+        )  # fmt: skip
+        if rotated is not NotImplemented:
+            return rotated
     q, k = adjacent(q), adjacent(k)
     cos, sin = pairs.rows(cos, sin)
     options = pairs.options(cos, q.shape[-1])

@@ -15,11 +15,28 @@ MUTANTS = [
     ),
     # Tensors of a call that fails are never freed.
     *mutants(
+        "csrc/host/dispatcher_call.h", "test_wrong_arguments",
+        ("arguments-after-the-wrong-one-leak", "if (taken_ >> i & 1) return;",
+         "if (taken_ != 0) return;"),
+    ),
+    *mutants(
         "csrc/boxed.h", "test_wrong_arguments",
-        ("arguments-after-the-wrong-one-leak", "if (taken >> i & 1) return;",
-         "if (taken != 0) return;"),
         ("arguments-of-a-failed-call-leak",
-         "release(stack, kParameters);  // what was not taken", "// what was not taken"),
+         "drop(call, kParameters);  // what was not taken", "// what was not taken"),
+    ),
+    # Calls that need the dispatcher go past it; a write is not seen; others wait for a long call.
+    *mutants(
+        "csrc/host/direct.cpp", "test_direct_calls",
+        ("negated-tensors-are-direct", "is_true(pytorch.is_negative(each))", "false"),
+        ("gradients-are-lost", "is_true(pytorch.requires_grad(args[i]))", "false"),
+        ("modes-see-nothing", "if (is_true(condition())) return false;", "(void)condition;"),
+        ("tangents-are-lost", "PyLong_AsLong(level) >= 0", "PyLong_AsLong(level) >= 9"),
+        ("zeros-without-memory-are-read", "from.data == nullptr && view.numel() > 0", "false"),
+        ("inference-tensors-are-written-directly", "return version != nullptr;", "return true;"),
+        ("new-results-count-as-written", "!among(made_, made_count_) && ", ""),
+        ("one-version-twice", " && !among(written_, written_count_)", ""),
+        ("layouts-as-they-are", "std::swap(sizes[order->first], sizes[order->second]);", ""),
+        ("others-wait", "if (is_long) thread_", "if (false) thread_"),
     ),
     # PyTorch does not know that k is written; a quantized tensor is not refused by name.
     *mutants(

@@ -39,8 +39,11 @@ MUTANTS = [
     *mutants(
         "rope_ext/kv_cache.py", "test_appends test_append_kv",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
-        ("heads-first-caches-as-they-are", 'cache.transpose(1, 2) if layout == "HND" else cache',
-         "cache"),
+    ),
+    # The same.
+    *mutants(
+        "rope_ext/options.py", "test_append_kv test_direct_calls",
+        ("heads-first-caches-as-they-are", '"HND": (4, (1, 2))', '"HND": (4, None)'),
     ),
     # Values below the default are ignored.
     *mutants(
