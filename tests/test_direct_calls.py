@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
-from rope_ext import _C, _results, angles, kv_cache, rms_norm
+from rope_ext import _C, _destinations, angles, kv_cache, rms_norm
 from rope_ext._operators import OPERATORS
 from rope_ext.module import rotary_embedding
 
@@ -52,7 +52,7 @@ def only_direct(monkeypatch):
     def call(operator, *args):
         raise AssertionError(f"{operator} was called by the dispatcher")
 
-    for module in (_results, angles, kv_cache, rms_norm):
+    for module in (_destinations, angles, kv_cache, rms_norm):
         monkeypatch.setattr(module, "call", call)
 
 

@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     # In a transform nothing is written; `out` counts no version.
     *mutants(
-        "rope_ext/_results.py", "test_out test_in_place test_transforms test_compile",
+        "rope_ext/_destinations.py", "test_out test_in_place test_transforms test_compile",
         ("transforms-write-nothing",
          "tuple(x.copy_(y) for x, y in zip(tensors, new, strict=True))", "tuple(new)"),
         ("out-counts-no-version", "options, tuple(out))", "options)"),
