@@ -6,9 +6,9 @@ from torch.compiler import is_dynamo_compiling
 
 from rope_ext import decompositions
 from rope_ext._argument_errors import raise_argument_error
+from rope_ext._destinations import Rotation, rotate
 from rope_ext._engine.direct import direct_call
 from rope_ext._in_place import check_tables_need_no_grad
-from rope_ext._destinations import Rotation, rotate
 from rope_ext.options import Layout, rotation_options
 
 rope = torch.ops.rope

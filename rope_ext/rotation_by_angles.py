@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from rope_ext._argument_errors import raise_argument_error
-from rope_ext._engine.direct import direct_call
 from rope_ext._destinations import Rotation, rotate
+from rope_ext._engine.direct import direct_call
 from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
 
 rope = torch.ops.rope
