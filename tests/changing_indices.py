@@ -23,9 +23,8 @@ B, S, H, K, D, P, L = 2, 300, 4, 2, 64, 32, 700
 RANK, BLOCK = 96, 16  # of a latent; of a cache
 FAR = 2**40
 RUN, ROUNDS = 1000, 100  # writes of one value, of all values
-CHECKED = re.compile(
-    r"rope::\w+: expected (position_ids|slot_mapping|axes|token_order|row_offsets) "
-)
+INDICES = "position_ids", "slot_mapping", "axes", "token_order", "row_offsets"
+CHECKED = re.compile(rf"rope::\w+: expected ({'|'.join(INDICES)}) ")
 
 
 def calls():
@@ -42,32 +41,17 @@ def calls():
     inv_freq, _ = rope_ext.frequencies.default(D)
     axes, places = torch.arange(P) % 3, torch.randint(0, 5000, (3, B, S))
 
-    def in_place():
-        own_q, own_k = q.clone(), k.clone()
-        return rope_ext.apply_rotary_qk(own_q, own_k, cos, sin, ids, inplace=True)
-
     def append():
-        own_q, own_k = q.clone(), k.clone()
-        caches = torch.zeros(2, L // BLOCK + 1, BLOCK, K, D)
+        own_q, own_k, caches = q.clone(), k.clone(), torch.zeros(2, L // BLOCK + 1, BLOCK, K, D)
         rope_ext.apply_rotary_qk_append_kv_(own_q, own_k, k, *caches, slots, cos, sin, ids)
         return own_q, own_k, caches
 
     def append_latent():
-        own_q, k_pe = q.clone(), k[:, :, 0].clone()
+        own_q, k_pe, latent = q.clone(), k[:, :, 0].clone(), torch.ones(B, S, RANK)
         cache = torch.zeros(L // BLOCK + 1, BLOCK, RANK + D)
-        options = {"interleaved": True, "interleaved_out": False}
-        latent = torch.ones(B, S, RANK)
-        rope_ext.apply_rotary_mla_append_(
-            own_q, k_pe, latent, cache, slots, cos, sin, ids, **options
-        )
+        arguments = own_q, k_pe, latent, cache, slots, cos, sin, ids
+        rope_ext.apply_rotary_mla_append_(*arguments, interleaved=True, interleaved_out=False)
         return own_q, k_pe, cache
-
-    def normed():
-        return rope_ext.rms_norm_rotary_qk(q, k, weight, weight, cos, sin, ids)
-
-    def normed_backward():
-        arguments = (*grads, q, k, weight, weight, cos, sin, ids)
-        return rope.rms_norm_rotary_qk_backward(*arguments)[:2]
 
     def table_backward():
         rope.apply_rotary_table_backward(grads[0], q, grads[1], k, cos, order, offsets)
@@ -75,36 +59,30 @@ def calls():
 
     def backward():
         leaves = [t.clone().requires_grad_() for t in (q, cos)]
-        torch.autograd.grad(
-            rope_ext.apply_rotary(leaves[0], *leaves[1:], sin, ids), leaves, grads[0]
-        )
+        torch.autograd.grad(rope_ext.apply_rotary(*leaves, sin, ids), leaves, grads[0])
         return ()
 
-    def angles():
-        return rope_ext.cos_sin(inv_freq, places, axes=axes)
-
-    def angles_backward():
-        rows = torch.ones(2, B, S, P)
-        return (rope.cos_sin_backward(*rows, inv_freq, places, axes),)
-
-    def by_angles():
-        return rope_ext.apply_rotary_qk_at(q, k, inv_freq, places, axes=axes)
-
+    in_place = {"inplace": True}
+    rows, ones = (cos, sin, ids), torch.ones(2, B, S, P)
+    normed = q, k, weight, weight, *rows
     return {
-        "apply_rotary": (lambda: (rope_ext.apply_rotary(x, cos, sin, ids),), ids),
-        "in place": (in_place, ids),
+        "apply_rotary": (lambda: (rope_ext.apply_rotary(x, *rows),), ids),
+        "in place": (
+            lambda: rope_ext.apply_rotary_qk(q.clone(), k.clone(), *rows, **in_place),
+            ids,
+        ),
         "append": (append, ids),
         "append, slots": (append, slots),
         "latent": (append_latent, ids),
         "latent, slots": (append_latent, slots),
-        "normed": (normed, ids),
-        "normed, backward": (normed_backward, ids),
+        "normed": (lambda: rope_ext.rms_norm_rotary_qk(*normed), ids),
+        "normed, backward": (lambda: rope.rms_norm_rotary_qk_backward(*grads, *normed)[:2], ids),
         "gradient to the table, tokens": (table_backward, order),
         "gradient to the table, rows": (table_backward, offsets),
         "backward": (backward, ids),
-        "angles": (angles, axes),
-        "angles, backward": (angles_backward, axes),
-        "by angles": (by_angles, axes),
+        "angles": (lambda: rope_ext.cos_sin(inv_freq, places, axes=axes), axes),
+        "angles, backward": (lambda: (rope.cos_sin_backward(*ones, inv_freq, places, axes),), axes),
+        "by angles": (lambda: rope_ext.apply_rotary_qk_at(q, k, inv_freq, places, axes=axes), axes),
     }
 
 

@@ -13,11 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
 import rope_ext
@@ -31,11 +27,13 @@ DTYPE = torch.float64
 # ---- the model
 
 
-def causal(q, k, v):  # [B, S, H, D] each
+def attention(q, k, v, **options):  # [B, S, H, D] each
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(
-        1, 2
-    )
+    return scaled_dot_product_attention(*heads_first, **options, enable_gqa=True).transpose(1, 2)
+
+
+def causal(q, k, v):
+    return attention(q, k, v, is_causal=True)
 
 
 class Layer(nn.Module):
@@ -89,11 +87,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(model, loss_of_step, after_backward=lambda: None):
+def train(model, tokens, targets, position_ids, after_backward=lambda: None, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses, grads = [], {}
     for step in range(STEPS):
-        loss = loss_of_step()
+        logits = model(tokens, position_ids, **options)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         after_backward()
@@ -104,22 +103,16 @@ def train(model, loss_of_step, after_backward=lambda: None):
     return torch.stack(losses), grads
 
 
-def loss_of(model, tokens, targets, position_ids, **options):
-    return cross_entropy(model(tokens, position_ids, **options).flatten(0, 1), targets.flatten())
-
-
 def average(tensor):
     dist.all_reduce(tensor)
-    tensor /= dist.get_world_size()
+    return tensor / dist.get_world_size()
 
 
 # ---- the scenarios
 
 
 def one_process():
-    model, tokens, targets = made()
-    position_ids = torch.arange(LENGTH)[None]
-    return train(model, lambda: loss_of(model, tokens, targets, position_ids))
+    return train(*made(), torch.arange(LENGTH)[None])
 
 
 def with_tensor_parallel(model, mesh):
@@ -135,22 +128,18 @@ def with_tensor_parallel(model, mesh):
 
 
 def tensor_parallel():
-    model, tokens, targets = made()
+    model, *batch = made()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    position_ids = with_tensor_parallel(model, mesh)
-    return train(model, lambda: loss_of(model, tokens, targets, position_ids))
+    return train(model, *batch, with_tensor_parallel(model, mesh))
 
 
 def fully_sharded(mesh, model, tokens, targets, position_ids):
     """The batch is split along the mesh, and FSDP2 averages the gradients."""
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    rank, ranks = mesh.get_local_rank(), mesh.size()
-    tokens, targets = tokens.chunk(ranks)[rank], targets.chunk(ranks)[rank]
-    losses, grads = train(model, lambda: loss_of(model, tokens, targets, position_ids))
-    average(losses)
-    return losses, grads
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh)
+    tokens, targets = (t.chunk(mesh.size())[mesh.get_local_rank()] for t in (tokens, targets))
+    losses, grads = train(model, tokens, targets, position_ids)
+    return average(losses), grads
 
 
 def fsdp():
@@ -159,11 +148,11 @@ def fsdp():
 
 
 def fsdp_and_tensor_parallel():
-    model, tokens, targets = made()
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    position_ids = with_tensor_parallel(model, mesh["tensor"])
-    return fully_sharded(mesh["data"], model, tokens, targets, position_ids)
+    model, *batch = made()
+    mesh = init_device_mesh(
+        "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor")
+    )
+    return fully_sharded(mesh["data"], model, *batch, with_tensor_parallel(model, mesh["tensor"]))
 
 
 def context_parallel():
@@ -181,53 +170,36 @@ def context_parallel():
 
     def attend(q, k, v):
         k, v = gathered(k), gathered(v)
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        y = scaled_dot_product_attention(*heads_first, attn_mask=seen, enable_gqa=True)
-        return y.transpose(1, 2)
-
-    def loss_of_step():
-        return loss_of(model, tokens[:, mine], targets[:, mine], mine[None], attend=attend)
+        return attention(q, k, v, attn_mask=seen)
 
     def average_grads():
         for parameter in model.parameters():
-            average(parameter.grad)
+            parameter.grad = average(parameter.grad)
 
-    losses, grads = train(model, loss_of_step, average_grads)
-    average(losses)
-    return losses, grads
+    batch = tokens[:, mine], targets[:, mine], mine[None]
+    losses, grads = train(model, *batch, after_backward=average_grads, attend=attend)
+    return average(losses), grads
 
 
 # The scenarios for each number of ranks: four ranks run those that two can't distinguish.
 SCENARIOS = {
-    2: {
-        "tensor parallel": tensor_parallel,
-        "FSDP2": fsdp,
-        "context parallel": context_parallel,
-    },
-    4: {
-        "tensor parallel": tensor_parallel,
-        "FSDP2 and tensor parallel": fsdp_and_tensor_parallel,
-        "context parallel": context_parallel,
-    },
+    2: (tensor_parallel, fsdp, context_parallel),
+    4: (tensor_parallel, fsdp_and_tensor_parallel, context_parallel),
 }
 
 
 def run(rank, world, folder):
     """One rank of all scenarios; rank 0 saves name -> (losses, gradients), or the traceback."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    store = f"file://{folder}/store"
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=limit)
     results = {}
-    for name, scenario in SCENARIOS[world].items():
+    for scenario in SCENARIOS[world]:
         try:
-            results[name] = scenario()
+            results[scenario.__name__] = scenario()
         except Exception:
-            results[name] = traceback.format_exc()
+            results[scenario.__name__] = traceback.format_exc()
         dist.barrier()
     if rank == 0:
         torch.save(results, f"{folder}/results")

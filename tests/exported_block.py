@@ -22,21 +22,16 @@ SIZES = [(3, 17), (1, 5)]  # sizes that it runs with
 
 
 class Attention(nn.Module):
-    """Attention as in Llama: grouped heads, causal. `rotation`: the way to rotate q and k [B, S, H,
-    D].
-    """
+    """Attention as in Llama: grouped heads, causal. `rotation` names the method that rotates."""
 
     def __init__(self, rotation: str) -> None:
         super().__init__()
-        self.q = nn.Linear(DIM, DIM, bias=False)
-        self.k = nn.Linear(DIM, KV_HEADS * HEAD_DIM, bias=False)
-        self.v = nn.Linear(DIM, KV_HEADS * HEAD_DIM, bias=False)
-        self.o = nn.Linear(DIM, DIM, bias=False)
+        self.q, self.o = (nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(DIM, KV_HEADS * HEAD_DIM, bias=False) for _ in range(2))
         self.rotate = getattr(self, rotation)
         inv_freq, _ = rope_ext.frequencies.default(HEAD_DIM)
         cos, sin = rope_ext.cos_sin_cache(inv_freq, ROWS)
-        for name, buffer in {"inv_freq": inv_freq, "cos": cos, "sin": sin}.items():
-            self.register_buffer(name, buffer)
+        self.inv_freq, self.cos, self.sin = map(nn.Buffer, (inv_freq, cos, sin))
         self.module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=ROWS)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
@@ -92,12 +87,10 @@ def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, ROWS, (batch, length), generator=generator)
 
 
-def exported(model: nn.Module, **options: bool) -> torch.export.ExportedProgram:
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=ROWS)
-    shapes = {0: batch, 1: length}
-    return torch.export.export(
-        model.eval(), inputs(*EXPORTED), dynamic_shapes=(shapes, shapes), **options
-    )
+def exported(model: nn.Module, **options: object) -> torch.export.ExportedProgram:
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=ROWS)}
+    options["dynamic_shapes"] = sizes, sizes
+    return torch.export.export(model.eval(), inputs(*EXPORTED), **options)
 
 
 def packaged(lowering: str, folder: Path) -> Path:
@@ -109,13 +102,9 @@ def packaged(lowering: str, folder: Path) -> Path:
     return file
 
 
-def write_packages(folder: Path) -> None:
+if __name__ == "__main__":
     for lowering in ("op", "decompose"):
-        file = packaged(lowering, folder)
+        file = packaged(lowering, Path(sys.argv[1]))
         run = torch._inductor.aoti_load_package(str(file))
         cases = [{"inputs": list(x), "outputs": [run(*x)]} for x in (inputs(*n) for n in SIZES)]
         torch.save(cases, file.with_suffix(".cases"))
-
-
-if __name__ == "__main__":
-    write_packages(Path(sys.argv[1]))

@@ -33,9 +33,11 @@ def place(tensor, mesh, *placements):
     """The rank's part of a tensor that every rank has as a whole."""
     if tensor is None:
         return None
+    if placements and isinstance(placements[0], Partial):
+        return DTensor.from_local(tensor.detach(), mesh, placements)
     everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
-    if not placements or isinstance(placements[0], Partial):
-        return DTensor.from_local(tensor.detach(), mesh, placements or [Replicate()])
+    if not placements:
+        return everywhere
     return everywhere.redistribute(placements=placements).detach()
 
 
@@ -52,8 +54,7 @@ def assembled(parts):
         whole = locals_[0]
         wide = torch.float32 if whole.element_size() == 1 else whole.dtype  # float8 has no ==
         assert all(torch.equal(part.to(wide), whole.to(wide)) for part in locals_)
-    assert all(part.shape == whole.shape for part in parts)
-    assert all(part.stride() == whole.stride() for part in parts)
+    assert {(part.shape, part.stride()) for part in parts} == {(whole.shape, whole.stride())}
     return whole
 
 

@@ -37,53 +37,33 @@ APPEND = (
 )
 
 
-def printed(*launches, time_unit="ns"):
-    lines = (LAUNCH.format(kernel=k, read=read, time=time) for k, read, time in launches)
-    return NCU.format(launches="".join(lines), time_unit=time_unit)
-
-
-def test_launches_belong_to_the_case_before_which_the_marker_was():
-    text = printed(
-        (MARKER, "0", "900"),
-        (APPEND, "33,554,432", "12,288"),
-        (MARKER, "0", "900"),
-        ("void rope::cuda::(anonymous namespace)::a_kernel<float>(int)", "1", "1"),
-        ("b_kernel(int)", "2", "1"),
-    )
+@pytest.mark.parametrize(("time", "time_unit"), [("12,288", "ns"), ("12.288", "us")])
+def test_launches_belong_to_the_case_before_which_the_marker_was(time, time_unit):
+    lines = [
+        LAUNCH.format(kernel=kernel, read=read, time=time)
+        for kernel, read in (
+            (MARKER, "0"),
+            (APPEND, "33,554,432"),
+            (MARKER, "0"),
+            ("void rope::cuda::(anonymous namespace)::a_kernel<float>(int)", "1"),
+            ("b_kernel(int)", "2"),
+        )
+    ]
+    text = NCU.format(launches="".join(lines), time_unit=time_unit)
     rows = bytes_moved.measured(text, CASES[:2])
     names = [(row["case"], row["kernel"]) for row in rows]
     first, second = (case.label for case in CASES[:2])
     assert names == [(first, "append_kernel"), (second, "a_kernel"), (second, "b_kernel")]
-    assert rows[0] == {
-        "case": first,
-        "kernel": "append_kernel",
-        "least": CASES[0].least_bytes,
-        "microseconds": pytest.approx(12.288),
-        "dram_read": 33554432,
-        "dram_write": 1024,
-        "l2_read": 320,
-        "l2_write": 640,
-        "dram_percent": 71.5,
-        "occupancy_percent": "",  # n/a
-        "registers": 32,
-    }
-
-
-def test_units_other_than_the_base_are_reckoned_with():
-    ((_, row),) = bytes_moved.launches(printed((APPEND, "1", "1.5"), time_unit="us"))
-    assert row["microseconds"] == pytest.approx(1.5)
+    figures = {"dram_read": 33554432, "dram_write": 1024, "l2_read": 320, "l2_write": 640}
+    figures |= {"microseconds": pytest.approx(12.288), "dram_percent": 71.5, "registers": 32}
+    figures |= {"least": CASES[0].least_bytes, "occupancy_percent": ""}  # n/a
+    assert rows[0] == {"case": first, "kernel": "append_kernel", **figures}
 
 
 def test_counts_of_the_emulator_are_held_against_the_least():
-    def row(case, read, write):
-        return {"case": case, "least": 2e6, "distinct_read": read, "distinct_write": write}
-
-    rows = [
-        row("exact", 1e6, 1e6),
-        row("more", 1e6, 1e6),
-        row("more", 1, 3e5),
-        row("few", 1e6, 9e5),
-    ]
+    counts = ("exact", 1e6, 1e6), ("more", 1e6, 1e6), ("more", 1, 3e5), ("few", 1e6, 9e5)
+    columns = "case", "distinct_read", "distinct_write"
+    rows = [dict(zip(columns, row, strict=True), least=2e6) for row in counts]
     wrong = bytes_moved.with_least(rows)
     assert [r.get("over_least") for r in rows] == ["1.00", "**1.15**", None, "0.95"]
     assert wrong == ["few: 1,900,000.0 bytes are fewer than the least, 2,000,000.0"]

@@ -45,6 +45,19 @@ def lowered():
     rope_ext.lowering("op")
 
 
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+class Graphs(list):
+    """A backend that runs graphs as they are, and keeps them and their inputs."""
+
+    def __call__(self, graph, inputs):
+        self.append((graph, inputs))
+        return graph
+
+
 # ---- how many graphs
 
 
@@ -63,8 +76,7 @@ def test_module_has_two_graphs_for_all_shapes_positions_and_tables(to, device):
             k = random(batch, seq, K, D, device=device)
             ids = first + random_positions(batch, seq, rows=50, device=device)
             for args in ((q, k), (q, k, ids)):
-                for a, b in zip(run(*args), module(*args), strict=True):  # module: the table grows
-                    assert_same_bits(a, b)
+                assert_same(run(*args), module(*args))  # module: the table grows
             graphs = graphs or counter.frame_count
             assert counter.frame_count == graphs
 
@@ -77,10 +89,6 @@ def in_packed_qkv(x, cos, sin):
     q, k = qkv.split((H, K), dim=2)
     rope_ext.apply_rotary_qk(q, k, cos, sin, inplace=True)
     return qkv * 1
-
-
-def in_graph_input(x, cos, sin):
-    return rope_ext.apply_rotary(x[None, :, None, :D], cos, sin, inplace=True).sum()
 
 
 def in_intermediate(x, cos, sin):
@@ -96,7 +104,7 @@ def in_caches_that_are_graph_inputs(x, cos, sin, k_cache, v_cache, slots):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "function", [in_packed_qkv, in_graph_input, in_intermediate, in_caches_that_are_graph_inputs]
+    "function", [in_packed_qkv, in_intermediate, in_caches_that_are_graph_inputs]
 )
 def test_in_place_is_in_place_in_the_code_of_inductor(function):
     """Functionalization on the way leaves no clone and no copy."""
@@ -134,11 +142,7 @@ def test_nothing_in_a_graph_waits_for_the_device(to):
     values. Run with meta tensors, which have no values, and raise if they are read or copied.
     """
     module = rope_ext.RotaryEmbedding(D, max_position_embeddings=8, learned=True)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append((graph, inputs))
-        return graph
+    graphs = Graphs()
 
     def step(q, k, ids):
         q, k = module(q, k, ids)
@@ -147,8 +151,8 @@ def test_nothing_in_a_graph_waits_for_the_device(to):
 
     q, k = random(B, S, H, D), random(B, S, K, D)
     with rope_ext.lowering(to):
-        step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
-        step(q, k, random_positions(B, S, rows=50))
+        compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=False)
+        compiled(q, k, random_positions(B, S, rows=50))
     ((graph, inputs),) = graphs
     inputs = [t.detach().to("meta").requires_grad_(t.is_floating_point()) for t in inputs]
     leaves = [t for t in inputs if t.requires_grad]
@@ -228,27 +232,23 @@ def test_decomposed_rotation_has_the_bits_of_the_operator(name, dtype):
     """
     *leaves, ids, options = rotation(name, dtype)
     leaves = [t.requires_grad_() for t in leaves]
+    seeds = [random(*x.shape, dtype=dtype, seed=9) for x in leaves[:2]]
 
     def rotate(q, k, cos, sin):
         return rope_ext.apply_rotary_qk(q * 2, k, cos, sin, ids, **options)
 
-    expected = rotate(*leaves)
-    seeds = [random(*out.shape, dtype=dtype, seed=9) for out in expected]
-    wanted = torch.autograd.grad(expected, leaves, seeds)
-    forward = torch.compile(rotate, fullgraph=True)
+    def step(rotate):
+        out = rotate(*leaves)
+        return *out, *torch.autograd.grad(out, leaves, seeds)
 
-    def step():
-        out = forward(*leaves)
-        return out, torch.autograd.grad(out, leaves, seeds)
-
+    expected = step(rotate)
     with rope_ext.lowering("decompose"):
-        (got, grads), codes = run_and_get_code(step)
+        got, codes = run_and_get_code(step, torch.compile(rotate, fullgraph=True))
     assert not any("torch.ops.rope" in code for code in codes)
-    for a, b in zip((*got, *grads[:2]), (*expected, *wanted[:2]), strict=True):
-        assert_same_bits(a, b)
+    assert_same(got[:4], expected[:4])
     terms = 2 * B * S * (H + K)
     size = 5.0**2 * terms  # no number of random() is larger than 5
-    for a, b in zip(grads[2:], wanted[2:], strict=True):
+    for a, b in zip(got[4:], expected[4:], strict=True):
         assert ((a - b).abs() <= terms * 2.0**-23 * size).all()
 
 
@@ -268,54 +268,32 @@ def assert_decomposes(q, k, cos, sin, ids, options):
 
     traced = make_fx(function, decomposition_table=DECOMPOSITIONS)(q, k)
     assert "rope" not in traced.code
-    for a, b in zip(traced(q, k), function(q, k), strict=True):
-        assert_same_bits(a, b)
+    assert_same(traced(q, k), function(q, k))
     assert_same_bits(function(q, k)[0], rounded_once(q, cos, sin, ids, **options))
-
-
-def test_exported_program_loses_its_operators():
-    class Rotate(torch.nn.Module):
-        def forward(self, q, k, cos, sin, ids):
-            return rope_ext.apply_rotary_qk(q, k, cos, sin, ids)
-
-    inputs = rotation("ids S", torch.float32)[:5]
-    program = torch.export.export(Rotate(), inputs).run_decompositions(DECOMPOSITIONS)
-    assert "rope" not in program.graph_module.code
-    for a, b in zip(program.module()(*inputs), Rotate()(*inputs), strict=True):
-        assert_same_bits(a, b)
 
 
 def operators(function, *args):
     """The rope operators in the graph, and the results."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    results = torch.compile(function, backend=backend, fullgraph=True)(*args)
-    return [
-        str(n.target) for g in graphs for n in g.graph.nodes if "rope" in str(n.target)
-    ], results
+    graphs = Graphs()
+    results = torch.compile(function, backend=graphs, fullgraph=True)(*args)
+    names = [str(node.target) for graph, _ in graphs for node in graph.graph.nodes]
+    return [name for name in names if "rope" in name], results
 
 
 def test_lowering_holds_until_the_end_of_its_block_or_from_now_on():
-    def function(x, cos, sin):
-        return rope_ext.apply_rotary(x, cos, sin)
+    def decomposed():
+        args = random(B, S, H, D), *random_table(L, P)
+        return operators(lambda *args: rope_ext.apply_rotary(*args), *args)[0] == []
 
-    args = random(B, S, H, D), *random_table(L, P)
-    assert operators(function, *args)[0]
+    assert not decomposed()
     with rope_ext.lowering("decompose"):
-        assert operators(function, *args)[0] == []  # compiled again, not the old graph
+        assert decomposed()  # compiled again, not the old graph
         with rope_ext.lowering("op"):
-            assert operators(function, *args)[0]
-        torch._dynamo.reset()
-        assert operators(function, *args)[0] == []
-    torch._dynamo.reset()
-    assert operators(function, *args)[0]
+            assert not decomposed()
+        assert decomposed()
+    assert not decomposed()
     rope_ext.lowering("decompose")
-    torch._dynamo.reset()
-    assert operators(function, *args)[0] == []
+    assert decomposed()
     with pytest.raises(ValueError, match="expected 'op' or 'decompose', got 'fused'"):
         rope_ext.lowering("fused")
     assert decomposes() is False  # eager
@@ -336,8 +314,7 @@ def test_decomposed_in_place_writes_its_argument(needs_grad, layout):
     with rope_ext.lowering("decompose"):
         names, got = operators(function, *args)
     assert names == []
-    for a, b in zip(got, function(*args), strict=True):
-        assert_same_bits(a, b)
+    assert_same(got, function(*args))
 
 
 def test_decomposed_position_past_the_table_is_nan():
@@ -402,5 +379,4 @@ def test_transforms_are_compiled(to, device):
         names, _ = operators(function, *args)
         got = torch.compile(function, backend="aot_eager", fullgraph=True)(*args)
     assert bool(names) == (to == "op")
-    for a, b in zip(got, expected, strict=True):
-        assert_same_bits(a, b)
+    assert_same(got, expected)

@@ -21,27 +21,9 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
-# name -> (outputs and workspaces allocated, kernels launched)
-EXPECTED = {
-    "apply_rotary": (1, 1),
-    "apply_rotary_qk": (2, 1),
-    "apply_rotary_": (0, 1),
-    "apply_rotary_qk_": (0, 1),
-    "apply_rotary_qk_ with position_ids": (0, 1),
-    "apply_rotary_qk_append_kv_": (0, 1),
-    "apply_rotary_mla_append_": (0, 1),
-    "apply_rotary_table_backward": (2, 1),
-    "cos_sin_cache": (2, 1),
-    "cos_sin": (2, 1),
-    "cos_sin_backward": (2, 2),  # partial sums, then their sum
-    "cos_sin with axes": (2, 1),
-    "apply_rotary_qk_at": (2, 1),
-    "apply_rotary_qk_at_ with axes": (0, 1),
-}
-
 
 def calls():
-    """The arguments of each call."""
+    """name -> number of outputs and workspaces allocated, of kernels launched, and arguments."""
     cuda = torch.device("cuda")
     inv_freq = rope_ext.frequencies.default(64)[0].to(cuda)
     table = [t.to(cuda) for t in rope_ext.cos_sin_cache(inv_freq.cpu(), 16)]
@@ -51,20 +33,20 @@ def calls():
     latent, compressed = torch.zeros(2, 16, 40 + 64).to(cuda), torch.randn(2, 16, 40).to(cuda)
     by_axis = torch.arange(48).view(3, 16).to(cuda), (torch.arange(32) % 3).to(cuda)
     return {
-        "apply_rotary": (q, *table),
-        "apply_rotary_qk": (q, k, *table),
-        "apply_rotary_": (q, *table),
-        "apply_rotary_qk_": (q, k, *table),
-        "apply_rotary_qk_ with position_ids": (q, k, *table, ids),
-        "apply_rotary_qk_append_kv_": (q, k, v, *caches, slots, *table),
-        "apply_rotary_mla_append_": (q, k[:, :, :1], compressed, latent, slots, *table),
-        "apply_rotary_table_backward": (q, q, k, k, table[0]),
-        "cos_sin_cache": (inv_freq, 16),
-        "cos_sin": (inv_freq, ids),
-        "cos_sin_backward": (*table, inv_freq),
-        "cos_sin with axes": (inv_freq, *by_axis),
-        "apply_rotary_qk_at": (q, k, inv_freq),
-        "apply_rotary_qk_at_ with axes": (q, k, inv_freq, *by_axis),
+        "apply_rotary": (1, 1, q, *table),
+        "apply_rotary_qk": (2, 1, q, k, *table),
+        "apply_rotary_": (0, 1, q, *table),
+        "apply_rotary_qk_": (0, 1, q, k, *table),
+        "apply_rotary_qk_ with position_ids": (0, 1, q, k, *table, ids),
+        "apply_rotary_qk_append_kv_": (0, 1, q, k, v, *caches, slots, *table),
+        "apply_rotary_mla_append_": (0, 1, q, k[:, :, :1], compressed, latent, slots, *table),
+        "apply_rotary_table_backward": (2, 1, q, q, k, k, table[0]),
+        "cos_sin_cache": (2, 1, inv_freq, 16),
+        "cos_sin": (2, 1, inv_freq, ids),
+        "cos_sin_backward": (2, 2, *table, inv_freq),  # partial sums, then their sum
+        "cos_sin with axes": (2, 1, inv_freq, *by_axis),
+        "apply_rotary_qk_at": (2, 1, q, k, inv_freq),
+        "apply_rotary_qk_at_ with axes": (0, 1, q, k, inv_freq, *by_axis),
     }
 
 
@@ -74,17 +56,17 @@ def count(library):
     counter.calls_last_stream.restype = ctypes.c_void_p
     stream = torch.cuda.Stream()
     found = {}
-    for name, arguments in calls().items():
+    for name, (allocations, launches, *arguments) in calls().items():
         operator = getattr(torch.ops.rope, name.split()[0])
         operator(*arguments)  # what is set up once is set up now
         with torch.cuda.stream(stream):
             counter.calls_reset()
             _kept = operator(*arguments)
             found[name] = {
-                "on the current stream": counter.calls_last_stream() == stream.cuda_stream,
-                "launches": counter.calls_launches(),
-                "allocations": counter.calls_allocations(),
-                "synchronisations": counter.calls_synchronisations(),
+                "on the current stream": (counter.calls_last_stream() == stream.cuda_stream, True),
+                "launches": (counter.calls_launches(), launches),
+                "allocations": (counter.calls_allocations(), allocations),
+                "synchronisations": (counter.calls_synchronisations(), 0),
             }
         counter.calls_report_error(LAUNCH_FAILURE)
         try:
@@ -113,26 +95,21 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", EXPECTED)
-def test_operator_can_be_captured_and_its_failed_launch_raises(name, found):
-    allocations, launches = EXPECTED[name]
-    operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
-    error = found[name].pop("failed launch", "not noticed")
-    assert re.match(rf"rope::{operator}_?: CUDA error: ", error), error
-    assert found[name] == {
-        "on the current stream": True,
-        "launches": launches,
-        "allocations": allocations,
-        "synchronisations": 0,
-    }
+def test_operators_can_be_captured_and_their_failed_launches_raise(found):
+    assert len(found) == 14
+    for name, counts in found.items():
+        operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
+        error = counts.pop("failed launch", "not noticed")
+        assert re.match(rf"rope::{operator}_?: CUDA error: ", error), (name, error)
+        for what, (got, expected) in counts.items():
+            assert got == expected, (name, what)
 
 
 def test_sources_call_nothing_that_waits():
     """Except for ROPE_EXT_CHECK=1, which copies the positions to the host through PyTorch."""
     waits = re.compile(r"\bcuda(\w*Synchronize|Memcpy\w*|Memset|Malloc\w*|Free\w*|StreamQuery)\b")
-    sources = [
-        path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".inl")
-    ]
+    suffixes = (".cu", ".cuh", ".cpp", ".h", ".inl")
+    sources = [path for path in CSRC.rglob("*") if path.suffix in suffixes]
     assert len(sources) > 20
     assert [(p.name, m[0]) for p in sources for m in waits.finditer(p.read_text())] == []
 

@@ -4,11 +4,9 @@ Calls without communication are checked rank by rank in one process (ranks.py). 
 distributed_training.py run in separate processes.
 """
 
-import re
 import subprocess
 import sys
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import distributed_training as training
@@ -30,6 +28,7 @@ DTYPE = torch.float64
 # Sums over tokens or heads are split over ranks and added in another order: each of n terms of size
 # about 1 is rounded at most n times, and n <= B S H = 128.
 SUMS = {"rtol": 128 * torch.finfo(DTYPE).eps, "atol": 128**2 * torch.finfo(DTYPE).eps}
+EQUAL = {"rtol": 0, "atol": 0}
 # Training: sums of at most n = max(tokens, channels) = 64 terms, in about 20 operations a layer, in
 # forward and backward, whose errors add up over the steps (SGD on a loss that falls evenly).
 TRAINING = 64 * 20 * training.LAYERS * 2 * training.STEPS * torch.finfo(training.DTYPE).eps
@@ -59,37 +58,41 @@ ROW_KINDS = {
     "rows [1, S, W]": ([t[position_ids[:1]] for t in table], None),
     "rows [B, S, W]": ([t[position_ids] for t in table], None),
 }
-SHARDS = {
-    "replicated": Replicate(),
-    "batch": Shard(0),
-    "sequence": Shard(1),
-    "heads": Shard(2),
-}
+SHARDS = {"replicated": Replicate(), "batch": Shard(0), "sequence": Shard(1), "heads": Shard(2)}
+
+
+def on_ranks(function, xs, rest, placement):
+    """function(*xs, *rest) of xs placed so, and of the rest, which is whole on every rank."""
+
+    def on_rank(mesh):
+        placed = [place(x, mesh, placement) for x in xs]
+        return function(*placed, *(place(t, mesh) for t in rest))
+
+    return on_every_rank(on_rank)
+
+
+def assert_close(got, expected, tolerance=SUMS):
+    for part, whole in zip(got, expected, strict=True):
+        torch.testing.assert_close(part, whole, **tolerance)
+
+
+def with_gradients(q, k, grad_q, grad_k, cos, sin, positions=None):
+    leaves = [leaf.detach().requires_grad_() for leaf in (q, k, cos, sin)]
+    results = rope.apply_rotary_qk(*leaves, positions)
+    gradients = torch.autograd.grad(results, leaves, (grad_q, grad_k))
+    return [*(result.detach() for result in results), *gradients]
 
 
 @pytest.mark.parametrize("rows", ROW_KINDS.values(), ids=ROW_KINDS)
 def test_every_rank_rotates_its_part_and_gradients_add_up(rows):
     (cos, sin), positions = rows
-
-    def results_and_gradients(leaves, positions, grads):
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        results = rope.apply_rotary_qk(*leaves, positions)
-        torch.autograd.backward(results, grads)
-        return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves)]
-
-    def on_rank(mesh, placement):
-        leaves = [place(x, mesh, placement) for x in (q, k)] + [place(t, mesh) for t in (cos, sin)]
-        grads = [place(grad, mesh, placement) for grad in (grad_q, grad_k)]
-        return results_and_gradients(leaves, place(positions, mesh), grads)
-
-    expected = results_and_gradients((q, k, cos, sin), positions, (grad_q, grad_k))
+    xs, rest = (q, k, grad_q, grad_k), (cos, sin, positions)
+    expected = with_gradients(*xs, *rest)
     for shard, placement in SHARDS.items():
-        got = on_every_rank(partial(on_rank, placement=placement))
         with naming(shard):
-            for part, whole in zip(got[:4], expected[:4], strict=True):  # the rotation, and back
-                assert torch.equal(part, whole)
-            for part, whole in zip(got[4:], expected[4:], strict=True):  # over tokens and heads
-                torch.testing.assert_close(part, whole, **SUMS)
+            got = on_ranks(with_gradients, xs, rest, placement)
+            assert_close(got[:4], expected[:4], EQUAL)  # the rotation, and back
+            assert_close(got[4:], expected[4:])  # over tokens and heads
 
 
 def test_x_follows_rows_and_positions_that_are_sharded():
@@ -104,8 +107,7 @@ def test_x_follows_rows_and_positions_that_are_sharded():
     for kind, dim in (("position_ids [B, S]", 0), ("rows [B, S, W]", 1)):
         rows, positions = ROW_KINDS[kind]
         got = on_every_rank(partial(rotated, placement=Shard(dim), kind=kind))
-        for part, whole in zip(got, rope.apply_rotary_qk(q, k, *rows, positions), strict=True):
-            assert torch.equal(part, whole)
+        assert_close(got, rope.apply_rotary_qk(q, k, *rows, positions), EQUAL)
 
 
 def test_heads_of_q_and_k_shard_by_themselves(monkeypatch):
@@ -125,66 +127,38 @@ def test_heads_of_q_and_k_shard_by_themselves(monkeypatch):
     # PyTorch sums the gradient over all ranks' heads; the operator must not do it.
     monkeypatch.setattr(CommDebugMode, "get_total_counts", lambda self: 0)
     for placements in ((Shard(2), Replicate()), (Replicate(), Shard(2))):
-        got = on_every_rank(partial(on_rank, placements=placements))
-        for part, whole in zip(got, expected, strict=True):
-            torch.testing.assert_close(part, whole, **SUMS)
+        assert_close(on_every_rank(partial(on_rank, placements=placements)), expected)
 
 
 def test_packed_tokens_shard_as_a_sequence():
-    x, grad = q.flatten(0, 1), grad_q.flatten(0, 1)
+    xs = [x.flatten(0, 1) for x in (q, k, grad_q, grad_k)]
     tokens = random_table(B * S + 3, D // 2, dtype=DTYPE)
-
-    def gradients(x, cos, sin, positions, grad):
-        leaves = [t.detach().requires_grad_() for t in (x, cos, sin)]
-        y = rope_ext.apply_rotary(*leaves, positions, layout="thd")
-        y.backward(grad)
-        return [y.detach(), *(leaf.grad for leaf in leaves)]
-
-    def on_rank(mesh, rows, dim):
-        whole = (place(t, mesh) for t in rows)
-        return gradients(place(x, mesh, Shard(dim)), *whole, place(grad, mesh, Shard(dim)))
-
-    for rows, dim in (
-        ((*tokens, None), 0),
+    for rest, dim in (
+        (tokens, 0),
         ((*table, position_ids.flatten()), 0),
-        ((*(t[: B * S] for t in tokens), None), 1),
+        ([t[: B * S] for t in tokens], 1),
     ):
-        got = on_every_rank(partial(on_rank, rows=rows, dim=dim))
-        for part, whole in zip(got, gradients(x, *rows, grad), strict=True):
-            torch.testing.assert_close(part, whole, **SUMS)
+        got = on_ranks(with_gradients, xs, rest, Shard(dim))
+        assert_close(got, with_gradients(*xs, *rest))
 
 
-def test_sizes_that_the_ranks_do_not_divide():
+def test_sizes_that_the_ranks_do_not_divide_and_orders_in_memory():
     x = random(3, 7, 3, D, dtype=DTYPE)
-
-    def rotated(mesh, placement):
-        return (rope.apply_rotary(place(x, mesh, placement), *(place(t, mesh) for t in table)),)
-
-    for placement in SHARDS.values():
-        (got,) = on_every_rank(partial(rotated, placement=placement))
-        assert torch.equal(got, rope.apply_rotary(x, *table)), placement
-
-
-def test_layouts_keep_their_order_in_memory():
-    def rotated(mesh, x, dim, layout):
-        rows = (place(t, mesh) for t in table)
-        return (rope_ext.apply_rotary(place(x, mesh, Shard(dim)), *rows, layout=layout),)
-
-    for layout, dim in product(("bhsd", "sbhd"), range(3)):
-        x = in_layout(q, layout)
-        (got,) = on_every_rank(partial(rotated, x=x, dim=dim, layout=layout))
-        assert torch.equal(got, rope_ext.apply_rotary(x, *table, layout=layout)), (layout, dim)
+    cases = [("bshd", x, placement) for placement in SHARDS.values()]
+    cases += [(to, in_layout(q, to), Shard(dim)) for to in ("bhsd", "sbhd") for dim in range(3)]
+    for layout, x, placement in cases:
+        rotate = partial(rope_ext.apply_rotary, layout=layout)
+        (got,) = on_ranks(lambda *args: (rotate(*args),), [x], table, placement)  # noqa: B023
+        assert torch.equal(got, rotate(x, *table)), (layout, placement)
 
 
 def test_in_place_differentiates():
-    def on_rank(mesh):
-        x = place(q, mesh, Shard(1)).requires_grad_()
-        rows = [place(t, mesh) for t in table]
-        y = rope_ext.apply_rotary(x * 1, *rows, inplace=True)
-        y.backward(place(grad_q, mesh, Shard(1)))
-        return y.detach(), x.grad
+    def in_place(x, grad, cos, sin):
+        x = x.detach().requires_grad_()
+        y = rope_ext.apply_rotary(x * 1, cos, sin, inplace=True)
+        return y.detach(), *torch.autograd.grad(y, x, grad)
 
-    y, grad = on_every_rank(on_rank)
+    y, grad = on_ranks(in_place, (q, grad_q), table, Shard(1))
     assert torch.equal(y, rope.apply_rotary(q, *table))
     assert torch.equal(grad, rope.apply_rotary(grad_q, *table, inverse=True))
 
@@ -198,12 +172,9 @@ def test_compiles_forward_and_backward(mesh):
         leaves = [place(x, mesh, Shard(1)).requires_grad_() for x in (q, k)]
         results = function(*leaves, *(place(t, mesh) for t in table))
         grads = [place(grad, mesh, Shard(1)) for grad in (grad_q, grad_k)]
-        torch.autograd.backward(results, grads)
-        return [t.to_local() for t in (*results, *(leaf.grad for leaf in leaves))]
+        return [t.to_local() for t in (*results, *torch.autograd.grad(results, leaves, grads))]
 
-    compiled = run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-    for got, expected in zip(compiled, run(loss), strict=True):
-        assert torch.equal(got, expected)
+    assert_close(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss), EQUAL)
 
 
 # ---- tables
@@ -220,35 +191,32 @@ def test_rows_are_sharded_as_their_positions_and_gradients_add_up(axes):
         leaves = [t.detach() for t in (inv_freq, positions)]
         leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
         cos, sin = rope_ext.cos_sin(*leaves, axes=axes)
-        torch.autograd.backward((cos, sin), grads)
-        return cos.detach(), sin.detach(), *(t.grad for t in leaves if t.requires_grad)
+        of = [t for t in leaves if t.requires_grad]
+        return cos.detach(), sin.detach(), *torch.autograd.grad((cos, sin), of, grads)
 
-    def on_rank(mesh, positions_at, inv_freq_at, tables_at):
-        return tables(
-            place(inv_freq, mesh, inv_freq_at),
-            place(positions, mesh, positions_at),
-            place(axes, mesh, inv_freq_at),
-            *(place(grad, mesh, tables_at) for grad in grads),
-        )
+    def on_rank(mesh, at):
+        inv_freq_at, positions_at, tables_at = at
+        of_grads = (place(grad, mesh, tables_at) for grad in grads)
+        placed = place(inv_freq, mesh, inv_freq_at), place(positions, mesh, positions_at)
+        return tables(*placed, place(axes, mesh, inv_freq_at), *of_grads)
 
     expected = tables(inv_freq, positions, axes, *grads)
-    for positions_at, inv_freq_at, tables_at in (
+    for at in (
         (Replicate(), Replicate(), Replicate()),
-        (Shard(first), Replicate(), Shard(0)),
-        (Shard(first + 1), Replicate(), Shard(1)),
-        (Replicate(), Shard(0), Shard(2)),  # the pairs, and their axes with them
+        (Replicate(), Shard(first), Shard(0)),
+        (Replicate(), Shard(first + 1), Shard(1)),
+        (Shard(0), Replicate(), Shard(2)),  # the pairs, and their axes with them
     ):
-        at = {"positions_at": positions_at, "inv_freq_at": inv_freq_at, "tables_at": tables_at}
-        got = on_every_rank(partial(on_rank, **at))
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
-        for a, b in zip(got[2:], expected[2:], strict=True):
-            torch.testing.assert_close(a, b, rtol=SUMS["rtol"], atol=ROWS * SUMS["atol"])
+        got = on_every_rank(partial(on_rank, at=at))
+        assert_close(got[:2], expected[:2], EQUAL)
+        assert_close(got[2:], expected[2:], {**SUMS, "atol": ROWS * SUMS["atol"]})
 
 
 @pytest.mark.parametrize("positions", [None, "S", "1S", "BS", "3BS"])
 def test_rotation_by_angles(positions):
-    """In place and not, and backward, for any shard; angles are sharded if tokens are."""
+    """In place and not, and backward, for any shard; angles are sharded if tokens are. The gradient
+    to frequencies is pending: each rank has a term of the sum over tokens.
+    """
     inv_freq, axes = random(D // 2, dtype=DTYPE).abs(), torch.arange(D // 2) % 3
     sizes = {"3": 3, "1": 1, "B": B, "S": S}
     ids = None if positions is None else random(*map(sizes.get, positions), dtype=DTYPE)
@@ -262,43 +230,18 @@ def test_rotation_by_angles(positions):
         rope.apply_rotary_qk_at_(*written, inv_freq, ids, axes, interleaved=True)
         return *(x.detach() for x in y), *grads, *written
 
-    def on_rank(mesh, placement):
-        xs = (place(x, mesh, placement) for x in (q, k, grad_q, grad_k))
-        return rotated(*xs, *(place(t, mesh) for t in (inv_freq, ids, axes)))
-
-    expected = rotated(q, k, grad_q, grad_k, inv_freq, ids, axes)
-    for shard, placement in SHARDS.items():
-        got = on_every_rank(partial(on_rank, placement=placement))
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a, b), shard
-
-
-def test_gradient_to_frequencies_of_the_rotation_by_angles_is_pending():
-    """With sequence shards, each rank has a term of the sum over tokens."""
-    inv_freq = random(D // 2, dtype=DTYPE).abs()
-
-    def gradient(q, k, grad_q, grad_k, inv_freq):
+    def to_frequencies(q, k, grad_q, grad_k, inv_freq):
         leaf = inv_freq.detach().requires_grad_()
-        y = rope_ext.apply_rotary_qk_at(q, k, leaf)
-        return torch.autograd.grad(y, leaf, (grad_q, grad_k))
+        return torch.autograd.grad(rope_ext.apply_rotary_qk_at(q, k, leaf), leaf, (grad_q, grad_k))
 
-    def on_rank(mesh):
-        xs = (place(x, mesh, Shard(1)) for x in (q, k, grad_q, grad_k))
-        return gradient(*xs, place(inv_freq, mesh))
-
-    (expected,) = gradient(q, k, grad_q, grad_k, inv_freq)
-    (got,) = on_every_rank(on_rank)
-    torch.testing.assert_close(got, expected, rtol=SUMS["rtol"], atol=S * SUMS["atol"])
-
-
-def test_axes_and_frequencies_in_parts_are_refused_by_name(mesh):
-    inv_freq, axes, ids = torch.ones(D // 2), torch.zeros(D // 2).long(), torch.zeros(4, B, S)
-    whole = [place(t, mesh) for t in (inv_freq, ids, axes)]
-    with pytest.raises(RuntimeError, match=r"cos_sin: expected position_ids to be Replicate\(\)"):
-        rope_ext.cos_sin(whole[0], place(ids, mesh, Shard(0)), axes=whole[2])
-    xs = place(q, mesh), place(k, mesh)
-    with pytest.raises(RuntimeError, match=r"qk_at: expected inv_freq to be Replicate\(\)"):
-        rope_ext.apply_rotary_qk_at(*xs, place(inv_freq, mesh, Shard(0)))
+    xs, rest = (q, k, grad_q, grad_k), (inv_freq, ids, axes)
+    expected = rotated(*xs, *rest)
+    for shard, placement in SHARDS.items():
+        with naming(shard):
+            assert_close(on_ranks(rotated, xs, rest, placement), expected, EQUAL)
+    if positions is None:
+        got = on_ranks(to_frequencies, xs, (inv_freq,), Shard(1))
+        assert_close(got, to_frequencies(*xs, inv_freq), {**SUMS, "atol": S * SUMS["atol"]})
 
 
 def test_dtype_of_a_table_is_that_which_was_asked_for(mesh):
@@ -312,93 +255,66 @@ def test_dtype_of_a_table_is_that_which_was_asked_for(mesh):
 
 
 def refusals(mesh):
-    x, y, cos, sin = (place(t, mesh) for t in (q, k, *table))
-    at = {name: place(q, mesh, placement) for name, placement in SHARDS.items()}
-    positions, inv_freq = place(position_ids, mesh), table[0][0]
-    table_in_parts, pending = place(table[0], mesh, Shard(0)), place(q, mesh, Partial())
-    too_few_rows = [place(t[position_ids][:, 1:], mesh) for t in table]
-    short = [place(t[: S - 1], mesh) for t in table]
-    rows = [place(t[position_ids], mesh, Shard(0)) for t in table]
-    return {
-        "a channel alone can't rotate": (
-            lambda: rope.apply_rotary(place(q, mesh, Shard(3)), cos, sin),
-            r"apply_rotary: expected x to be Replicate\(\), as it is needed whole, on dimension 0",
-        ),
-        "any position may be asked of a table": (
-            lambda: rope.apply_rotary(x, table_in_parts, sin, positions),
-            r"apply_rotary: expected cos to be Replicate\(\)",
-        ),
-        "a table that ends before the sequence": (
-            lambda: rope.apply_rotary(at["sequence"], *short),
-            "apply_rotary: expected cos to have at least 8 rows, .* of the whole sequence, got 7",
-        ),
-        "rows of another length": (
-            lambda: rope.apply_rotary(at["sequence"], *too_few_rows),
-            "apply_rotary: expected cos to have sequence 8, as x has, got 7",
-        ),
-        "rows of other tokens": (
-            lambda: rope.apply_rotary(at["sequence"], *rows),
-            r"apply_rotary: expected cos to be .* sharded along sequence, beside x as",
-        ),
-        "q and k of other tokens": (
-            lambda: rope.apply_rotary_qk(at["sequence"], place(k, mesh, Shard(0)), cos, sin),
-            "apply_rotary_qk: expected k to be .* sharded along sequence, beside q as",
-        ),
-        "a part of k would be written, and lost": (
-            lambda: rope.apply_rotary_qk_(at["sequence"], y, cos, sin),
-            "apply_rotary_qk_: expected k to be .*, beside q as .*no collective is inserted",
-        ),
-        "out is placed otherwise": (
-            lambda: rope.apply_rotary.out(at["heads"], cos, sin, out=torch.empty_like(x)),
-            r"apply_rotary\.out: expected out to be .*, beside x as",
-        ),
-        "out has no pending sum": (
-            lambda: rope.apply_rotary.out(pending, cos, sin, out=torch.empty_like(x)),
-            r"apply_rotary\.out: expected out to be placed as the result",
-        ),
-        "a maximum does not pass through": (
-            lambda: rope.apply_rotary(place(q, mesh, Partial("max")), cos, sin),
-            r"apply_rotary: expected x to be Replicate\(\), as it is needed whole",
-        ),
-        "cos is not linear in a frequency": (
-            lambda: rope.cos_sin(place(inv_freq, mesh, Partial()), positions),
-            r"cos_sin: expected inv_freq to be Replicate\(\)",
-        ),
-        "positions and pairs on one dimension": (
-            lambda: rope.cos_sin(
-                place(inv_freq, mesh, Shard(0)), place(position_ids, mesh, Shard(0))
-            ),
-            "cos_sin: expected position_ids to be .* sharded along pairs",
-        ),
-        "a plain tensor": (
-            lambda: rope.apply_rotary(x, table[0], sin),
-            r"apply_rotary: expected cos to be a DTensor, .*distribute_tensor\(cos",
-        ),
-    }
+    """Message, operator, arguments."""
+
+    def at(x, *placements):
+        return place(x, mesh, *placements)
+
+    one, two, out, tables = (
+        rope.apply_rotary,
+        rope.apply_rotary_qk,
+        rope.apply_rotary.out,
+        rope.cos_sin,
+    )
+    x, y, cos, sin, ids = (at(t) for t in (q, k, *table, position_ids))
+    of_tokens, inv_freq, empty = at(q, Shard(1)), torch.ones(D // 2), torch.empty_like(x)
+    rows = [t[position_ids] for t in table]
+    axes, by_axis = at(torch.zeros(D // 2).long()), at(torch.zeros(4, B, S), Shard(0))
+    whole, beside = r"to be Replicate\(\)", "to be .* sharded along sequence, beside"
+    return [
+        # a channel alone can't rotate, a maximum does not pass through
+        (f"x {whole}, as it is needed whole, on dimension 0", one, at(q, Shard(3)), cos, sin),
+        (f"x {whole}, as it is needed whole", one, at(q, Partial("max")), cos, sin),
+        # any position may be asked of a table
+        (f"cos {whole}", one, x, at(table[0], Shard(0)), sin, ids),
+        # rows and tables of other tokens or lengths
+        ("cos to have at least 8 rows, .* of the whole sequence, got 7",
+         one, of_tokens, *(at(t[: S - 1]) for t in table)),
+        ("cos to have sequence 8, as x has, got 7", one, of_tokens, *(at(t[:, 1:]) for t in rows)),
+        (f"cos {beside} x as", one, of_tokens, *(at(t, Shard(0)) for t in rows)),
+        (f"k {beside} q as", two, of_tokens, at(k, Shard(0)), cos, sin),
+        # a part of k would be written, and lost
+        ("k to be .*, beside q as .*no collective is inserted",
+         rope.apply_rotary_qk_, of_tokens, y, cos, sin),
+        ("out to be .*, beside x as", partial(out, out=empty), at(q, Shard(2)), cos, sin),
+        # out has no pending sum
+        ("out to be placed as the result", partial(out, out=empty), at(q, Partial()), cos, sin),
+        # cos is not linear in a frequency; positions and pairs on one dimension
+        (f"inv_freq {whole}", tables, at(inv_freq, Partial()), ids),
+        ("position_ids to be .* sharded along pairs",
+         tables, at(inv_freq, Shard(0)), at(position_ids, Shard(0))),
+        (f"position_ids {whole}", tables, at(inv_freq), by_axis, axes),
+        (f"inv_freq {whole}", rope.apply_rotary_qk_at, x, y, at(inv_freq, Shard(0))),
+        (r"cos to be a DTensor, .*distribute_tensor\(cos", one, x, table[0], sin),
+        ("cos on the mesh of the others",
+         one, x, *(place(t, init_device_mesh("cpu", (2, 2))) for t in table)),
+    ]  # fmt: skip
 
 
 def test_a_placement_that_needs_a_collective_is_refused(mesh):
-    for case, (call, message) in refusals(mesh).items():
-        with CommDebugMode() as communication, pytest.raises(RuntimeError) as refused:
-            call()
-        assert re.search(message, str(refused.value)), case
+    for message, operator, *arguments in refusals(mesh):
+        with CommDebugMode() as communication, naming(message):
+            name = str(getattr(operator, "func", operator)).removeprefix("rope.")
+            with pytest.raises(RuntimeError, match=rf"{name}: expected {message}"):
+                operator(*arguments)
         assert communication.get_total_counts() == 0
-
-
-def test_another_mesh_is_refused(mesh):
-    other = init_device_mesh("cpu", (2, 2))
-    message = "apply_rotary: expected cos on the mesh of the others"
-    with pytest.raises(RuntimeError, match=message):
-        rope.apply_rotary(place(q, mesh), *(place(t, other) for t in table))
 
 
 def test_plain_tables_where_pytorch_is_told_that_they_are_equal(mesh):
     x = place(q, mesh, Shard(1))
     with implicit_replication():
-        got = rope.apply_rotary(x, *table)
-    assert torch.equal(
-        got.to_local(), rope.apply_rotary(x, *(place(t, mesh) for t in table)).to_local()
-    )
+        got = rope.apply_rotary(x, *table).to_local()
+    assert torch.equal(got, rope.apply_rotary(x, *(place(t, mesh) for t in table)).to_local())
 
 
 # ---- a large mesh
@@ -418,9 +334,8 @@ def test_1024_ranks(rank, load_balanced):
         x = DTensor.from_local(local, mesh, [Shard(0), Shard(1), Shard(2)])
         assert x.shape == (16, length, 16, D)
         number = mesh.get_local_rank("context")
-        mine = rope_ext.positions.context_parallel(
-            length, MESH["context"], number, load_balanced=load_balanced
-        )
+        of_ranks = length, MESH["context"], number
+        mine = rope_ext.positions.context_parallel(*of_ranks, load_balanced=load_balanced)
         everywhere = [Replicate()] * 3
         positions = DTensor.from_local(mine[None], mesh, [Replicate(), Shard(1), Replicate()])
         rows = rope_ext.cos_sin(DTensor.from_local(inv_freq, mesh, everywhere), positions)
@@ -433,12 +348,10 @@ def test_1024_ranks(rank, load_balanced):
             assert mine[0] == number * part
         y.to_local().sum().backward()
     assert communication.get_total_counts() == 0
-    assert y.shape == x.shape
-    assert y.placements == x.placements
+    assert (y.shape, y.placements) == (x.shape, x.placements)
     expected = rope_ext.apply_rotary(local, cos, sin, mine[None])
     assert torch.equal(y.to_local(), expected)
-    (expected_grad,) = torch.autograd.grad(expected.sum(), local)
-    assert torch.equal(local.grad, expected_grad)
+    assert torch.equal(local.grad, *torch.autograd.grad(expected.sum(), local))
 
 
 # ---- real processes
@@ -461,17 +374,6 @@ def alone():
     return training.one_process()
 
 
-def assert_same_training(result, expected):
-    assert not isinstance(result, str), result
-    (losses, grads), (expected_losses, expected_grads) = result, expected
-    torch.testing.assert_close(losses, expected_losses, rtol=TRAINING, atol=0)
-    assert grads.keys() == expected_grads.keys()
-    for name, expected_grad in expected_grads.items():
-        largest = expected_grad.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(grads[name], expected_grad, rtol=0, atol=TRAINING * largest)
-
-
 @pytest.mark.parametrize(
     "trained", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True, ids="{} ranks".format
 )
@@ -480,7 +382,14 @@ def test_training_on_several_ranks_is_that_on_one(trained, alone):
     assert alone[0][-1] < 0.8 * alone[0][0]  # it learns
     for scenario, result in trained.items():
         with naming(scenario):
-            assert_same_training(result, alone)
+            assert not isinstance(result, str), result
+            (losses, grads), (expected_losses, expected_grads) = result, alone
+            torch.testing.assert_close(losses, expected_losses, rtol=TRAINING, atol=0)
+            assert grads.keys() == expected_grads.keys()
+            for name, expected in expected_grads.items():
+                largest = expected.abs().max().item()
+                assert largest > 0, name
+                torch.testing.assert_close(grads[name], expected, rtol=0, atol=TRAINING * largest)
 
 
 # ---- the import
@@ -502,6 +411,4 @@ rows = (DTensor.from_local(torch.randn(6, 2), mesh, [Replicate()]) for _ in rang
 assert torch.ops.rope.apply_rotary(x, *rows).placements == (Shard(1),)
 """
     root = Path(rope_ext.__file__).parents[1]
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

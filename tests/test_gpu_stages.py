@@ -1,5 +1,6 @@
 """The parts of .ci/gpu: time limits, the replacement of ninja, required imports of tests."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
@@ -23,59 +24,37 @@ build two.o: copy two
 """
 
 
-def load_gpu():
-    """.ci/gpu as a module."""
-    sys.path.insert(0, str(CI))
-    loader = importlib.machinery.SourceFileLoader("gpu", str(CI / "gpu"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
-    sys.modules["gpu"] = module  # a dataclass needs its module
-    loader.exec_module(module)
-    return module
-
-
-gpu = load_gpu()
+sys.path.insert(0, str(CI))
+loader = importlib.machinery.SourceFileLoader("gpu", str(CI / "gpu"))
+gpu = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
+sys.modules["gpu"] = gpu  # a dataclass needs its module
+loader.exec_module(gpu)
 limited = sys.modules["limited"]
-
-
-def run_all(tmp_path, seconds, *jobs):
-    return limited.run_all(
-        [limited.Job(name, ["bash", "-c", command]) for name, command in jobs],
-        cwd=tmp_path,
-        env=dict(os.environ),
-        logs=tmp_path,
-        deadline=time.monotonic() + seconds,
-    )
-
-
-def ends(process, seconds=10):
-    """Whether a killed process ends: a zombie has, and the kernel may take a moment."""
-    for _ in range(100 * seconds):
-        try:
-            if Path("/proc", str(process), "stat").read_text().split()[2] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_children(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(limited, "GRACE", 0.5)
+    jobs = {
+        "quick": "echo done; exit 3",
+        "reports": "trap 'echo so far; exit 0' INT; while true; do sleep 0.05; done",
+        "stuck": "trap '' INT; sleep 60 & echo $!; while true; do sleep 0.05; done",
+    }
     start = time.monotonic()
-    statuses = run_all(
-        tmp_path,
-        1.5,
-        ("quick", "echo done; exit 3"),
-        ("reports", "trap 'echo so far; exit 0' INT; while true; do sleep 0.05; done"),
-        ("stuck", "trap '' INT; sleep 60 & echo $!; while true; do sleep 0.05; done"),
+    jobs = [limited.Job(name, ["bash", "-c", command]) for name, command in jobs.items()]
+    statuses = limited.run_all(
+        jobs, cwd=tmp_path, env=dict(os.environ), logs=tmp_path, deadline=start + 1.5
     )
     assert time.monotonic() - start < 5
     assert statuses == {"quick": 3, "reports": None, "stuck": None}
     assert (tmp_path / "quick.log").read_text() == "done\n"
     assert (tmp_path / "reports.log").read_text() == "so far\n"
-    assert ends(int((tmp_path / "stuck.log").read_text()))
+    state = Path("/proc", (tmp_path / "stuck.log").read_text().strip(), "stat")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of a process that ended
+        while state.read_text().split()[2] != "Z":  # the kernel may take a moment
+            assert time.monotonic() - start < 15
+            time.sleep(0.01)
 
 
 def test_the_limits_on_a_gpu_are_nine_minutes_and_the_longest_is_last():

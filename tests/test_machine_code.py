@@ -15,15 +15,8 @@ import pytest
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "120")
-SOURCES = (
-    "rotation",
-    "rotation_by_angles",
-    "table_grad",
-    "angles",
-    "kv_cache",
-    "rms_norm",
-    "rms_norm_grad",
-)
+SOURCES = "rotation", "rotation_by_angles", "table_grad", "angles", "kv_cache"
+SOURCES += "rms_norm", "rms_norm_grad"
 
 # The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
 #
@@ -87,9 +80,16 @@ class Kernel:
     def makes_angles(self) -> bool:
         return self.name.startswith(("apply_rotary_at_kernel", "cos_sin"))
 
+    def uses(self, *opcodes: str) -> bool:
+        return any(op.startswith(opcodes) for op in self.opcodes)
+
     @property
-    def appends(self) -> bool:
-        return "append_kernel" in self.name
+    def writing_loops(self) -> list[list[str]]:
+        return [loop for loop in self.loops if any(op.startswith("STG") for op in loop)]
+
+
+def named(kernels) -> list[tuple[str, str]]:
+    return [(k.arch, k.name) for k in kernels]
 
 
 def tool(name: str) -> str:
@@ -135,26 +135,19 @@ def kernels_of(cubin: Path, arch: str) -> list[Kernel]:
     )
     code = {}
     for part in run(tool("cuobjdump"), "-sass", str(cubin)).split("Function : ")[1:]:
-        lines = [
-            (int(address, 16), text.strip())
-            for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", part)
-        ]
-        code[part.split()[0]] = lines
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", part)
+        code[part.split()[0]] = [(int(address, 16), text.strip()) for address, text in lines]
     assert code.keys() == {name for name, *_ in usage}
 
     def opcodes(lines):
         return [re.sub(r"^@\S+\s+", "", text).split()[0] for text in lines]
 
-    return [
-        Kernel(
-            arch,
-            demangled(name),
-            *map(int, numbers),
-            opcodes(text for _, text in code[name]),
-            [opcodes(loop) for loop in loops_of(code[name])],
-        )
-        for name, *numbers in usage
-    ]
+    found = []
+    for name, *numbers in usage:
+        instructions = opcodes(text for _, text in code[name])
+        loops = [opcodes(loop) for loop in loops_of(code[name])]
+        found.append(Kernel(arch, demangled(name), *map(int, numbers), instructions, loops))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -175,24 +168,14 @@ def kernels(tmp_path_factory):
 
 
 def test_nothing_is_kept_in_local_memory(kernels):
-    spilled = [
-        (k.arch, k.name, k.stack, k.local)
-        for k in kernels
-        if k.stack or k.local or any(op.startswith(("LDL", "STL")) for op in k.opcodes)
-    ]
-    assert spilled == []
+    assert named(k for k in kernels if k.stack or k.local or k.uses("LDL", "STL")) == []
 
 
 def test_registers_leave_room_for_enough_threads(kernels):
-    too_many = [
-        (name, k.registers, most)
-        for k in kernels
-        for name in [f"{k.arch} {k.name}"]
-        for most in [next(most for of, most in MOST_REGISTERS if re.search(of, name))]
-        if k.registers > most
-    ]
-    assert len({(k.name, k.arch) for k in kernels}) == len(kernels)
-    assert too_many == []
+    registers = {f"{k.arch} {k.name}": k.registers for k in kernels}
+    assert len(registers) == len(kernels)
+    for name, count in registers.items():
+        assert count <= next(most for of, most in MOST_REGISTERS if re.search(of, name)), name
 
 
 def test_channels_move_in_16_byte_instructions(kernels):
@@ -204,24 +187,17 @@ def test_channels_move_in_16_byte_instructions(kernels):
         if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
     ]
     assert len({k.name for k in wide}) == 25
-    appending = [k for k in kernels if k.appends and ", 1, " not in k.name]
+    appending = [k for k in kernels if "append_kernel" in k.name and ", 1, " not in k.name]
     assert len({k.name for k in appending}) == 27
     for k in wide + appending:
-        assert any(op.startswith("LDG.E.128") for op in k.opcodes), (k.arch, k.name)
-        assert any(op.startswith("STG.E.128") for op in k.opcodes), (k.arch, k.name)
+        assert k.uses("LDG.E.128"), (k.arch, k.name)
+        assert k.uses("STG.E.128"), (k.arch, k.name)
 
 
 def test_float64_arithmetic_only_where_the_data_are_float64(kernels):
     """Angles are computed in float64; a rotation of narrower data by a table never uses it."""
-    arithmetic = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
-    used = [
-        (k.arch, k.name)
-        for k in kernels
-        if not k.makes_angles
-        and k.element != "double"
-        and any(op.startswith(arithmetic) for op in k.opcodes)
-    ]
-    assert used == []
+    narrow = (k for k in kernels if not k.makes_angles and k.element != "double")
+    assert named(k for k in narrow if k.uses("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")) == []
 
 
 def test_no_fused_multiply_add_in_a_rotation(kernels):
@@ -229,29 +205,17 @@ def test_no_fused_multiply_add_in_a_rotation(kernels):
     Angles have fused ones (csrc/math/angle.h), in a loop that writes no result.
     """
     fused = ("DFMA", "HFMA2.BF16", "FFMA2")
-    found = [
-        (k.arch, k.name)
-        for k in kernels
-        if k.is_rotation
-        for code in ([loop for loop in k.loops if moves(loop)] if k.makes_angles else [k.opcodes])
-        if any(op.startswith(fused) for op in code)
-    ]
-    assert found == []
-
-
-def moves(loop: list[str]) -> bool:
-    return any(op.startswith("STG") for op in loop)
+    for k in kernels:
+        if k.is_rotation:
+            code = chain.from_iterable(k.writing_loops) if k.makes_angles else k.opcodes
+            assert not any(op.startswith(fused) for op in code), (k.arch, k.name)
 
 
 def test_loops_over_heads_divide_nothing(kernels):
     """A division is a reciprocal with correction steps, or a call of a routine for it."""
     dividing = ("MUFU.RCP", "I2F", "CALL", "F2I")
-    rotations = [k for k in kernels if k.is_rotation]
-    assert all(any(moves(loop) for loop in k.loops) for k in rotations)
-    found = [
-        (k.arch, k.name)
-        for k in rotations
-        for loop in k.loops
-        if moves(loop) and any(op.startswith(dividing) for op in loop)
-    ]
-    assert found == []
+    for k in kernels:
+        if k.is_rotation:
+            assert k.writing_loops, (k.arch, k.name)
+            loops = chain.from_iterable(k.writing_loops)
+            assert not any(op.startswith(dividing) for op in loops), (k.arch, k.name)

@@ -33,6 +33,20 @@ ANY = torch.export.Dim.AUTO
 LIKE_X = {0: ANY, 1: ANY}
 
 
+# How a token finds its row: the axes of tokens, of the table and of position_ids.
+ROWS = {
+    "table": ("BS", "L"),
+    "table, [B, S]": ("BS", "L", "BS"),
+    "table, [1, S]": ("BS", "L", "1S"),
+    "table, [S]": ("BS", "L", "S"),
+    "short table, packed": ("T", "4", "T"),
+    "table, packed": ("T", "L"),
+    "rows": ("BS", "BS"),
+    "rows of one sequence": ("BS", "1S"),
+    "rows, packed": ("T", "1T"),
+}
+
+
 class Case:
     """A call of apply_rotary. Tables have one angle a pair or, with rotary_dim given and `full`,
     one a channel. `standard`: it becomes the operator RotaryEmbedding, with the expected bits.
@@ -45,52 +59,29 @@ class Case:
 
     def inputs(self, batch, length):
         """x, cos, sin and position_ids or none; x in float32, as NumPy has no bfloat16."""
+        sizes = {"B": batch, "S": length, "T": batch * length, "L": L, "4": 4, "1": 1}
+        tokens, leading, *ids = ([sizes[axis] for axis in axes] for axes in ROWS[self.rows])
         dim = self.options.get("rotary_dim", D)
-        width = dim if self.full else dim // 2
-        x = random(batch, length, H, D, seed=1)
-        leading, ids = {
-            "table": ((L,), None),
-            "table, [B, S]": ((L,), (batch, length)),
-            "table, [1, S]": ((L,), (1, length)),
-            "table, [S]": ((L,), (length,)),
-            "short table, packed": ((4,), (batch * length,)),
-            "table, packed": ((L,), None),
-            "rows": ((batch, length), None),
-            "rows of one sequence": ((1, length), None),
-            "rows, packed": ((1, batch * length), None),
-        }[self.rows]
-        if "packed" in self.rows:
-            x = x.flatten(0, 1)
-        table = random_table(*leading, width, dtype=self.table_dtype)
-        if ids is None:
-            return x, *table
-        return x, *table, random_positions(*ids, rows=leading[0], dtype=torch.int32)
+        table = random_table(*leading, dim if self.full else dim // 2, dtype=self.table_dtype)
+        ids = [random_positions(*of, rows=leading[0], dtype=torch.int32) for of in ids]
+        return random(*tokens, H, D, seed=1), *table, *ids
 
     def dynamic(self):
-        x = {0: ANY} if "packed" in self.rows else LIKE_X
-        table = {
-            "rows": LIKE_X,
-            "rows of one sequence": {1: ANY},
-            "rows, packed": {1: ANY},
-        }.get(self.rows)
-        ids = {
-            "table, [B, S]": [LIKE_X],
-            "table, [1, S]": [{1: ANY}],
-            "table, [S]": [{0: ANY}],
-            "short table, packed": [x],
-        }
-        return (x, table, table, *ids.get(self.rows, []))
+        x, table, *ids = (
+            {i: ANY for i, axis in enumerate(axes) if axis in "BST"} for axes in ROWS[self.rows]
+        )
+        return (x, table, table, *ids)
 
-    def rotated(self, x, cos, sin, position_ids=None):
+    def rotated(self, x, *rest):
         """x rotated in its dtype, as by the operator."""
-        return torch.ops.rope.apply_rotary(x, cos, sin, position_ids, **self.options)
+        return torch.ops.rope.apply_rotary(x, *rest, **self.options)
 
     def __call__(self, x, *rest):
-        return self.rotated(x.to(self.dtype), *rest).to(
-            torch.float64 if self.dtype == torch.float64 else torch.float32
-        )
+        y = self.rotated(x.to(self.dtype), *rest)
+        return y if self.dtype == torch.float64 else y.float()
 
 
+TO_HALVES = {"interleaved": True, "interleaved_out": False}
 CASES = {
     "rows 0, 1, 2, ...": Case(),
     "a position a token": Case("table, [B, S]"),
@@ -108,9 +99,7 @@ CASES = {
     },
     "a part": Case("rows", rotary_dim=R),
     "a part in the middle, interleaved": Case(rotary_dim=R, rotary_offset=2, interleaved=True),
-    "the last channels, to halves": Case(
-        "table, [B, S]", rotary_dim=R, rotary_offset=D - R, interleaved=True, interleaved_out=False
-    ),
+    "the last channels": Case("table, [B, S]", rotary_dim=R, rotary_offset=D - R, **TO_HALVES),
     "bfloat16": Case("table, [B, S]", dtype=torch.bfloat16),
     "float16, float16 tables": Case(dtype=torch.float16, table_dtype=torch.float16),
     "float64 tables": Case("rows", table_dtype=torch.float64),
@@ -124,9 +113,7 @@ CASES = {
         for name, order in ORDERS.items()
         for inverse, rows in ((False, "table, [B, S]"), (True, "rows of one sequence"))
     },
-    "one angle a channel, bfloat16": Case(
-        full=True, rotary_dim=D, dtype=torch.bfloat16, standard=False
-    ),
+    "W = R, bfloat16": Case(full=True, rotary_dim=D, dtype=torch.bfloat16, standard=False),
 }
 
 
@@ -144,13 +131,8 @@ class Calls(nn.Module):
 def to_onnx(model, inputs, *, dynamic, opset_version=23):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not installed
     program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
-    return torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset_version,
-        custom_translation_table=TRANSLATIONS,
-        verbose=False,
-    )
+    options = {"dynamo": True, "custom_translation_table": TRANSLATIONS, "verbose": False}
+    return torch.onnx.export(program, opset_version=opset_version, **options)
 
 
 def test_translations_take_what_the_operators_take():
@@ -164,9 +146,8 @@ def count(program, operator):
 
 
 def session_of(program):
-    return onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    model = program.model_proto.SerializeToString()
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
 def run(session, inputs):
@@ -201,6 +182,15 @@ def test_rotations_are_the_operators_own(opset_version, names):
                     assert_same_bits(got, case.rotated(x, *rows))
 
 
+def results(model, inputs, dynamic):
+    """What onnxruntime and the model give for all inputs; exported with the first."""
+    session = session_of(to_onnx(model, inputs[0], dynamic=dynamic))
+    for arguments in inputs:
+        for got, expected in zip(run(session, arguments), model(*arguments), strict=True):
+            assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+            yield got, expected
+
+
 class Tables(nn.Module):
     def __init__(self, inv_freq):
         super().__init__()
@@ -208,9 +198,8 @@ class Tables(nn.Module):
 
     def forward(self, position_ids):
         length = position_ids.shape[1]
-        cache = rope_ext.cos_sin_cache(
-            self.inv_freq, length, start=length - 3, attention_scaling=1.25
-        )
+        scaled = {"start": length - 3, "attention_scaling": 1.25}
+        cache = rope_ext.cos_sin_cache(self.inv_freq, length, **scaled)
         rows = rope_ext.cos_sin(self.inv_freq, position_ids, attention_scaling=0.75)
         wide = rope_ext.cos_sin(self.inv_freq, position_ids[0], dtype=torch.float64)
         return *cache, *rows, *wide
@@ -223,21 +212,14 @@ def test_tables_are_exact_to_one_rounding():
     """
     inv_freq, _ = rope_ext.frequencies.default(64)
     model = Tables(inv_freq)
-    positions = random_positions(2, 4, rows=2**29)
-    program = to_onnx(model, (positions,), dynamic=(LIKE_X,))
-    for size in ((2, 4), (3, 200)):
-        positions = random_positions(*size, rows=2**29) - 1000
-        for got, expected in zip(
-            run(session_of(program), [positions]), model(positions), strict=True
-        ):
-            assert got.dtype == expected.dtype
-            assert got.shape == expected.shape
-            error = (got.double() - expected.double()).abs()
-            if got.dtype == torch.float32:
-                assert (error <= ulp(expected.double(), torch.float32)).all()
-                assert (error > 0).float().mean() < 1e-3
-            else:
-                assert error.max() <= 2.0**-51
+    positions = [(random_positions(*size, rows=2**29) - 1000,) for size in ((2, 4), (3, 200))]
+    for got, expected in results(model, positions, dynamic=(LIKE_X,)):
+        error = (got.double() - expected.double()).abs()
+        if got.dtype == torch.float32:
+            assert (error <= ulp(expected.double(), torch.float32)).all()
+            assert (error > 0).float().mean() < 1e-3
+        else:
+            assert error.max() <= 2.0**-51
 
 
 class ByAngles(nn.Module):
@@ -272,16 +254,10 @@ def test_rotation_by_angles():
 
     batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=3)
     like_x = {0: batch, 1: length}
-    program = to_onnx(model, inputs(2, 4), dynamic=(like_x, like_x, {1: batch, 2: length}))
-    for size in ((2, 4), (3, 50)):
-        arguments = inputs(*size)
-        for got, expected in zip(
-            run(session_of(program), arguments), model(*arguments), strict=True
-        ):
-            assert got.dtype == expected.dtype
-            allowed = 2.0**-44 if got.dtype == torch.float64 else 2.0**-21 * expected.abs().max()
-            assert got.shape == expected.shape
-            assert (got - expected).abs().max() <= allowed
+    dynamic = like_x, like_x, {1: batch, 2: length}
+    for got, expected in results(model, [inputs(2, 4), inputs(3, 50)], dynamic):
+        allowed = 2.0**-44 if got.dtype == torch.float64 else 2.0**-21 * expected.abs().max()
+        assert (got - expected).abs().max() <= allowed
 
 
 def assert_as_near_to_float64(program, model):

@@ -70,17 +70,12 @@ def undefined_symbols(elf):
 
 def run_python(code, folder, *options, **env):
     """Runs code in a new process, which finds the package even if it is not installed."""
-    env = {"PYTHONPATH": str(PACKAGE.parent), **env}
-    return subprocess.run(
-        [sys.executable, *options, "-c", code],
-        cwd=folder,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **env}
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def expect_import_error(result, *parts):
+def assert_import_fails(result, *parts):
     assert result.returncode != 0
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: ")
@@ -88,7 +83,7 @@ def expect_import_error(result, *parts):
         assert part in message
 
 
-# ------------------------------------------------------------------------------------- symbols
+# ---- symbols
 
 
 def test_unstable_names_are_recognised():
@@ -106,22 +101,16 @@ def test_unstable_names_are_recognised():
         assert not UNSTABLE.search(name), name
 
 
-def test_no_symbol_outside_the_stable_abi(elf):
+def test_no_symbol_outside_the_stable_abi_and_no_kernel_is_missing(elf):
     names = undefined_symbols(elf)
     assert "torch_library_impl" in names  # the list is the right one
     assert {name for name in names if UNSTABLE.search(name)} <= WEAK_WHY
     assert {names[name] for name in WEAK_WHY} == {"STB_WEAK"}
-
-
-def test_no_kernel_is_missing(elf):
-    assert [name for name in undefined_symbols(elf) if "4rope" in name] == []
-
-
-def test_torch_symbols_are_declared_by_the_stable_abi(elf):
+    assert [name for name in names if "4rope" in name] == []
     include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
     declared = "\n".join((include / header).read_text() for header in STABLE_HEADERS)
     declared = set(STABLE.findall(declared))
-    used = {name for name in undefined_symbols(elf) if STABLE.fullmatch(name)}
+    used = {name for name in names if STABLE.fullmatch(name)}
     assert used - declared - WEAK - WEAK_WHY == set()
 
 
@@ -165,16 +154,13 @@ def test_replacements_of_library_symbols_are_not_exported(elf):
     assert inside & {symbol.name for symbol in dynamic} == set()
 
 
-# ---------------------------------------------------------------------------------- build_info
-
-
-def test_version_is_that_of_the_project_file():
-    version = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)[1]
-    assert rope_ext.__version__ == _C.build_info()["version"] == version
+# ---- build_info
 
 
 def test_build_info_says_what_was_built():
     info = _C.build_info()
+    version = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)[1]
+    assert rope_ext.__version__ == info["version"] == version
     assert info["stable_abi_target"] == "2.10"
     assert info["cpu_capability"] in ("portable", "avx2")
     assert re.match(r"(GCC|Clang|\w+ Clang) \d+", info["compiler"])
@@ -189,11 +175,9 @@ def test_build_info_says_what_was_built():
         assert info["no_cuda_reason"]
 
 
-# --------------------------------------------------------------------- GPU architectures of a build
+# ---- GPU architectures of a build
 
 ALL_ARCHS = ["8.0", "9.0", "10.0+PTX"]  # the architectures of a release that the tests' nvcc knows
-
-
 BUILDS = [  # GPUs that nvidia-smi prints, environment, architectures
     (["9.0"], {}, ["9.0+PTX"]),
     (["9.0", "8.0", "9.0"], {}, ["8.0", "9.0+PTX"]),
@@ -227,14 +211,16 @@ def test_a_build_is_for_the_gpus_of_the_machine(tmp_path, monkeypatch):
         assert cuda_archs(str(nvcc))[0] == archs, (gpus, environment)
 
 
-# ------------------------------------------------------------------------------ CPU capability
+# ---- CPU capability
 
 
-def test_unknown_capability_is_refused_and_changes_nothing(capability):
+def test_unknown_capability_is_refused_and_changes_nothing(capability, tmp_path):
     for name in ("", "AVX2", "avx512", "portable "):
         with pytest.raises(ValueError, match=f"expected 'portable' or 'avx2', got '{name}'"):
             _C.set_cpu_capability(name)
     assert _C.build_info()["cpu_capability"] == capability
+    result = run_python("import rope_ext", tmp_path, ROPE_EXT_CPU_CAPABILITY="avx9")
+    assert_import_fails(result, "ROPE_EXT_CPU_CAPABILITY", "'avx9'")
 
 
 def test_capability_is_the_best_of_the_processor_or_that_of_the_environment(capability, tmp_path):
@@ -254,29 +240,15 @@ def test_capability_is_the_best_of_the_processor_or_that_of_the_environment(capa
     assert _C.build_info()["cpu_capability"] == best
 
 
-def test_unknown_capability_in_the_environment_fails_at_import(tmp_path):
-    result = run_python("import rope_ext", tmp_path, ROPE_EXT_CPU_CAPABILITY="avx9")
-    expect_import_error(result, "ROPE_EXT_CPU_CAPABILITY", "'avx9'")
-
-
-# --------------------------------------------------------------------------------------- import
-
-
-def test_import_from_another_folder(tmp_path):
-    result = run_python("import rope_ext; print(rope_ext.__file__)", tmp_path, PYTHONPATH="")
-    assert result.stdout.strip() == rope_ext.__file__, result.stderr
+# ---- import
 
 
 def test_import_takes_little_beside_that_of_torch(tmp_path):
     """Processor time, the least of several tries: the machine may be busy, and the first try may
     have to compile to bytecode, as an installation does.
     """
-    code = """
-import time, torch
-before = time.process_time()
-import rope_ext
-print(time.process_time() - before)
-"""
+    code = "import time, torch; before = time.process_time(); import rope_ext; "
+    code += "print(time.process_time() - before)"
     results = (run_python(code, tmp_path, PYTHONDONTWRITEBYTECODE="") for _ in range(5))
     tries = (float(result.stdout) for result in results)
     assert any(seconds < IMPORT_SECONDS for seconds in tries)
@@ -284,13 +256,8 @@ print(time.process_time() - before)
 
 def test_import_brings_nothing_along(tmp_path):
     """No other package, and no module of PyTorch that PyTorch has not imported."""
-    code = """
-import sys, torch
-before = {*sys.modules}
-import rope_ext
-print(*{*sys.modules} - before)
-"""
-    result = run_python(code, tmp_path)
+    code = "import sys, torch; before = {*sys.modules}; import rope_ext; "
+    result = run_python(code + "print(*{*sys.modules} - before)", tmp_path)
     brought = {name for name in result.stdout.split() if name.partition(".")[0] != "rope_ext"}
     assert "rope_ext.rotation" in result.stdout, result.stderr
     assert brought <= sys.stdlib_module_names
@@ -298,86 +265,67 @@ print(*{*sys.modules} - before)
 
 FOREIGN = """
 import torch
-
 library = torch.library.Library("rope", "{kind}")
-if "{schema}":
-    library.define("{schema}")
+library.define("{schema}")
 import rope_ext
-x = torch.ones(1, 2, 1, 4)
-print(rope_ext.apply_rotary(x, torch.ones(2, 2), torch.zeros(2, 2)).shape)
+print(rope_ext.apply_rotary(torch.ones(1, 2, 1, 4), torch.ones(2, 2), torch.zeros(2, 2)).shape)
 """
+OTHER = "other(Tensor x) -> Tensor"
 
 
-@pytest.mark.parametrize(
-    ("kind", "schema"),
-    [("DEF", "other(Tensor x) -> Tensor"), ("FRAGMENT", "cos_sin(Tensor x) -> ()")],
-    ids=["namespace", "one name"],
-)
-def test_import_where_another_library_has_the_names_says_who(kind, schema, tmp_path):
-    (tmp_path / "foreign.py").write_text(FOREIGN.format(kind=kind, schema=schema))
-    result = run_python("import foreign", tmp_path)
-    expect_import_error(result, "another library", "foreign.py:4. A process", "import only one")
-
-
-@pytest.mark.slow
-def test_import_beside_another_library_of_other_names_works(tmp_path):
-    code = FOREIGN.format(kind="FRAGMENT", schema="other(Tensor x) -> Tensor")
-    result = run_python(code + "print(torch.ops.rope.other)", tmp_path)
-    assert result.stdout.split()[-1] == "rope.other", result.stderr
+def test_import_where_another_library_has_the_names_says_who(tmp_path):
+    for kind, schema, is_refused in (
+        ("DEF", OTHER, True),
+        ("FRAGMENT", "cos_sin(Tensor x) -> ()", True),
+        ("FRAGMENT", OTHER, False),
+    ):
+        (tmp_path / "foreign.py").write_text(FOREIGN.format(kind=kind, schema=schema))
+        result = run_python("import foreign", tmp_path)
+        if is_refused:
+            expected = "another library", "foreign.py:3. A process", "import only one"
+            assert_import_fails(result, *expected)
+        else:
+            assert result.stdout.strip() == "torch.Size([1, 2, 1, 4])", result.stderr
 
 
 @pytest.mark.slow
 def test_import_again_once_the_names_are_free(tmp_path):
-    code = """
-import torch
-
-library = torch.library.Library("rope", "DEF")
-try:
-    import rope_ext
-except ImportError:
-    library._destroy()
-import rope_ext
-print(rope_ext.apply_rotary(torch.ones(1, 2, 1, 4), torch.ones(2, 2), torch.zeros(2, 2)).shape)
-"""
+    code = FOREIGN.format(kind="DEF", schema=OTHER).replace(
+        "import rope_ext",
+        "try:\n    import rope_ext\nexcept ImportError:\n    library._destroy()\nimport rope_ext",
+    )
     result = run_python(code, tmp_path)
-    assert "torch.Size([1, 2, 1, 4])" in result.stdout, result.stderr
+    assert result.stdout.strip() == "torch.Size([1, 2, 1, 4])", result.stderr
 
 
-REMOVE = """
-import sys
-import rope_ext
-
-for name in [name for name in sys.modules if name.partition(".")[0] == "rope_ext"]:
-    del sys.modules[name]
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("own", [True, False], ids=["the same copy", "another copy"])
-def test_second_import_is_refused_and_names_the_first(own, tmp_path):
-    if not own:
-        shutil.copytree(PACKAGE, tmp_path / "rope_ext")
-    folder = PACKAGE.parent if own else tmp_path
-    code = f"{REMOVE}\nsys.path.insert(0, {str(folder)!r})\nimport rope_ext"
-    result = run_python(code, PACKAGE.parent)
-    expect_import_error(result, "rope_ext", _C.__file__, "start a new process")
-
-
-@pytest.mark.slow
-def test_library_without_python_that_came_first_is_named(tmp_path):
-    """A copy named librope, whose operators are registered by hand."""
-    copy = tmp_path / "librope.so"
-    shutil.copy(_C.__file__, copy)
-    code = f"""
-import importlib.machinery, importlib.util, sys, torch
-
-loader = importlib.machinery.ExtensionFileLoader("_C", {str(copy)!r})
+# A copy named librope, whose operators are registered by hand.
+WITHOUT_PYTHON = """
+import importlib.machinery, importlib.util, torch
+loader = importlib.machinery.ExtensionFileLoader("_C", {copy!r})
 first = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 loader.exec_module(first)
 assert first.register_operators()
 import rope_ext
 """
-    expect_import_error(run_python(code, tmp_path), str(copy), "csrc/schema.cpp")
+AGAIN = """
+import sys
+import rope_ext
+for name in [name for name in sys.modules if name.partition(".")[0] == "rope_ext"]:
+    del sys.modules[name]
+sys.path.insert(0, {folder!r})
+import rope_ext
+"""
+
+
+@pytest.mark.slow
+def test_second_library_is_refused_and_names_the_first(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "rope_ext")
+    for folder in (PACKAGE.parent, tmp_path):  # the same copy, another copy
+        result = run_python(AGAIN.format(folder=str(folder)), PACKAGE.parent)
+        assert_import_fails(result, "rope_ext", _C.__file__, "start a new process")
+    copy = shutil.copy(_C.__file__, tmp_path / "librope.so")
+    result = run_python(WITHOUT_PYTHON.format(copy=str(copy)), PACKAGE.parent)
+    assert_import_fails(result, str(copy), "csrc/schema.cpp")
 
 
 @pytest.mark.slow
@@ -385,7 +333,6 @@ def test_package_is_loaded_anew_as_often_as_asked(tmp_path):
     code = """
 import importlib, sys, torch
 import rope_ext
-
 importlib.reload(importlib.reload(rope_ext))
 del sys.modules["rope_ext"]
 import rope_ext
@@ -397,35 +344,19 @@ print(x.grad.sum())
     assert result.stdout.strip() == "tensor(8.)", result.stderr
 
 
-def test_types_are_shipped():
-    assert importlib.resources.files("rope_ext").joinpath("py.typed").is_file()
-
-
-def run_copy_without_compiled_part(tmp_path, *names):
-    """Imports a copy of the package with empty files of these names; -S: nothing is installed."""
-    (tmp_path / "rope_ext").mkdir()
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / "rope_ext")
-    for name in names:
-        (tmp_path / "rope_ext" / name).touch()
+def test_package_that_is_not_built_or_meets_another_python_or_torch_says_so(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(Path(torch.__file__).parent.parent)])
-    return run_python("import rope_ext", tmp_path, "-S", PYTHONPATH=path)
-
-
-def test_unbuilt_package_says_how_to_build(tmp_path):
-    result = run_copy_without_compiled_part(tmp_path)
-    expect_import_error(result, "rope_ext is not built", "pip install -e .")
-
-
-def test_build_for_another_python_says_so(tmp_path):
-    result = run_copy_without_compiled_part(tmp_path, "_C.cpython-27-x86_64-linux-gnu.so")
-    expect_import_error(result, "another Python", "cpython-27", sys.implementation.cache_tag)
-
-
-def test_old_torch_is_refused_by_name(tmp_path):
+    copy = tmp_path / "rope_ext"
+    copy.mkdir()
+    shutil.copy(PACKAGE / "__init__.py", copy)
+    unbuilt = run_python("import rope_ext", tmp_path, "-S", PYTHONPATH=path)  # -S: none installed
+    assert_import_fails(unbuilt, "rope_ext is not built", "pip install -e .")
+    (copy / "_C.cpython-27-x86_64-linux-gnu.so").touch()
+    result = run_python("import rope_ext", tmp_path, "-S", PYTHONPATH=path)
+    assert_import_fails(result, "another Python", "cpython-27", sys.implementation.cache_tag)
     (tmp_path / "torch.py").write_text('__version__ = "2.9.1+cpu"\n')
-    path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
-    result = run_python("import rope_ext", tmp_path, PYTHONPATH=path)
-    expect_import_error(result, "torch >= 2.10", "2.9.1+cpu")
+    result = run_python("import rope_ext", tmp_path)
+    assert_import_fails(result, "torch >= 2.10", "2.9.1+cpu")
 
 
 def test_dir_shows_the_public_names_alone():
@@ -433,20 +364,10 @@ def test_dir_shows_the_public_names_alone():
     assert shown == {*rope_ext.__all__}
     assert "__version__" in dir(rope_ext)
     assert importlib.import_module("rope_ext.rotation") is rope_ext.rotation
+    assert importlib.resources.files("rope_ext").joinpath("py.typed").is_file()
 
 
-# ------------------------------------------------------------------------------ command line
-
-
-def test_help_and_version_are_shown(capsys):
-    assert main([]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert all(name in shown.out for name in ("demo", "plot", "explore", "info", "integrations"))
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"rope_ext {rope_ext.__version__}\n"
+# ---- command line
 
 
 WRONG_ARGUMENTS = [
@@ -459,7 +380,10 @@ WRONG_ARGUMENTS = [
 ]
 
 
-def test_wrong_arguments_end_with_status_2_and_one_line(capsys):
+def test_wrong_arguments_end_with_status_2_and_one_line_and_version_with_0(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"rope_ext {rope_ext.__version__}\n"
     for arguments, message in WRONG_ARGUMENTS:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -47,41 +47,37 @@ class Function(NamedTuple):
     varies: tuple[str, ...] = ("BSHD", "LP", "P")  # inputs that are differentiated and mapped
 
 
-def table(inv_freq, length):
-    return reference.cos_sin(inv_freq, torch.arange(length))
+def plain(*xs_and_table):
+    *xs, cos, sin = xs_and_table
+    return tuple(reference.apply_rotary(x, cos, sin) for x in xs)
 
 
 FUNCTIONS = {
     "apply_rotary": Function(
-        ("BSHD", "LP", "LP"),
-        lambda x, cos, sin: (rope_ext.apply_rotary(x, cos, sin),),
-        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+        ("BSHD", "LP", "LP"), lambda x, cos, sin: (rope_ext.apply_rotary(x, cos, sin),), plain
     ),
-    "apply_rotary_qk": Function(
-        ("BSHD", "BSHD", "LP", "LP"),
-        rope_ext.apply_rotary_qk,
-        lambda q, k, *rows: tuple(reference.apply_rotary(x, *rows) for x in (q, k)),
-    ),
+    "apply_rotary_qk": Function(("BSHD", "BSHD", "LP", "LP"), rope_ext.apply_rotary_qk, plain),
     "inplace=True": Function(
         ("BSHD", "LP", "LP"),
         lambda x, cos, sin: (rope_ext.apply_rotary(x * 1, cos, sin, inplace=True),),
-        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+        plain,
         varies=("BSHD",),  # in place, tables that require grad raise
     ),
     "out=": Function(
         ("BSHD", "LP", "LP"),
         lambda x, cos, sin: (rope_ext.apply_rotary(x, cos, sin, out=torch.empty_like(x)),),
-        lambda x, cos, sin: (reference.apply_rotary(x, cos, sin),),
+        plain,
     ),
     "cos_sin": Function(("P", "BS"), rope_ext.cos_sin, reference.cos_sin),
-    "cos_sin_cache": Function(("P", "S"), rope_ext.cos_sin_cache, table),
+    "cos_sin_cache": Function(
+        ("P", "S"),
+        rope_ext.cos_sin_cache,
+        lambda inv_freq, length: reference.cos_sin(inv_freq, torch.arange(length)),
+    ),
     "RotaryEmbedding": Function(
         ("BSHD", "BSHD"),
         lambda q, k: module(q, k),
-        lambda *xs: tuple(
-            reference.apply_rotary(x, *(t.to(x.dtype) for t in module.table(x.shape[1])))
-            for x in xs
-        ),
+        lambda q, k: plain(q, k, *(t.to(q.dtype) for t in module.table(q.shape[1]))),
     ),
 }
 
@@ -161,8 +157,8 @@ def nests(function):
     close(tangent(function.call), tangent(function.plain))
 
 
-def compiles(function, to):
-    """One graph for all lengths, with gradients if there are any. Returns its operators' names."""
+def compiles(function, to, expected):
+    """One graph for all lengths, with the expected operators, and gradients if there are any."""
     torch._dynamo.reset()
     graphs, operators = [], set()
 
@@ -183,19 +179,7 @@ def compiles(function, to):
                 sums = [sum(t.sin().sum() for t in outs) for outs in results]
                 close(*(torch.autograd.grad(s, leaves, allow_unused=True) for s in sums))
     assert {*graphs} == {LENGTHS[0]}
-    return operators
-
-
-def compiles_to_the_operator(function):
-    assert compiles(function, "op")
-
-
-def compiles_to_plain_pytorch(function):
-    assert not compiles(function, "decompose")
-
-
-def keeps_an_operator(function, operator):
-    assert compiles(function, "decompose") == {operator}
+    assert operators == expected if to == "decompose" else operators
 
 
 def is_exported(function):
@@ -241,15 +225,15 @@ def is_checkpointed(function):
     def block(*leaves):
         return sum(t.sin().sum() for t in call(*leaves))
 
-    expected = torch.autograd.grad(block(*leaves), leaves, allow_unused=True)
-    for reentrant in (False, True):
+    def gradients(loss):
         for leaf in leaves:
             leaf.grad = None
-        checkpoint(block, *leaves, use_reentrant=reentrant).backward()
-        for leaf, wanted in zip(leaves, expected, strict=True):
-            assert (leaf.grad is None) == (wanted is None)
-            if wanted is not None:
-                assert_same_bits(leaf.grad, wanted)
+        loss.backward()
+        return [torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+    expected = gradients(block(*leaves))
+    for reentrant in (False, True):
+        assert_same(gradients(checkpoint(block, *leaves, use_reentrant=reentrant)), expected)
 
 
 def with_gradients(function):
@@ -264,14 +248,13 @@ def with_gradients(function):
 
 
 def is_deterministic(function):
-    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with_gradients(function)
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
 
 
 def is_sharded(function, axis):
@@ -300,27 +283,26 @@ def runs_in_threads(function):
             assert_same(got, expected)
 
 
-def without_gradients(function):
-    """Once PyTorch has started threads for a backward, none works in a fork."""
-    with torch.no_grad():
-        return function.call(*arguments(function, length=L))  # long enough for several threads
-
-
-class Calls(torch.utils.data.IterableDataset):
+class Calls(torch.utils.data.Dataset):
     def __init__(self, function):
         self.function = function
 
-    def __iter__(self):
-        yield without_gradients(self.function)
+    def __len__(self):
+        return 2
+
+    @torch.no_grad()  # once PyTorch has started threads for a backward, none works in a fork
+    def __getitem__(self, index):
+        return self.function.call(*arguments(self.function, length=L))  # several threads
 
 
 def runs_in_forked_workers(function):
     """After the parent has started its threads."""
-    expected = without_gradients(function)
+    calls = Calls(function)
+    expected = calls[0]
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
-    results = list(torch.utils.data.DataLoader(Calls(function), batch_size=None, **workers))
+    results = list(torch.utils.data.DataLoader(calls, batch_size=None, **workers))
     assert len(results) == 2
-    for got in (*results, without_gradients(function)):  # and the parent goes on
+    for got in (*results, calls[0]):  # and the parent goes on
         assert_same(got, expected)
 
 
@@ -329,8 +311,8 @@ CHECKS = {
     "forward-mode differentiation": has_tangents,
     "`torch.func.vmap`": is_mapped,
     "`torch.func`: `jvp` of `grad`": nests,
-    OPERATOR: compiles_to_the_operator,
-    PLAIN: compiles_to_plain_pytorch,
+    OPERATOR: partial(compiles, to="op", expected=None),
+    PLAIN: partial(compiles, to="decompose", expected=set()),
     "`torch.export`": is_exported,
     "fake tensors": is_faked,
     "inference mode": works_in_inference_mode,
@@ -343,13 +325,13 @@ CHECKS = {
     "several threads at once": runs_in_threads,
     "forked workers of a `DataLoader`": runs_in_forked_workers,
 }
-NEED_GRADIENTS = {
-    "autograd, twice differentiable",
-    "forward-mode differentiation",
-    "`torch.func`: `jvp` of `grad`",
-    "activation checkpointing",
+REFUSED = {
+    ("autograd, twice differentiable", "out="),
+    ("forward-mode differentiation", "out="),
+    ("`torch.func.vmap`", "out="),
+    ("`torch.func`: `jvp` of `grad`", "out="),
+    ("activation checkpointing", "out="),
 }
-REFUSED = {(feature, "out=") for feature in (*NEED_GRADIENTS, "`torch.func.vmap`")}
 STAY_OPERATORS = {
     (PLAIN, "out="): "rope.apply_rotary.out",
     (PLAIN, "cos_sin"): "rope.cos_sin",
@@ -371,12 +353,13 @@ def result_of(feature, name):
 RESULTS = {feature: {n: r for n in FUNCTIONS if (r := result_of(feature, n))} for feature in CHECKS}
 
 
-def shown(feature):
-    results = RESULTS[feature].items()
-    return [pytest.mark.shows(feature, name, result=result) for name, result in results]
-
-
-@pytest.mark.parametrize("feature", [pytest.param(f, marks=shown(f)) for f in CHECKS])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(f, marks=[pytest.mark.shows(f, n, result=r) for n, r in of.items()])
+        for f, of in RESULTS.items()
+    ],
+)
 def test_functions_with_feature(feature):
     check = CHECKS[feature]
     for name, result in RESULTS[feature].items():
@@ -386,7 +369,7 @@ def test_functions_with_feature(feature):
                 with pytest.raises(RuntimeError, match=r"rope::apply_rotary\.out|vmap"):
                     check(function)
             elif result == "operator":
-                keeps_an_operator(function, STAY_OPERATORS[feature, name])
+                check(function, expected={STAY_OPERATORS[feature, name]})
             else:
                 check(function)
 

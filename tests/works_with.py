@@ -6,17 +6,8 @@
 `pytest -m shows --works=record` runs those tests and writes the table.
 """
 
-import re
-
-FUNCTIONS = (
-    "apply_rotary",
-    "apply_rotary_qk",
-    "inplace=True",
-    "out=",
-    "cos_sin",
-    "cos_sin_cache",
-    "RotaryEmbedding",
-)
+ROTATIONS = "apply_rotary", "apply_rotary_qk", "inplace=True", "out="
+FUNCTIONS = *ROTATIONS, "cos_sin", "cos_sin_cache", "RotaryEmbedding"
 OPERATOR, PLAIN = (
     f'`torch.compile(fullgraph=True)`, `lowering("{to}")`' for to in ("op", "decompose")
 )
@@ -57,19 +48,9 @@ def claims(marks):
 
 def markdown(shown):
     header = ["", *(f"`{function}`" for function in FUNCTIONS)]
-    rows = [
-        [feature, *(shown.get((feature, function), "") for function in FUNCTIONS)]
-        for feature in FEATURES
-    ]
+    rows = [[of, *(shown.get((of, function), "") for function in FUNCTIONS)] for of in FEATURES]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def inserted(document, shown):
-    """The document with the table between its marks."""
-    begin, end = "<!-- works -->", "<!-- /works -->"
-    table = f"{begin}\n{markdown(shown)}\n{end}"
-    return re.sub(f"{begin}.*?{end}", lambda _: table, document, flags=re.DOTALL)
 
 
 class Printed:
@@ -79,8 +60,7 @@ class Printed:
         shown = {}
         for item in session.items:
             shown |= dict(item.user_properties)["shows"]
-        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(markdown(shown))
+        print(markdown(shown))
 
 
 class Recorded:
@@ -98,5 +78,9 @@ class Recorded:
 
     def pytest_sessionfinish(self):
         shown = {cell: result for cell, result in self.shown.items() if cell not in self.failed}
-        text = self.document.read_text(encoding="utf-8")
-        self.document.write_text(inserted(text, shown), encoding="utf-8")
+        before, begin, rest = self.document.read_text(encoding="utf-8").partition(
+            "<!-- works -->\n"
+        )
+        after = rest.partition("<!-- /works -->")[2]
+        table = f"{begin}{markdown(shown)}\n<!-- /works -->"
+        self.document.write_text(f"{before}{table}{after}", encoding="utf-8")
