@@ -1,6 +1,7 @@
 """apply_rotary_qk_append_kv_ has the bits of the separate steps, and writes nothing else."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -75,17 +76,16 @@ def test_caches_get_what_rotation_and_quantisation_give(dtype, cache_dtype, rota
 
 def test_every_kind_of_rows(device):
     table = random_table(L, D // 2, device=device)
-    for kind, rows in {
-        "table, no positions": table,
-        "rows [1, S, W]": random_table(1, S, D // 2, device=device),
-        "rows [B, S, W]": random_table(B, S, D // 2, device=device),
-        "positions [S]": (*table, random_positions(S, rows=L, dtype=torch.int32, device=device)),
-    }.items():
+    for *rows, ids in (
+        (*table, None),
+        (*random_table(1, S, D // 2, device=device), None),
+        (*random_table(B, S, D // 2, device=device), None),
+        (*table, random_positions(S, rows=L, dtype=torch.int32, device=device)),
+    ):
         given = KV.arguments(device)
         del given["position_ids"]
-        with naming(kind):
-            names = ("cos", "sin", "position_ids")
-            KV.assert_appends(given | dict(zip(names, rows, strict=False)))
+        given |= zip(("cos", "sin"), rows, strict=True)
+        KV.assert_appends(given if ids is None else {**given, "position_ids": ids})
 
 
 @pytest.mark.parametrize(("tokens", "cache_dtype"), [(1, E5M2), (31, BF16), (700, BF16), (700, F8)])
@@ -113,18 +113,17 @@ def test_q_k_and_v_of_one_packed_tensor(device):
 def test_function_takes_every_layout(layout, cache_layout, device):
     given = KV.arguments(device, tokens=(B * S,) if layout == "thd" else (B, S))
     expected = KV.expected_of(given)
-    call = dict(given)
-    call.update({name: in_layout(given[name], layout).to(device) for name in "qkv"})
-    caches = ("k_cache", "v_cache")
-    if cache_layout == "HND":
-        call.update({n: given[n].cpu().transpose(1, 2).contiguous().to(device) for n in caches})
+
+    def in_call(name, t):
+        if name.endswith("cache"):
+            return t.transpose(1, 2) if cache_layout == "HND" else t
+        return in_layout(t, layout) if name in ("q", "k", "v") else t
+
+    call = {n: in_call(n, t.cpu()).contiguous().to(device) for n, t in given.items()}
     options = {"layout": layout, "cache_layout": cache_layout}
     KV.append({**call, **options}, rope_ext.apply_rotary_qk_append_kv_)
-    for name in caches:
-        got = call[name].transpose(1, 2) if cache_layout == "HND" else call[name]
-        assert_same_bits(got, expected[name])
-    for name in "qk":
-        assert_same_bits(call[name], in_layout(expected[name], layout))
+    for name, t in expected.items():
+        assert_same_bits(call[name], in_call(name, t))
 
 
 # ---- float8
@@ -136,15 +135,14 @@ STORED = (64, 4, 256)
 def stored_as_float8(values, cache_dtype, device, scale=None):
     """values, 2^16 of them, stored to a cache and read back."""
     v = values.view(STORED).to(device)
-    tokens, heads, dim = STORED
-    cache = torch.zeros(1, tokens, heads, dim, device="cpu").to(cache_dtype).to(device)
-    zero = torch.zeros(tokens, heads, dim, dtype=values.dtype).to(device)
-    cos, sin = (t.to(device) for t in (torch.ones(tokens, dim // 2), torch.zeros(tokens, dim // 2)))
+    tokens, _, dim = STORED
+    zero = torch.zeros(STORED, dtype=values.dtype).to(device)
+    cache = torch.zeros(1, *STORED).to(cache_dtype).to(device)
+    given = {"q": zero, "k": zero.clone(), "v": v, "k_cache": cache.clone(), "v_cache": cache}
+    table = (t.to(device) for t in (torch.ones(tokens, dim // 2), torch.zeros(tokens, dim // 2)))
+    scales = {} if scale is None else {"v_scale": scale.to(device)}
     slots = torch.arange(tokens).to(device)
-    options = {} if scale is None else {"v_scale": scale.to(device)}
-    rope.apply_rotary_qk_append_kv_(
-        zero, zero.clone(), v, cache.clone(), cache, slots, cos, sin, **options
-    )
+    rope.apply_rotary_qk_append_kv_(*given.values(), slots, *table, **scales)
     return cache.flatten()
 
 
@@ -262,10 +260,8 @@ REFUSALS = [
     (changed("v", every_second), "v to have stride 1 in its last dimension, got strides [320, 64, "
      "32, 2]"),
     (changed("k_cache", lambda c: c[0]), f"{CACHE} [8, 2, 16]"),
-    (changed("k_cache", lambda c: c[:, :, :1]), f"{CACHE} [3, 8, 1, 16]"),
     (changed("k_cache", lambda c: c[..., :8]), f"{CACHE} [3, 8, 2, 8]"),
     (changed("k_cache", lambda c: c.half()), f"{CACHE_DTYPES} float16"),
-    (changed("k_cache", lambda c: c.to(torch.uint8)), f"{CACHE_DTYPES} uint8"),
     (changed("k_cache", every_second), "k_cache to have stride 1 in its last dimension, got"),
     (changed("k_cache", lambda c: c[:, :, :1].expand(-1, -1, K, -1)), "k_cache to have no two "
      "elements in one place, as it is written, got strides ["),
@@ -306,18 +302,14 @@ def test_bad_argument_is_refused_and_nothing_written(device):
         KV.assert_refused({**packed, "slot_mapping": slots.to(device)}, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_scale_that_is_not_finite_and_above_0_is_refused(device, monkeypatch):
     """On CUDA where asked."""
     monkeypatch.setenv("ROPE_EXT_CHECK", "1")
-    for name in ("k_scale", "v_scale"):
-        for value in (0.0, -1.0, math.nan, math.inf, -math.inf):
-            for values in ([value], [1.0, value]):
-                given = KV.arguments(device)
-                KV.assert_refused(
-                    {**given, **with_scale(name, *values)(given)},
-                    f"{name} to be finite and above 0, got {value}",
-                )
+    for name, value in product(("k_scale", "v_scale"), (0.0, -1.0, math.nan, math.inf, -math.inf)):
+        for values in ([value], [1.0, value]):
+            given = KV.arguments(device)
+            given |= with_scale(name, *values)(given)
+            KV.assert_refused(given, f"{name} to be finite and above 0, got {value}")
 
 
 def test_layout_of_the_cache_that_is_unknown_is_refused():

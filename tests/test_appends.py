@@ -88,22 +88,22 @@ def test_only_what_is_rotated_or_stored_of_a_view_is_written(
 
 
 def test_nothing_at_all(appending, device):
-    for empty in ("tokens", "heads of q", "heads of k", "slots"):
-        given = appending.arguments(device)
-        caches = [name for name in given if name.endswith("cache")]
-        if empty == "tokens":
-            given = {n: t[:, :0] if t.shape[:2] == (B, S) else t for n, t in given.items()}
-        elif empty == "heads of q":
-            given["q"] = given["q"][:, :, :0]
-        elif empty == "slots":
-            given |= {name: given[name][:0] for name in caches}
-            given["slot_mapping"] = torch.full_like(given["slot_mapping"], -1)
-        elif appending is KV:
-            given |= {name: given[name][:, :, :0] for name in ("k", "v", *caches)}
-        with naming(empty):
-            appending.assert_appends(given)
-            if appending is LATENT:
-                appending.assert_appends(given, **TO_HALVES)
+    def shortened(given, dim, *names):
+        return {**given, **{n: given[n].narrow(dim, 0, 0) for n in names if n in given}}
+
+    given = appending.arguments(device)
+    caches = [name for name in given if name.endswith("cache")]
+    of_tokens = [name for name, t in given.items() if t.shape[:2] == (B, S)]
+    no_slots = {"slot_mapping": torch.full_like(given["slot_mapping"], -1)}
+    for empty in (
+        shortened(given, 1, *of_tokens),
+        shortened(given, 2, "q"),
+        shortened(given, 0, *caches) | no_slots,
+        *([shortened(given, 2, "k", "v", *caches)] if appending is KV else []),
+    ):
+        appending.assert_appends(dict(empty))
+        if appending is LATENT:
+            appending.assert_appends(dict(empty), **TO_HALVES)
 
 
 # ---- slots
@@ -154,19 +154,11 @@ def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(
 
 
 def test_the_same_bits_with_any_number_of_threads(appending, threads):
-    if appending is KV:
-        sizes, options = {"heads": (6, 3), "dim": 64}, {}
-    else:
-        sizes, options = {"dim": 96, "rotary_dim": 64}, TO_HALVES
-    written = []
+    sizes = {"heads": (6, 3), "dim": 64} if appending is KV else {"dim": 96, "rotary_dim": 64}
     for count in (1, 2, 5):
         threads(count)
         given = appending.arguments("cpu", torch.bfloat16, F8, tokens=(300,), blocks=40, **sizes)
-        appending.append({**given, **options})
-        written.append([given[name] for name in appending.written])
-    for got in written[1:]:
-        for a, b in zip(got, written[0], strict=True):
-            assert_same_bits(a, b)
+        appending.assert_appends(given, **({} if appending is KV else TO_HALVES))
 
 
 # ---- values that are refused on the CPU, and on CUDA where asked: reading them would wait
@@ -281,18 +273,19 @@ def test_one_graph_for_all_lengths(appending, device):
 # ---- DTensors
 
 
+def placed(given, mesh, dims):
+    return {n: place(t.clone(), mesh, Shard(dims[n]) if n in dims else Replicate())
+            for n, t in given.items()}  # fmt: skip
+
+
 def test_heads_are_sharded_as_those_of_the_caches_and_their_scales():
     given = KV.arguments("cpu", torch.bfloat16, F8, heads=(2 * RANKS, RANKS), scales=True)
     expected = KV.expected_of(given)
-    dims = {"k": 2, "v": 2, "k_cache": 2, "v_cache": 2, "k_scale": 0}  # of heads
 
     def on_rank(mesh):
-        placed = {
-            n: place(t.clone(), mesh, Shard(dims[n]) if n in dims else Replicate())
-            for n, t in given.items()
-        }
-        KV.append(placed)
-        return [placed[name] for name in KV.written]
+        shards = placed(given, mesh, {"k": 2, "v": 2, "k_cache": 2, "v_cache": 2, "k_scale": 0})
+        KV.append(shards)
+        return [shards[name] for name in KV.written]
 
     for got, whole in zip(on_every_rank(on_rank), expected.values(), strict=True):
         assert_same_bits(got, whole)
@@ -312,7 +305,5 @@ def test_shards_that_do_not_fit_are_refused(dims, expected):
     given = KV.arguments("cpu", heads=(2 * RANKS, RANKS))
     with as_rank(0):
         mesh = init_device_mesh("cpu", (RANKS,))
-        placed = {n: place(t, mesh, *([Shard(dims[n])] if n in dims else []))
-                  for n, t in given.items()}  # fmt: skip
         with pytest.raises(RuntimeError, match=f"apply_rotary_qk_append_kv_: expected {expected}"):
-            KV.append(placed)
+            KV.append(placed(given, mesh, dims))

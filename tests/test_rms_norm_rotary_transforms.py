@@ -151,24 +151,20 @@ def test_tokens_of_a_norm_over_all_heads_are_sharded_and_heads_are_not():
 
 # ---- refusals
 
+OF_Q = "q_weight to have shape [16] or [4, 16], the heads and head_dim of q, got"
+OF_K = "k_weight to have shape [16] or [2, 16], the heads and head_dim of k, got"
 REFUSED = [
     # changed argument, its value, the message
     ("k", lambda k: k[..., :8], "k to have q's shape"),
     ("k", lambda k: k.double(), "k of q's dtype float32, got float64"),
     ("q", lambda q: q[0, 0], "q to have shape [B, S, H, D] or [T, H, D], got [4, 16]"),
     ("q", lambda q: q.transpose(-1, -2), "q to have stride 1 in its last dimension"),
-    ("q_weight", lambda w: w[:8], "q_weight to have shape [16] or [4, 16], the heads and head_dim "
-     "of q, got [8]"),
-    ("q_weight", lambda w: w.expand(2, 16), "q_weight to have shape [16] or [4, 16], the heads "
-     "and head_dim of q, got [2, 16]"),
-    ("q_weight", lambda w: w[0], "q_weight to have shape [16] or [4, 16], the heads and head_dim "
-     "of q, got []"),
-    ("k_weight", lambda w: w.expand(4, 16), "k_weight to have shape [16] or [2, 16], the heads "
-     "and head_dim of k, got [4, 16]"),
-    ("k_weight", lambda w: w.expand(2, 16), "k_weight to have 1 dimension, as q_weight has, got "
-     "[2, 16]"),
-    ("q_weight", lambda w: w.expand(4, 16), "k_weight to have 2 dimensions, as q_weight has, got "
-     "[16]"),
+    ("q_weight", lambda w: w[:8], f"{OF_Q} [8]"),
+    ("q_weight", lambda w: w.expand(2, 16), f"{OF_Q} [2, 16]"),
+    ("q_weight", lambda w: w[0], f"{OF_Q} []"),
+    ("k_weight", lambda w: w.expand(4, 16), f"{OF_K} [4, 16]"),
+    ("k_weight", lambda w: w.expand(2, 16), "k_weight to have 1 dimension, as q_weight has, got"),
+    ("q_weight", lambda w: w.expand(4, 16), "k_weight to have 2 dimensions, as q_weight has, got"),
     ("q_weight", lambda w: w.bfloat16(), "q_weight of q's dtype float32, got bfloat16"),
     ("k_weight", lambda w: w.double(), "k_weight of k's dtype float32, got float64"),
     ("q_weight", lambda w: w.repeat_interleave(2)[::2], "q_weight to have stride 1 in its last "
