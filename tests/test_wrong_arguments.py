@@ -3,6 +3,7 @@
 import re
 import traceback
 import types
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -34,16 +35,8 @@ def tensors():
 
 # By their names in errors; and the arguments that a good call omits.
 FUNCTIONS = {
-    **{f"rope_ext.{f.__name__}": f for f in (
-        rope_ext.apply_rotary,
-        rope_ext.apply_rotary_qk,
-        rope_ext.apply_rotary_qk_at,
-        rope_ext.cos_sin,
-        rope_ext.cos_sin_cache,
-        rope_ext.apply_rotary_qk_append_kv_,
-        rope_ext.apply_rotary_mla_append_,
-        rope_ext.rms_norm_rotary_qk,
-    )},
+    **{f"rope_ext.{o.name}": getattr(rope_ext, o.name) for o in OPERATORS
+       if o.name in rope_ext.__all__},
     "RotaryEmbedding": MODULE.forward,
     "RotaryEmbedding.cos_sin": MODULE.cos_sin,
     "RotaryEmbedding.table": MODULE.table,
@@ -103,17 +96,10 @@ def test_argument_of_another_type_is_named_and_nothing_written(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cos": None}, "expected cos to be a Tensor, got None"),
-        ({"cos": [1.0]}, "expected cos to be a Tensor, got a list of 1: torch.as_tensor makes one "
-         "of it"),
         ({"cos": np.ones(3)}, "expected cos to be a Tensor, got a numpy.ndarray: torch.as_tensor "
          "makes one of it"),
-        ({"position_ids": "x"}, "expected position_ids to be a Tensor or None, got 'x'"),
-        ({"rotary_dim": 64.0}, "expected rotary_dim to be an int or None, got 64.0"),
         ({"rotary_offset": 2**63}, f"expected rotary_offset to be an int, got {2**63}, "
          "which 64 bits do not hold"),
-        ({"interleaved": "yes"}, "expected interleaved to be a bool, got 'yes'"),
-        ({"inplace": None}, "expected inplace to be a bool, got None"),
         ({"layout": None}, "expected layout to be one of bshd, bhsd, sbhd, thd, got None"),
         ({"out": torch.ones(3)}, "expected out to be two Tensors or None, got a Tensor"),
         ({"out": (torch.ones(3), Tensor)}, "expected out[1] to be a Tensor, got the class "
@@ -145,7 +131,6 @@ def test_argument_of_another_type_beside_a_compiler():
     x = random(B, S, H, D)
     for fullgraph in (True, False):
         compiled = torch.compile(rotate, backend="eager", fullgraph=fullgraph)
-        assert_same_bits(compiled(x, cos), rope_ext.apply_rotary(x, cos, sin))
         with pytest.raises(RuntimeError, match=r"rope::apply_rotary: expected cos .*, got None"):
             compiled(x, None)
         with pytest.raises(Exception, match="expected inplace to be a bool, got 'no'"):
@@ -223,31 +208,26 @@ def test_tensors_are_released_where_a_dtype_can_not_be_passed_on():
 # ---- positions, frequencies, models
 
 
-LIST, IDS = [0, 2], torch.tensor([0, 2])
-POSITIONS = {
-    "cu_seqlens": [
-        lambda bad: positions.from_cu_seqlens(bad),
-        lambda bad: positions.sequence_of_tokens(bad),
-        lambda bad: positions.context_parallel(8, 2, 0, cu_seqlens=bad),
-    ],
-    "attention_mask": [
-        lambda bad: positions.from_attention_mask(bad),
-        lambda bad: positions.mrope_batch([[1]], bad),
-    ],
-    "block_table": [lambda bad: positions.slot_mapping(bad, IDS[None], 4)],
-    "positions": [lambda bad: positions.slot_mapping(IDS[None], bad, 4)],
-    "sequence": [lambda bad: positions.slot_mapping(IDS[None], IDS, 4, bad)],
-    "mask": [lambda bad: positions.slot_mapping(IDS[None], IDS[None], 4, mask=bad)],
-}
+IDS = torch.tensor([0, 2])
+POSITIONS = [  # the argument that is no tensor, and the call
+    ("cu_seqlens", positions.from_cu_seqlens),
+    ("cu_seqlens", positions.sequence_of_tokens),
+    ("cu_seqlens", lambda bad: positions.context_parallel(8, 2, 0, cu_seqlens=bad)),
+    ("attention_mask", positions.from_attention_mask),
+    ("attention_mask", lambda bad: positions.mrope_batch([[1]], bad)),
+    ("block_table", lambda bad: positions.slot_mapping(bad, IDS[None], 4)),
+    ("positions", lambda bad: positions.slot_mapping(IDS[None], bad, 4)),
+    ("sequence", lambda bad: positions.slot_mapping(IDS[None], IDS, 4, bad)),
+    ("mask", lambda bad: positions.slot_mapping(IDS[None], IDS[None], 4, mask=bad)),
+]
 
 
 def test_positions_of_what_is_no_tensor():
-    for argument, calls in POSITIONS.items():
+    for argument, call in POSITIONS:
         message = rf"^rope_ext\.positions\.\w+: expected {argument} to be a Tensor, got "
-        for call in calls:
-            for bad in ([0, 2], np.arange(3), 1.5):
-                with pytest.raises(TypeError, match=message):
-                    call(bad)
+        for bad in ([0, 2], np.arange(3), 1.5):
+            with pytest.raises(TypeError, match=message):
+                call(bad)
 
 
 def test_positions_of_other_types():
@@ -265,19 +245,15 @@ def test_positions_of_other_types():
             call()
 
 
-@pytest.mark.parametrize(
-    ("config", "advice"),
-    [
+def test_name_of_a_config_is_refused_with_what_loads_it():
+    for config, advice in (
         ("meta-llama/Llama-3.2-1B", r"AutoConfig.from_pretrained\('meta-llama/Llama-3.2-1B'\)"),
         (Path("model/config.json"), r"json.load\(open\('model/config.json'\)\)"),
         (dict, r"got the class dict: dict\(\)"),
-    ],
-    ids=str,
-)
-def test_name_of_a_config_is_refused_with_what_loads_it(config, advice):
-    for load in (frequencies.from_config, RotaryEmbedding.from_config):
-        with pytest.raises(ValueError, match=f"expected config to be a config object.*{advice}"):
-            load(config)
+    ):
+        for load in (frequencies.from_config, RotaryEmbedding.from_config):
+            with pytest.raises(ValueError, match=f"expected config to be a config obj.*{advice}"):
+                load(config)
 
 
 def test_name_of_a_model_is_refused_with_what_loads_it():
@@ -339,18 +315,13 @@ def test_table_of_one_angle_a_channel_names_what_it_needs(function, names):
         function(**given)
 
 
-def two_times_the_heads(given):
-    """More heads than rows."""
-    return {name: torch.cat((t, t), 2) if name == "x" else t for name, t in given.items()}
-
-
 LAYOUTS = {  # by the argument that gives the length of the sequence
     "positions": (rope_ext.apply_rotary, some("x", "cos", "sin", "position_ids")),
     "positions, in place": (in_place, some("x", "cos", "sin", "position_ids")),
     "rows": (rope_ext.apply_rotary, {**some("x"), **ROWS}),
-    "a short table": (
+    "a short table": (  # with more heads than rows
         rope_ext.apply_rotary,
-        two_times_the_heads({"x": tensors()["x"], "cos": cos[:S], "sin": sin[:S]}),
+        {"x": random(B, S, 2 * H, D), "cos": cos[:S], "sin": sin[:S]},
     ),
     "k": (rope_ext.apply_rotary_qk, {**some(*QK), **LONG}),
     "k, beside caches": (rope_ext.apply_rotary_qk_append_kv_, {**some(*QK, *CACHES), **LONG}),
@@ -395,23 +366,18 @@ def test_length_that_fits_no_layout_is_left_to_the_operator():
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize(("given_as", "fits"), [("NHD", "HND"), ("HND", "NHD")])
 def test_cache_of_another_layout_names_it(given_as, fits, layout):
-    function = rope_ext.apply_rotary_qk_append_kv_
+    append = partial(rope_ext.apply_rotary_qk_append_kv_, layout=layout)
     given = some(*QK, *CACHES, "cos", "sin")
     if layout == "bhsd":
         given = heads_first(given)
-    for name in ("k_cache", "v_cache"):
-        wrong = dict(given)
-        for cache in ("k_cache", "v_cache"):
-            as_it_fits = fits if cache == name else given_as
-            wrong[cache] = given[cache] if as_it_fits == "NHD" else given[cache].transpose(1, 2)
-        message = (
-            rf'{name} to have shape .*cache_layout=.*"{fits}" fits|{name}.*cache_layout="{fits}"'
-        )
-        with pytest.raises(ValueError, match=message):
-            function(**wrong, layout=layout, cache_layout=given_as)
+    for wrong in ("k_cache", "v_cache"):
+        heads_second = [n for n in ("k_cache", "v_cache") if (n == wrong) == (fits == "HND")]
+        caches = {name: given[name].transpose(1, 2) for name in heads_second}
+        with pytest.raises(ValueError, match=rf'{wrong}.*cache_layout.*"{fits}" fits'):
+            append(**{**given, **caches}, cache_layout=given_as)
     given["k_cache"] = torch.zeros(3, 8, K + 1, D).to(F8)
     with pytest.raises(RuntimeError, match=r"^rope::.* expected k_cache to have shape"):
-        function(**given, layout=layout)
+        append(**given)
 
 
 def test_packed_tokens_in_the_layout_of_a_batch_name_theirs():
