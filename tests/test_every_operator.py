@@ -5,6 +5,7 @@ it. An argument with a new name also needs a value in operator_arguments.py.
 """
 
 import ast
+import inspect
 import re
 from itertools import product
 from pathlib import Path
@@ -58,6 +59,20 @@ def variants_of(operator):
     if "cos" in operator.tensors and "row_offsets" not in operator.tensors:
         kinds["packed rows"] = {"optional": False, "rows": True, "packed": True}
     return kinds.items()
+
+
+def test_defaults_are_those_of_the_function():
+    compared = set()
+    for operator in OPERATORS:
+        name = operator.name.partition(".")[0]
+        function = getattr(rope_ext, name, getattr(rope_ext, name.rstrip("_"), None))
+        parameters = {} if function is None else inspect.signature(function).parameters
+        for argument in operator.arguments:
+            parameter = parameters.get(argument.name)
+            if parameter and parameter.default is not parameter.empty:
+                assert argument.default_value == parameter.default, (operator.name, argument.name)
+                compared.add(argument.name)
+    assert compared >= {"interleaved", "rotary_offset", "inverse", "eps", "attention_scaling"}
 
 
 def results_of(operator, given):
