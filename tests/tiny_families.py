@@ -7,7 +7,18 @@ these alone; `Case(family)` is its language model.
 
 import torch
 from tiny_inputs import (
-    ROWS, SPECIAL, atoms, draw, images, memory, patches, shaped, song, speech, tokens, unpadded,
+    ROWS,
+    SPECIAL,
+    atoms,
+    draw,
+    images,
+    memory,
+    patches,
+    shaped,
+    song,
+    speech,
+    tokens,
+    unpadded,
 )
 from tiny_models import Case, families
 
