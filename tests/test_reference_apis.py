@@ -437,7 +437,7 @@ REFUSED = [  # function, arguments, options, message
     (functional, (T[0], *TABLE), {},
      r"torch_functional.rotary_embedding: expected x to have shape \[B, H, S, D\]"),
     (functional, (T, *TABLE), {}, r"cos to have shape \[11, 8\] or \[1\|3, 1, 11, 8\], got shape"),
-    (functional, (T, TABLE[0][:S], TABLE[1][:S].expand(H, S, 8)), {}, r"sin .*, shape \[4, 11, 8"),
+    (functional, (T, TABLE[0][:S], TABLE[1][:S].expand(H, S, 8)), {}, r"sin .* \[4, 11, 8"),
     (functional, (T, *NARROW, ZEROS), {}, r"cos to have shape \[N, 8\] with position_ids"),
     (functional, (T, *TABLE, OFFSETS), {}, r"position_ids to have shape \[3, 11\], got shape \[3"),
 ]
