@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import textwrap
 import types
 
 import torch
@@ -57,6 +58,15 @@ class Attention(nn.Module):
     def forward(self, q, k, cos, sin, **kwargs):
         return apply_rotary_pos_emb(q, k, cos, sin)
 """
+
+
+CALL = "q, k = apply_rotary_pos_emb(q, k, cos, sin)"
+
+
+def derived(*lines, before="", head="def forward(self, q, k, cos, sin):", base="Attention"):
+    """The source of a class Derived whose method has these lines."""
+    method = "\n".join([head, *("    " + line for line in lines)])
+    return f"\n{before}\nclass Derived({base}):\n" + textwrap.indent(method, "    ")
 
 
 def model_with(rotation, extra=""):
