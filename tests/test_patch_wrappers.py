@@ -255,7 +255,9 @@ class Base(nn.Module):
 """
 METHODS = {
     "a private name": derived(
-        "self.__calls = 1", "id(nn)", "return apply_rotary_pos_emb(q, k, cos, sin)"
+        "self.__calls = 1",
+        "id(nn)  # a module is loaded just before",
+        "return apply_rotary_pos_emb(q, k, cos, sin)",
     ),
     "an attribute of the rotation's name": derived("self.apply_rotary_pos_emb = 2", CALL, SCALED),
     "an attribute of that name, one of many": derived(
