@@ -8,12 +8,9 @@ import types
 import torch
 from torch import nn
 
-VOCAB = 96  # of support.small_llama
+# Of support.small_llama.
+TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 _numbers = itertools.count()
-
-
-def tokens():
-    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def rotations_of_rope_ext(model, *args):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rotating_models import (
     CALL,
+    TOKENS,
     arguments,
     derived,
     model_with,
@@ -13,7 +14,6 @@ from rotating_models import (
     rotate_half,
     rotations_of_rope_ext,
     standard,
-    tokens,
 )
 from torch import nn
 
@@ -111,7 +111,7 @@ def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(
                 patch(nn.ModuleList([model, other]))
             assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
             assert type(other).__mro__[1] is nn.Module
-    assert rotations_of_rope_ext(model, tokens()) == 0
+    assert rotations_of_rope_ext(model, TOKENS) == 0
 
 
 def test_a_model_without_a_rotation_is_refused():
@@ -208,7 +208,7 @@ def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model):
         patch(nn.ModuleList([model, other]))
     assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
     assert names_for_copies() <= before
-    assert rotations_of_rope_ext(model, tokens()) == 0
+    assert rotations_of_rope_ext(model, TOKENS) == 0
 
 
 def test_names_that_only_contain_such_a_word_are_no_rotations():

@@ -15,6 +15,7 @@ import rotating_models
 import torch
 from rotating_models import (
     CALL,
+    TOKENS,
     arguments,
     derived,
     file_of,
@@ -40,11 +41,6 @@ from rope_ext.integrations.transformers import (  # noqa: E402
 LAYERS = 2
 LlamaAttention = modeling_llama.LlamaAttention
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def tokens():
-    return rotating_models.tokens()
 
 
 @pytest.fixture(autouse=True)
@@ -109,59 +105,59 @@ WRAPPERS = {
 }
 
 
-def test_a_wrapper_around_forward_stays(tokens, monkeypatch):
+def test_a_wrapper_around_forward_stays(monkeypatch):
     own = LlamaAttention.forward
     for name, wrap in WRAPPERS.items():
         wrapped = wrap(own)
         monkeypatch.setattr(LlamaAttention, "forward", wrapped)
         model = small_llama(LAYERS)
-        expected = model(tokens).logits
+        expected = model(TOKENS).logits
         before = names_for_copies()
         with naming(name):
             patch(model)
-            assert torch.equal(model(tokens).logits, expected)
-            assert rotations_of_rope_ext(model, tokens) == LAYERS
+            assert torch.equal(model(TOKENS).logits, expected)
+            assert rotations_of_rope_ext(model, TOKENS) == LAYERS
             assert wrap is not counting or wrapped.calls == 3 * LAYERS
             unpatch(model)
             assert LlamaAttention.forward is wrapped
-            assert rotations_of_rope_ext(model, tokens) == 0
+            assert rotations_of_rope_ext(model, TOKENS) == 0
             assert names_for_copies() <= before
 
 
-def test_a_wrapped_forward_is_compiled_to_one_graph(tokens, monkeypatch):
+def test_a_wrapped_forward_is_compiled_to_one_graph(monkeypatch):
     graphs = Graphs()
     wrapped = doubling(in_a_global(without_wraps(LlamaAttention.forward)))
     monkeypatch.setattr(LlamaAttention, "forward", wrapped)
     model = small_llama(LAYERS)
-    expected = model(tokens).logits
+    expected = model(TOKENS).logits
     patch(model)
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
+    assert torch.equal(compiled(TOKENS, use_cache=False).logits, expected)
     assert graphs == [LAYERS]
 
 
-def test_a_forward_that_is_compiled_stays_compiled(tokens, monkeypatch):
+def test_a_forward_that_is_compiled_stays_compiled(monkeypatch):
     own = Graphs()
     compiled = torch.compile(LlamaAttention.forward, backend=own, fullgraph=True)
     monkeypatch.setattr(LlamaAttention, "forward", compiled)
     model = small_llama(LAYERS)
     with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
+        expected = model(TOKENS, use_cache=False).logits
         unpatched = len(own)
         with patched(model):
-            assert torch.equal(model(tokens, use_cache=False).logits, expected)
+            assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
     assert sum(own[:unpatched]) == 0
     assert set(own[unpatched:]) == {1}
 
 
-def test_a_model_of_compiled_modules_is_patched(tokens):
+def test_a_model_of_compiled_modules_is_patched():
     graphs = Graphs()
     model = small_llama(LAYERS)
-    expected = model(tokens, use_cache=False).logits
+    expected = model(TOKENS, use_cache=False).logits
     for layer in model.model.layers:
         layer.compile(backend=graphs)
     assert len(patch(model).sites) == LAYERS
-    assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
     assert sum(graphs) in (1, LAYERS)  # layers share their code, and its graph
 
 
@@ -178,17 +174,17 @@ class LowRank(nn.Module):
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
-def test_modules_in_the_place_of_projections_are_used(tokens):
+def test_modules_in_the_place_of_projections_are_used():
     model = small_llama(LAYERS)
     patch(model)
     for layer in model.model.layers:
         layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
-    got = model(tokens).logits
+    got = model(TOKENS).logits
     unpatch(model)
-    expected = model(tokens).logits
+    expected = model(TOKENS).logits
     assert torch.equal(got, expected)
     patch(model)
-    assert torch.equal(model(tokens).logits, expected)
+    assert torch.equal(model(TOKENS).logits, expected)
 
 
 def test_a_forward_that_a_module_has_itself_is_refused():
@@ -331,7 +327,7 @@ def test_a_file_that_has_changed_since_it_was_imported_is_not_read(tmp_path, mon
         assert torch.equal(a, b)
 
 
-def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
+def test_the_globals_of_a_copy_last_as_long_as_its_models():
     first, second = small_llama(LAYERS), small_llama(LAYERS)
     gc.collect()
     none = names_for_copies()
@@ -344,13 +340,13 @@ def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
 
     unpatch(first)
     assert not names_for_copies() & one
-    assert rotations_of_rope_ext(second, tokens) == LAYERS
+    assert rotations_of_rope_ext(second, TOKENS) == LAYERS
     held = second.model.layers[1].self_attn.forward
     unpatch(second)
     unpatch(twin_of_second)
     assert names_for_copies() - none  # the method that is held
     second.model.layers[1].self_attn.forward = held
-    assert rotations_of_rope_ext(second, tokens) == 1
+    assert rotations_of_rope_ext(second, TOKENS) == 1
     del second, held
     gc.collect()
     assert names_for_copies() <= none
