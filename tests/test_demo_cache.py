@@ -108,9 +108,6 @@ def fill(cache, name, what):
     MAKE[what](cache / name)
 
 
-# ---- one process
-
-
 def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads):
     for name, what in FOUND:
         fill(cache, name, what)
