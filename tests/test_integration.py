@@ -25,23 +25,16 @@ rope = torch.ops.rope
 B, S, H, K, D, P, L = 2, 5, 4, 2, 16, 8, 9
 
 
-def rotary_arguments(device, *, ids, grad, pair, dtype=torch.float32):
-    q = random(B, S, H, D, dtype=dtype, device=device)
-    k = random(B, S, K, D, dtype=dtype, device=device)
-    cos, sin = random_table(L, P, device=device)
-    xs = (q, k) if pair else (q,)
-    if grad == "x":
-        xs = tuple(x.requires_grad_() for x in xs)
-    elif grad == "all":
-        for t in (*xs, cos, sin):
-            t.requires_grad_()
-    position_ids = random_positions(B, S, rows=L, device=device) if ids else None
-    return *xs, cos, sin, position_ids
+def rotary_arguments(device, *, ids, grad, pair):
+    xs = [random(B, S, heads, D, device=device) for heads in ((H, K) if pair else (H,))]
+    table = random_table(L, P, device=device)
+    for t in {"none": (), "x": xs, "all": (*xs, *table)}[grad]:
+        t.requires_grad_()
+    return *xs, *table, random_positions(B, S, rows=L, device=device) if ids else None
 
 
 PAIR = {"apply_rotary": False, "apply_rotary_qk": True}
 IDS = {"table order": False, "position_ids": True}
-GRAD = {"no grad": False, "grad": True}
 
 
 @pytest.mark.shows("`torch.library.opcheck`", "apply_rotary", "apply_rotary_qk")
@@ -74,9 +67,8 @@ def test_opcheck_of_the_rotation_in_place(pair, device):
     arguments = rotary_arguments(device, ids=not pair, grad="none", pair=pair)
     torch.library.opcheck(operator, arguments)
     *xs, cos, sin, position_ids = arguments
-    arguments = *xs, cos[:, :4], sin[:, :4], position_ids
     options = {"rotary_offset": 5, "interleaved": True, "interleaved_out": True}
-    torch.library.opcheck(operator, arguments, options)
+    torch.library.opcheck(operator, (*xs, cos[:, :4], sin[:, :4], position_ids), options)
 
 
 @pytest.mark.shows("`torch.library.opcheck`", "cos_sin", "cos_sin_cache")
@@ -91,36 +83,6 @@ def test_opcheck_of_the_tables(dtype, grad, device):
     torch.library.opcheck(rope.cos_sin_cache.default, (inv_freq, 7), {"start": 3, **options})
     ids = random_positions(B, S, rows=100, device=device)
     torch.library.opcheck(rope.cos_sin.default, (inv_freq, ids), options)
-
-
-@pytest.mark.parametrize(
-    ("ids", "pair", "grad"), pairwise(ids=IDS, pair={"q": False, "q and k": True}, grad=GRAD)
-)
-def test_opcheck_of_the_gradient_to_the_table(ids, pair, grad, device):
-    xs = [random(B, S, H, D, device=device, seed=seed) for seed in (1, 2)]
-    xs += [random(B, S, K, D, device=device, seed=s) for s in (3, 4)] if pair else [None, None]
-    xs = [None if x is None else x.requires_grad_(grad) for x in xs]
-    order = offsets = None
-    if ids:
-        rows, order = random_positions(B * S, rows=L).sort()
-        offsets = torch.searchsorted(rows, torch.arange(L + 1)).to(device)
-        order = order.to(device)
-    options = {"rotary_offset": 4, "interleaved": True, "interleaved_out": False} if pair else {}
-    cos, _ = random_table(L, P // 2 if pair else P, device=device)
-    arguments = *xs, cos, order, offsets
-    torch.library.opcheck(rope.apply_rotary_table_backward.default, arguments, options)
-
-
-@pytest.mark.parametrize(
-    ("ids", "grad"), [(False, False), (True, True)], ids=["start-no grad", "position_ids-grad"]
-)
-def test_opcheck_of_the_gradient_to_inv_freq(ids, grad, device):
-    inv_freq = rope_ext.frequencies.default(D, device=device)[0].requires_grad_(grad)
-    shape = (B, S, P) if ids else (S, P)
-    grads = [random(*shape, device=device, seed=s).requires_grad_(grad) for s in (1, 2)]
-    position_ids = random_positions(B, S, rows=100, device=device) if ids else None
-    options = {"attention_scaling": 1.25} if ids else {"start": 3}
-    torch.library.opcheck(rope.cos_sin_backward.default, (*grads, inv_freq, position_ids), options)
 
 
 # ---- fakes
@@ -144,12 +106,9 @@ def test_meta_tensors_give_meta_tensors():
     x = torch.empty(B, S, H, D, device="meta", dtype=torch.bfloat16)
     inv_freq = torch.empty(P, device="meta")
     cos, sin = rope_ext.cos_sin_cache(inv_freq, S)
-    assert cos.is_meta
-    assert cos.shape == (S, P)
     y = rope_ext.apply_rotary(x, cos, sin, layout="bshd")
-    assert y.is_meta
-    assert y.shape == x.shape
-    assert y.dtype == torch.bfloat16
+    for got, shape, dtype in ((cos, (S, P), torch.float32), (y, x.shape, x.dtype)):
+        assert (got.is_meta, got.shape, got.dtype) == (True, shape, dtype)
 
 
 # ---- torch.compile
@@ -198,6 +157,13 @@ def compile_inputs(device, seq, grad):
     return q, k, rope_ext.frequencies.default(D, device=device)[0].requires_grad_(grad), ids
 
 
+def results_and_gradients(function, inputs, wanted):
+    """Of q, k and inv_freq, the gradients of the first `wanted`."""
+    results = function(*inputs)
+    seeds = [random(*y.shape, device=y.device, seed=9) for y in results]
+    return [*results, *(torch.autograd.grad(results, inputs[:wanted], seeds) if wanted else ())]
+
+
 @pytest.mark.parametrize(  # in place takes another way where nothing is differentiated
     ("function", "grad"),
     [*((function, True) for function in COMPILED), (rotate_in_place, False)],
@@ -205,21 +171,15 @@ def compile_inputs(device, seq, grad):
 )
 def test_one_graph_serves_all_sequence_lengths(function, grad, device):
     run, counter = compiled(function)
+    wanted = (2 if function is rotate_in_place else 3) if grad else 0
     graphs = None
     for seq in (5, 12, 33):
         inputs = compile_inputs(device, seq, grad)
-        expected = function(*inputs)
-        got = run(*inputs)
+        expected = results_and_gradients(function, inputs, wanted)
+        for a, b in zip(results_and_gradients(run, inputs, wanted), expected, strict=True):
+            assert_same_bits(a, b)
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a, b)
-        if grad:
-            wanted = inputs[: 2 if function is rotate_in_place else 3]
-            seeds = [random(*y.shape, device=device, seed=9) for y in expected]
-            for a, b in zip(torch.autograd.grad(got, wanted, seeds),
-                            torch.autograd.grad(expected, wanted, seeds), strict=True):  # fmt: skip
-                assert_same_bits(a, b)
 
 
 def test_no_more_than_one_recompilation_without_asking_for_dynamic_shapes(device):
@@ -258,12 +218,10 @@ def test_reading_before_and_after_an_in_place_rotation_stays_in_order(device):
         rope.apply_rotary_(x[:, 1:3], cos, sin)
         return before, x * 2
 
-    run, _ = compiled(function)
-    x = random(B, S, H, D, device=device)
-    cos, sin = random_table(2, P, device=device)
-    before, after = run(x, cos, sin)
+    x, table = random(B, S, H, D, device=device), random_table(2, P, device=device)
+    before, after = compiled(function)[0](x, *table)
     assert_same_bits(before, x * 2)
-    assert_same_bits(after[:, 1:3], 2 * rounded_once(x[:, 1:3], cos, sin))
+    assert_same_bits(after[:, 1:3], 2 * rounded_once(x[:, 1:3], *table))
     assert_same_bits(after[:, 3:], x[:, 3:] * 2)
 
 
@@ -279,22 +237,8 @@ def test_inductor_compiles_forward_and_backward():
     graphs = None
     for seq in (6, 11):
         inputs = compile_inputs("cpu", seq, grad=True)
-        expected, got = function(*inputs), run(*inputs)
-        seeds = [random(*y.shape, seed=9) for y in expected]
-        for a, b in zip(
-            [*got, *torch.autograd.grad(got, inputs[:3], seeds)],
-            [*expected, *torch.autograd.grad(expected, inputs[:3], seeds)],
-            strict=True,
-        ):
+        expected = results_and_gradients(function, inputs, 3)
+        for a, b in zip(results_and_gradients(run, inputs, 3), expected, strict=True):
             torch.testing.assert_close(a, b)
         graphs = graphs or counter.frame_count
     assert counter.frame_count == graphs
-
-
-def test_inference_mode_gives_the_same_bits(device):
-    q, table = random(B, S, H, D, device=device), random_table(S, P, device=device)
-    expected = rope.apply_rotary(q, *table)
-    with torch.inference_mode():
-        got = rope.apply_rotary(q, *table)
-        assert got.is_inference()
-    assert_same_bits(got, expected)

@@ -37,32 +37,26 @@ from transformers import (
     NanoChatForCausalLM,
 )
 from transformers.integrations import hub_kernels
+from transformers.models.llama import modeling_llama
 
 B, S, HIDDEN, HEADS, KV_HEADS, VOCABULARY = 2, 9, 64, 4, 2, 97
 D = HIDDEN // HEADS
 COMPILE = kernels.Mode.TORCH_COMPILE
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = (kernels.Mode.INFERENCE, kernels.Mode.TRAINING)
+# fmt: off
 SIZES = {
-    "hidden_size": HIDDEN,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": D,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    "head_dim": D, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCABULARY,
 }
-
-# Models with different conventions and the same hook.
-FAMILIES = {
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+FAMILIES = {  # with different conventions and the same hook
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES), "half-split"),
     "nanochat": (NanoChatForCausalLM, NanoChatConfig(**SIZES), "half-split, negative angle"),
-    "gpt_oss": (
-        GptOssForCausalLM,
-        GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
-        "half-split, one angle a pair",
-    ),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig(**SIZES, **EXPERTS),
+                "half-split, one angle a pair"),
 }
+# fmt: on
 
 MODELS = Path(transformers.__file__).parent / "models"
 HOOKED = sorted(
@@ -111,13 +105,6 @@ def outputs_and_gradients(model):
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_same_training(got, expected):
-    # Float32, from the same rotation: the gradients' products may be summed in another order.
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(got[1][name], grad, rtol=1e-4, atol=1e-7, msg=name)
-
-
 def calls_of_the_operator(function):
     with torch.profiler.profile() as profile:
         function()
@@ -135,7 +122,10 @@ def test_a_kernelized_model_computes_and_learns_the_same(family):
     (rotation,) = hooked_rotations(model).values()
     assert rotation.convention == FAMILIES[family][2]
     assert calls_of_the_operator(lambda: model(tokens())) == model.config.num_hidden_layers
-    assert_same_training(outputs_and_gradients(model), expected)
+    # Float32, from the same rotation: the gradients' products may be summed in another order.
+    logits, gradients = outputs_and_gradients(model)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-7)
     release(model)
     assert calls_of_the_operator(lambda: model(tokens())) == 0
 
@@ -144,9 +134,7 @@ def test_compiled_code_calls_the_operator_from_the_hook():
     model = tiny("llama")
     register_kernels()
     kernels.kernelize(model, mode=kernels.Mode.TRAINING | COMPILE, device="cpu")
-    rotate = importlib.import_module(
-        "transformers.models.llama.modeling_llama"
-    ).apply_rotary_pos_emb
+    rotate = modeling_llama.apply_rotary_pos_emb
     arguments = (random(B, HEADS, S, D), random(B, KV_HEADS, S, D), *random_table(1, S, D))
     expected = type(rotate).forward(rotate, *arguments)
     torch.compiler.reset()
@@ -173,10 +161,8 @@ def test_training_under_autocast_learns_what_the_model_itself_learns():
 def test_every_hooked_function_of_transformers_keeps_its_rotation():
     for module in HOOKED:
         namespace = vars(importlib.import_module(f"transformers.models.{module}"))
-        hooks = [
-            value for value in namespace.values()
-            if getattr(type(value), "kernel_layer_name", None) == HOOK
-        ]  # fmt: skip
+        names = {name: getattr(type(x), "kernel_layer_name", None) for name, x in namespace.items()}
+        hooks = [namespace[name] for name, layer in names.items() if layer == HOOK]
         with naming(module):
             assert hooks
             for hook in hooks:
@@ -195,15 +181,10 @@ def assert_keeps_its_rotation(hook):
             assert_same_bits(got, expected)
 
 
-def attention():
-    """A module that has the hook, and no other layer for which transformers has a kernel."""
-    return tiny("llama").model.layers[0].self_attn
-
-
 @pytest.mark.parametrize("mode", [*MODES, *(mode | COMPILE for mode in MODES)], ids=str)
 def test_on_cuda_it_is_taken_before_the_hubs_kernel_in_every_mode(mode, monkeypatch):
     monkeypatch.setattr("kernels.layer.repos._find_capability", lambda: 90)
-    module = attention()
+    module = tiny("llama").model.layers[0].self_attn  # has no other layer that has a kernel
     register_kernels()
     hub_kernels.register_kernel_mapping_transformers()  # as set_use_kernels does, each time
     kernels.kernelize(module, mode=mode, device="cuda")
@@ -223,11 +204,9 @@ def test_set_use_kernels_takes_it():
 def test_the_mapping_of_transformers_is_not_touched():
     def described():
         mapping = hub_kernels.get_kernel_mapping_transformers()
-        return {
-            name: {str(key): value for key, value in of.items()} for name, of in mapping.items()
-        }
+        return {name: {str(k): copy.copy(v) for k, v in of.items()} for name, of in mapping.items()}
 
-    before = copy.deepcopy(described())
+    before = described()
     register_kernels()
     assert described() == before
     hub = before[HOOK]["cuda"]

@@ -36,10 +36,10 @@ def function_of(pairs):
 
     def rotary(q, k, cos, sin, unsqueeze_dim=1):
         cos, sin = pairs.rows(cos, sin)
-        rows = (x if unsqueeze_dim == 2 else x.transpose(1, 2) for x in (q, k))
         options = pairs.options(cos, q.shape[-1])
-        rotated = (reference.apply_rotary(x, cos, sin, **options) for x in rows)
-        return tuple(x if unsqueeze_dim == 2 else x.transpose(1, 2) for x in rotated)
+        heads = (1, 1) if unsqueeze_dim == 2 else (1, 2)  # to and from [B, S, H, D]
+        rotated = (reference.apply_rotary(x.transpose(*heads), cos, sin, **options) for x in (q, k))
+        return tuple(x.transpose(*heads) for x in rotated)
 
     return rotary
 
@@ -57,11 +57,8 @@ def hook_of(function):
 
 
 def inputs(pairs=HALF_SPLIT, unsqueeze_dim=1, dtype=torch.float32, device="cpu", rows=1, dim=D):
-    heads_first = unsqueeze_dim == 1
-    q, k = (
-        random(*((B, H, S, D) if heads_first else (B, S, H, D)), dtype=dtype, device=device)
-        for H in (HQ, HK)
-    )
+    shapes = ((B, H, S, D) if unsqueeze_dim == 1 else (B, S, H, D) for H in (HQ, HK))
+    q, k = (random(*shape, dtype=dtype, device=device) for shape in shapes)
     width = dim // 2 if pairs.columns == "a pair" else dim
     return q, k, *random_table(rows, S, width, dtype=dtype, device=device)
 
@@ -116,26 +113,20 @@ def only_q(q, k, cos, sin, unsqueeze_dim=1):
     return function_of(HALF_SPLIT)(q, k, cos, sin, unsqueeze_dim)[0], k
 
 
-@pytest.mark.parametrize("function", [scaled, second_half_of_the_table, only_q])
-def test_a_function_that_is_no_rotation_of_ours_goes_on_doing_its_work(function):
-    hook = hook_of(function)
-    arguments = inputs()
-    with pytest.warns(UserWarning, match=rf"{function.__name__} is no rotation that rope_ext"):
-        hook(*arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        results, calls = calls_of_the_operator(lambda: hook(*arguments))
-    assert_same(results, function(*arguments))
-    assert not calls
-
-
-def test_a_hook_of_other_arguments_is_no_rotation_of_ours():
-    class Func(nn.Module):
-        def forward(self, q, freqs_cis):
-            raise AssertionError("not called with tables")
-
+def test_a_function_that_is_no_rotation_of_ours_goes_on_doing_its_work():
+    for function in (scaled, second_half_of_the_table, only_q):
+        hook, arguments = hook_of(function), inputs()
+        with naming(function.__name__):
+            with pytest.warns(UserWarning, match=rf"{function.__name__} is no rotation that rope_"):
+                hook(*arguments)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results, calls = calls_of_the_operator(partial(hook, *arguments))
+            assert_same(results, function(*arguments))
+            assert not calls
+    other = type("Func", (nn.Module,), {"forward": lambda self, q, freqs_cis: q})
     with pytest.warns(UserWarning, match="is no rotation that rope_ext knows"):
-        assert pairs_of(Func) is None
+        assert pairs_of(other) is None
 
 
 def test_tables_without_a_batch_are_rows_of_every_sequence():
@@ -153,12 +144,11 @@ def test_tables_without_a_batch_are_rows_of_every_sequence():
 
 
 def test_results_have_the_dtype_of_q_and_the_inputs_keep_their_values():
-    q, k, _, _ = inputs(dtype=torch.bfloat16)
-    _, _, cos, sin = inputs()
-    before = [x.clone() for x in (q, k, cos, sin)]
-    results = hook_of(function_of(HALF_SPLIT))(q, k, cos, sin)
+    given = *inputs(dtype=torch.bfloat16)[:2], *inputs()[2:]
+    before = [x.clone() for x in given]
+    results = hook_of(function_of(HALF_SPLIT))(*given)
     assert [x.dtype for x in results] == [torch.bfloat16] * 2
-    assert_same((q, k, cos, sin), before)
+    assert_same(given, before)
 
 
 def test_compiles_to_one_graph_even_when_it_has_never_run_before():
@@ -180,13 +170,10 @@ def test_compiles_to_one_graph_even_when_it_has_never_run_before():
 
 def test_exports_even_when_it_has_never_run_before():
     class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rotary = hook_of(function_of(HALF_SPLIT))
-
         def forward(self, q, k, cos, sin):
-            return self.rotary(q, k, cos, sin)
+            return hook(q, k, cos, sin)
 
+    hook = hook_of(function_of(HALF_SPLIT))
     program = torch.export.export(Attention(), inputs(), strict=False)
     targets = [node.target for node in program.graph.nodes]
     assert torch.ops.rope.apply_rotary_qk.default in targets
@@ -218,12 +205,15 @@ def llama():
 @pytest.fixture
 def kernels(monkeypatch, llama):  # llama: imported without it
     """The parts of the package that register_kernels uses, and the mappings that it registers."""
-    package = types.ModuleType("kernels")
-    package.__version__ = "0.1"
-    package.Mode = types.SimpleNamespace(TRAINING=1, TORCH_COMPILE=2)
-    package.CUDAProperties = package.Device = lambda **options: tuple(options)
-    package.registered = []
-    package.register_kernel_mapping = package.registered.append
+    registered = []
+    package = types.SimpleNamespace(
+        __version__="0.1",
+        Mode=types.SimpleNamespace(TRAINING=1, TORCH_COMPILE=2),
+        CUDAProperties=lambda **options: tuple(options),
+        Device=lambda **options: tuple(options),
+        registered=registered,
+        register_kernel_mapping=registered.append,
+    )
     monkeypatch.setitem(sys.modules, "kernels", package)
     return package
 

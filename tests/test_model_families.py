@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext
 from support import naming  # noqa: E402
 from tiny_families import CASES, NOT_REACHED, NOT_RUN  # noqa: E402
 from tiny_models import build, families, floats, innermost, inputs, rotations  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from rope_ext.__main__ import main  # noqa: E402
 from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch  # noqa: E402
@@ -26,15 +27,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = 16 * torch.finfo(torch.float32).eps  # times the largest value of the compared tensors
 NEW_TOKENS = 4
 RECORD = families_of_record.load()
+IS_RECORDED = transformers.__version__ == RECORD["transformers"]
 recorded_release = pytest.mark.skipif(
-    transformers.__version__ != RECORD["transformers"],
-    reason=f"recorded with transformers {RECORD['transformers']}",
+    not IS_RECORDED, reason=f"recorded with transformers {RECORD['transformers']}"
 )
 
 
-# For other releases than the recorded one, transformers 5.0 to 5.23:
+# Under other releases than the recorded one, transformers 5.0 to 5.23:
 ROTATED_OTHERWISE = ("deepseek_v3", "esm", "gpt_oss", "modernbert", "qwen2_5_omni", "qwen2_vl")
 REFUSED = ("modernbert",)  # its attention came from a table of functions
+
+
+def cases_of(family):
+    return [case for case in CASES if case.family == family]
 
 
 def parameters():
@@ -45,14 +50,10 @@ def parameters():
             tuple(RECORD["families"].get(case.name, {}).get("convention", [case.name]))
             for case in cases_of(family)
         }
-        if transformers.__version__ != RECORD["transformers"] and family in ROTATED_OTHERWISE:
+        if not IS_RECORDED and family in ROTATED_OTHERWISE:
             conventions = {family}
         yield pytest.param(family, marks=[pytest.mark.slow] if conventions <= seen else [])
         seen |= conventions
-
-
-def cases_of(family):
-    return [case for case in CASES if case.family == family]
 
 
 @pytest.mark.parametrize("family", [*parameters()])
@@ -65,7 +66,7 @@ def test_patched_models_compute_the_same(family, recording):
             result = result_of(case, called)
             if recording is not None:
                 recording[case.name] = result
-            elif transformers.__version__ == RECORD["transformers"]:
+            elif IS_RECORDED:
                 assert result == RECORD["families"][case.name]
             elif result["result"] == "not run":
                 others.append(result["reason"])
@@ -73,7 +74,7 @@ def test_patched_models_compute_the_same(family, recording):
                 assert result["result"] == "passed" or family in REFUSED, result
     if len(others) == len(cases_of(family)):
         pytest.skip(f"does not run as for transformers {RECORD['transformers']}: {others[0]}")
-    if transformers.__version__ == RECORD["transformers"]:
+    if IS_RECORDED:
         assert {*rotations(family).values()} - called == NOT_REACHED.get(family, set())
 
 
@@ -92,7 +93,7 @@ def result_of(case, called):
         exact = run(exact_model, in_float64(arguments)) if exact_model else own
         assert all(x.isfinite().all() for each in (own, exact) for x in each["outputs"].values())
     except Exception as error:
-        if transformers.__version__ == RECORD["transformers"]:
+        if IS_RECORDED:
             raise
         return {"result": "not run", "reason": repr(error)}
     called |= {everything[code] for code in calls & everything.keys()}
@@ -140,13 +141,9 @@ def run(model, arguments) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def in_float64(arguments):
-    if isinstance(arguments, torch.Tensor):
-        return arguments.double() if arguments.is_floating_point() else arguments
-    if isinstance(arguments, tuple):
-        return tuple(map(in_float64, arguments))
-    if isinstance(arguments, dict):
-        return {name: in_float64(value) for name, value in arguments.items()}
-    return arguments
+    return tree_map_only(
+        torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments
+    )
 
 
 def assert_as_close(new, own, exact, what):
@@ -175,13 +172,9 @@ def generated(model, arguments, case):
     from_tokens = all(name.endswith(("_ids", "_mask")) for name in arguments)
     if not (from_tokens and case.generates and getattr(model, "can_generate", bool)()):
         return None
-    prompt = {
-        name: arguments[name] for name in ("input_ids", "attention_mask") if name in arguments
-    }
-    tokens = model.generate(
-        **prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-    )
-    return tokens.tolist()
+    prompt = {n: x for n, x in arguments.items() if n in ("input_ids", "attention_mask")}
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return model.generate(**prompt, **lengths, do_sample=False).tolist()
 
 
 @recorded_release

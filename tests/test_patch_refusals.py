@@ -5,13 +5,15 @@ import types
 import pytest
 import torch
 from rotating_models import (
+    CALL,
+    TOKENS,
     arguments,
+    derived,
     model_with,
     names_for_copies,
     rotate_half,
     rotations_of_rope_ext,
     standard,
-    tokens,
 )
 from torch import nn
 
@@ -72,9 +74,7 @@ def in_place(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def with_position_ids_that_count(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-    if position_ids is not None:
-        sin = -sin
-    return standard(q, k, cos, sin, unsqueeze_dim)
+    return standard(q, k, cos, sin if position_ids is None else -sin, unsqueeze_dim)
 
 
 def always_fails(q, k, cos, sin, unsqueeze_dim=1):
@@ -85,19 +85,13 @@ def other_parameters(queries, keys, cos, sin):
     return standard(queries, keys, cos, sin)
 
 
+# fmt: off
 UNKNOWN = [
-    k_by_another_angle,
-    k_first,
-    rolled_channels,
-    slightly_larger,
-    in_place,
-    detached,
-    another_one_for_a_single_token,
-    with_position_ids_that_count,
-    always_fails,
-    other_parameters,
+    k_by_another_angle, k_first, rolled_channels, slightly_larger, in_place, detached,
+    another_one_for_a_single_token, with_position_ids_that_count, always_fails, other_parameters,
     rotate_half,
 ]
+# fmt: on
 
 
 def test_a_rotation_of_any_file_is_recognized_by_what_it_computes():
@@ -112,28 +106,17 @@ def test_a_rotation_that_computes_something_else_is_refused_and_nothing_changes(
     for rotation in UNKNOWN:
         other = model_with(rotation).Attention()
         with naming(rotation.__name__):
-            with pytest.raises(
-                UnrecognizedRotation, match=r"Attention\.forward .* got apply_rotary"
-            ):
+            refused = r"Attention\.forward .* got apply_rotary"
+            with pytest.raises(UnrecognizedRotation, match=refused):
                 patch(nn.ModuleList([model, other]))
             assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
             assert type(other).__mro__[1] is nn.Module
-    assert rotations_of_rope_ext(model, tokens()) == 0
+    assert rotations_of_rope_ext(model, TOKENS) == 0
 
 
 def test_a_model_without_a_rotation_is_refused():
     with pytest.raises(UnrecognizedRotation, match="got Linear without any"):
         patch(nn.Linear(2, 2))
-
-
-def test_a_module_with_a_forward_of_its_own_is_refused(model):
-    attention = model.model.layers[1].self_attn
-    attention.forward = lambda *args, **kwargs: modeling_llama.LlamaAttention.forward(
-        attention, *args, **kwargs
-    )
-    with pytest.raises(UnrecognizedRotation, match=r"'model\.layers\.1\.self_attn'.* of its own"):
-        patch(model)
-    assert rotations_of_rope_ext(model, tokens()) == 0
 
 
 def test_a_forward_of_its_own_that_rotates_is_refused_where_that_of_the_class_does_not():
@@ -144,100 +127,59 @@ def test_a_forward_of_its_own_that_rotates_is_refused_where_that_of_the_class_do
         patch(nn.ModuleList([module, file.Attention()]))
 
 
-HIDDEN_ROTATIONS = {
-    "a base": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return super().forward(q, k, cos, sin)
-""",
-    "a method with an argument filled in": """
-import functools
-class Derived(Attention):
-    def turned(self, q, k, cos, sin):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-    forward = functools.partialmethod(turned, sin=None)
-""",
-    "a function with an argument filled in": """
-import functools
-def turned(q, k, cos, sin):
-    return apply_rotary_pos_emb(q, k, cos, sin)
-filled = functools.partial(turned, sin=None)
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return filled(q, k, cos)
-""",
-    "a method in an object that is called": """
+RETURN_CALL = "return apply_rotary_pos_emb(q, k, cos, sin)"
+FUNCTION = f"import functools\ndef turned(q, k, cos, sin):\n    {RETURN_CALL}"
+MANY_NAMES = [f"self.a{i} = None" for i in range(256)]
+CALLED = """
 class Called:
     def __init__(self, function):
         self.function = function
     def __call__(self, *args):
         return self.function(None, *args)
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-    forward = Called(forward)
-""",
-    "a wrapper that finds the method elsewhere": """
-import functools
-methods = [Attention.forward]
-class Derived(Attention):
-    @functools.wraps(Attention.forward)
-    def forward(self, *args):
-        return methods[0](self, *args)
-""",
-    "an attribute of that name among too many": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        self.apply_rotary_pos_emb = None
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
 """
-    + "".join(f"        self.a{i} = None\n" for i in range(256))
-    + """        return q, k
-""",
-    "a method of the class": """
-class Derived(Attention):
-    @classmethod
-    def turned(cls, q, k, cos, sin):
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "an import inside": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a property": """
-class Derived(Attention):
-    @property
-    def turned(self):
-        return apply_rotary_pos_emb(*self.arguments)
-""",
-    "a function that the module keeps": """
-class Derived(Attention):
-    def __init__(self):
-        super().__init__()
-        self.rotate = apply_rotary_pos_emb
-""",
-    "a function that calls itself": """
+ITSELF = """
 def turned(q, k, cos, sin):
     return apply_rotary_pos_emb(q, k, cos, sin) if q.dim() else turned(q, k, cos, sin)
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return turned(q, k, cos, sin)
-""",
-    "a function in the namespace of another file": """
-from transformers.models import llama
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "a base that is called by its name": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return Attention.forward(self, q, k, cos, sin)
-""",
+"""
+HIDDEN_ROTATIONS = {
+    "a base": derived("return super().forward(q, k, cos, sin)"),
+    "a base that is called by its name": derived("return Attention.forward(self, q, k, cos, sin)"),
+    "a method with an argument filled in": derived(
+        RETURN_CALL, head="def turned(self, q, k, cos, sin):", before="import functools"
+    )
+    + "\n    forward = functools.partialmethod(turned, sin=None)",
+    "a function with an argument filled in": derived(
+        "return filled(q, k, cos)",
+        before=f"{FUNCTION}\nfilled = functools.partial(turned, sin=None)",
+    ),
+    "a method in an object that is called": derived(RETURN_CALL, before=CALLED)
+    + "\n    forward = Called(forward)",
+    "a wrapper that finds the method elsewhere": derived(
+        "return methods[0](self, *args)",
+        before="import functools\nmethods = [Attention.forward]",
+        head="@functools.wraps(Attention.forward)\ndef forward(self, *args):",
+    ),
+    "an attribute of that name among too many": derived(
+        "self.apply_rotary_pos_emb = None", CALL, *MANY_NAMES, "return q, k"
+    ),
+    "a method of the class": derived(
+        RETURN_CALL, head="@classmethod\ndef turned(cls, q, k, cos, sin):"
+    ),
+    "an import inside": derived(
+        "from transformers.models.llama.modeling_llama import apply_rotary_pos_emb", RETURN_CALL
+    ),
+    "a property": derived(
+        "return apply_rotary_pos_emb(*self.arguments)", head="@property\ndef turned(self):"
+    ),
+    "a function that the module keeps": derived(
+        "super().__init__()", "self.rotate = apply_rotary_pos_emb", head="def __init__(self):"
+    ),
+    "a function that calls itself": derived(CALL, "return turned(q, k, cos, sin)", before=ITSELF),
+    "a function in the namespace of another file": derived(
+        CALL,
+        "return llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)",
+        before="from transformers.models import llama",
+    ),
 }
 
 
@@ -254,30 +196,24 @@ def test_a_rotation_that_can_not_be_reached_is_refused_and_not_left_behind():
 
 
 def test_a_module_that_can_not_be_changed_leaves_the_others_as_they_were(model):
-    unchangeable = """
-class Derived(Attention):
-    def __setattr__(self, name, value):
-        if name == "__class__":
-            raise TypeError("not this one")
-        super().__setattr__(name, value)
-"""
+    unchangeable = derived(
+        'if name == "__class__":',
+        '    raise TypeError("not this one")',
+        "super().__setattr__(name, value)",
+        head="def __setattr__(self, name, value):",
+    )
     other = model_with(standard, unchangeable).Derived()
     before = names_for_copies()
     with pytest.raises(TypeError, match="not this one"):
         patch(nn.ModuleList([model, other]))
     assert type(model.model.layers[0].self_attn) is modeling_llama.LlamaAttention
     assert names_for_copies() <= before
-    assert rotations_of_rope_ext(model, tokens()) == 0
+    assert rotations_of_rope_ext(model, TOKENS) == 0
 
 
 def test_names_that_only_contain_such_a_word_are_no_rotations():
-    source = """
-def read_property(x):
-    return x
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return apply_rotary_pos_emb(read_property(q), k, cos, sin)
-"""
+    body = "return apply_rotary_pos_emb(read_property(q), k, cos, sin)"
+    source = derived(body, before="def read_property(x): return x")
     assert len(patch(model_with(standard, source).Derived()).sites) == 1
 
 
@@ -288,9 +224,7 @@ def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
 
     layer = Func()
     layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel replaced it
-    rotation = recognition.recognize(layer)
-    assert rotation is not None
-    assert rotation.convention == STANDARD
+    assert recognition.recognize(layer).convention == STANDARD
 
 
 def test_the_result_has_the_dtype_of_q_whatever_the_tables_have():

@@ -6,6 +6,7 @@ Each wrapper here changes the results of the model, so a lost wrapper shows in t
 import functools
 import gc
 import importlib
+import inspect
 import sys
 import traceback
 
@@ -13,7 +14,10 @@ import pytest
 import rotating_models
 import torch
 from rotating_models import (
+    CALL,
+    TOKENS,
     arguments,
+    derived,
     file_of,
     model_with,
     names_for_copies,
@@ -36,14 +40,7 @@ from rope_ext.integrations.transformers import (  # noqa: E402
 
 LAYERS = 2
 LlamaAttention = modeling_llama.LlamaAttention
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def tokens():
-    return rotating_models.tokens()
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +49,15 @@ def nothing_compiled_is_left():
     torch.compiler.reset()
 
 
-class Graphs:
-    """A backend of torch.compile that counts the rotations of rope_ext in each graph."""
-
-    def __init__(self):
-        self.rotations = []
+class Graphs(list):
+    """A backend of torch.compile that lists the number of rope_ext's rotations in each graph."""
 
     def __call__(self, graph, inputs):
-        self.rotations.append(sum("rope" in str(node.target) for node in graph.graph.nodes))
+        self.append(sum("rope" in str(node.target) for node in graph.graph.nodes))
         return graph
 
 
-# ------------------------------------------------------- wrappers that other libraries add to a
-# method
+# ---- wrappers that other libraries add to a method
 
 
 def doubling(function):
@@ -112,60 +105,60 @@ WRAPPERS = {
 }
 
 
-def test_a_wrapper_around_forward_stays(tokens, monkeypatch):
+def test_a_wrapper_around_forward_stays(monkeypatch):
     own = LlamaAttention.forward
     for name, wrap in WRAPPERS.items():
         wrapped = wrap(own)
         monkeypatch.setattr(LlamaAttention, "forward", wrapped)
         model = small_llama(LAYERS)
-        expected = model(tokens).logits
+        expected = model(TOKENS).logits
         before = names_for_copies()
         with naming(name):
             patch(model)
-            assert torch.equal(model(tokens).logits, expected)
-            assert rotations_of_rope_ext(model, tokens) == LAYERS
+            assert torch.equal(model(TOKENS).logits, expected)
+            assert rotations_of_rope_ext(model, TOKENS) == LAYERS
             assert wrap is not counting or wrapped.calls == 3 * LAYERS
             unpatch(model)
             assert LlamaAttention.forward is wrapped
-            assert rotations_of_rope_ext(model, tokens) == 0
+            assert rotations_of_rope_ext(model, TOKENS) == 0
             assert names_for_copies() <= before
 
 
-def test_a_wrapped_forward_is_compiled_to_one_graph(tokens, monkeypatch):
+def test_a_wrapped_forward_is_compiled_to_one_graph(monkeypatch):
     graphs = Graphs()
     wrapped = doubling(in_a_global(without_wraps(LlamaAttention.forward)))
     monkeypatch.setattr(LlamaAttention, "forward", wrapped)
     model = small_llama(LAYERS)
-    expected = model(tokens).logits
+    expected = model(TOKENS).logits
     patch(model)
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
-    assert graphs.rotations == [LAYERS]
+    assert torch.equal(compiled(TOKENS, use_cache=False).logits, expected)
+    assert graphs == [LAYERS]
 
 
-def test_a_forward_that_is_compiled_stays_compiled(tokens, monkeypatch):
+def test_a_forward_that_is_compiled_stays_compiled(monkeypatch):
     own = Graphs()
     compiled = torch.compile(LlamaAttention.forward, backend=own, fullgraph=True)
     monkeypatch.setattr(LlamaAttention, "forward", compiled)
     model = small_llama(LAYERS)
     with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
-        unpatched = len(own.rotations)
+        expected = model(TOKENS, use_cache=False).logits
+        unpatched = len(own)
         with patched(model):
-            assert torch.equal(model(tokens, use_cache=False).logits, expected)
-    assert sum(own.rotations[:unpatched]) == 0
-    assert set(own.rotations[unpatched:]) == {1}
+            assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
+    assert sum(own[:unpatched]) == 0
+    assert set(own[unpatched:]) == {1}
 
 
-def test_a_model_of_compiled_modules_is_patched(tokens):
+def test_a_model_of_compiled_modules_is_patched():
     graphs = Graphs()
     model = small_llama(LAYERS)
-    expected = model(tokens, use_cache=False).logits
+    expected = model(TOKENS, use_cache=False).logits
     for layer in model.model.layers:
         layer.compile(backend=graphs)
     assert len(patch(model).sites) == LAYERS
-    assert torch.equal(model(tokens, use_cache=False).logits, expected)
-    assert sum(graphs.rotations) in (1, LAYERS)  # layers share their code, and its graph
+    assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
+    assert sum(graphs) in (1, LAYERS)  # layers share their code, and its graph
 
 
 class LowRank(nn.Module):
@@ -181,17 +174,17 @@ class LowRank(nn.Module):
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
-def test_modules_in_the_place_of_projections_are_used(tokens):
+def test_modules_in_the_place_of_projections_are_used():
     model = small_llama(LAYERS)
     patch(model)
     for layer in model.model.layers:
         layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
-    got = model(tokens).logits
+    got = model(TOKENS).logits
     unpatch(model)
-    expected = model(tokens).logits
+    expected = model(TOKENS).logits
     assert torch.equal(got, expected)
     patch(model)
-    assert torch.equal(model(tokens).logits, expected)
+    assert torch.equal(model(TOKENS).logits, expected)
 
 
 def test_a_forward_that_a_module_has_itself_is_refused():
@@ -202,6 +195,7 @@ def test_a_forward_that_a_module_has_itself_is_refused():
         expected = r"'model\.layers\.1\.self_attn'.* of its own"
         with naming(replace), pytest.raises(UnrecognizedRotation, match=expected):
             patch(model)
+        assert type(model.model.layers[0].self_attn) is LlamaAttention
 
 
 def test_a_wrapper_around_the_rotation_method_stays(monkeypatch):
@@ -225,49 +219,15 @@ def test_a_wrapper_around_the_rotation_method_stays(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-# ------------------------------------------------------------------------ forms of methods
+# ---- forms of methods
 
-# forward(self, q, k, cos, sin) of a class, and the definitions that it needs
-METHODS = {
-    "a private name": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        self.__calls = 1
-        id(nn)  # a module is loaded just before
-        return apply_rotary_pos_emb(q, k, cos, sin)
-""",
-    "an attribute of the rotation's name": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        self.apply_rotary_pos_emb = 2
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return self.apply_rotary_pos_emb * q, k
-""",
-    "an attribute of that name, one of many": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-"""
-    + "".join(f"        self.a{i} = None\n" for i in range(256))
-    + """
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        self.apply_rotary_pos_emb = 2
-        return self.apply_rotary_pos_emb * q, k
-""",
-    "functions inside": """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        def turned(x):
-            return [apply_rotary_pos_emb(y, y, cos, sin)[0] for y in (x,)][0]
-        return turned(q), (lambda: turned(k))()
-""",
-    "a function of its file": """
+SCALED = "return self.apply_rotary_pos_emb * q, k"
+MANY_NAMES = [f"self.a{i} = None" for i in range(256)]
+FUNCTION = """
 def turned(*args):
     return apply_rotary_pos_emb(*args)
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        return turned(q, k, cos, sin)
-""",
-    "a function outside": """
+"""
+MAKE = """
 def make(apply_rotary, scale):
     class Derived(Attention):
         def forward(self, q, k, cos, sin):
@@ -275,8 +235,8 @@ def make(apply_rotary, scale):
             return scale * q, k
     return Derived
 Derived = make(apply_rotary_pos_emb, 2)
-""",
-    "super, and decorators": """
+"""
+TWICE = """
 import functools
 def twice(function):
     @functools.wraps(function)
@@ -288,15 +248,32 @@ class Base(nn.Module):
     calls = 0
     def count(self):
         self.calls += 1
-class Derived(Base):
-    def count(self):
-        raise AssertionError
-    @twice
-    def forward(self, q, k, cos, sin):
-        super().count()
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return self.calls % 2 * q, k
-""",
+"""
+METHODS = {
+    "a private name": derived(
+        "self.__calls = 1",
+        "id(nn)  # a module is loaded just before",
+        "return apply_rotary_pos_emb(q, k, cos, sin)",
+    ),
+    "an attribute of the rotation's name": derived("self.apply_rotary_pos_emb = 2", CALL, SCALED),
+    "an attribute of that name, one of many": derived(
+        *MANY_NAMES, CALL, "self.apply_rotary_pos_emb = 2", SCALED
+    ),
+    "functions inside": derived(
+        "def turned(x):",
+        "    return [apply_rotary_pos_emb(y, y, cos, sin)[0] for y in (x,)][0]",
+        "return turned(q), (lambda: turned(k))()",
+    ),
+    "a function of its file": derived("return turned(q, k, cos, sin)", before=FUNCTION),
+    "a function outside": MAKE,
+    "super, and decorators": derived(
+        "super().count()",
+        CALL,
+        "return self.calls % 2 * q, k",
+        before=TWICE,
+        head="def count(self): raise AssertionError\n@twice\ndef forward(self, q, k, cos, sin):",
+        base="Base",
+    ),
 }
 
 
@@ -320,14 +297,8 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def test_a_traceback_shows_the_lines_of_the_models_own_file():
-    source = """
-class Derived(Attention):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        def fail():
-            return q / self.missing
-        return fail()
-"""
+    fail = ("def fail():", "    return q / self.missing", "return fail()")
+    source = derived(CALL, *fail)
     module = model_with(standard, source).Derived()
     frames = []
     for _ in range(2):
@@ -336,37 +307,19 @@ class Derived(Attention):
         frames.append([(f.filename, f.lineno, f.name) for f in traceback.extract_tb(error.tb)])
         patch(module)
     assert frames[0] == frames[1]
-    assert frames[0][-3:-1] == [
-        ("<file of a model>", 12, "forward"),
-        ("<file of a model>", 11, "fail"),
-    ]
-
-
-# --------------------------------------------------------------------- the code that is loaded
+    file = "<file of a model>"
+    assert frames[0][-3:-1] == [(file, 13, "forward"), (file, 12, "fail")]
 
 
 def test_a_file_that_has_changed_since_it_was_imported_is_not_read(tmp_path, monkeypatch):
-    source = """
-import torch
-from torch import nn
-
-def rotate_half(x):
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-class Attention(nn.Module):
-    def forward(self, q, k, cos, sin):
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return q + 0, k
-"""
+    source = "\n".join(
+        ["import torch", "from torch import nn", inspect.getsource(rotating_models.rotate_half),
+         inspect.getsource(standard), "apply_rotary_pos_emb = standard"]
+    ) + derived(CALL, "return q + 0, k", base="nn.Module")  # fmt: skip
     path = tmp_path / "edited_model.py"
     path.write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("edited_model").Attention()
+    module = importlib.import_module("edited_model").Derived()
     expected = module(*arguments())
     path.write_text("# a line more\n" + source.replace("+ 0", "+ 1"))
     patch(module)
@@ -374,10 +327,7 @@ class Attention(nn.Module):
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------- the globals of copies
-
-
-def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
+def test_the_globals_of_a_copy_last_as_long_as_its_models():
     first, second = small_llama(LAYERS), small_llama(LAYERS)
     gc.collect()
     none = names_for_copies()
@@ -390,13 +340,13 @@ def test_the_globals_of_a_copy_last_as_long_as_its_models(tokens):
 
     unpatch(first)
     assert not names_for_copies() & one
-    assert rotations_of_rope_ext(second, tokens) == LAYERS
+    assert rotations_of_rope_ext(second, TOKENS) == LAYERS
     held = second.model.layers[1].self_attn.forward
     unpatch(second)
     unpatch(twin_of_second)
     assert names_for_copies() - none  # the method that is held
     second.model.layers[1].self_attn.forward = held
-    assert rotations_of_rope_ext(second, tokens) == 1
+    assert rotations_of_rope_ext(second, TOKENS) == 1
     del second, held
     gc.collect()
     assert names_for_copies() <= none

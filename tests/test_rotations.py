@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotating_models import rotate_half
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
@@ -37,11 +38,6 @@ def test_strides_of_arguments_do_not_matter(form):
     assert compared
 
 
-def rotate_half(x):
-    first, second = x.chunk(2, -1)
-    return torch.cat((-second, first), -1)
-
-
 def rotate(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
@@ -73,17 +69,14 @@ def from_angles(tensor, freqs):
     return rotate(tensor.float(), cos.float(), sin.float()).to(tensor.dtype)
 
 
-@pytest.mark.parametrize(
-    ("function", "convention"),
-    [
-        (interleaved_in_halves_out, "interleaved in, halves out, one angle a channel"),
-        (by_sections, "half-split; a section for an axis"),
-        (longer_tables, "half-split; longer tables"),
-        (from_angles, "half-split, one angle a pair; from angles"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_rotations_of_earlier_releases_are_recognized(function, convention):
-    rotation = recognition.recognize(function)
-    assert rotation is not None
-    assert rotation.convention == convention
+EARLIER = {
+    interleaved_in_halves_out: "interleaved in, halves out, one angle a channel",
+    by_sections: "half-split; a section for an axis",
+    longer_tables: "half-split; longer tables",
+    from_angles: "half-split, one angle a pair; from angles",
+}
+
+
+@pytest.mark.parametrize("function", EARLIER, ids=lambda function: function.__name__)
+def test_rotations_of_earlier_releases_are_recognized(function):
+    assert recognition.recognize(function).convention == EARLIER[function]

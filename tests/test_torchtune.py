@@ -16,7 +16,6 @@ from rope_ext.integrations.reference_apis.torchtune import RotaryPositionalEmbed
 
 PACKAGE = find_spec("torchtune")
 B, S, H, D, L = 3, 11, 4, 16, 64
-BASE = 500
 
 
 class Restated(nn.Module):
@@ -43,14 +42,13 @@ def documented(request):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_forward_and_backward_are_torchtunes(dtype, documented):
-    arguments = {"dim": D, "max_seq_len": L, "base": BASE}
-    theirs, ours = documented(**arguments), RotaryPositionalEmbeddings(**arguments)
+    theirs, ours = (
+        make(dim=D, max_seq_len=L, base=500) for make in (documented, RotaryPositionalEmbeddings)
+    )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     x, weight = random(B, S, H, D, dtype=dtype), random(B, S, H, D, dtype=dtype, seed=1)
     positions = random_positions(B, S, rows=L)
-    for name, input_pos in {
-        "index": None, "each": positions, "all": positions[0], "int32": positions[:1].int()
-    }.items():  # fmt: skip
+    for input_pos in (None, positions, positions[0], positions[:1].int()):
         results = []
         for module in (ours, theirs):
             leaf = x.clone().requires_grad_()
@@ -59,7 +57,7 @@ def test_forward_and_backward_are_torchtunes(dtype, documented):
         # Positions of 63 times frequencies, rounded to float32: angles differ by up to 63 x 2^-24.
         # torchtune computes in float32, also for float64, and rounds the gradient's two parts.
         eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        with naming(name):
+        with naming(input_pos):
             for got, expected in zip(*results, strict=True):
                 assert got.dtype == expected.dtype
                 torch.testing.assert_close(

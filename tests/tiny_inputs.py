@@ -68,11 +68,8 @@ def speech(model):
 def song(model):
     """Four tokens of text, then as many as the encoder makes from 16 frames of sound."""
     ids = torch.tensor([[3, 4, 5, 6] + [model.config.audio_token_id] * 4])
-    sound = {
-        "input_features": torch.randn(1, 16, 16),
-        "input_features_mask": torch.ones(1, 16).long(),
-    }
-    return {"input_ids": ids, **sound}
+    mask = torch.ones(1, 16).long()
+    return {"input_ids": ids, "input_features": torch.randn(1, 16, 16), "input_features_mask": mask}
 
 
 def memory(model):

@@ -166,10 +166,9 @@ def floats(output) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
-    elif isinstance(output, dict):
-        for name, value in output.items():
-            if "cache" not in name and name != "past_key_values":
-                yield from floats(value)
-    elif isinstance(output, (tuple, list)):
+        return
+    if isinstance(output, dict):
+        output = [x for n, x in output.items() if "cache" not in n and n != "past_key_values"]
+    if isinstance(output, (tuple, list)):
         for value in output:
             yield from floats(value)
