@@ -27,7 +27,7 @@ PICTURES = {
 
 
 def programs():
-    """The paths of a browser, $CHROMIUM first, and of its driver; None if one is missing."""
+    """The paths of a browser and of its driver; None if one is missing."""
     names = (os.environ.get("CHROMIUM", ""), *PROGRAMS)
     browser = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
@@ -35,8 +35,6 @@ def programs():
 
 
 class Browser:
-    """A browser with one page."""
-
     def __init__(self):
         browser, driver = programs()
         options = webdriver.ChromeOptions()
@@ -74,7 +72,6 @@ class Browser:
         ActionChains(self._driver).send_keys(key * times).perform()
 
     def problems(self):
-        """Console messages since the page was opened, and uncaught errors."""
         return self._driver.get_log("browser")
 
     def requests(self):
@@ -85,7 +82,6 @@ class Browser:
         return [event["request"]["url"].partition("#")[0] for event in sent]
 
     def picture(self):
-        """The window."""
         return Image.open(io.BytesIO(self._driver.get_screenshot_as_png())).convert("RGB")
 
 
