@@ -1,6 +1,7 @@
 """Frequencies: the bits of transformers for published models and random parameters; configs."""
 
 import copy
+import math
 import re
 import sys
 
@@ -25,28 +26,15 @@ from rope_ext.frequencies.config import resolve
 from rope_ext.frequencies.families import HEAD_DIM, OTHER_FORMS, OWN_PARAMETERS, TWO_BASES
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from tiny_models import modeling  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
-from transformers.models.gemma4.modeling_gemma4 import (  # noqa: E402
-    Gemma4TextRotaryEmbedding,
-    Gemma4VisionRotaryEmbedding,
-)
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding  # noqa: E402
-from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import (  # noqa: E402
-    HunYuanDenseV1RotaryEmbedding,
-)
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding  # noqa: E402
-from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding  # noqa: E402
 
 LENGTHS_READ = (None, 1, 4096, 4097, 131_072)
-
-ROTARY_CLASSES = {
-    "gpt_neox": GPTNeoXRotaryEmbedding,
-    "gemma4_text": Gemma4TextRotaryEmbedding,
-    "glm": Phi3RotaryEmbedding,
-    "hunyuan_v1_dense": HunYuanDenseV1RotaryEmbedding,
-    "phi3": Phi3RotaryEmbedding,
-}
+NEOX = modeling("gpt_neox").GPTNeoXRotaryEmbedding
+HUNYUAN = modeling("hunyuan_v1_dense").HunYuanDenseV1RotaryEmbedding
+PHI = modeling("phi3").Phi3RotaryEmbedding
+LLAMA = modeling("llama").LlamaRotaryEmbedding
+ROTARY_CLASSES = {"gpt_neox": NEOX, "glm": PHI, "hunyuan_v1_dense": HUNYUAN, "phi3": PHI}
 
 
 def config_object(json):
@@ -59,13 +47,14 @@ def of_transformers(config, layer_type, length=None):
     if config.model_type == "gemma4_text":
         config = config.per_layer_config[layer_type]
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
-    rotary = ROTARY_CLASSES.get(config.model_type, LlamaRotaryEmbedding)
+    rotary = ROTARY_CLASSES.get(config.model_type, LLAMA)
     rope_type = parameters["rope_type"]
     options = {} if layer_type is None else {"layer_type": layer_type}
     if rope_type == "dynamic" and "alpha" in parameters:
         return rotary.compute_ntk_alpha_rope_parameters(config)
     if rope_type == "default" and layer_type:
-        return Gemma4TextRotaryEmbedding.compute_default_rope_parameters(config, **options)
+        rotary = modeling("gemma4").Gemma4TextRotaryEmbedding
+        return rotary.compute_default_rope_parameters(config, **options)
     if rope_type == "default":
         return rotary.compute_default_rope_parameters(config)
     return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length, **options)
@@ -76,9 +65,6 @@ def assert_equal(got, expected):
     assert got[0].dtype == torch.float32
     assert type(got[1]) is float
     assert got[1] == expected[1]
-
-
-# ---- against transformers
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -105,66 +91,57 @@ EXAMPLES = settings(
 )
 FACTORS = numbers(1, 128) | st.integers(1, 128)
 BASES = numbers(100, 1e8) | st.sampled_from([10000, 10000.0, 500000.0, 1000000])
-PAIRS = st.integers(2, 64)
-PARTS = st.integers(0, 16).map(lambda sixteenths: sixteenths / 16)
 LENGTHS = st.integers(16, 1_000_000)
 
 
 def llama(head_dim, base, longest, **parameters):
+    parameters = {"rope_theta": base, **parameters}
+    sizes = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "head_dim": head_dim}
     return transformers.LlamaConfig(
-        hidden_size=4 * head_dim,
-        num_attention_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=longest,
-        rope_parameters={"rope_theta": base, **parameters},
+        **sizes, max_position_embeddings=longest, rope_parameters=parameters
     )
 
 
-# The parameters of each rope_type, for a number of pairs.
+def lists(most, pairs):
+    return st.lists(numbers(0.5, most), min_size=pairs, max_size=pairs)
+
+
+OF_ATTENTION = {"attention_factor": st.none() | numbers(0.5, 2)}
+MSCALE = st.none() | st.just(0.0) | numbers(0.125, 2)
+MSCALES = {"mscale": MSCALE, "mscale_all_dim": MSCALE}
+BETAS = {"beta_slow": numbers(1, 8), "beta_fast": numbers(8, 512), "truncate": st.booleans()}
+BANDS = {"low_freq_factor": numbers(0.25, 8), "high_freq_factor": numbers(9, 128)}
+SIXTEENTHS = st.integers(0, 16).map(lambda sixteenths: sixteenths / 16)
+# The parameters of each rope_type besides the factor, for a number of pairs.
 PARAMETERS = {
-    "linear": lambda pairs: {"factor": FACTORS},
-    "dynamic": lambda pairs: {"factor": FACTORS},
-    "yarn": lambda pairs: {
-        "factor": FACTORS,
-        ORIGINAL: LENGTHS,
-        "beta_slow": numbers(1, 8),
-        "beta_fast": numbers(8, 512),
-        "truncate": st.booleans(),
-        "attention_factor": st.none() | numbers(0.5, 2),
-        "mscale": st.none() | numbers(0, 2),
-        "mscale_all_dim": st.none() | numbers(0, 2),
-    },
+    "linear": lambda pairs: {},
+    "dynamic": lambda pairs: {},
+    "yarn": lambda pairs: {ORIGINAL: LENGTHS, **BETAS, **OF_ATTENTION, **MSCALES},
     "longrope": lambda pairs: {
-        "short_factor": st.lists(numbers(0.5, 4), min_size=pairs, max_size=pairs),
-        "long_factor": st.lists(numbers(0.5, 64), min_size=pairs, max_size=pairs),
+        "short_factor": lists(4, pairs),
+        "long_factor": lists(64, pairs),
         ORIGINAL: LENGTHS,
         "factor": st.none() | FACTORS,
-        "attention_factor": st.none() | numbers(0.5, 2),
+        **OF_ATTENTION,
     },
-    "llama3": lambda pairs: {
-        "factor": FACTORS,
-        "low_freq_factor": numbers(0.25, 8),
-        "high_freq_factor": numbers(9, 128),
-        ORIGINAL: LENGTHS,
-    },
-    "proportional": lambda pairs: {"factor": FACTORS, "partial_rotary_factor": PARTS},
+    "llama3": lambda pairs: {ORIGINAL: LENGTHS, **BANDS},
+    "proportional": lambda pairs: {"partial_rotary_factor": SIXTEENTHS},
 }
 
 
 @pytest.mark.parametrize("rope_type", PARAMETERS)
 @EXAMPLES
-@given(st.data(), PAIRS, BASES, LENGTHS, st.none() | LENGTHS)
+@given(st.data(), st.integers(2, 64), BASES, LENGTHS, st.none() | LENGTHS)
 def test_random_parameters_have_the_bits_of_transformers(
     rope_type, data, pairs, base, longest, length
 ):
-    """Function, dict and config."""
-    head_dim = 2 * pairs
-    drawn = data.draw(st.fixed_dictionaries(PARAMETERS[rope_type](pairs)))
+    """Dict and config."""
+    drawn = data.draw(st.fixed_dictionaries({"factor": FACTORS, **PARAMETERS[rope_type](pairs)}))
     parameters = {"rope_type": rope_type, **drawn}
-    config = llama(head_dim, base, longest, **copy.deepcopy(parameters))
+    config = llama(2 * pairs, base, longest, **copy.deepcopy(parameters))
     expected = ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)
     options = {"max_position_embeddings": longest, "length": length, "base": base}
-    assert_equal(frequencies.from_scaling(head_dim, parameters, **options), expected)
+    assert_equal(frequencies.from_scaling(2 * pairs, parameters, **options), expected)
     assert_equal(frequencies.from_config(config, length=length), expected)
 
 
@@ -189,37 +166,32 @@ def test_methods_of_other_classes_have_the_bits_of_transformers():
         for part in (0.25, 0.5, 0.75, 1.0):
             parameters = {"rope_theta": base, "partial_rotary_factor": part}
             config = transformers.GPTNeoXConfig(**sizes, rope_parameters=parameters)
-            expected = GPTNeoXRotaryEmbedding.compute_default_rope_parameters(config)
+            expected = NEOX.compute_default_rope_parameters(config)
             assert_equal(frequencies.partial(head_dim, rotary_pct=part, base=base), expected)
             assert_equal(frequencies.from_config(config), expected)
+        sizes["head_dim"] = head_dim
         for alpha in (1, 2.5, 1000, 10_000.0):
             parameters = {**HUNYUAN_ALPHA, "rope_theta": base, "alpha": alpha}
-            config = transformers.HunYuanDenseV1Config(
-                **sizes, head_dim=head_dim, rope_parameters=parameters
-            )
-            expected = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+            config = transformers.HunYuanDenseV1Config(**sizes, rope_parameters=parameters)
+            expected = HUNYUAN.compute_ntk_alpha_rope_parameters(config)
             assert_equal(frequencies.ntk_alpha(head_dim, alpha=alpha, base=base), expected)
             assert_equal(frequencies.from_config(config), expected)
 
 
 def test_vision_towers_have_the_bits_of_transformers():
+    rotary = modeling("gemma4").Gemma4VisionRotaryEmbedding
     for head_dim, base in SHAPES:
-        config = transformers.AutoConfig.for_model(
-            "gemma4_vision",
-            head_dim=head_dim,
-            rope_parameters={"rope_type": "axial", "rope_theta": base},
-        )
-        expected = Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters(config)
+        parameters = {"rope_type": "axial", "rope_theta": base}
+        json = {"model_type": "gemma4_vision", "head_dim": head_dim, "rope_parameters": parameters}
+        expected = rotary.compute_axial_rope_parameters(config_object(json))
         assert_equal(frequencies.axial(head_dim, base=base), expected)
-        assert_equal(frequencies.from_config(config), expected)
+        assert_equal(frequencies.from_config(config_object(json)), expected)
     config = transformers.PixtralVisionConfig(rope_parameters={"rope_theta": 10000.0})
-    expected = PixtralVisionRotaryEmbedding.compute_axial_rope_parameters(config)
+    rotary = modeling("pixtral").PixtralVisionRotaryEmbedding
+    expected = rotary.compute_axial_rope_parameters(config)
     inv_freq, _ = frequencies.axial(config.head_dim, alternating=True)
     assert_same_bits(inv_freq.flatten(), expected[0])
     assert_equal(frequencies.from_config(config), expected)
-
-
-# ---- configs
 
 
 def test_layers_of_a_type_without_parameters_do_not_rotate():
@@ -277,9 +249,6 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
         expected = plain / torch.tensor(PHI3[f"{factors}_factor"])
         torch.testing.assert_close(got[0], expected, rtol=2.0**-22, atol=0)
         assert got[1] == scaling[f"{factors}_mscale"]
-
-
-# ---- entries that a config.json omits
 
 
 def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class():
@@ -357,46 +326,18 @@ def test_layers_that_no_rope_layers_or_layer_rope_theta_switch_off_do_not_rotate
         assert frequencies.from_config(config, "chunked_attention") is not None
 
 
-def test_scaling_without_a_type_is_the_default_as_in_transformers():
-    json = config_json("llama", 4096, 32, 4096, rope_scaling={"factor": 4.0})
-    expected = of_transformers(config_object(json), None)
-    assert_equal(frequencies.from_config(json), expected)
-    assert_equal(frequencies.from_config(config_object(json)), expected)
-
-
-def test_dynamic_frequencies_change_after_max_position_embeddings_as_in_transformers():
-    dynamic = {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}
-    json = config_json("llama", 4096, 32, 4096, rope_scaling=dynamic)
-    for length in (3000, 5000):
-        expected = of_transformers(config_object(json), None, length)
-        assert_equal(frequencies.from_config(json, length=length), expected)
-
-
-def test_yarn_for_a_context_shorter_than_the_original_has_the_bits_of_transformers():
-    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
-    json = config_json("llama", 4096, 32, 4096, rope_scaling=yarn)
-    expected = of_transformers(config_object(json), None)
-    assert_equal(frequencies.from_config(json), expected)
-
-
-# ---- refusals
-
-NAN = float("nan")
 HEAD, X = {"head_dim": 64}, {"head_dim": 64, "layer_types": ["x"]}
 REFUSED = [
     ({**HEAD, "rope_scaling": {"type": "yarnn"}}, None, "rope_type to be one of"),
-    ({**HEAD, "rope_scaling": {"type": 0}}, None, "rope_type to be one of .* got 0"),
     ({**HEAD, "rope_scaling": "yarn"}, None, "rope_scaling to be a dict, got 'yarn'"),
     ({**HEAD, "text_config": "llama"}, None, "text_config to be a dict, got 'llama'"),
     ({"hidden_size": 64}, None, "config to have head_dim, or hidden_size and num_attention"),
     ({"hidden_size": 2**70, "num_attention_heads": 1}, None, "hidden_size to be an integer"),
-    ({"hidden_size": 64, "num_attention_heads": [4]}, None, r"_attention_heads .* got \[4\]"),
     ({"head_dim": "128"}, None, "head_dim to be an integer .* got '128'"),
     ({"head_dim": 2**28}, None, "head_dim to be .* at most 65536, got 268435456"),
     ({**HEAD, "rotary_dim": "all"}, None, "rotary_dim to be an integer .* got 'all'"),
-    ({**HEAD, "partial_rotary_factor": NAN}, None, "partial_rotary_factor to be a finite"),
+    ({**HEAD, "partial_rotary_factor": math.nan}, None, "partial_rotary_factor to be a finite"),
     ({**HEAD, "rope_theta": -1}, None, "rope_theta to be above 0, got -1"),
-    ({**HEAD, "rope_theta": True}, None, "rope_theta to be a finite .* got True"),
     ({**HEAD, "rope_ratio": 500}, None, "rope_ratio to be 1, got 500"),
     ({**HEAD, "rope_interleave": 1}, None, "interleave to be true or false, got 1"),
     ({**HEAD, "max_position_embeddings": 32.5}, None, "max_position_embed.* got 32.5"),
@@ -406,7 +347,6 @@ REFUSED = [
     ({"model_type": ["llama"]}, None, r"model_type to be a string, got \['llama'\]"),
     # layer types
     (GEMMA4, None, "layer_type to be one of 'sliding_attention', 'full_attention', got"),
-    (GEMMA4, "linear_attention", "layer_type to be one of .* got 'linear_attention'"),
     (X, "y", "layer_type to be one of 'x', got 'y'"),
     (HEAD, ["x"], r"layer_type to be a string or None, got \['x'\]"),
     ({**HEAD, "layer_types": 1}, "x", "layer_types to be a list of .* got 1"),
