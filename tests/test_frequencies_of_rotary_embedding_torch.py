@@ -7,7 +7,7 @@ import torch
 from support import assert_same_bits, random
 
 import rope_ext
-from rope_ext import frequencies
+from rope_ext import frequencies, positions
 
 rotary_embedding_torch = pytest.importorskip(
     "rotary_embedding_torch", reason="pip install 'rope_ext[test]'"
@@ -33,23 +33,18 @@ def test_frequencies_have_the_bits_of_the_library():
 )
 def test_tokens_with_a_position_an_axis_are_rotated_as_by_the_library(freqs_for, sizes):
     axes = len(sizes)
-    theirs = rotary_embedding_torch.RotaryEmbedding(
-        dim=D // axes, freqs_for=freqs_for, max_freq=MAX_FREQ
-    )
+    options = {"freqs_for": freqs_for, "max_freq": MAX_FREQ}
+    theirs = rotary_embedding_torch.RotaryEmbedding(dim=D // axes, **options)
     x = random(B, H, *sizes, D)
     expected = rotary_embedding_torch.apply_rotary_emb(theirs.get_axial_freqs(*sizes), x)
-    rows = []
-    for axis, size in enumerate(sizes):
+    parts = []
+    for size, at in zip(sizes, positions.grid(*sizes), strict=True):
+        inv_freq, _ = frequencies.axial(D, axes=axes)
         if freqs_for == "pixel":
             inv_freq, _ = frequencies.pixel(D // axes, max_freq=MAX_FREQ, size=size)
-            position_ids = 2 * torch.arange(size) - (size - 1)
-        else:
-            inv_freq, _ = frequencies.axial(D, axes=axes)
-            position_ids = torch.arange(size)
-        shape = [size if other == axis else 1 for other in range(axes)]
-        tables = rope_ext.cos_sin(inv_freq, position_ids)
-        rows.append([t.view(*shape, -1).expand(*sizes, -1) for t in tables])
-    cos, sin = (torch.cat(parts, -1).flatten(0, -2)[None] for parts in zip(*rows, strict=True))
+            at = 2 * at - (size - 1)
+        parts.append(rope_ext.cos_sin(inv_freq, at[None]))
+    cos, sin = (torch.cat(tables, -1) for tables in zip(*parts, strict=True))
     got = rope_ext.apply_rotary(x.flatten(2, -2), cos, sin, interleaved=True, layout="bhsd")
     # angles of at most 3.5 pi, with two roundings of 2^-24 each; normal numbers
     atol = 2 * MAX_FREQ / 2 * math.pi * 2.0**-24 * x.abs().max().item() * 2
