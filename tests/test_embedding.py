@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -90,26 +91,23 @@ def test_gradients_reach_q_and_k(device):
 
 
 def test_a_table_that_grows_doubles_and_computes_the_rows_that_are_missing(monkeypatch):
-    made = []
-
-    def counted(inv_freq, length, *, start=0, **options):
-        made.append((start, length))
-        return rope_ext.cos_sin_cache(inv_freq, length, start=start, **options)
-
+    counted = mock.Mock(wraps=rope_ext.cos_sin_cache)
     monkeypatch.setattr(kept_tables, "cos_sin_cache", counted)
+
+    def made():
+        calls, counted.mock_calls = counted.mock_calls, []
+        return [(call.kwargs.get("start", 0), call.args[1]) for call in calls]
+
     module = make(max_position_embeddings=8)
     tables = [module.table(length) for length in (3, 8, 9, 40, 1)]
-    assert made == [(0, 8), (8, 8), (16, 24)]
-    assert tables[0][0] is tables[1][0]
-    assert tables[3][1] is tables[4][1]
+    assert made() == [(0, 8), (8, 8), (16, 24)]
+    assert (tables[0][0] is tables[1][0], tables[3][1] is tables[4][1]) == (True, True)
     assert_all_same(tables[-1], rope_ext.cos_sin_cache(module.inv_freq, 40))
-    made.clear()
     module = make(max_position_embeddings=131_072)
     for length in range(1, 20_000, 7):
         assert len(module.table(length)[0]) >= length
-    assert made == [
-        (0, FIRST_ROWS), *((FIRST_ROWS * 2**i, FIRST_ROWS * 2**i) for i in range(4))
-    ]  # fmt: skip
+    doubled = [(FIRST_ROWS * 2**i, FIRST_ROWS * 2**i) for i in range(4)]
+    assert made() == [(0, FIRST_ROWS), *doubled]
 
 
 def test_sequences_beyond_max_position_embeddings_are_rotated_just_as_exactly(device):
@@ -312,9 +310,3 @@ def test_tensors_that_do_not_fit_are_refused_and_unchanged():
             with pytest.raises((RuntimeError, ValueError), match=message):
                 module(*arguments(q, k), inplace=inplace)
     assert_all_same((q, k), kept)
-
-
-def test_module_left_on_meta_is_refused_beside_real_tensors():
-    for ids in (None, torch.arange(S)):
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            make("meta")(*q_and_k(), ids)

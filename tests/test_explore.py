@@ -23,8 +23,6 @@ from browser import Browser, programs
 from PIL import Image
 from selenium.webdriver import Keys
 
-from rope_ext.viz.figures.methods import coincidence
-
 F64 = torch.float64
 LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6000}
@@ -92,14 +90,13 @@ def settings_of(browser):
 
 
 def frequencies_of(method, base, dim, factor, trained, yarn=None, **_):
-    original = {"original_max_position_embeddings": trained}
+    original = {"factor": factor, "original_max_position_embeddings": trained}
     scaling = {
-        "default": {},
         "linear": {"factor": factor},
         "ntk": {"alpha": factor},
-        "yarn": {"factor": factor, **original, **(yarn or {})},
-        "llama3": {"factor": factor, **original, **LLAMA3_BANDS},
-    }[method]
+        "yarn": {**original, **(yarn or {})},
+        "llama3": {**original, **LLAMA3_BANDS},
+    }.get(method, {})
     return frequencies.from_scaling(dim, {**scaling, "rope_type": method}, base=base)
 
 
@@ -113,13 +110,14 @@ def test_frequencies_are_those_of_rope_ext(opened):
         (1000.0, 64, 64.0, 16),  # a context of few turns
     ]
     cases = [(method, of, {}) for of in settings for method in METHODS]
-    for yarn in [
-        {"beta_fast": 64.0, "beta_slow": 2.0},
+    betas, factors = {"beta_fast": 64.0, "beta_slow": 2.0}, {"mscale": 0.707, "mscale_all_dim": 1.0}
+    for yarn in (
+        betas,
         {"truncate": False},
         {"attention_factor": 1.25},
-        {"mscale": 0.707, "mscale_all_dim": 1.0},
+        factors,
         {"mscale": 0.707},
-    ]:
+    ):
         cases.append(("yarn", like_llama, yarn))
     names = ("base", "channels", "factor", "trained")
     given = [
@@ -185,12 +183,10 @@ def test_numbers_follow_the_keys(opened):
         ("m", Keys.ARROW_RIGHT, 5),
         ("n", Keys.ARROW_UP, 3),
         ("m", Keys.END, 1),  # the largest angle of the slider
-        ("pair", Keys.END, 1),
         ("base", Keys.ARROW_LEFT, 4),
-        ("method", Keys.ARROW_DOWN, 1),
         ("pair", Keys.PAGE_DOWN, 5),  # about the middle, where every method differs
+        *[("method", Keys.ARROW_DOWN, 1)] * 2,
         ("factor", Keys.ARROW_RIGHT, 3),
-        ("method", Keys.ARROW_DOWN, 1),
         ("method", Keys.ARROW_DOWN, 1),
         ("trained", Keys.ARROW_LEFT, 1),
         ("method", Keys.ARROW_DOWN, 1),
@@ -212,19 +208,6 @@ def test_models_to_pick_from_have_the_numbers_of_their_configs(opened):
         assert_numbers(browser, (model.inv_freq, model.attention_scaling))
         marked = browser.evaluate(f"{CONTEXTS}.map((line) => +line.dataset.tokens)")
         assert marked == [model.trained, model.extended]
-
-
-def test_method_without_a_formula_here_is_fixed_to_its_head(opened):
-    browser = opened("#model=Phi-3+128k")
-    disabled = "['base', 'dim', 'factor', 'trained'].map((id) => byId(id).disabled)"
-    assert browser.evaluate(disabled) == [True] * 4
-    press(browser, "method", Keys.HOME)
-    assert browser.evaluate(disabled) == [False] * 4
-    assert_numbers(browser)
-    press(browser, "dim", Keys.ARROW_RIGHT)
-    assert chart(browser).keys() == {*METHODS}  # no line of another head
-    press(browser, "method", Keys.END)
-    assert (shown(browser)["method"], shown(browser)["dim"]) == ("config", 96)
 
 
 def seen_of_the_score(browser):
@@ -377,17 +360,6 @@ def test_wavelength_chart_has_every_pair_of_every_method(opened):
         assert got[method] == pytest.approx((2 * math.pi / inv_freq).tolist(), rel=0.01)
 
 
-@pytest.mark.parametrize("fragment", ["", "#factor=1"], ids=["in part", "all"])
-def test_lines_that_coincide_are_said_to(fragment, opened):
-    of = settings_of(browser := opened(fragment))
-    drawn = {name: frequencies_of(**{**of, "method": name})[0] for name in METHODS}
-    said = [name + coincidence(drawn[name], drawn, name) for name in METHODS]
-    expected = "; ".join(part for part in said if ":" in part)
-    assert (
-        browser.evaluate("byId('coincidences').textContent") == f"Lines that coincide: {expected}."
-    )
-
-
 @pytest.mark.parametrize(("m", "n"), [(20, 12), (7, 1006)])
 def test_score_chart_has_the_scores_of_the_distances(m, n, opened):
     """The height of each point is linear in its score; the dot is at a corner of the line."""
@@ -443,14 +415,12 @@ def test_every_control_and_picture_has_a_name(opened):
     assert len({name for role in NAMED for name in roles[role]}) == sum(NAMED.values())
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1000, "light")])
-def test_page_fits_and_follows_the_width_of_the_window(width, scheme, opened):
-    browser = opened(width=1360 - width, scheme=scheme)
-    browser.emulate(width, 800, scheme)
+@pytest.mark.parametrize("width", [360, 1000])
+def test_page_fits_and_follows_the_width_of_the_window(width, opened):
+    browser = opened(width=1360 - width)
+    browser.emulate(width, 800)
     browser.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
     assert browser.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width] * 2
-    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 20, 24)"}[scheme]
 
 
 def test_command_writes_a_page_that_starts_with_the_config(browser, tmp_path, capsys):

@@ -193,6 +193,17 @@ def test_pixel_frequencies_make_whole_numbers_of_half_turns_between_the_edges():
     torch.testing.assert_close(cos, expected.float(), rtol=0, atol=5 * math.pi * 2.0**-22)
 
 
+def test_frequencies_have_the_bits_of_rotary_embedding_torch():
+    theirs = pytest.importorskip("rotary_embedding_torch", reason="pip install 'rope_ext[test]'")
+    for (inv_freq, _), options in (
+        (frequencies.default(24, base=500), {"theta": 500}),
+        (frequencies.pixel(24, max_freq=7.0), {"freqs_for": "pixel", "max_freq": 7.0}),
+        (frequencies.constant(24), {"freqs_for": "constant", "num_freqs": 12}),
+        (frequencies.ntk(24, alpha=4.0), {"theta_rescale_factor": 4.0}),
+    ):
+        assert_same_bits(inv_freq, theirs.RotaryEmbedding(dim=24, **options).freqs.detach())
+
+
 def test_frequencies_are_float32_whatever_the_default_dtype(device):
     for method, options in METHODS.items():
         function = getattr(frequencies, method)

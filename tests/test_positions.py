@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import error_of
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rope_ext import positions
 
@@ -148,32 +148,6 @@ def test_slots_and_lengths_from_pages_of_flashinfer(cached, page_size, data, dty
         assert got.tolist() == [*expected, -1, -1]
 
 
-ON_A_DEVICE = {
-    "from_cu_seqlens": lambda t: positions.from_cu_seqlens(t([0, 2, 3]), 4, offsets=t([1, 9])),
-    "sequence_of_tokens": lambda t: positions.sequence_of_tokens(t([0, 2, 3]), 4),
-    "from_offsets": lambda t: positions.from_offsets(t([1, 9]), 3),
-    "from_attention_mask": lambda t: positions.from_attention_mask(t([[0, 1], [1, 1]])),
-    "slot_mapping": lambda t: positions.slot_mapping(t([[3], [1]]), t([[0], [2]]), 4),
-    "slot_mapping, packed": lambda t: positions.slot_mapping(t([[3]]), t([1]), 4, t([0])),
-    "slot_mapping, pages": lambda t: positions.slot_mapping(
-        t([7, 5, 3]), t([1, 4]), 4, t([0, 1]), kv_indptr=t([0, 1, 3])
-    ),
-    "seq_lens": lambda t: positions.seq_lens(t([0, 2, 2]), t([3, 0]), 4),
-    "from_offsets, padding": lambda t: positions.from_offsets(t([1, -2]), 3, padding=0),
-    "mrope_rows": lambda t: positions.mrope_rows(*t([[[[0.5], [2]]] * 2] * 2), t([1]))[1],
-    "mrope_batch": lambda t: positions.mrope_batch([[1], [(1, 1, 2)]], t([[0, 1], [1, 1]])),
-}
-
-
-@pytest.mark.parametrize("on", ["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_a_device_has_the_numbers_of_the_cpu(on):
-    """The meta device has no values, so none is waited for: reading one would raise."""
-    for name, call in ON_A_DEVICE.items():
-        got, expected = call(lambda values: torch.tensor(values, device=on)), call(torch.tensor)
-        assert (got.device.type, got.shape, got.dtype) == (on, expected.shape, expected.dtype), name
-        assert on == "meta" or torch.equal(got.cpu(), expected), name
-
-
 def packed_step(cu_seqlens, total, cached, block_table):
     at = positions.from_cu_seqlens(cu_seqlens, total, offsets=cached)
     sequence = positions.sequence_of_tokens(cu_seqlens, total)
@@ -189,8 +163,10 @@ def step_on_pages(qo_indptr, total, kv_indptr, kv_indices, last_page_len):
     return positions.slot_mapping(kv_indices, at, 4, sequence, **options)
 
 
-def padded_step(offsets, seq_len, mask):
-    return positions.from_offsets(offsets, seq_len, padding=-1), positions.from_attention_mask(mask)
+def padded_step(offsets, seq_len, mask, block_table):
+    at = positions.from_offsets(offsets, seq_len, padding=-1)
+    slots = positions.slot_mapping(block_table, at, 4)
+    return slots, positions.from_offsets(offsets.abs(), 2), positions.from_attention_mask(mask)
 
 
 def of_images(height, width, tokens, mask):
@@ -214,14 +190,8 @@ def padded_masks(i):
 
 def pages(i):
     rows = 3 + i
-    numbers = torch.arange(40 + 3 * i)
-    return (
-        boundaries([1] * rows),
-        9 + 2 * i,
-        boundaries([2] * rows),
-        numbers,
-        torch.full((rows,), 3),
-    )
+    qo_indptr, kv_indptr = boundaries([1] * rows), boundaries([2] * rows)
+    return qo_indptr, 9 + 2 * i, kv_indptr, torch.arange(40 + 3 * i), torch.full((rows,), 3)
 
 
 def blocks(i):
@@ -234,7 +204,12 @@ def blocks(i):
 IN_A_GRAPH = {
     packed_step: blocks,
     step_on_pages: pages,
-    padded_step: lambda i: (torch.arange(-2, 3 + i), 9 + i, torch.ones(3 + i, 7 + i).bool()),
+    padded_step: lambda i: (
+        torch.arange(-2, 3 + i),
+        9 + i,
+        torch.ones(3 + i, 7 + i).bool(),
+        torch.arange(9 * (5 + i)).view(-1, 9),
+    ),
     of_images: lambda i: (3 + i, 11 + 2 * i, 5 + i, padded_masks(i)),
     rows_of_axes: lambda i: (
         torch.arange(24.0 * (5 + i)).view(3, -1, 8),
@@ -242,6 +217,18 @@ IN_A_GRAPH = {
         i + 2,
     ),
 }
+
+
+@pytest.mark.parametrize("on", ["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_device_has_the_numbers_of_the_cpu(on):
+    """The meta device has no values, so none is waited for: reading one would raise."""
+    for function, arguments in IN_A_GRAPH.items():
+        given = tree_map(lambda t: t.to(on) if isinstance(t, torch.Tensor) else t, arguments(0))
+        expected = tree_leaves(function(*arguments(0)))
+        for got, same in zip(tree_leaves(function(*given)), expected, strict=True):
+            if isinstance(same, torch.Tensor):
+                assert (got.shape, got.dtype) == (same.shape, same.dtype), function
+                assert got.is_meta or torch.equal(got.cpu(), same), function
 
 
 @pytest.mark.parametrize("function", IN_A_GRAPH)
