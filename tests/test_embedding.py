@@ -81,15 +81,6 @@ def test_inplace_writes_q_and_k(device):
     assert_all_same((q, k), expected)
 
 
-def test_gradients_reach_q_and_k(device):
-    q, k = (x.requires_grad_() for x in q_and_k(device))
-    module = make(device)
-    seeds = [random(*x.shape, device=device, seed=3) for x in (q, k)]
-    tables = rope_ext.cos_sin_cache(module.inv_freq, S)
-    for grad, seed in zip(torch.autograd.grad(module(q, k), (q, k), seeds), seeds, strict=True):
-        assert_same_bits(grad, rounded_once(seed, *tables, inverse=True))
-
-
 def test_a_table_that_grows_doubles_and_computes_the_rows_that_are_missing(monkeypatch):
     counted = mock.Mock(wraps=rope_ext.cos_sin_cache)
     monkeypatch.setattr(kept_tables, "cos_sin_cache", counted)
@@ -138,12 +129,11 @@ def test_module_made_in_inference_mode_is_good_for_training(device):
         module(q, k)
         module(q.clone(), k.clone(), inplace=True)
         made_there = make(device)
-    leaf = q.clone().requires_grad_()
-    expected = rounded_once(torch.ones(q.shape), *module.table(S), inverse=True)
+    leaves, seeds = [x.clone().requires_grad_() for x in (q, k)], (q.flip(0), k.flip(0))
+    expected = [rounded_once(x, *module.table(S), inverse=True) for x in seeds]
     for used in (module, made_there):
         for ids in (None, torch.arange(S, device=device)):
-            (grad,) = torch.autograd.grad(used(leaf, k, ids)[0], leaf, torch.ones_like(q))
-            assert_same_bits(grad, expected)
+            assert_all_same(torch.autograd.grad(used(*leaves, ids), leaves, seeds), expected)
 
 
 def test_table_follows_its_frequencies(device):
@@ -237,26 +227,21 @@ def test_copies_and_casts_in_inference_mode_are_no_inference_tensors():
         assert learned.inv_freq.requires_grad
 
 
-def test_copies_rotate_alike(device):
+def test_copies_rotate_alike_and_share_nothing(device):
     q, k = q_and_k(device)
-    module = make(device, base=5e5, rotary_dim=8, interleaved=True)
-    expected = make(device, base=5e5, rotary_dim=8, interleaved=True)(q, k)
-    for _ in ("new", "used"):
+    options = {"base": 5e5, "rotary_dim": 8, "interleaved": True}
+    module, (expected, _) = make(device, **options), make(device, **options)(q, k)
+    unused = len(pickle.dumps(module))
+    for _ in range(2):
         for duplicate in (copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))):
             other = duplicate(module)
-            assert_all_same(other(q, k), expected)
+            assert_same_bits(other(q, k)[0], expected)
             assert str(other) == str(module)
-        module(q, k)
-
-
-def test_a_copy_shares_nothing_and_a_pickle_holds_no_table():
-    module = make(max_position_embeddings=100_000)
-    before = len(pickle.dumps(module))
-    module.table(50_000)
-    assert len(pickle.dumps(module)) < before + 1000
+        module.table(50_000)
+    assert len(pickle.dumps(module)) < unused + 1000  # no table
     other = copy.deepcopy(module)
     other.inv_freq.fill_(0)
-    assert_same_bits(module.inv_freq, frequencies.default(D)[0])
+    assert_same_bits(module(q, k)[0], expected)
     assert other.table(5)[0].data_ptr() != module.table(5)[0].data_ptr()
 
 

@@ -34,13 +34,6 @@ def test_packed_tokens_count_from_the_offset_of_their_sequence(lengths, data, dt
     assert got.tolist() == [i for i, _ in tokens] + [-1] * padding
 
 
-def test_total_and_offsets_may_be_left_out_or_be_numbers():
-    cu_seqlens = boundaries([2, 0, 3])
-    assert positions.from_cu_seqlens(cu_seqlens).tolist() == [0, 1, 0, 1, 2]
-    assert positions.from_cu_seqlens(cu_seqlens, offsets=7).tolist() == [7, 8, 7, 8, 9]
-    assert positions.sequence_of_tokens(cu_seqlens).tolist() == [0, 0, 2, 2, 2]
-
-
 def test_positions_pass_the_range_of_int32():
     offsets = torch.tensor([2**31 - 1], dtype=torch.int32)
     packed = positions.from_cu_seqlens(boundaries([2], torch.int32), offsets=offsets)
@@ -57,7 +50,11 @@ def test_next_tokens_count_from_their_offsets():
         assert positions.from_offsets(offsets, 2).tolist() == [[5, 6], [0, 1], [9, 10]]
         assert positions.from_offsets(offsets, 0).shape == (3, 0)
     assert positions.from_offsets(4, 3).tolist() == [[4, 5, 6]]
-    assert positions.from_offsets(4, 3, device="meta").device.type == "meta"
+    assert positions.from_offsets(4, 3, device="meta").is_meta
+    cu_seqlens = boundaries([2, 0, 3])  # total and offsets may be left out or be numbers
+    assert positions.from_cu_seqlens(cu_seqlens).tolist() == [0, 1, 0, 1, 2]
+    assert positions.from_cu_seqlens(cu_seqlens, offsets=7).tolist() == [7, 8, 7, 8, 9]
+    assert positions.sequence_of_tokens(cu_seqlens).tolist() == [0, 0, 2, 2, 2]
 
 
 @drawn
