@@ -88,7 +88,6 @@ NOT_EMULATED = {
     r"test_opcheck_of_the_tables\[cuda-.*-grad\]": INSIDE,
     r"test_opcheck_of_the_rotation_in_place\[": COMPILED,
     r"test_opcheck_of_the_rotation_into_out\[": COMPILED,
-    r"test_compiles_to_one_graph_for_all_lengths\[": COMPILED,
     r"test_scaling_compiles_to_one_graph_for_all_lengths\[": COMPILED,
     r"test_gradient_of_one_result_leaves_the_other_tensor_alone\[cuda": INSIDE,
     r"test_captured_graph_follows_the_positions\[": GRAPHS,

@@ -18,15 +18,9 @@ HUNYUAN_ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, **BETAS, **M
 
 
 def config_json(model_type, hidden_size, num_attention_heads, max_position_embeddings, **others):
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_attention_heads,
-        "max_position_embeddings": max_position_embeddings,
-        "num_hidden_layers": 6,
-        **others,
-    }
+    config = {"model_type": model_type, "hidden_size": hidden_size, "num_hidden_layers": 6}
+    config["num_attention_heads"] = config["num_key_value_heads"] = num_attention_heads
+    return {**config, "max_position_embeddings": max_position_embeddings, **others}
 
 
 LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
@@ -75,7 +69,12 @@ PUBLISHED = {
                      rope_scaling=HUNYUAN_ALPHA), None),
     "GLM-4-9B: half a head, unsaid":
         (config_json("glm", 4096, 32, 131072, head_dim=128, rope_theta=1e4), None),
-    "a dynamic Llama":
-        (config_json("llama", 4096, 32, 4096, rope_scaling={"type": "dynamic", "factor": 2.0}),
-         None),
+    "a dynamic Llama: its own original length is not read":
+        (config_json("llama", 4096, 32, 4096,
+                     rope_scaling={"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}), None),
+    "YaRN for a context shorter than the original":
+        (config_json("llama", 4096, 32, 4096,
+                     rope_scaling={"type": "yarn", "factor": None, ORIGINAL: 8192}), None),
+    "a scaling without a type is the default":
+        (config_json("llama", 4096, 32, 4096, rope_scaling={"factor": 4.0}), None),
 }

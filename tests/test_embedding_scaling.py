@@ -18,26 +18,18 @@ P = D // 2
 ORIGINAL = 64  # tokens after which the frequencies change
 ULP = 2.0**-23  # of float32 numbers of about 1
 
-LONGROPE = {
-    "short_factor": [1 + i / P for i in range(P)],
-    "long_factor": [2 + i for i in range(P)],
-    "original_max_position_embeddings": ORIGINAL,
-}
+FACTORS = {"short_factor": [1 + i / P for i in range(P)], "long_factor": [2 + i for i in range(P)]}
+OF_ORIGINAL = {"original_max_position_embeddings": ORIGINAL}
 SCALINGS = {
     "default": {},
     "linear": {"factor": 4.0},
     "ntk": {"alpha": 4.0},
     "dynamic": {"factor": 2.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL},
-    "longrope": {**LONGROPE, "factor": 4.0},
+    "yarn": {"factor": 4.0, **OF_ORIGINAL},
+    "longrope": {**FACTORS, **OF_ORIGINAL, "factor": 4.0},
     # a factor on cos and sin for each regime
-    "longrope, two factors": {**LONGROPE, "short_mscale": 1.25, "long_mscale": 1.5},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": ORIGINAL,
-    },
+    "longrope, two factors": {**FACTORS, **OF_ORIGINAL, "short_mscale": 1.25, "long_mscale": 1.5},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **OF_ORIGINAL},
     "proportional": {"partial_rotary_factor": 0.5},
 }
 BY_LENGTH = [name for name in SCALINGS if name.startswith(("dynamic", "longrope"))]
@@ -71,21 +63,12 @@ def q_and_k(device="cpu", *, seq=S, packed=False):
     return random(*tokens, H, D, device=device), random(*tokens, K, D, device=device, seed=1)
 
 
-def ids_up_to(last, device="cpu"):
-    return torch.tensor([[0, 1, last // 2, last], [0, 1, 2, 3]], device=device)
-
-
 def truth(module, position_ids, length):
     """cos, sin in float64, rounded, with the frequencies of a sequence of `length` tokens."""
-    inv_freq, attention_scaling = frequencies.from_scaling(
-        D,
-        module.scaling,
-        base=module.base,
-        rotary_dim=module.rotary_dim,
-        max_position_embeddings=module.max_position_embeddings,
-        length=length,
-    )
-    cos, sin = reference.cos_sin(inv_freq, position_ids.cpu(), attention_scaling=attention_scaling)
+    options = {"base": module.base, "rotary_dim": module.rotary_dim, "length": length}
+    options["max_position_embeddings"] = module.max_position_embeddings
+    inv_freq, scale = frequencies.from_scaling(D, module.scaling, **options)
+    cos, sin = reference.cos_sin(inv_freq, position_ids.cpu(), attention_scaling=scale)
     return cos.float(), sin.float()
 
 
@@ -98,14 +81,8 @@ class NoValueIsRead(TorchDispatchMode):
     """Fails if a tensor's value becomes a Python number: the host would wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.is_nonzero.default,
-        ), func
+        assert func.__name__ not in ("_local_scalar_dense.default", "is_nonzero.default")
         return func(*args, **(kwargs or {}))
-
-
-# ---- results
 
 
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
@@ -114,14 +91,12 @@ def test_tables_are_those_of_transformers(name):
     transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = transformers.LlamaConfig(
-        head_dim=D,
-        max_position_embeddings=ORIGINAL,
-        rope_parameters={"rope_theta": 10000.0, **scaling_of(name)},
-    )
+    parameters = {"rope_theta": 10000.0, **scaling_of(name)}
+    sizes = {"head_dim": D, "max_position_embeddings": ORIGINAL}
+    config = transformers.LlamaConfig(**sizes, rope_parameters=parameters)
     theirs, ours = LlamaRotaryEmbedding(config), make(name)
     for last in LAST_POSITIONS:
-        position_ids = ids_up_to(last)
+        position_ids = torch.tensor([[0, 1, last // 2, last], [0, 1, 2, 3]])
         expected = theirs(torch.empty(()), position_ids)
         for got, other in zip(ours.cos_sin(position_ids), expected, strict=True):
             allowed = ours.attention_scaling * (last * 2.0**-24 + 4 * 2.0**-24)
@@ -145,54 +120,27 @@ def test_q_and_k_are_rotated_in_the_regime_of_their_length(name, device):
         assert_all_same(same(q, k, position_ids), results)
         assert_all_same(batched(q, k, position_ids[None]), results)
         for x, y in zip((q, k), results, strict=True):
-            expected = reference.apply_rotary(
-                x.cpu().double(), cos.double(), sin.double(), rotary_dim=module.rotary_dim
-            )
+            x, options = x.cpu().double(), {"rotary_dim": module.rotary_dim}
+            expected = reference.apply_rotary(x, cos.double(), sin.double(), **options)
             # the table to 1 ulp; two products and a sum
             largest = 4 * seq if device.type == "cuda" or name == "dynamic" else 0
             allowed = 1.5 * ULP * (4 + largest) * x.abs().max().item()
             torch.testing.assert_close(y.cpu().double(), expected, rtol=0, atol=allowed)
 
 
-def test_sequences_past_the_table_grow_it_and_are_exact(device):
-    for name in ("dynamic", "longrope"):
-        module = make(name, device)
-        for seq in (3, 65, 5000, 20_000):
-            at = torch.tensor([0, seq // 2, seq - 1])
-            largest = seq if device.type == "cuda" or name == "dynamic" else 0
-            for got, expected in zip(module.table(seq), truth(module, at, seq), strict=True):
-                atol = ULP * (2 + 4 * largest)
-                torch.testing.assert_close(got.cpu()[at], expected, rtol=0, atol=atol)
-
-
-def test_empty_batches_are_rotated(device):
-    for name in BY_LENGTH:
-        for layout, shape in (("bshd", (B, 0, H, D)), ("thd", (0, H, D))):
-            x = torch.empty(shape, device=device)
-            for ids in (None, torch.empty(0, dtype=torch.int64, device=device)):
-                out, _ = make(name, device)(x, x, ids, layout)
-                assert out.shape == shape
-
-
-# ---- the frequencies of each sequence
-
-
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_regime_length_decides_for_each_sequence_as_if_it_were_alone(name, device):
     module = make(name, device)
     lengths = torch.tensor([40, 200], device=device)
-    seq = 30
-    q, k = q_and_k(device, seq=seq)
-    ids = torch.arange(seq, device=device) + 7
+    q, k = q_and_k(device, seq=30)
+    ids = torch.arange(30, device=device) + 7
     for position_ids in (None, ids, ids[None], ids.expand(B, -1)):
         together = module(q, k, position_ids, regime_length=lengths)
-        for b, length in enumerate(lengths.tolist()):
+        mine = position_ids if position_ids is None or position_ids.dim() == 1 else position_ids[:1]
+        for b in range(B):
             one = slice(b, b + 1)
-            mine = position_ids
-            if position_ids is not None and position_ids.dim() == 2 and len(position_ids) > 1:
-                mine = position_ids[one]
-            for options in (length, torch.tensor(length, device=device)):
-                alone = module(q[one], k[one], mine, regime_length=options)
+            for length in (lengths[b].item(), lengths[b]):
+                alone = module(q[one], k[one], mine, regime_length=length)
                 for x, y in zip(together, alone, strict=True):
                     # angles below 40 radians, of frequencies that may be rounded differently
                     atol = 1.5 * ULP * (4 + 4 * 40) * y.abs().max().item()
@@ -219,29 +167,19 @@ def test_regime_length_of_packed_sequences_is_one_a_token(name, device):
 @pytest.mark.parametrize("name", KINDS)
 def test_keys_of_a_decoded_sequence_are_those_of_its_prefill_with_one_regime(name, device):
     """A prompt of 60 and 10 new tokens, one by one: past the original length of 64."""
-    module = make(name, device)
-    total = 70
-    q, k = q_and_k(device, seq=total)
-    _, whole = module(q, k, regime_length=total)
-    steps = [slice(0, 60), *(slice(s, s + 1) for s in range(60, total))]
-    ids = torch.arange(total, device=device)
-    cache = torch.cat([module(q[:, s], k[:, s], ids[s], regime_length=total)[1] for s in steps], 1)
-    assert_same_bits(cache, whole)
-    cache = torch.cat([module(q[:, s], k[:, s], ids[s])[1] for s in steps], 1)
-    if name in BY_LENGTH:  # as documented: earlier keys keep their rotation
-        assert not torch.equal(cache, whole)
-    else:
-        assert_same_bits(cache, whole)
-
-
-# ---- on the device
+    module, (q, k), ids = make(name, device), q_and_k(device, seq=70), torch.arange(70).to(device)
+    _, whole = module(q, k, regime_length=70)
+    steps = [slice(0, 60), *(slice(s, s + 1) for s in range(60, 70))]
+    for length in (70, None):
+        keys = [module(q[:, s], k[:, s], ids[s], regime_length=length)[1] for s in steps]
+        # as documented: without a length, earlier keys keep the rotation of their regime
+        assert torch.equal(torch.cat(keys, 1), whole) == (length == 70 or name == "yarn")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_no_value_is_waited_for(name, device):
     module = make(name, device)
     lengths = torch.tensor([40, 200], device=device)
-    ids = torch.arange(70, device=device)
     q, k = q_and_k(device, seq=70)
     module(q, k)  # the first table
     if device.type == "cuda":
@@ -249,8 +187,8 @@ def test_no_value_is_waited_for(name, device):
     try:
         with NoValueIsRead():
             for length in (None, 100, lengths, lengths[0]):
-                module(q, k, regime_length=length)
-                module(q, k, ids, regime_length=length)
+                for ids in (None, torch.arange(70, device=device)):
+                    module(q, k, ids, regime_length=length)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -284,14 +222,13 @@ def test_scaling_compiles_to_one_graph_for_all_lengths(name, given, device):
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
     graphs = None
     for seq in (50, 90, 33, 70, 12, 65):
-        q, k = q_and_k(device, seq=seq)
-        ids = torch.arange(seq, device=device) if given != "nothing" else None
-        length = {
-            "regime_length": seq + 3,
-            "regimes": torch.tensor([seq, seq + 9], device=device),
-        }.get(given)
-        got = compiled(q, k, ids, regime_length=length)
-        assert_all_same(got, eager(q, k, ids, regime_length=length))
+        arguments = [*q_and_k(device, seq=seq)]
+        if given != "nothing":
+            arguments.append(torch.arange(seq, device=device))
+        regimes = torch.tensor([seq, seq + 9], device=device)
+        length = {"regime_length": seq + 3, "regimes": regimes}.get(given)
+        got = compiled(*arguments, regime_length=length)
+        assert_all_same(got, eager(*arguments, regime_length=length))
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs, f"recompiled for a sequence of {seq}"
     if name == "dynamic":
@@ -321,84 +258,58 @@ def test_learned_frequencies_compile_with_their_gradient():
         assert_same_bits(*grads)
 
 
-# ---- casts, moves, copies
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_scaled_frequencies_stay_float32_through_casts_and_meta(name, device):
     plain = make(name, device)
     with torch.device("meta"):
         on_meta = nn.ModuleList([make(name, None)])
     q, k = q_and_k(device, seq=70)
+    expected = make(name, device)(q, k)
     for module in (
         nn.ModuleList([make(name, device)]).bfloat16()[0],
         on_meta.bfloat16().to_empty(device=device)[0],
-        make(name, device).to_empty(device=device),
-        copy.deepcopy(make(name, device)),
-        pickle.loads(pickle.dumps(make(name, device))),
+        copy.deepcopy(plain),
+        pickle.loads(pickle.dumps(plain)),
     ):
-        for a, b in zip(module.buffers(), plain.buffers(), strict=True):
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b)
-        assert_all_same(module(q, k), copy.deepcopy(plain)(q, k))
+        assert_all_same(module.buffers(), plain.buffers())
+        assert_all_same(module(q, k), expected)
         assert list(module.state_dict()) == []
 
 
 def test_refused_and_empty_sequences_leave_what_was_seen():
-    for with_ids in (False, True):
+    for ids in (None, torch.arange(100)):
         module = make("dynamic")
-        (q, _), (_, k) = q_and_k(seq=100), q_and_k(seq=99)
+        q, k = q_and_k(seq=100)
         with pytest.raises(RuntimeError, match="99"):
-            module(q, k, torch.arange(100) if with_ids else None)
+            module(q, k[:, :99], ids)
         assert int(module.max_seq_len_cached) == ORIGINAL
-        module(*q_and_k(seq=100))
-        module(*q_and_k(seq=0), torch.arange(0) if with_ids else None)
+        module(q, k)
+        module(*q_and_k(seq=0), ids if ids is None else ids[:0])
         assert int(module.max_seq_len_cached) == 100
 
 
-def test_copy_made_in_inference_mode_compiles_outside_of_it():
+def test_the_longest_length_so_far_is_copied_with_the_module():
     with torch.inference_mode():
         module = copy.deepcopy(make("dynamic"))
-    module.cos_sin = torch.compile(module.cos_sin, backend="aot_eager", fullgraph=True)
-    module.cos_sin(torch.arange(100))
-    assert int(module.max_seq_len_cached) == 100
-
-
-def test_config_without_the_lengths_that_its_scaling_needs_is_refused():
-    for scaling, needed in (
-        ({"rope_type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
-        ({**scaling_of("longrope"), "factor": None}, "factor or attention_factor"),
-    ):
-        config = {"model_type": "llama", "head_dim": D, "rope_scaling": scaling}
-        for made_by in (frequencies.from_config, RotaryEmbedding.from_config):
-            assert needed in error_of(made_by, config)
-
-
-def test_the_longest_length_so_far_is_copied_with_the_module():
-    module = make("dynamic")
-    module(*q_and_k(seq=100))
+    compiled = torch.compile(module.cos_sin, backend="aot_eager", fullgraph=True)
+    compiled(torch.arange(100))  # outside of inference mode
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.half()):
         assert int(other.max_seq_len_cached) == 100
-    assert int(make("dynamic").max_seq_len_cached) == ORIGINAL
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_module_made_and_used_in_inference_mode_goes_on_outside_of_it(name, device):
     q, k = q_and_k(device, seq=70)
+    made_outside = make(name, device)
     with torch.inference_mode():
         module = make(name, device)
-        first = module(q, k)
-    fresh = make(name, device)
-    with torch.inference_mode():
-        fresh(q, k)
-    for used in (module, fresh):
+        first, _ = module(q, k)
+        made_outside(q, k)
+    for used in (module, made_outside):
         leaf = q.clone().requires_grad_()
         out, _ = used(leaf, k)
-        assert_same_bits(out, first[0])
+        assert_same_bits(out, first)
         assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
-
-
-# ---- learned frequencies
 
 
 @pytest.mark.parametrize("name", ["linear", "yarn", "proportional"])
@@ -407,6 +318,10 @@ def test_learned_frequencies_start_as_the_scaling_says_and_are_in_the_state_dict
     assert list(module.state_dict()) == ["inv_freq"]
     assert [n for n, _ in module.named_parameters()] == ["inv_freq"]
     assert_same_bits(module.inv_freq, make(name, device).inv_freq)
+    with torch.device("meta"):
+        on_meta = nn.ModuleList([make(name, None, learned=True)]).bfloat16()
+    assert isinstance(on_meta.to_empty(device=device)[0].inv_freq, nn.Parameter)
+    assert_same_bits(on_meta[0].inv_freq, module.inv_freq)
     other = make("default", device, learned=True)
     other.load_state_dict(module.state_dict(), strict=True)
     assert_same_bits(other.inv_freq, module.inv_freq)
@@ -417,28 +332,22 @@ def test_learned_frequencies_start_as_the_scaling_says_and_are_in_the_state_dict
 @pytest.mark.parametrize(("name", "ids"), [("default", True), ("yarn", False)])
 def test_gradient_of_learned_frequencies_is_that_of_plain_float64(name, ids, device):
     module = make(name, device, learned=True)
-    q, k = q_and_k(device)
+    inputs = q_and_k(device)
     position_ids = torch.arange(S, device=device) if ids else None
-    seeds = [random(*x.shape, device=device, seed=3) for x in (q, k)]
-    got = torch.autograd.grad(module(q, k, position_ids), module.inv_freq, seeds)[0]
+    seeds = [random(*x.shape, device=device, seed=3) for x in inputs]
+    got = torch.autograd.grad(module(*inputs, position_ids), module.inv_freq, seeds)[0]
     inv_freq = module.inv_freq.detach().cpu().double().requires_grad_()
-    cos, sin = reference.cos_sin(
-        inv_freq, torch.arange(S)[None], attention_scaling=module.attention_scaling
-    )
-    inputs, grads = on_cpu([q, k], torch.float64), on_cpu(seeds, torch.float64)
-    outputs = [reference.apply_rotary(x, cos, sin) for x in inputs]
-    expected = torch.autograd.grad(outputs, inv_freq, grads)[0]
+    scale = module.attention_scaling
+    table = reference.cos_sin(inv_freq, torch.arange(S)[None], attention_scaling=scale)
+    outputs = [reference.apply_rotary(x, *table) for x in on_cpu(inputs, torch.float64)]
+    expected = torch.autograd.grad(outputs, inv_freq, on_cpu(seeds, torch.float64))[0]
     # float32 sums of B S (H + K) products of about 3 normal numbers and positions up to S
-    terms = B * S * (H + K)
-    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=terms * S * 27 * 2.0**-24)
+    atol = B * S * (H + K) * S * 27 * 2.0**-24
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=atol)
 
 
 def test_learned_frequencies_stay_the_same_float32_parameter_through_casts():
-    for cast in (
-        lambda module: module.half(),
-        lambda module: module.to(torch.float64),
-        lambda module: nn.ModuleList([module]).bfloat16()[0],
-    ):
+    for cast in (nn.Module.half, lambda module: nn.ModuleList([module]).double()[0]):
         module = make("default", learned=True)
         parameter, before = module.inv_freq, module.inv_freq.detach().clone()
         module(*q_and_k())[0].sum().backward()
@@ -446,14 +355,6 @@ def test_learned_frequencies_stay_the_same_float32_parameter_through_casts():
         assert module.inv_freq is parameter  # the optimizer's
         assert module.inv_freq.grad.dtype == torch.float32
         assert_same_bits(module.inv_freq, before)
-
-
-def test_learned_frequencies_of_a_meta_module_start_as_the_scaling_says(device):
-    with torch.device("meta"):
-        model = nn.ModuleList([make("yarn", None, learned=True)]).bfloat16()
-    model.to_empty(device=device)
-    assert isinstance(model[0].inv_freq, nn.Parameter)
-    assert_same_bits(model[0].inv_freq, make("yarn", device).inv_freq)
 
 
 def test_learned_frequencies_of_a_16_bit_checkpoint_become_float32():
@@ -465,28 +366,7 @@ def test_learned_frequencies_of_a_16_bit_checkpoint_become_float32():
         assert_same_bits(module.inv_freq, saved["inv_freq"].float())
 
 
-def test_learned_frequencies_in_place_are_refused_as_long_as_they_are_trained():
-    module = make("default", learned=True)
-    q, k = q_and_k()
-    kept = q.clone()
-    with pytest.raises(RuntimeError, match="cos and sin to need no gradient when inplace=True"):
-        module(q, k, inplace=True)
-    assert_same_bits(q, kept)
-    with torch.no_grad():
-        module(q, k, inplace=True)
-    assert not torch.equal(q, kept)
-
-
-# ---- from configs and dicts
-
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4 * D,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "rope_theta": 5e5,
-}
+LLAMA = {"model_type": "llama", "head_dim": D, "max_position_embeddings": 256, "rope_theta": 5e5}
 
 
 def test_module_from_a_config_is_the_one_from_its_arguments(device):
@@ -510,12 +390,6 @@ def test_rope_theta_and_partial_rotary_factor_of_a_dict_count():
     assert scaling["rope_theta"] == 5e5  # the caller's
 
 
-def test_layers_that_do_not_rotate_have_no_module():
-    config = {**LLAMA, "rope_parameters": {"full_attention": None, "sliding_attention": {}}}
-    assert RotaryEmbedding.from_config(config, "full_attention") is None
-    assert RotaryEmbedding.from_config(config, "sliding_attention") is not None
-
-
 def test_pairs_are_those_of_the_model_type():
     for model_type, interleaved in (("llama", False), ("cohere", True), ("deepseek_v3", True)):
         config = {**LLAMA, "model_type": model_type}
@@ -525,7 +399,12 @@ def test_pairs_are_those_of_the_model_type():
         assert not RotaryEmbedding.from_config({**config, "rope_interleave": False}).interleaved
 
 
-# ---- refusals
+def test_a_config_without_one_position_a_token_has_no_module():
+    config = {**LLAMA, "rope_parameters": {"full_attention": None, "sliding_attention": {}}}
+    assert RotaryEmbedding.from_config(config, "full_attention") is None
+    config = {**LLAMA, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
+    with pytest.raises(ValueError, match="tokens of one position each, got the rope_type 'axial'"):
+        RotaryEmbedding.from_config(config)
 
 
 REFUSED = [
@@ -540,7 +419,6 @@ REGIMES_REFUSED = [
     (0, "at least 1, got 0"),
     (True, "an int.*, got True"),
     (100.0, "an int.*, got 100.0"),
-    ("100", "an int.*, got '100'"),
     (torch.ones(B), r"int32 or int64 of shape .* got torch.float32 \[2\]"),
     (torch.ones(B, 1, dtype=torch.int64), r"\[\] or \[B\] = \[2\], got \[2, 1\]"),
     (torch.ones(B + 1, dtype=torch.int64), r"\[\] or \[B\] = \[2\], got \[3\]"),
@@ -563,9 +441,3 @@ def test_regime_length_that_does_not_fit_is_refused_by_name(name):
     for shape in ((16,), (3, 5)):
         with pytest.raises(ValueError, match=f"to have shape .* or .{shape[0]}., .* got .2."):
             make(name).cos_sin(torch.zeros(shape).long(), regime_length=torch.tensor([40, 80]))
-
-
-def test_the_config_of_a_vision_tower_is_refused():
-    config = {**LLAMA, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
-    with pytest.raises(ValueError, match="tokens of one position each, got the rope_type 'axial'"):
-        RotaryEmbedding.from_config(config)

@@ -1,8 +1,10 @@
 """Frequencies: the bits of transformers for published models and random parameters; configs."""
 
 import copy
+import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,28 +27,15 @@ from rope_ext.frequencies.config import resolve
 from rope_ext.frequencies.families import HEAD_DIM, OTHER_FORMS, OWN_PARAMETERS, TWO_BASES
 
 transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
+from tiny_models import modeling  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
-from transformers.models.gemma4.modeling_gemma4 import (  # noqa: E402
-    Gemma4TextRotaryEmbedding,
-    Gemma4VisionRotaryEmbedding,
-)
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding  # noqa: E402
-from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import (  # noqa: E402
-    HunYuanDenseV1RotaryEmbedding,
-)
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding  # noqa: E402
-from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding  # noqa: E402
 
 LENGTHS_READ = (None, 1, 4096, 4097, 131_072)
-
-ROTARY_CLASSES = {
-    "gpt_neox": GPTNeoXRotaryEmbedding,
-    "gemma4_text": Gemma4TextRotaryEmbedding,
-    "glm": Phi3RotaryEmbedding,
-    "hunyuan_v1_dense": HunYuanDenseV1RotaryEmbedding,
-    "phi3": Phi3RotaryEmbedding,
-}
+NEOX = modeling("gpt_neox").GPTNeoXRotaryEmbedding
+HUNYUAN = modeling("hunyuan_v1_dense").HunYuanDenseV1RotaryEmbedding
+PHI = modeling("phi3").Phi3RotaryEmbedding
+LLAMA = modeling("llama").LlamaRotaryEmbedding
+ROTARY_CLASSES = {"gpt_neox": NEOX, "glm": PHI, "hunyuan_v1_dense": HUNYUAN, "phi3": PHI}
 
 
 def config_object(json):
@@ -59,13 +48,14 @@ def of_transformers(config, layer_type, length=None):
     if config.model_type == "gemma4_text":
         config = config.per_layer_config[layer_type]
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
-    rotary = ROTARY_CLASSES.get(config.model_type, LlamaRotaryEmbedding)
+    rotary = ROTARY_CLASSES.get(config.model_type, LLAMA)
     rope_type = parameters["rope_type"]
     options = {} if layer_type is None else {"layer_type": layer_type}
     if rope_type == "dynamic" and "alpha" in parameters:
         return rotary.compute_ntk_alpha_rope_parameters(config)
     if rope_type == "default" and layer_type:
-        return Gemma4TextRotaryEmbedding.compute_default_rope_parameters(config, **options)
+        rotary = modeling("gemma4").Gemma4TextRotaryEmbedding
+        return rotary.compute_default_rope_parameters(config, **options)
     if rope_type == "default":
         return rotary.compute_default_rope_parameters(config)
     return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length, **options)
@@ -76,9 +66,6 @@ def assert_equal(got, expected):
     assert got[0].dtype == torch.float32
     assert type(got[1]) is float
     assert got[1] == expected[1]
-
-
-# ---- against transformers
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -105,66 +92,57 @@ EXAMPLES = settings(
 )
 FACTORS = numbers(1, 128) | st.integers(1, 128)
 BASES = numbers(100, 1e8) | st.sampled_from([10000, 10000.0, 500000.0, 1000000])
-PAIRS = st.integers(2, 64)
-PARTS = st.integers(0, 16).map(lambda sixteenths: sixteenths / 16)
 LENGTHS = st.integers(16, 1_000_000)
 
 
 def llama(head_dim, base, longest, **parameters):
+    parameters = {"rope_theta": base, **parameters}
+    sizes = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "head_dim": head_dim}
     return transformers.LlamaConfig(
-        hidden_size=4 * head_dim,
-        num_attention_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=longest,
-        rope_parameters={"rope_theta": base, **parameters},
+        **sizes, max_position_embeddings=longest, rope_parameters=parameters
     )
 
 
-# The parameters of each rope_type, for a number of pairs.
+def lists(most, pairs):
+    return st.lists(numbers(0.5, most), min_size=pairs, max_size=pairs)
+
+
+OF_ATTENTION = {"attention_factor": st.none() | numbers(0.5, 2)}
+MSCALE = st.none() | st.just(0.0) | numbers(0.125, 2)
+MSCALES = {"mscale": MSCALE, "mscale_all_dim": MSCALE}
+BETAS = {"beta_slow": numbers(1, 8), "beta_fast": numbers(8, 512), "truncate": st.booleans()}
+BANDS = {"low_freq_factor": numbers(0.25, 8), "high_freq_factor": numbers(9, 128)}
+SIXTEENTHS = st.integers(0, 16).map(lambda sixteenths: sixteenths / 16)
+# The parameters of each rope_type besides the factor, for a number of pairs.
 PARAMETERS = {
-    "linear": lambda pairs: {"factor": FACTORS},
-    "dynamic": lambda pairs: {"factor": FACTORS},
-    "yarn": lambda pairs: {
-        "factor": FACTORS,
-        ORIGINAL: LENGTHS,
-        "beta_slow": numbers(1, 8),
-        "beta_fast": numbers(8, 512),
-        "truncate": st.booleans(),
-        "attention_factor": st.none() | numbers(0.5, 2),
-        "mscale": st.none() | numbers(0, 2),
-        "mscale_all_dim": st.none() | numbers(0, 2),
-    },
+    "linear": lambda pairs: {},
+    "dynamic": lambda pairs: {},
+    "yarn": lambda pairs: {ORIGINAL: LENGTHS, **BETAS, **OF_ATTENTION, **MSCALES},
     "longrope": lambda pairs: {
-        "short_factor": st.lists(numbers(0.5, 4), min_size=pairs, max_size=pairs),
-        "long_factor": st.lists(numbers(0.5, 64), min_size=pairs, max_size=pairs),
+        "short_factor": lists(4, pairs),
+        "long_factor": lists(64, pairs),
         ORIGINAL: LENGTHS,
         "factor": st.none() | FACTORS,
-        "attention_factor": st.none() | numbers(0.5, 2),
+        **OF_ATTENTION,
     },
-    "llama3": lambda pairs: {
-        "factor": FACTORS,
-        "low_freq_factor": numbers(0.25, 8),
-        "high_freq_factor": numbers(9, 128),
-        ORIGINAL: LENGTHS,
-    },
-    "proportional": lambda pairs: {"factor": FACTORS, "partial_rotary_factor": PARTS},
+    "llama3": lambda pairs: {ORIGINAL: LENGTHS, **BANDS},
+    "proportional": lambda pairs: {"partial_rotary_factor": SIXTEENTHS},
 }
 
 
 @pytest.mark.parametrize("rope_type", PARAMETERS)
 @EXAMPLES
-@given(st.data(), PAIRS, BASES, LENGTHS, st.none() | LENGTHS)
+@given(st.data(), st.integers(2, 64), BASES, LENGTHS, st.none() | LENGTHS)
 def test_random_parameters_have_the_bits_of_transformers(
     rope_type, data, pairs, base, longest, length
 ):
-    """Function, dict and config."""
-    head_dim = 2 * pairs
-    drawn = data.draw(st.fixed_dictionaries(PARAMETERS[rope_type](pairs)))
+    """Dict and config."""
+    drawn = data.draw(st.fixed_dictionaries({"factor": FACTORS, **PARAMETERS[rope_type](pairs)}))
     parameters = {"rope_type": rope_type, **drawn}
-    config = llama(head_dim, base, longest, **copy.deepcopy(parameters))
+    config = llama(2 * pairs, base, longest, **copy.deepcopy(parameters))
     expected = ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=length)
     options = {"max_position_embeddings": longest, "length": length, "base": base}
-    assert_equal(frequencies.from_scaling(head_dim, parameters, **options), expected)
+    assert_equal(frequencies.from_scaling(2 * pairs, parameters, **options), expected)
     assert_equal(frequencies.from_config(config, length=length), expected)
 
 
@@ -189,66 +167,63 @@ def test_methods_of_other_classes_have_the_bits_of_transformers():
         for part in (0.25, 0.5, 0.75, 1.0):
             parameters = {"rope_theta": base, "partial_rotary_factor": part}
             config = transformers.GPTNeoXConfig(**sizes, rope_parameters=parameters)
-            expected = GPTNeoXRotaryEmbedding.compute_default_rope_parameters(config)
+            expected = NEOX.compute_default_rope_parameters(config)
             assert_equal(frequencies.partial(head_dim, rotary_pct=part, base=base), expected)
             assert_equal(frequencies.from_config(config), expected)
+        sizes["head_dim"] = head_dim
         for alpha in (1, 2.5, 1000, 10_000.0):
             parameters = {**HUNYUAN_ALPHA, "rope_theta": base, "alpha": alpha}
-            config = transformers.HunYuanDenseV1Config(
-                **sizes, head_dim=head_dim, rope_parameters=parameters
-            )
-            expected = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
+            config = transformers.HunYuanDenseV1Config(**sizes, rope_parameters=parameters)
+            expected = HUNYUAN.compute_ntk_alpha_rope_parameters(config)
             assert_equal(frequencies.ntk_alpha(head_dim, alpha=alpha, base=base), expected)
             assert_equal(frequencies.from_config(config), expected)
 
 
 def test_vision_towers_have_the_bits_of_transformers():
+    rotary = modeling("gemma4").Gemma4VisionRotaryEmbedding
     for head_dim, base in SHAPES:
-        config = transformers.AutoConfig.for_model(
-            "gemma4_vision",
-            head_dim=head_dim,
-            rope_parameters={"rope_type": "axial", "rope_theta": base},
-        )
-        expected = Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters(config)
+        parameters = {"rope_type": "axial", "rope_theta": base}
+        json = {"model_type": "gemma4_vision", "head_dim": head_dim, "rope_parameters": parameters}
+        expected = rotary.compute_axial_rope_parameters(config_object(json))
         assert_equal(frequencies.axial(head_dim, base=base), expected)
-        assert_equal(frequencies.from_config(config), expected)
+        assert_equal(frequencies.from_config(config_object(json)), expected)
     config = transformers.PixtralVisionConfig(rope_parameters={"rope_theta": 10000.0})
-    expected = PixtralVisionRotaryEmbedding.compute_axial_rope_parameters(config)
+    rotary = modeling("pixtral").PixtralVisionRotaryEmbedding
+    expected = rotary.compute_axial_rope_parameters(config)
     inv_freq, _ = frequencies.axial(config.head_dim, alternating=True)
     assert_same_bits(inv_freq.flatten(), expected[0])
     assert_equal(frequencies.from_config(config), expected)
 
 
-# ---- configs
+def test_entries_have_other_names_and_places():
+    """As in configs of GPT-J, of Phi-3 at first, and of multimodal models."""
+    gptj = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "rotary_dim": 64}
+    assert_equal(frequencies.from_config(gptj), frequencies.default(256, rotary_dim=64))
+    phi3, _ = PUBLISHED["Phi-3-mini-128k"]
+    older = {**phi3, "rope_scaling": {**phi3["rope_scaling"], "type": "su"}}
+    multimodal = {
+        "model_type": "gemma3",
+        "text_config": GEMMA3,
+        "vision_config": {"hidden_size": 7},
+    }
+    for config, other, layer_type in (
+        (older, phi3, None),
+        (multimodal, GEMMA3, "full_attention"),
+        (multimodal, GEMMA3, "sliding_attention"),
+    ):
+        expected = frequencies.from_config(other, layer_type, length=4097)
+        assert_equal(frequencies.from_config(config, layer_type, length=4097), expected)
 
 
-def test_layers_of_a_type_without_parameters_do_not_rotate():
-    config = copy.deepcopy(GEMMA4)
-    config["rope_parameters"]["full_attention"] = None
-    assert frequencies.from_config(config, "full_attention") is None
-    assert frequencies.from_config(config, "sliding_attention") is not None
-    assert frequencies.from_config(config_object(config), "full_attention") is None
-
-
-def test_text_config_of_a_multimodal_config_is_the_one_that_is_read():
-    outer = {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {"hidden_size": 7}}
-    for layer_type in ("full_attention", "sliding_attention"):
-        expected = frequencies.from_config(GEMMA3, layer_type)
-        assert_equal(frequencies.from_config(outer, layer_type), expected)
-
-
-def test_rotary_dim_of_a_config_counts():
-    json = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "rotary_dim": 64}
-    assert_equal(frequencies.from_config(json), frequencies.default(256, rotary_dim=64))
-
-
-def test_su_is_an_older_name_of_longrope():
-    """In the configs of Phi-3's publication."""
-    json, _ = PUBLISHED["Phi-3-mini-128k"]
-    older = {**json, "rope_scaling": {**json["rope_scaling"], "type": "su"}}
-    for length in (None, 4097):
-        expected = frequencies.from_config(json, length=length)
-        assert_equal(frequencies.from_config(older, length=length), expected)
+def test_heads_of_zamba2_and_mistral4_are_those_of_their_config_class():
+    """Twice as wide; and the part that rotates, while the factor is of the whole head."""
+    sizes = {"hidden_size": 960, "num_attention_heads": 8}
+    config = transformers.AutoConfig.for_model("zamba2", **sizes)
+    json = {"model_type": "zamba2", **sizes}
+    assert resolve(json).head_dim == resolve(config, "hybrid").head_dim == 240
+    config = transformers.AutoConfig.for_model("mistral4")
+    json = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
+    assert resolve(json).rotary_dim == resolve(config).rotary_dim == config.qk_rope_head_dim
 
 
 def test_any_object_with_the_entries_is_a_config(monkeypatch):
@@ -256,15 +231,9 @@ def test_any_object_with_the_entries_is_a_config(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-
-    class Config:
-        head_dim = 64
-        rope_theta = 5e5
-        max_position_embeddings = 131072
-        rope_scaling = LLAMA31
-
+    config = SimpleNamespace(head_dim=64, rope_theta=5e5, rope_scaling=LLAMA31)
     options = {key: value for key, value in LLAMA31.items() if key != "rope_type"}
-    assert_equal(frequencies.from_config(Config()), frequencies.llama3(64, base=5e5, **options))
+    assert_equal(frequencies.from_config(config), frequencies.llama3(64, base=5e5, **options))
 
 
 def test_phimoe_has_a_factor_of_attention_for_each_regime():
@@ -273,13 +242,10 @@ def test_phimoe_has_a_factor_of_attention_for_each_regime():
     json[ORIGINAL] = 4096
     plain, _ = frequencies.default(96, base=1e6)
     for length, factors in ((4096, "short"), (4097, "long")):
-        got = frequencies.from_config(json, length=length)
+        inv_freq, mscale = frequencies.from_config(json, length=length)
         expected = plain / torch.tensor(PHI3[f"{factors}_factor"])
-        torch.testing.assert_close(got[0], expected, rtol=2.0**-22, atol=0)
-        assert got[1] == scaling[f"{factors}_mscale"]
-
-
-# ---- entries that a config.json omits
+        torch.testing.assert_close(inv_freq, expected, rtol=2.0**-22, atol=0)
+        assert mscale == scaling[f"{factors}_mscale"]
 
 
 def test_heads_that_a_config_json_leaves_unsaid_are_those_of_the_config_class():
@@ -312,11 +278,10 @@ def test_config_json_without_the_parameters_of_its_class_is_refused():
             config = transformers.AutoConfig.for_model(model_type)
         except Exception:  # some have no defaults
             continue
-        if getattr(config, "text_config", None) is not None:
-            continue
         parameters = getattr(config, "rope_parameters", None) or {}
         nested = any(isinstance(value, dict) for value in parameters.values())
-        if nested or parameters.get("rope_type", "default") != "default":
+        of_text = getattr(config, "text_config", None) is None
+        if of_text and (nested or parameters.get("rope_type", "default") != "default"):
             own.add(config.model_type)
     assert own - set(TWO_BASES) - set(OTHER_FORMS) == OWN_PARAMETERS
     for model_type in OWN_PARAMETERS:
@@ -324,79 +289,36 @@ def test_config_json_without_the_parameters_of_its_class_is_refused():
             resolve({"model_type": model_type, "head_dim": 64}, "full_attention")
 
 
-def test_partial_rotary_factor_of_mistral4_is_of_the_whole_head():
-    config = transformers.AutoConfig.for_model("mistral4")
-    json = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
-    assert resolve(json).rotary_dim == resolve(config).rotary_dim == config.qk_rope_head_dim
-
-
-def test_zamba2_has_heads_of_twice_the_width():
-    config = transformers.AutoConfig.for_model("zamba2", hidden_size=960, num_attention_heads=8)
-    json = {"model_type": "zamba2", "hidden_size": 960, "num_attention_heads": 8}
-    assert resolve(json).head_dim == resolve(config, "hybrid").head_dim == 240
-
-
-def test_only_sliding_layers_of_some_models_rotate():
-    options = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+def test_some_layers_do_not_rotate():
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    configs = []
     for model_type in ("afmoe", "cohere2", "exaone4", "exaone_moe", "kolibri1"):
-        config = transformers.AutoConfig.for_model(model_type, sliding_window=64, **options)
-        json = {"model_type": model_type, "head_dim": 64, "sliding_window": 64, **options}
-        for form in (config, json):
-            assert frequencies.from_config(form, "full_attention") is None, model_type
-            assert frequencies.from_config(form, "sliding_attention") is not None, model_type
-    for model_type in ("exaone4", "exaone_moe"):
-        json = {"model_type": model_type, "head_dim": 64, "sliding_window": None}
-        assert frequencies.from_config(json, "full_attention") is not None, model_type
+        json = {"model_type": model_type, "head_dim": 64, "sliding_window": 64, **kinds}
+        configs += [json, config_object(json)]
+        if model_type.startswith("exaone"):
+            json = {"model_type": model_type, "head_dim": 64, "sliding_window": None}
+            assert frequencies.from_config(json, "full_attention") is not None, model_type
+    configs.append({"head_dim": 64, **kinds, "no_rope_layers": [1, 0]})
+    configs.append({"head_dim": 64, **kinds, "layer_rope_theta": [5e5, 0]})
+    json = copy.deepcopy(GEMMA4)
+    json["rope_parameters"]["full_attention"] = None
+    for config in (*configs, json, config_object(json)):
+        assert frequencies.from_config(config, "full_attention") is None, config
+        assert frequencies.from_config(config, "sliding_attention") is not None, config
 
 
-def test_layers_that_no_rope_layers_or_layer_rope_theta_switch_off_do_not_rotate():
-    kinds = ["chunked_attention", "full_attention"]
-    for name, values in (("no_rope_layers", [1, 0]), ("layer_rope_theta", [5e5, 0])):
-        config = {"head_dim": 64, "layer_types": kinds, name: values}
-        assert frequencies.from_config(config, "full_attention") is None
-        assert frequencies.from_config(config, "chunked_attention") is not None
-
-
-def test_scaling_without_a_type_is_the_default_as_in_transformers():
-    json = config_json("llama", 4096, 32, 4096, rope_scaling={"factor": 4.0})
-    expected = of_transformers(config_object(json), None)
-    assert_equal(frequencies.from_config(json), expected)
-    assert_equal(frequencies.from_config(config_object(json)), expected)
-
-
-def test_dynamic_frequencies_change_after_max_position_embeddings_as_in_transformers():
-    dynamic = {"type": "dynamic", "factor": 2.0, ORIGINAL: 1024}
-    json = config_json("llama", 4096, 32, 4096, rope_scaling=dynamic)
-    for length in (3000, 5000):
-        expected = of_transformers(config_object(json), None, length)
-        assert_equal(frequencies.from_config(json, length=length), expected)
-
-
-def test_yarn_for_a_context_shorter_than_the_original_has_the_bits_of_transformers():
-    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
-    json = config_json("llama", 4096, 32, 4096, rope_scaling=yarn)
-    expected = of_transformers(config_object(json), None)
-    assert_equal(frequencies.from_config(json), expected)
-
-
-# ---- refusals
-
-NAN = float("nan")
 HEAD, X = {"head_dim": 64}, {"head_dim": 64, "layer_types": ["x"]}
 REFUSED = [
     ({**HEAD, "rope_scaling": {"type": "yarnn"}}, None, "rope_type to be one of"),
-    ({**HEAD, "rope_scaling": {"type": 0}}, None, "rope_type to be one of .* got 0"),
     ({**HEAD, "rope_scaling": "yarn"}, None, "rope_scaling to be a dict, got 'yarn'"),
     ({**HEAD, "text_config": "llama"}, None, "text_config to be a dict, got 'llama'"),
     ({"hidden_size": 64}, None, "config to have head_dim, or hidden_size and num_attention"),
     ({"hidden_size": 2**70, "num_attention_heads": 1}, None, "hidden_size to be an integer"),
-    ({"hidden_size": 64, "num_attention_heads": [4]}, None, r"_attention_heads .* got \[4\]"),
     ({"head_dim": "128"}, None, "head_dim to be an integer .* got '128'"),
     ({"head_dim": 2**28}, None, "head_dim to be .* at most 65536, got 268435456"),
     ({**HEAD, "rotary_dim": "all"}, None, "rotary_dim to be an integer .* got 'all'"),
-    ({**HEAD, "partial_rotary_factor": NAN}, None, "partial_rotary_factor to be a finite"),
+    ({**HEAD, "partial_rotary_factor": math.nan}, None, "partial_rotary_factor to be a finite"),
     ({**HEAD, "rope_theta": -1}, None, "rope_theta to be above 0, got -1"),
-    ({**HEAD, "rope_theta": True}, None, "rope_theta to be a finite .* got True"),
     ({**HEAD, "rope_ratio": 500}, None, "rope_ratio to be 1, got 500"),
     ({**HEAD, "rope_interleave": 1}, None, "interleave to be true or false, got 1"),
     ({**HEAD, "max_position_embeddings": 32.5}, None, "max_position_embed.* got 32.5"),
@@ -406,7 +328,6 @@ REFUSED = [
     ({"model_type": ["llama"]}, None, r"model_type to be a string, got \['llama'\]"),
     # layer types
     (GEMMA4, None, "layer_type to be one of 'sliding_attention', 'full_attention', got"),
-    (GEMMA4, "linear_attention", "layer_type to be one of .* got 'linear_attention'"),
     (X, "y", "layer_type to be one of 'x', got 'y'"),
     (HEAD, ["x"], r"layer_type to be a string or None, got \['x'\]"),
     ({**HEAD, "layer_types": 1}, "x", "layer_types to be a list of .* got 1"),
