@@ -109,6 +109,27 @@ def test_misaligned_data_are_rotated_alike(offset, dtype, device):
     assert_same_bits(x, expected)
 
 
+# x [2, S, H, D], cos and sin [S, P]: everything allows the widest vectors but what is named.
+UNALIGNED = {
+    "stride of the sequences": lambda base: (
+        base(2, S * H * D + 1)[:, :-1].unflatten(1, (S, H, D)),
+        *base(2, S, 16),
+    ),
+    "rows of cos": lambda base: (base(2, S, H, 64), base(S, 17)[:, :16], base(S, 16)),
+    "rows of sin": lambda base: (base(2, S, H, 64), base(S, 16), base(S, 17)[:, :16]),
+    "channels that stay": lambda base: (base(2, S, H, 64)[..., :33], *base(2, S, 16)),
+}
+
+
+@pytest.mark.parametrize("unaligned", UNALIGNED)
+def test_vectors_are_no_wider_than_every_stride_allows(unaligned, device):
+    for dtype in DTYPES:
+        x, cos, sin = UNALIGNED[unaligned](base_on(device, dtype))
+        out = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
+        rope.apply_rotary.out(x, cos, sin, out=out)
+        assert_same_bits(out, rounded_once(x, cos, sin), dtype)
+
+
 @pytest.mark.parametrize(
     ("offset", "dtype", "order"), pairwise(offset=(1, 2, 4, 5, 8), dtype=DTYPES, order=ORDERS)
 )
@@ -209,8 +230,8 @@ SIZES = [  # B, S, H of q, H of k
     (1, 1, 32, 8),  # decode, one sequence
     (64, 1, 3, 1),  # decode, many sequences
     (1, 1, 1031, 257),  # more heads than tokens: threads share the heads
-    (1, 700, 3, 1),  # more tokens than a thread takes at once
-    (3, 211, 2, 2),  # a thread's share ends within a sequence
+    (1, 1103, 3, 1),  # blocks of two tokens, the last of one: 132 multiprocessors, 4 blocks each
+    (3, 371, 2, 2),  # the last block of each sequence is not full
     (130, 3, 1, 1),  # short sequences: a share has several
 ]
 
