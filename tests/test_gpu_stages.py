@@ -35,7 +35,7 @@ limited = sys.modules["limited"]
 def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_children(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(limited, "GRACE", 0.5)
+    monkeypatch.setattr(limited, "GRACE", 4)  # enough for a shell on a busy machine
     jobs = {
         "quick": "echo done; exit 3",
         "reports": "trap 'echo so far; exit 0' INT; while true; do sleep 0.05; done",
@@ -46,14 +46,14 @@ def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_childr
     statuses = limited.run_all(
         jobs, cwd=tmp_path, env=dict(os.environ), logs=tmp_path, deadline=start + 1.5
     )
-    assert time.monotonic() - start < 15  # the loops never end
+    assert time.monotonic() - start < 20  # the loops never end
     assert statuses == {"quick": 3, "reports": None, "stuck": None}
     assert (tmp_path / "quick.log").read_text() == "done\n"
     assert (tmp_path / "reports.log").read_text() == "so far\n"
     state = Path("/proc", (tmp_path / "stuck.log").read_text().strip(), "stat")
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of a process that ended
         while state.read_text().split()[2] != "Z":  # the kernel may take a moment
-            assert time.monotonic() - start < 15
+            assert time.monotonic() - start < 30
             time.sleep(0.01)
 
 
