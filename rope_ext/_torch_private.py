@@ -31,7 +31,6 @@ unpack_dual = torch._VF._unpack_dual
 
 is_zero_tensor = Tensor._is_zerotensor
 
-
 # Registrations of operators
 registered_operators = torch._C._dispatch_get_all_op_names
 registrations_of = torch._C._dispatch_dump
