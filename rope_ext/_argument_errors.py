@@ -69,7 +69,7 @@ def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
         _refuse(RuntimeError, name, expected, str(dtype).removeprefix("torch."))
     if given.get("layout") in ("bshd", "bhsd"):
         _check_layout(name, given)
-    if "cache_layout" in given:
+    if "cache_layout" in given and "k" in given:
         _check_cache_layout(name, given)
 
 

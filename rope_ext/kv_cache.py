@@ -1,5 +1,5 @@
-"""Rotations that also write a paged KV cache, one pass and one launch a layer, and of keys in it: for
-inference.
+"""Rotations that also write a paged KV cache, one pass and one launch a layer, and of keys in it.
+All are for inference.
 """
 
 from typing import Any, Literal

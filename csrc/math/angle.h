@@ -24,6 +24,10 @@ struct SinCos {
   double sin, cos;
 };
 
+ROPE_HOST_DEVICE SinCos scaled(const SinCos& value, double scale) {
+  return {value.sin * scale, value.cos * scale};
+}
+
 // Of angle a less angle b.
 ROPE_HOST_DEVICE SinCos difference(const SinCos& a, const SinCos& b) {
   return {a.sin * b.cos - a.cos * b.sin, a.cos * b.cos + a.sin * b.sin};

@@ -1,4 +1,4 @@
-"""Rotations that also write a paged KV cache, and of keys in it: for inference, without derivatives.
+"""Rotations that also write a paged KV cache, and of keys in it: without derivatives.
 
 DTensors: tokens must not be sharded; each rank has heads of all tokens (tensor parallel).
 """
