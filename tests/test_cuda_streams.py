@@ -40,6 +40,7 @@ def calls():
         "apply_rotary_qk_ with position_ids": (0, 1, q, k, *table, ids),
         "apply_rotary_qk_append_kv_": (0, 1, q, k, v, *caches, slots, *table),
         "apply_rotary_mla_append_": (0, 1, q, k[:, :, :1], compressed, latent, slots, *table),
+        "shift_cached_k_": (0, 1, caches[0], slots, slots, slots + 9, inv_freq),
         "apply_rotary_table_backward": (2, 1, q, q, k, k, table[0]),
         "cos_sin_cache": (2, 1, inv_freq, 16),
         "cos_sin": (2, 1, inv_freq, ids),
