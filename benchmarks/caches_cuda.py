@@ -152,8 +152,8 @@ def append_kv(
 
 def shift_arguments(arguments: Arguments) -> Arguments:
     a = dict(arguments)
-    distance = a.pop("new_position_ids") - a.pop("old_position_ids")
-    cos, sin = rope_ext.cos_sin(a.pop("inv_freq"), distance)
+    distance = a.pop("new_position_ids").cpu() - a.pop("old_position_ids").cpu()
+    cos, sin = rope_ext.cos_sin(a.pop("inv_freq"), distance.cuda())
     return {**a, "cos": cos, "sin": sin}
 
 
@@ -177,12 +177,12 @@ def shift(form: str, step: str, tokens: int, dtype: torch.dtype) -> OperatorCase
     shape = llama(step, tokens)
 
     def arguments() -> Arguments:
-        positions = FIRST_POSITION + torch.arange(shape.tokens, device="cuda")
+        old = FIRST_POSITION + torch.arange(shape.tokens)
         return {
             "k_cache": cache_of(shape, dtype, shape.k_heads, shape.head_dim),
             "slot_mapping": slots_of(shape).flatten(),
-            "old_position_ids": positions,
-            "new_position_ids": positions - FIRST_POSITION // 2,
+            "old_position_ids": old.cuda(),
+            "new_position_ids": (old // 2).cuda(),
             "inv_freq": inv_freq_of(shape.head_dim, shape.rotary_dim),
         }
 

@@ -29,6 +29,7 @@ def calls():
     table = [t.to(cuda) for t in rope_ext.cos_sin_cache(inv_freq.cpu(), 16)]
     q, k, v = (torch.randn(2, 16, heads, 64).to(cuda) for heads in (4, 2, 2))
     ids, slots = torch.arange(16).to(cuda), torch.arange(32).to(cuda)
+    later = torch.arange(9, 41).to(cuda)
     caches = torch.zeros(2, 2, 16, 2, 64).to(cuda)
     latent, compressed = torch.zeros(2, 16, 40 + 64).to(cuda), torch.randn(2, 16, 40).to(cuda)
     by_axis = torch.arange(48).view(3, 16).to(cuda), (torch.arange(32) % 3).to(cuda)
@@ -40,7 +41,7 @@ def calls():
         "apply_rotary_qk_ with position_ids": (0, 1, q, k, *table, ids),
         "apply_rotary_qk_append_kv_": (0, 1, q, k, v, *caches, slots, *table),
         "apply_rotary_mla_append_": (0, 1, q, k[:, :, :1], compressed, latent, slots, *table),
-        "shift_cached_k_": (0, 1, caches[0], slots, slots, slots + 9, inv_freq),
+        "shift_cached_k_": (0, 1, caches[0], slots, slots, later, inv_freq),
         "apply_rotary_table_backward": (2, 1, q, q, k, k, table[0]),
         "cos_sin_cache": (2, 1, inv_freq, 16),
         "cos_sin": (2, 1, inv_freq, ids),
