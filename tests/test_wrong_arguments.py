@@ -30,7 +30,8 @@ MODULE = RotaryEmbedding(D, max_position_embeddings=64)
 
 def tensors():
     """A tensor for each argument name of the functions and operators."""
-    return tensors_of(SIZES)
+    given = tensors_of(SIZES)
+    return {**given, "slot_mapping": given["slot_mapping"].flatten()}  # taken by all
 
 
 # By their names in errors; and the arguments that a good call omits.
