@@ -57,6 +57,29 @@ def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_childr
             time.sleep(0.01)
 
 
+def checks_in(folder):
+    (folder / "logs").mkdir()
+    return gpu.Checks(out=folder, tree=folder, work=folder, emulated=False)
+
+
+def test_the_device_is_asked_for_its_name_for_as_long_as_the_stage_may_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(limited, "GRACE", 1)
+    checks = checks_in(tmp_path)
+    programs = {  # what the program does: its compute capability, the name
+        "echo a warning; echo device: 9.0 NVIDIA H200; echo another": ("9.0", "nvidia-h200"),
+        "exit 1": (None, "no-device"),
+        "trap '' INT; while true; do sleep 0.05; done": (None, "no-device"),  # a driver that hangs
+    }
+    for program, found in programs.items():
+        monkeypatch.setattr(
+            gpu.Checks, "python", lambda *_, program=program: ["bash", "-c", program]
+        )
+        start = time.monotonic()
+        checks.device, checks.deadline = "no-device", start + 5
+        assert (checks.find_device(), checks.device) == found, program
+        assert time.monotonic() - start < 20
+
+
 def test_the_limits_on_a_gpu_are_nine_minutes_and_the_longest_is_last():
     seconds = [on_gpu for on_gpu, _ in gpu.LIMITS.values()]
     assert sum(seconds) <= 540
@@ -68,8 +91,8 @@ def test_a_stage_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch
         raise gpu.Failed("out of luck\n\nits log")
 
     passing = dict.fromkeys(gpu.LIMITS, lambda checks: "good")
-    checks = gpu.Checks(out=tmp_path, tree=tmp_path, work=tmp_path, emulated=False)
-    monkeypatch.setattr(gpu.Checks, "torch", lambda *_: "NVIDIA H200")
+    checks = checks_in(tmp_path)
+    checks.device = "nvidia-h200"
     for failing in gpu.LIMITS:
         monkeypatch.setattr(gpu, "STAGES", {**passing, failing: fails})
         assert gpu.run_stages(checks)
