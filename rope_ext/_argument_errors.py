@@ -88,7 +88,9 @@ def describe(value: object) -> str:
         name = f"{kind.__module__}.{name}"
     if kind is value:
         return f"the class {name}"
-    return f"a {name} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {name}"
+    article = "an" if name[0] in "aeioAEIO" else "a"
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{article} {name}{size}"
 
 
 def check_type(function: str, name: str, value: object, kind: Any) -> None:

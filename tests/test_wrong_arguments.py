@@ -98,6 +98,7 @@ def test_argument_of_another_type_is_named_and_nothing_written(name):
     [
         ({"cos": np.ones(3)}, "expected cos to be a Tensor, got a numpy.ndarray: torch.as_tensor "
          "makes one of it"),
+        ({"cos": ...}, "expected cos to be a Tensor, got an ellipsis"),
         ({"rotary_offset": 2**63}, f"expected rotary_offset to be an int, got {2**63}, "
          "which 64 bits do not hold"),
         ({"layout": None}, "expected layout to be one of bshd, bhsd, sbhd, thd, got None"),
