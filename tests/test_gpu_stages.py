@@ -65,19 +65,17 @@ def checks_in(folder):
 def test_the_device_is_asked_for_its_name_for_as_long_as_the_stage_may_take(tmp_path, monkeypatch):
     monkeypatch.setattr(limited, "GRACE", 1)
     checks = checks_in(tmp_path)
-    programs = {  # what the program does: its compute capability, the name
-        "echo a warning; echo device: 9.0 NVIDIA H200; echo another": ("9.0", "nvidia-h200"),
-        "exit 1": (None, "no-device"),
-        "trap '' INT; while true; do sleep 0.05; done": (None, "no-device"),  # a driver that hangs
-    }
-    for program, found in programs.items():
-        monkeypatch.setattr(
-            gpu.Checks, "python", lambda *_, program=program: ["bash", "-c", program]
-        )
+    for program, seconds, found in (
+        ("echo a warning; echo device: 9.0 NVIDIA H200; echo more", 60, ("9.0", "nvidia-h200")),
+        ("exit 1", 60, (None, "no-device")),
+        ("trap '' INT; while true; do sleep 0.05; done", 3, (None, "no-device")),  # as if it hung
+    ):
+        command = ["bash", "-c", program]
+        monkeypatch.setattr(gpu.Checks, "python", lambda *_, command=command: command)
         start = time.monotonic()
-        checks.device, checks.deadline = "no-device", start + 5
+        checks.device, checks.deadline = "no-device", start + seconds
         assert (checks.find_device(), checks.device) == found, program
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 20  # the loop never ends
 
 
 def test_the_limits_on_a_gpu_are_nine_minutes_and_the_longest_is_last():
