@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rope_ext import _C
+from rope_ext._engine.record import Given, Operator
 from rope_ext._torch_private import (
     count_versions,
     exchange_api_of,
@@ -28,6 +29,13 @@ def direct_call(operator: str) -> Callable[..., Any]:
     also for all that it refuses. Not to be called while a compiler traces.
     """
     return _C.direct_calls[operator]
+
+
+def call_directly(operator: Operator, arguments: Given) -> Any:
+    """The operator with all its arguments, in the order of its schema."""
+    layout = "thd" if arguments[operator.leading].dim() == 3 else "bshd"
+    results = _C.direct_calls[operator.name](layout, "NHD", *arguments.values())
+    return operator.overload(**arguments) if results is NotImplemented else results
 
 
 def why_off() -> str:
