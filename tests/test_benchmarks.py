@@ -30,6 +30,7 @@ import other_libraries_cpu
 import paged_decode
 import report
 import rotations_cpu
+import training_memory
 import verify
 from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, PEER_IN_PLACE, Benchmark, Goal, Options
 from cases_cpu import CPU_CASES
@@ -336,6 +337,27 @@ def test_a_processor_is_named_with_its_instruction_sets(monkeypatch):
         monkeypatch.setattr(measuring, "cpuinfo", lambda info=info: info)
         assert measuring.processor() == name
         assert measuring.machine().startswith(f"{name}, ")
+
+
+def test_the_memory_of_a_training_step_is_counted():
+    tokens = 6  # not the heads of k: shapes tell the layout
+    found, _ = training_memory.ways(tokens)
+    q, k = (torch.randn(1, tokens, heads, 128).bfloat16() for heads in (32, 8))
+    for case in (training_memory.ROTATION, training_memory.NORMED):
+        results = [found[key](q, k) for key in found if key[0] == case]
+        for other in results[1:]:
+            for got, x in zip(other, results[0], strict=True):
+                if got.shape != x.shape:  # transformers': [B, H, S, D]
+                    x = x.transpose(1, 2)
+                torch.testing.assert_close(got, x, rtol=2**-6, atol=2**-6)
+    assert training_memory.peak(lambda: torch.empty(1 << 20).clone()) == 8 << 20
+    of = {(r["case"], r["way"]): r for r in training_memory.run(tokens)}
+    qk = q.nbytes + k.nbytes
+    plain, one_pass = (of[key] for key in list(of)[1::3])
+    assert (plain["kept_bytes"], plain["peak_bytes"]) == (0, 2 * qk)
+    assert one_pass["kept_bytes"] == qk
+    # the results and the gradients, and a partial sum of the weights' gradients
+    assert 2 * qk < one_pass["peak_bytes"] < 2.5 * qk
 
 
 def test_allocations_are_counted():
