@@ -37,6 +37,7 @@ from cases_cpu import CPU_CASES
 from common import Case
 from other_libraries import Skip
 from other_libraries_cpu import Peer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rope_ext
 
@@ -229,6 +230,23 @@ def test_an_operator_with_the_parameters_of_vllm_gets_what_it_expects():
         positions, q, k, _, table, _ = peer.rotate.args
         assert (q.dim(), k.dim(), positions.dim()) == (2, 2, 1)
         assert table.dtype == dtype
+
+
+def test_libraries_that_are_seldom_installed_are_called_as_they_expect(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
+    operators = SimpleNamespace(rotary_embedding_cpu=cached_rotation)
+    monkeypatch.setattr(torch.ops, "sgl_kernel", operators, raising=False)
+    hub = SimpleNamespace(apply_rotary_transformers=apply_rotary_pos_emb)
+    asked = []
+    kernels = SimpleNamespace(get_kernel=lambda name, **options: asked.append(name) or hub)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    for name in ("SGLang", "kernels-community/rotary"):
+        problem = rotations_cpu.make_problem(SMALL, torch.bfloat16, Options())
+        rotations_cpu.forward(problem, other_libraries_cpu.OTHER_LIBRARIES[name](problem))
+    assert asked == ["kernels-community/rotary"]
+    partial = rotations_cpu.make_problem(PARTIAL, torch.float32, Options())
+    with pytest.raises(Skip, match="whole heads only"):
+        other_libraries_cpu.make_hub_rotary(partial)
 
 
 def test_a_process_loads_one_of_vllms_libraries(monkeypatch, tmp_path):
