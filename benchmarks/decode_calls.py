@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import floors
 import torch
 import torch.distributed as dist
-from common import FIRST_POSITION
+from common import FIRST_POSITION, Case
+from other_libraries import Skip
+from other_libraries_cpu import VLLM_LIBRARIES, Problem, make_vllm
+from rotations_cpu import forward
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -91,7 +94,7 @@ def all_calls(requires_grad: bool) -> dict[str, Call]:
     families = (rotations, modules, tables, norms, adapters, dtensors, compiled)
     found = {name: call for family in families for name, call in family(given).items()}
     if not requires_grad:
-        for family in (rotations_in_place, appends):
+        for family in (rotations_in_place, appends, vllm):
             found |= family(given)
     return found
 
@@ -144,6 +147,18 @@ def rotations_in_place(given: Inputs) -> dict[str, Call]:
             AS_THE_FUNCTION,
         ),
     }
+
+
+def vllm(given: Inputs) -> dict[str, Call]:
+    """Its operator, in place, where it is installed; verified before it is timed."""
+    shape = Case("Llama-3-8B", 1, 1, HEADS, KEY_HEADS, HEAD_DIM, HEAD_DIM)
+    inv_freq, positions = given.module.inv_freq, given.positions
+    rows = rope_ext.cos_sin(inv_freq, positions)
+    problem = Problem(shape, *given.qk, positions, inv_freq, *rows)
+    for name in VLLM_LIBRARIES:
+        with contextlib.suppress(ImportError, Skip):
+            return {f"vLLM, {name}": Call(forward(problem, make_vllm(name, problem)), MUL)}
+    return {}
 
 
 def modules(given: Inputs) -> dict[str, Call]:
