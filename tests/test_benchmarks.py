@@ -37,6 +37,7 @@ from cases_cpu import CPU_CASES
 from common import Case
 from other_libraries import Skip
 from other_libraries_cpu import Peer
+from transformers import __version__ as transformers_version
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rope_ext
@@ -75,6 +76,7 @@ def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeyp
     if name == "bench_rope":  # every case, the goal of each, and transformers as a peer
         assert {row["case"] for row in rows if row["goal"]} == {case.name for case in CPU_CASES}
         assert any(row["way"] == "transformers" for row in rows)
+        assert f"transformers {transformers_version}, " in written
 
 
 # ---- they verify
