@@ -83,8 +83,8 @@ def apply_rotary_qk_append_kv_(
     """
     if not is_dynamo_compiling():
         done = _append_kv(
-            layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, cos, sin, position_ids,
-            k_scale, v_scale, rotary_dim, rotary_offset, interleaved, inverse,
+            layout, cache_layout, None, q, k, v, k_cache, v_cache, slot_mapping, cos, sin,
+            position_ids, k_scale, v_scale, rotary_dim, rotary_offset, interleaved, inverse,
         )  # fmt: skip
         if done is None:
             return
@@ -148,7 +148,7 @@ def apply_rotary_mla_append_(
     """
     if not is_dynamo_compiling():
         done = _append_latent(
-            None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
+            None, None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
             interleaved, interleaved_out,
         )  # fmt: skip
         if done is None:
@@ -213,8 +213,8 @@ def shift_cached_k_(
     """
     if not is_dynamo_compiling():
         done = _shift(
-            None, cache_layout, k_cache, slot_mapping, old_position_ids, new_position_ids, inv_freq,
-            new_inv_freq, attention_scaling, rotary_offset, interleaved,
+            None, cache_layout, None, k_cache, slot_mapping, old_position_ids, new_position_ids,
+            inv_freq, new_inv_freq, attention_scaling, rotary_offset, interleaved,
         )  # fmt: skip
         if done is None:
             return
