@@ -225,10 +225,10 @@ class DirectCall final : public Call {
     for (size_t i = 0; i < 4; ++i) {
       if (dtype == kDTypes[i]) of = pytorch.dtypes[i];
     }
-    std::vector<int64_t> strides(sizes.size());
-    int64_t step = 1;
-    for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(sizes[d], 1))
-      strides[d] = step;
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) {
+      strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    }
     // PyTorch takes strides, and no dtype, in less time than it takes to find them.
     static PyObject* const names = Py_BuildValue("(s)", "dtype");
     PyObject* const args[] = {object_of(x), tuple_of(sizes), tuple_of(strides), of};
@@ -419,8 +419,8 @@ const Order* find(const std::vector<Order>& orders, PyObject* name) {
   return nullptr;
 }
 
-// (layout, cache_layout, head_dim, *all arguments of the operator) -> its results, or
-// NotImplemented
+// (layout, cache_layout, head_dim, *all arguments of the operator)
+// -> its results, or NotImplemented.
 PyObject* call_directly(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto& op = *static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
   constexpr Py_ssize_t kBefore = 3;
