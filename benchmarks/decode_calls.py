@@ -105,14 +105,10 @@ def rotations(given: Inputs) -> dict[str, Call]:
     function, at = rope_ext.apply_rotary_qk, rope_ext.apply_rotary_qk_at
     inv_freq = given.module.inv_freq
     goal = Goal(0.55, "times")
-
-    def floor() -> None:
-        torch.empty_like(q), torch.empty_like(k)
-        with torch.no_grad():
-            q.mul_(1), k.mul_(1)
-
+    x, y = q.detach(), k.detach()
+    floor = Call(lambda: (torch.empty_like(x), torch.empty_like(y), x.mul_(1), y.mul_(1)))
     return {
-        MUL_NEW: Call(floor),
+        MUL_NEW: floor,
         OPS: Call(partial(rope.apply_rotary_qk, q, k, *table), MUL_NEW),
         FUNCTION: Call(partial(function, q, k, *table), MUL_NEW, goal),
         FUNCTION + HEADS_FIRST: Call(

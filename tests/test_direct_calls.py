@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from operator_arguments import arguments_of
-from support import assert_same_bits, random, random_table
+from support import assert_same_bits, naming, random, random_table
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import vmap
@@ -306,6 +306,45 @@ def test_module_keeps_no_table_where_its_frequencies_need_a_gradient_or_have_cha
     assert not torch.equal(module(q, q)[0], first)
     module.inv_freq.requires_grad_()
     assert module(q, q)[0].requires_grad
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
+
+def test_module_with_a_table_does_what_it_does_without_direct_calls(by_dispatcher):
+    default, yarn = ({}, MODULES["yarn"])
+    long_rope = {"max_position_embeddings": 16, "scaling": LONG_ROPE}
+    ids, pixels = torch.tensor([5, 2, 7, 1, 0, 3]), torch.tensor([0.5, 2, 7, 1, 0, 3])
+    double = ("inv_freq", lambda module: module.inv_freq.double())
+    cases = (  # options of the module, an attribute to set, x, the arguments
+        (default, (), random(1, 6, 2, 16), ()),  # of another head_dim
+        (default, (), random(1, 6, 2, 16), (ids,)),
+        (default, (), random(6, 8), ()),
+        (default, (), random(1, 6, 2, 8).double(), (ids,)),  # rows are of float32
+        (default, double, random(1, 6, 2, 8), (ids,)),
+        (yarn, (), random(1, 6, 2, 8), (pixels,)),
+        (yarn, (), random(1, 60, 2, 8), ()),  # longer than the table
+        (long_rope, (), random(1, 6, 2, 8), ()),  # the table is of shorter sequences
+        (long_rope, (), random(1, 6, 2, 8), (ids,)),
+    )
+    for options, attribute, x, arguments in cases:
+
+        def call(options=options, attribute=attribute, x=x, arguments=arguments):
+            module = rope_ext.RotaryEmbedding(x.shape[-1] if x.dim() < 3 else 8, **options)
+            module.table(3)
+            if attribute:
+                setattr(module, attribute[0], attribute[1](module))
+            given = {"q": x.clone(), "k": x.clone()}
+            given |= dict(zip(("position_ids",), arguments, strict=False))
+            return outcome(module, given)
+
+        with naming(f"{options}, {x.shape}, {arguments}"):
+            assert_same(call(), by_dispatcher(call))
 
 
 # ---- where the dispatcher is needed

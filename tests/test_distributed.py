@@ -158,9 +158,9 @@ def test_what_is_kept_of_a_call_decides_the_next_one_and_holds_no_tensor(mesh, m
     dtensor._decided.cache_clear()
     given = [place(q.clone(), mesh, Shard(1)), *(place(t, mesh) for t in table)]
     first = rope.apply_rotary(*given)
-    monkeypatch.setattr(dtensor, "plan_for", None)
-    second = rope.apply_rotary(*given)
-    assert second.device_mesh is mesh
+    with monkeypatch.context() as patched:
+        patched.setattr(dtensor, "plan_for", None)
+        second = rope.apply_rotary(*given)
     for name in ("placements", "shape", "dtype", "requires_grad"):
         assert getattr(second, name) == getattr(first, name)
     assert second.stride() == first.stride() == q.stride()
@@ -168,6 +168,9 @@ def test_what_is_kept_of_a_call_decides_the_next_one_and_holds_no_tensor(mesh, m
     held = [weakref.ref(x) for x in (*given, *(x.to_local() for x in (*given, first, second)))]
     del given, first, second
     assert not any(x() is not None for x in held)
+    equal = init_device_mesh("cpu", (RANKS,))
+    assert rope.apply_rotary(*(place(t, equal) for t in (q, *table))).device_mesh is equal
+    assert rope.apply_rotary(*(place(t, mesh) for t in (q, *table))).device_mesh is mesh
 
 
 def test_in_place_differentiates():

@@ -35,35 +35,47 @@ struct Order {
   int64_t first, second;  // the dimensions to swap to get those of the schema
 };
 
-// A function of PyTorch without arguments, or a method or an attribute of its tensors. Those that
-// are written in C are called without Python's layers between, which take longer than they do.
-class Question {
+// A function of PyTorch of at most one argument, or a method or an attribute of its tensors. Those
+// that are written in C are called without Python's layers between, which take longer than they do.
+class Function {
  public:
-  Question() = default;
-  explicit Question(PyObject* callable) : callable_(callable) {
-    if (PyCFunction_CheckExact(callable) && PyCFunction_GET_FLAGS(callable) == METH_NOARGS) {
-      function_ = PyCFunction_GET_FUNCTION(callable);
+  Function() = default;
+  explicit Function(PyObject* callable) : callable_(callable) {
+    if (PyCFunction_CheckExact(callable)) {
+      const int flags = PyCFunction_GET_FLAGS(callable);
       self_ = PyCFunction_GET_SELF(callable);
+      if (flags == METH_NOARGS || flags == METH_O) {
+        function_ = PyCFunction_GET_FUNCTION(callable);
+      } else if (flags == (METH_FASTCALL | METH_KEYWORDS)) {
+        void* const function = reinterpret_cast<void*>(PyCFunction_GET_FUNCTION(callable));
+        with_keywords_ = reinterpret_cast<WithKeywords>(function);
+      }
     } else if (Py_TYPE(callable) == &PyMethodDescr_Type) {
       const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(callable)->d_method;
-      if (method.ml_flags == METH_NOARGS) function_ = method.ml_meth;
+      if (method.ml_flags == METH_NOARGS) method_ = method.ml_meth;
     } else if (Py_TYPE(callable) == &PyGetSetDescr_Type) {
       attribute_ = reinterpret_cast<PyGetSetDescrObject*>(callable)->d_getset;
     }
   }
 
-  // A new reference to the answer, or nullptr and an error of Python. tensor: of a method or
-  // attribute.
-  PyObject* operator()(PyObject* tensor = nullptr) const {
-    if (attribute_ != nullptr) return attribute_->get(tensor, attribute_->closure);
-    if (function_ != nullptr) return function_(tensor != nullptr ? tensor : self_, nullptr);
-    return tensor != nullptr ? PyObject_CallOneArg(callable_, tensor)
-                             : PyObject_CallNoArgs(callable_);
+  // A new reference to the result, or nullptr and an error of Python.
+  PyObject* operator()(PyObject* argument = nullptr) const {
+    if (attribute_ != nullptr) return attribute_->get(argument, attribute_->closure);
+    if (method_ != nullptr) return method_(argument, nullptr);
+    if (function_ != nullptr) return function_(self_, argument);
+    if (with_keywords_ != nullptr) {
+      return with_keywords_(self_, &argument, argument != nullptr, nullptr);
+    }
+    return argument != nullptr ? PyObject_CallOneArg(callable_, argument)
+                               : PyObject_CallNoArgs(callable_);
   }
 
  private:
+  using WithKeywords = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+
   PyObject *callable_ = nullptr, *self_ = nullptr;
-  PyCFunction function_ = nullptr;
+  PyCFunction function_ = nullptr, method_ = nullptr;
+  WithKeywords with_keywords_ = nullptr;
   PyGetSetDef* attribute_ = nullptr;
 };
 
@@ -72,10 +84,10 @@ struct PyTorch {
   const dlpack::ExchangeApi* api = nullptr;
   PyTypeObject *tensor, *parameter;
   std::array<PyObject*, 4> dtypes;  // of DType
-  std::vector<Question> unless;
-  Question is_negative, is_inference_mode, requires_grad, version;
+  std::vector<Function> unless;
+  Function is_negative, is_inference_mode, requires_grad, version, increment_version;
   PyObject *forward_ad, *forward_level;  // a module's dictionary, and a name in it
-  PyObject *increment_version, *empty_like, *new_empty_strided, *transpose;
+  PyObject *empty_like, *new_empty_strided, *transpose;
   std::vector<Order> layouts, cache_layouts;
 };
 PyTorch pytorch;
@@ -95,9 +107,9 @@ PyObject* checked(PyObject* object) {
 }
 
 bool is_true(PyObject* result) {
-  const int truth = PyObject_IsTrue(checked(result));
+  const bool truth = checked(result) == Py_True || (result != Py_False && PyObject_IsTrue(result));
   Py_DECREF(result);
-  return truth != 0;
+  return truth;
 }
 
 bool is_tensor(PyObject* object) {
@@ -128,7 +140,7 @@ bool can_be_direct(PyObject* const* args, size_t count) {
       return false;
     }
   }
-  for (const Question& condition : pytorch.unless) {
+  for (const Function& condition : pytorch.unless) {
     if (is_true(condition())) return false;
   }
   PyObject* const level = PyDict_GetItemWithError(pytorch.forward_ad, pytorch.forward_level);
@@ -213,10 +225,10 @@ class DirectCall final : public Call {
     for (size_t i = 0; i < 4; ++i) {
       if (dtype == kDTypes[i]) of = pytorch.dtypes[i];
     }
-    std::vector<int64_t> strides(sizes.size());
-    int64_t step = 1;
-    for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(sizes[d], 1))
-      strides[d] = step;
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) {
+      strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    }
     // PyTorch takes strides, and no dtype, in less time than it takes to find them.
     static PyObject* const names = Py_BuildValue("(s)", "dtype");
     PyObject* const args[] = {object_of(x), tuple_of(sizes), tuple_of(strides), of};
@@ -371,8 +383,7 @@ class DirectCall final : public Call {
     const bool may_be_written =
         is_true(pytorch.is_inference_mode()) ||
         std::all_of(written_.begin(), written_.begin() + written_count_, has_version);
-    PyObject* const done =
-        may_be_written ? PyObject_CallOneArg(pytorch.increment_version, written) : nullptr;
+    PyObject* const done = may_be_written ? pytorch.increment_version(written) : nullptr;
     Py_DECREF(written);
     Py_DECREF(checked(done));
   }
@@ -408,8 +419,8 @@ const Order* find(const std::vector<Order>& orders, PyObject* name) {
   return nullptr;
 }
 
-// (layout, cache_layout, head_dim, *all arguments of the operator) -> its results, or
-// NotImplemented
+// (layout, cache_layout, head_dim, *all arguments of the operator)
+// -> its results, or NotImplemented.
 PyObject* call_directly(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto& op = *static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
   constexpr Py_ssize_t kBefore = 3;
@@ -475,13 +486,13 @@ void set_pytorch(const py::dict& of) {
   for (const py::handle condition : of["unless"].cast<py::tuple>()) {
     pytorch.unless.emplace_back(kept(condition));
   }
-  pytorch.is_negative = Question(object("is_negative"));
-  pytorch.is_inference_mode = Question(object("is_inference_mode"));
-  pytorch.requires_grad = Question(object("requires_grad"));
-  pytorch.version = Question(object("version"));
+  pytorch.is_negative = Function(object("is_negative"));
+  pytorch.is_inference_mode = Function(object("is_inference_mode"));
+  pytorch.requires_grad = Function(object("requires_grad"));
+  pytorch.version = Function(object("version"));
   std::tie(pytorch.forward_ad, pytorch.forward_level) =
       std::pair(kept(of["forward_level"][py::int_(0)]), kept(of["forward_level"][py::int_(1)]));
-  pytorch.increment_version = object("increment_version");
+  pytorch.increment_version = Function(object("increment_version"));
   pytorch.empty_like = object("empty_like");
   pytorch.new_empty_strided = object("new_empty_strided");
   pytorch.transpose = object("transpose");

@@ -10,7 +10,7 @@ fakes.py        shapes, dtypes and strides of results, and the devices of argume
 vmap.py         one call for all samples
 sharding.py     how an operator may be sharded: named axes
 placements.py   placements of the DTensors of a call
-dtensor.py      calls on local tensors
+dtensor.py      calls on local tensors; what placements decide is kept
 flops.py        formulas for torch.utils.flop_counter
 calls.py        calls that skip the Autograd kernels if nothing is differentiated
 direct.py       calls that skip the dispatcher

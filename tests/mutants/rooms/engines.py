@@ -70,7 +70,14 @@ MUTANTS = [
         "rope_ext/_engine/placements.py", "test_distributed",
         ("replicated-tensor-is-written-in-a-copy",
          "(type(given) is not Replicate or operand.written)", "type(given) is not Replicate"),
+        ("every-rank-has-the-first-part", "begin + each * mesh.get_local_rank(mesh_dim), end)",
+         "begin, end)"),
         ("any-pending-sum-passes", 'given.reduce_op in ("sum", "avg")', "given.reduce_op"),
+    ),
+    # Results are on a mesh that was equal.
+    *mutants(
+        "rope_ext/_engine/dtensor.py", "test_distributed",
+        ("results-are-on-another-mesh", "if known_mesh is mesh:", "if known_mesh is not None:"),
     ),
     # Negated values are read as they are in memory.
     *mutants(

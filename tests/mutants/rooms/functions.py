@@ -76,6 +76,18 @@ MUTANTS = [
         ("rows-that-are-missing-begin-at-0", "start=there,", "start=0,"),
         ("table-of-an-inference-tensor-is-kept", "if inv_freq.is_inference() or", "if"),
     ),
+    # Direct calls take a table that the module would make anew, or heads of any size.
+    *mutants(
+        "rope_ext/module/tables.py", "test_direct_calls",
+        ("kept-table-outlives-its-frequencies", "or of._version != version", "or False"),
+        ("kept-table-has-no-gradient", "or of.requires_grad", "or False"),
+    ),
+    *mutants(
+        "rope_ext/module/rotary_embedding.py", "test_direct_calls",
+        ("module-takes-any-head-dim", 'own["head_dim"], q, k, cos,', "None, q, k, cos,"),
+        ("short-table-for-long-sequences", 'name = "short_inv_freq"', 'name = "inv_freq"'),
+        ("rows-of-float64", "or q.dtype is torch.float64", "or False"),
+    ),
     # Frequencies are cast, saved, or forgotten.
     *mutants(
         "rope_ext/module/frequency_tensors.py", "test_embedding",
