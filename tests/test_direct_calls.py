@@ -248,20 +248,26 @@ def test_every_refusal_is_that_of_the_dispatcher_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_out_is_direct(layout, only_direct):
+def test_out_is_direct_and_written_alike_by_the_dispatcher(
+    layout, only_direct, monkeypatch, by_dispatcher
+):
     given = rotation()
     q, k = given.pop("q"), given.pop("k")
-    expected = [rope_ext.reference.apply_rotary(x, **given) for x in (q, k)]
+    expected = [rope_ext.reference.apply_rotary(x, **given) for x in (q, k, q)]
     heads_first = layout == "bhsd"
     q, k = (x.transpose(1, 2) if heads_first else x for x in (q, k))
-    out = torch.empty_like(q), torch.empty_like(k)
-    assert rope_ext.apply_rotary_qk(q, k, **given, layout=layout, out=out) is out
-    assert [x._version for x in out] == [1, 1]
-    for got, x in zip(out, expected, strict=True):
-        assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
-    one = torch.empty_like(q)
-    assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
-    assert_same_bits(one, out[0])
+
+    def call():
+        out, one = (torch.empty_like(q), torch.empty_like(k)), torch.empty_like(q)
+        assert rope_ext.apply_rotary_qk(q, k, **given, layout=layout, out=out) is out
+        assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
+        for got, x in zip((*out, one), expected, strict=True):
+            assert got._version == 1
+            assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
+
+    call()
+    monkeypatch.undo()
+    by_dispatcher(call)
 
 
 MODULES = {
