@@ -127,15 +127,18 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optional", [True, False], ids=["all", "fewest"])
 def test_results_and_versions_are_those_of_the_dispatcher(
-    function, operator, mode, optional, only_direct, device
+    function, operator, mode, optional, only_direct, monkeypatch, by_dispatcher, device
 ):
+    """Those of the operator, and of the function where direct calls are off."""
     given = arguments_for(function, operator, optional=optional)
     given = {n: x.to(device) if is_tensor(x) else x for n, x in given.items()}
-    expected = copied(given)
+    given, expected, same = (copied(given) for _ in range(3))
     options = {n: x for n, x in expected.items() if n != "inplace"}
     with MODES[mode]():
         got = outcome(function, given)
         of_operator = operator.overload(**options)
+        monkeypatch.undo()
+        assert_same(got, by_dispatcher(outcome, function, same))
     for name in operator.written:
         assert_same_bits(given[name], expected[name])
         assert given[name]._version == expected[name]._version == 1

@@ -35,12 +35,14 @@ MUTANTS = [
          '(2, 1) if layout == "bshd" else (1, 2)'),
         ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
     ),
-    # Autograd does not see a write; heads are taken for tokens of a block.
+    # Autograd does not see a write; values are stored as they are.
     *mutants(
         "rope_ext/kv_cache.py", "test_direct_calls test_appends",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
+        ("latent-cache-counts-no-version", "(q, k_pe, kv_cache))", "(q, k_pe))"),
+        ("scales-are-lost", "if scale is not None})", "if scale is None})"),
     ),
-    # The same.
+    # Heads are taken for tokens of a block.
     *mutants(
         "rope_ext/options.py", "test_append_kv test_direct_calls",
         ("heads-first-caches-as-they-are", '"HND": (4, (1, 2))', '"HND": (4, None)'),
