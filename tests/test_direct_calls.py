@@ -128,15 +128,18 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optional", [True, False], ids=["all", "fewest"])
 def test_results_and_versions_are_those_of_the_dispatcher(
-    function, operator, mode, optional, only_direct, device
+    function, operator, mode, optional, only_direct, monkeypatch, by_dispatcher, device
 ):
+    """Those of the operator, and of the function where direct calls are off."""
     given = arguments_for(function, operator, optional=optional)
     given = {n: x.to(device) if is_tensor(x) else x for n, x in given.items()}
-    expected = copied(given)
+    given, expected, same = (copied(given) for _ in range(3))
     options = {n: x for n, x in expected.items() if n != "inplace"}
     with MODES[mode]():
         got = outcome(function, given)
         of_operator = operator.overload(**options)
+        monkeypatch.undo()
+        assert_same(got, by_dispatcher(outcome, function, same))
     for name in operator.written:
         assert_same_bits(given[name], expected[name])
         assert given[name]._version == expected[name]._version == 1
@@ -249,20 +252,26 @@ def test_every_refusal_is_that_of_the_dispatcher_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_out_is_direct(layout, only_direct):
+def test_out_is_direct_and_written_alike_by_the_dispatcher(
+    layout, only_direct, monkeypatch, by_dispatcher
+):
     given = rotation()
     q, k = given.pop("q"), given.pop("k")
-    expected = [rope_ext.reference.apply_rotary(x, **given) for x in (q, k)]
+    expected = [rope_ext.reference.apply_rotary(x, **given) for x in (q, k, q)]
     heads_first = layout == "bhsd"
     q, k = (x.transpose(1, 2) if heads_first else x for x in (q, k))
-    out = torch.empty_like(q), torch.empty_like(k)
-    assert rope_ext.apply_rotary_qk(q, k, **given, layout=layout, out=out) is out
-    assert [x._version for x in out] == [1, 1]
-    for got, x in zip(out, expected, strict=True):
-        assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
-    one = torch.empty_like(q)
-    assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
-    assert_same_bits(one, out[0])
+
+    def call():
+        out, one = (torch.empty_like(q), torch.empty_like(k)), torch.empty_like(q)
+        assert rope_ext.apply_rotary_qk(q, k, **given, layout=layout, out=out) is out
+        assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
+        for got, x in zip((*out, one), expected, strict=True):
+            assert got._version == 1
+            assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
+
+    call()
+    monkeypatch.undo()
+    by_dispatcher(call)
 
 
 MODULES = {

@@ -187,12 +187,19 @@ def transposed(x, first, second):
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
+def windows(x):
+    """Of the same shape: heads one element apart. torch.empty_like has no channels last here."""
+    return x.flatten(-2).unfold(-1, x.shape[-1], 1)[..., : x.shape[-2], :]
+
+
 VIEWS = {
     "dense": lambda x: x,
     "transposed": lambda x: transposed(x, *{3: (0, 1), 4: (1, 2)}.get(x.dim(), (0, 0))),
     "part of a row": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
     "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
+    "windows": lambda x: windows(x) if x.dim() > 1 else x,
 }
+OVERLAPPING = ("expanded", "windows")
 
 
 @every
@@ -200,7 +207,7 @@ def test_fake_is_like_the_real_one(operator):
     for (variant, options), view in product(variants_of(operator), VIEWS):
         given = arguments_of(operator, **options)
         for name, x in tensors_in(given).items():
-            if x.is_floating_point() and not (view == "expanded" and name in operator.written):
+            if x.is_floating_point() and not (view in OVERLAPPING and name in operator.written):
                 given[name] = VIEWS[view](x)
         with naming((variant, view)):
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:

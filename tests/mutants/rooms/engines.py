@@ -35,7 +35,7 @@ MUTANTS = [
     # Graphs get other strides; a meta tensor among real ones passes.
     *mutants(
         "rope_ext/_engine/fakes.py", "test_every_operator test_strides test_export",
-        ("fakes-of-transposed-heads-keep-their-strides",
+        ("fakes-of-overlapping-heads-keep-their-strides",
          "return out if out.stride(-1) == 1 else _contiguous_like(x)", "return out"),
         ("fakes-take-any-device", "other is not None and other.device != device",
          "other is not None and other.device == 0"),

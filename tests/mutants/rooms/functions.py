@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     # In a transform nothing is written; `out` counts no version.
     *mutants(
-        "rope_ext/_destinations.py", "test_out test_in_place test_transforms test_compile",
+        "rope_ext/_destinations.py", "test_direct_calls test_out test_in_place test_transforms",
         ("transforms-write-nothing",
          "tuple(x.copy_(y) for x, y in zip(tensors, new, strict=True))", "tuple(new)"),
         ("out-counts-no-version", "options, tuple(out))", "options)"),
@@ -35,24 +35,26 @@ MUTANTS = [
          '(2, 1) if layout == "bshd" else (1, 2)'),
         ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
     ),
-    # Autograd does not see a write; heads are taken for tokens of a block.
+    # Autograd does not see a write; values are stored as they are.
     *mutants(
-        "rope_ext/kv_cache.py", "test_appends test_append_kv",
+        "rope_ext/kv_cache.py", "test_direct_calls test_appends",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
+        ("latent-cache-counts-no-version", "(q, k_pe, kv_cache))", "(q, k_pe))"),
+        ("scales-are-lost", "if scale is not None})", "if scale is None})"),
     ),
-    # The same.
+    # Heads are taken for tokens of a block.
     *mutants(
         "rope_ext/options.py", "test_append_kv test_direct_calls",
         ("heads-first-caches-as-they-are", '"HND": (4, (1, 2))', '"HND": (4, None)'),
     ),
     # Values below the default are ignored.
     *mutants(
-        "rope_ext/rms_norm.py", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
+        "rope_ext/rms_norm.py", "test_direct_calls test_rms_norm_rotary",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
     ),
     # The same.
     *mutants(
-        "rope_ext/rotation_by_angles.py", "test_rotary_at",
+        "rope_ext/rotation_by_angles.py", "test_direct_calls test_rotary_at",
         ("scaling-below-1-is-ignored", "if attention_scaling != 1.0:",
          "if attention_scaling > 1.0:"),
     ),
