@@ -41,9 +41,10 @@ ROPE_HOST_DEVICE U16 bfloat16_of_float(const F32& v) {
 constexpr bool kBFloat16InWords = false;
 
 ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
-  U16 a, b;
-  interleave(bfloat16_of_float(low), bfloat16_of_float(high), a, b);
-  return bit_cast<U32>(join(a, b));
+  const auto rounded = [](const F32& v) ROPE_ALWAYS_INLINE {
+    return bit_cast<uint16x8_t>(vcvtq_low_bf16_f32(bit_cast<float32x4_t>(v)));
+  };
+  return bit_cast<U32>(vzip1q_u16(rounded(low), rounded(high)));
 }
 
 // Ordinary stores: arm64 has no others for single vectors.

@@ -32,7 +32,7 @@ constexpr bool kBFloat16InWords = true;
 // The NaNs of a rotation have a lower half of zero where x is bfloat16 and the table has no other
 // NaN.
 ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
-  if constexpr (kIsNative<U32>) {
+  if constexpr (ROPE_X86 && kIsNative<U32>) {
     // Both floats at once, in lanes of 16 bits: the half that stays is one more where the half that
     // goes is more than half a unit, or is half a unit and the one that stays is odd.
     const U32 a = bit_cast<U32>(low), b = bit_cast<U32>(high);
