@@ -25,22 +25,24 @@ SOURCES += "rms_norm", "rms_norm_grad"
 # with one angle a channel needs four values a pair, and the gradient four sums: there the bound is
 # half. Eight half-split pairs a thread need 48 on sm_80, which keeps five eighths; with 40 the
 # kernel would spill. Eight pairs between two orders with four values would spill too, so they have
-# 80. Angles computed in float64 by the kernel need 64 too, and their gradient 80: three eighths of
-# the threads still exceed the throughput of the float64 units. With a cache, eight half-split pairs
-# need more.
+# 80. Angles computed in float64 by the kernel need 64 too, and their gradient 80 on sm_80: three
+# eighths of the threads still exceed the throughput of the float64 units. With a cache, eight
+# half-split pairs need more, and eight interleaved ones of a latent 48, from sm_100 on 64.
 #
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
 # factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
-# threads: one block is resident with up to 128 registers, two with 64.
+# threads: one block is resident with up to 104 registers, two with 64.
 MOST_REGISTERS = (
     (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
     (r"rms_norm_rotary_kernel\b", 96),
-    (r"rms_norm_rotary_grad_kernel\b", 128),
+    (r"rms_norm_rotary_grad_kernel<double, 1, ", 72),
+    (r"rms_norm_rotary_grad_kernel\b", 104),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true", 80),
     (r"append_kernel<\w+, 8, (HalfSplit|Either), LatentCache", 80),
+    (r"(80|90) append_kernel<\w+, 8, Interleaved, LatentCache", 48),
     (r"<\w+, 8, Either", 80),
-    (r"cos_sin_grad_kernel", 80),
+    (r"80 cos_sin_grad_kernel", 80),
     (r"80 apply_rotary_kernel<\w+, 8, HalfSplit, false>", 48),
     (r" apply_rotary_kernel<.*false>", 40),
     (r"", 64),

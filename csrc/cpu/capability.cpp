@@ -10,13 +10,16 @@
 namespace rope::cpu {
 namespace {
 
-constexpr const Isa* kIsas[] = {&kPortable, &kAvx2};  // the best one last
+constexpr const Isa* kIsas[] = {&kPortable, &kAvx2, &kArmBf16};  // the best one last
 
 std::atomic<const Isa*> in_use{nullptr};
 
+// False for those of another architecture.
+bool is_built(const Isa& isa) { return isa.vector_bytes > 0; }
+
 const Isa* find(const std::string& name) {
   for (const Isa* each : kIsas) {
-    if (name == each->name) return each;
+    if (name == each->name && is_built(*each)) return each;
   }
   return nullptr;
 }
@@ -32,6 +35,7 @@ const Isa* best() {
 std::string names() {  // 'portable' or 'avx2'
   std::string all;
   for (const Isa* each : kIsas) {
+    if (!is_built(*each)) continue;
     all += (all.empty() ? "'" : " or '") + std::string(each->name) + "'";
   }
   return all;

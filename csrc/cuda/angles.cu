@@ -50,10 +50,19 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
+// 64 registers are enough without local memory, before sm_90 80.
+constexpr int grad_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return resident_blocks(768);
+#else
+  return resident_blocks(1024);
+#endif
+}
+
 // partial [chunks, P]: row i is the sum, in order, of chunk_tokens tokens from i * chunk_tokens on.
 //   d cos / d inv_freq = -position scale sin(angle)
 //   d sin / d inv_freq =  position scale cos(angle)
-__global__ void __launch_bounds__(kBlockThreads, 768 / kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, grad_blocks())
     cos_sin_grad_kernel(const CosSinGradArgs args, const EntryGeometry g) {
   const Angles& angles = args.angles;
   const TableEntry entry = table_entry(g, args.chunks);

@@ -36,12 +36,19 @@ struct AppendTraits {
       Cache::kLatent && (kOrder == Order::Either || kOrder == Order::Any);
 
   // The most that leave the kernel enough registers to need no local memory: 1024 threads have 64
-  // each. Eight half-split pairs take 80, and with four table values a pair and a conversion to
-  // float8 some more.
+  // each, 1280 threads 48. Eight half-split pairs take 80, and with four table values a pair and a
+  // conversion to float8 some more.
   static constexpr int blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    constexpr int kEightLatent = 1024;
+#else
+    constexpr int kEightLatent = 1280;
+#endif
     constexpr bool kPlain = !Cache::kGeneral && !Cache::kFloat8;
     if (kOrder == Order::Any) return resident_blocks(sizeof(E) == 8 ? 1024 : 1536);
-    if (kOrder == Order::Interleaved) return resident_blocks(N < 8 ? 1280 : 1024);
+    if (kOrder == Order::Interleaved) {
+      return resident_blocks(N < 8 ? 1280 : Cache::kLatent ? kEightLatent : 1024);
+    }
     if (N < 8) return resident_blocks(kPlain ? 1280 : 1024);
     if (kPlain) return resident_blocks(1024);
     if (Cache::kLatent) return resident_blocks(768);

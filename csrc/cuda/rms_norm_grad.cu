@@ -9,14 +9,15 @@ namespace rope::cuda {
 namespace {
 
 // A block has at most kMostLanes threads. A launch bound of more is how the registers of a thread
-// are bounded: to 64 for few channels, to 80, or to 104 with four table values a pair, where the
-// kernel then needs no local memory.
+// are bounded: to 64 for few channels (in float64 of any order 72), to 80, or to 104 in float64 or
+// with four table values a pair. The kernel then needs no local memory.
 template <class Traits>
 constexpr int bound_threads() {
-  constexpr int kBytes = sizeof(typename Traits::F::C);
-  if (kBytes == 8) return Traits::F::kOrder == Order::Interleaved ? 1024 : kMostLanes;
-  if (Traits::F::kChannels <= 4) return 1024;
-  return Traits::kFullWidth ? 608 : 768;
+  using F = typename Traits::F;
+  constexpr bool kDouble = sizeof(typename F::C) == 8;
+  if (kDouble && F::kOrder == Order::Any) return 896;
+  if (F::kChannels <= (kDouble ? 2 : 4)) return 1024;
+  return kDouble || Traits::kFullWidth ? 608 : 768;
 }
 
 // A block has the norm rows of q or of k of one chunk of tokens.

@@ -15,6 +15,17 @@
 #else
 #define ROPE_X86 0
 #endif
+#if defined(__aarch64__)
+#define ROPE_ARM64 1
+#else
+#define ROPE_ARM64 0
+#endif
+// Older compilers do not know the instructions.
+#if ROPE_ARM64 && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#define ROPE_ARM64_BF16 1
+#else
+#define ROPE_ARM64_BF16 0
+#endif
 
 // Functions between BEGIN and END are compiled for these features of the processor, such as
 // "avx2,fma", whatever the flags.

@@ -1,5 +1,6 @@
 # A toolchain file: tests of the CPU kernels for arm64, on another processor. They need
-# only the headers in TORCH_DIR: libtorch is not linked.
+# only the headers in TORCH_DIR: libtorch is not linked. The emulated processors are chosen in
+# CMakeLists.txt.
 #
 #   cmake -B build-arm64 -DCMAKE_TOOLCHAIN_FILE=tests/cpp/arm64.cmake -DROPE_EXT_CUDA=off
 #   cmake --build build-arm64 --target test_kernels && ctest --test-dir build-arm64 -R kernels

@@ -28,7 +28,10 @@ namespace {
 
 constexpr int kVectorBytes = 32, kNativeBytes = 32;
 
+// clang-format off
 #include "cpu/isa/vectors.inl"
+#include "cpu/isa/bfloat16.inl"
+// clang-format on
 
 ROPE_HOST_DEVICE F32 float_of_half(const U16& h) {
   return bit_cast<F32>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));

@@ -55,7 +55,7 @@ struct Isa {
   Kernels kernels;
 };
 
-extern const Isa kPortable, kAvx2;
+extern const Isa kPortable, kAvx2, kArmBf16;
 
 // The one in use. Cheap; picked at the first call, as capability() says.
 const Isa& isa();

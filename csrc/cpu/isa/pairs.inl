@@ -45,37 +45,10 @@ struct Pairs {
   }
 };
 
-// Two bfloat16 in each 32-bit word: they become floats, and words again, without moving a lane.
+// Two bfloat16 in each 32-bit word become floats without moving a lane.
 ROPE_HOST_DEVICE void unpack(const U32& words, F32& low, F32& high) {
   low = bit_cast<F32>(words << 16);
   high = bit_cast<F32>(words & 0xffff0000u);
-}
-
-constexpr int alternate_lane(int i, int n, int) { return i % 2 == 0 ? i : n + i; }
-
-// The lower half of each word from `low`, the upper half from `high`.
-ROPE_HOST_DEVICE Vec<uint16_t> blend_halves(const U32& low, const U32& high) {
-  using Words = Vec<uint16_t>;
-  return shuffle<alternate_lane, kFloats>(bit_cast<Words>(low), bit_cast<Words>(high));
-}
-
-// Rounds both floats of each word and packs them. A NaN must have a lower half of zero, and stays
-// NaN: the NaNs of a rotation have one where x is bfloat16 and the table has no other NaN.
-ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
-  if constexpr (kIsNative<U32>) {
-    // Both floats at once, in lanes of 16 bits: the half that stays is one more where the half that
-    // goes is more than half a unit, or is half a unit and the one that stays is odd.
-    const U32 a = bit_cast<U32>(low), b = bit_cast<U32>(high);
-    const Vec<uint16_t> stays = blend_halves(a >> 16, b);
-    const Vec<uint16_t> goes = blend_halves(a, b << 16);
-    using Signed = Vec<int16_t>;
-    const Signed above_half = bit_cast<Signed>(goes ^ uint16_t{0x8000});  // if > 0
-    const Signed odd = bit_cast<Signed>(stays & uint16_t{1});
-    return bit_cast<U32>(stays - bit_cast<Vec<uint16_t>>(above_half > -odd));
-  } else {
-    // In lanes of 32 bits, where there is no blend of 16-bit lanes.
-    return (nearest_bfloat16(low) >> 16) | (nearest_bfloat16(high) & 0xffff0000u);
-  }
 }
 
 // An interleaved pair is one word, x1 below x2.
@@ -150,9 +123,10 @@ template <class T, bool kInterleaved, bool kInterleavedOut, bool kWide>
 struct RotationPairs {
   static constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
   static constexpr bool kBothInterleaved = kInterleaved && kInterleavedOut;
-  static constexpr PairOrder kOrder = kBFloat16 && kWide && !kBothInterleaved ? PairOrder::EvenOdd
-                                      : !kBFloat16 && kBothInterleaved        ? PairOrder::In128Bits
-                                                                              : PairOrder::Natural;
+  static constexpr bool kInWords = kBFloat16 && kBFloat16InWords && !kBothInterleaved;
+  static constexpr PairOrder kOrder = kInWords && kWide                ? PairOrder::EvenOdd
+                                      : !kBFloat16 && kBothInterleaved ? PairOrder::In128Bits
+                                                                       : PairOrder::Natural;
   static constexpr bool kEvenOdd = kOrder == PairOrder::EvenOdd;
   template <bool kIsInterleaved>
   using InOrder = std::conditional_t<kEvenOdd, EvenOddPairs<kIsInterleaved>,

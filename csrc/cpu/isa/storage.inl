@@ -23,17 +23,6 @@ ROPE_HOST_DEVICE void write(void* to, const V& v) {
   }
 }
 
-// The bits of a bfloat16 are the upper half of those of a float32. Rounded into the upper half of
-// each lane; the lower half is undefined. A NaN stays NaN if its lower half is zero.
-ROPE_HOST_DEVICE U32 nearest_bfloat16(const F32& v) {
-  const U32 u = bit_cast<U32>(v);
-  return u + 0x7fffu + ((u >> 16) & 1u);
-}
-// Every NaN stays NaN.
-ROPE_HOST_DEVICE U32 round_to_bfloat16(const F32& v) {
-  return where_nan(v, U32{} + 0x7fc00000u, nearest_bfloat16(v));
-}
-
 // load and store of kLanes consecutive elements, as a vector of the arithmetic.
 template <class T>
 struct Lanes {  // float and double
@@ -64,11 +53,11 @@ struct Lanes<BFloat16> {
   using Vector = F32;
   static constexpr int kLanes = kFloats;
   static ROPE_HOST_DEVICE void load(const BFloat16* from, Vector& v) {
-    v = bit_cast<F32>(__builtin_convertvector(read<U16>(from), U32) << 16);
+    v = float_of_bfloat16(read<U16>(from));
   }
   template <bool kStream = false>
   static ROPE_HOST_DEVICE void store(BFloat16* to, const Vector& v) {
-    write<kStream>(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, U16));
+    write<kStream>(to, bfloat16_of_float(v));
   }
 };
 

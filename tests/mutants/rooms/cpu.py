@@ -43,17 +43,17 @@ MUTANTS = [
          "return bit_cast<V>(where_nan(v, U32{} + 0x7fc00000u, bit_cast<U32>(v)));", "return v;"),
         ("computed-rows-are-never-inverted", "apply_flags(args, angles.pairs, to);", ""),
     ),
-    # bfloat16 pairs: cut off instead of rounded, ties to the lower one.
+    # bfloat16: ties away from zero; pairs: cut off instead of rounded, ties to the lower one.
     *mutants(
-        "csrc/cpu/isa/pairs.inl", "test_special_values test_apply_rotary",
+        "csrc/cpu/isa/bfloat16.inl", "test_special_values test_apply_rotary test_cos_sin",
+        ("ties-of-bfloat16-away", "return u + 0x7fffu + ((u >> 16) & 1u);", "return u + 0x8000u;"),
         ("upper-bfloat16-cut-off", "| (nearest_bfloat16(high) & 0xffff0000u)",
          "| (bit_cast<U32>(high) & 0xffff0000u)"),
         ("ties-of-packed-bfloat16-down", "above_half > -odd", "above_half > (odd ^ odd)"),
     ),
-    # Ties go away from zero; float64 is rounded twice; one element is lost.
+    # float64 is rounded twice; one element is lost.
     *mutants(
         "csrc/cpu/isa/storage.inl", "test_special_values test_cos_sin test_apply_rotary",
-        ("ties-of-bfloat16-away", "return u + 0x7fffu + ((u >> 16) & 1u);", "return u + 0x8000u;"),
         ("float64-rounded-twice", "return bit_cast<float>(bits | 1u);", "return f;"),
         ("last-of-a-row-not-converted", "memcpy(padded, from + i, (n - i) * sizeof(S));",
          "memcpy(padded, from + i, (n - i - 1) * sizeof(S));"),
