@@ -23,6 +23,7 @@ B, S, H, K, D, P, L = 2, 300, 4, 2, 64, 32, 700
 RANK, BLOCK = 96, 16  # of a latent; of a cache
 FAR = 2**40
 RUN, ROUNDS = 1000, 100  # writes of one value, of all values
+CPU_CODE = "avx512", "avx2", "portable"
 INDICES = "position_ids", "slot_mapping", "axes", "token_order", "row_offsets"
 CHECKED = re.compile(rf"rope::\w+: expected ({'|'.join(INDICES)}) ")
 
@@ -125,13 +126,13 @@ def main(seconds):
     sys.setswitchinterval(1e-5)  # otherwise the thread runs for 5 ms before a call can start
     torch.set_num_threads(1)
     every = calls()
-    for capability in ("avx2", "portable"):
+    for capability in CPU_CODE:
         try:
             _C.set_cpu_capability(capability)
-        except RuntimeError:  # the processor has no AVX2
+        except RuntimeError:  # the processor lacks the instructions
             continue
         for name, (call, indices) in every.items():
-            counts = stress(name, call, indices, seconds / len(every) / 2)
+            counts = stress(name, call, indices, seconds / len(every) / len(CPU_CODE))
             print(capability, name, *counts, flush=True)
 
 

@@ -22,6 +22,10 @@ def device(request):
     return torch.device(request.param)
 
 
+# The sets of kernels of the CPU: where a processor runs one, it runs those after it.
+CPU_CODE = ("avx512", "avx2", "portable")
+
+
 @contextlib.contextmanager
 def cpu_code(name):
     """On the CPU with the kernels of this name; skips if the processor can't run them."""
@@ -34,7 +38,7 @@ def cpu_code(name):
     _C.set_cpu_capability(before)
 
 
-@pytest.fixture(params=["avx2", "portable", CUDA])
+@pytest.fixture(params=[*CPU_CODE, CUDA])
 def backend(request):
     """The device to test on, with each of its sets of kernels."""
     if request.param == "cuda":
@@ -44,18 +48,18 @@ def backend(request):
         yield device
 
 
-@pytest.fixture(params=["avx2", "portable"])
+@pytest.fixture(params=CPU_CODE)
 def cpu_kernels(request):
     """Each set of kernels of the CPU, for tests on the CPU only."""
     with cpu_code(request.param):
         yield
 
 
-@pytest.fixture
-def avx2():
-    """Skips if the processor has no AVX2, with which the portable path is compared."""
-    with cpu_code("avx2"):
-        yield
+@pytest.fixture(params=[name for name in CPU_CODE if name != "portable"])
+def vector_code(request):
+    """The kernels to compare with the portable ones, in use; skips without the instructions."""
+    with cpu_code(request.param):
+        yield request.param
 
 
 @pytest.fixture

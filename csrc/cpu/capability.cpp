@@ -10,7 +10,7 @@
 namespace rope::cpu {
 namespace {
 
-constexpr const Isa* kIsas[] = {&kPortable, &kAvx2};  // the best one last
+constexpr const Isa* kIsas[] = {&kPortable, &kAvx2, &kAvx512};  // the best one last
 
 std::atomic<const Isa*> in_use{nullptr};
 
@@ -29,7 +29,7 @@ const Isa* best() {
   return found;
 }
 
-std::string names() {  // 'portable' or 'avx2'
+std::string names() {  // 'portable' or 'avx2' or 'avx512'
   std::string all;
   for (const Isa* each : kIsas) {
     all += (all.empty() ? "'" : " or '") + std::string(each->name) + "'";

@@ -12,7 +12,8 @@ from support import assert_same_bits
 
 from rope_ext import _C
 
-PATHS = ("avx2", "portable") if "avx2" in _C.build_info()["cpu_capability"] else ("portable",)
+PATHS = ("avx512", "avx2", "portable")
+PATHS = PATHS[PATHS.index(_C.build_info()["cpu_capability"]) :]  # the best, and those below
 NAMES = list(CALLS)
 ARENA = Arena()
 

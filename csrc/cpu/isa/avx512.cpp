@@ -1,0 +1,68 @@
+// The CPU kernels for AVX-512 (F, BW, DQ and VL), in vectors of 64 bytes.
+#include "cpu/isa/isa.h"
+
+#if ROPE_X86
+#include <immintrin.h>
+
+namespace rope::cpu {
+namespace {
+
+// From Ice Lake and Zen 4 on, which VBMI2 came with: the processors before them lower their clock
+// for vectors of 64 bytes, and are left to AVX2.
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi2");
+}
+
+}  // namespace
+}  // namespace rope::cpu
+
+ROPE_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#include "math/angle.h"
+#include "math/float8.h"
+#include "math/rotation.h"
+
+namespace rope::cpu {
+namespace {
+
+constexpr int kVectorBytes = 64, kNativeBytes = 64;
+
+#include "cpu/isa/vectors.inl"
+
+// With a mask of all lanes: of the forms without, GCC 12 warns that they are not initialised.
+constexpr __mmask16 kAllLanes = 0xffff;
+
+ROPE_HOST_DEVICE F32 float_of_half(const U16& h) {
+  return bit_cast<F32>(_mm512_maskz_cvtph_ps(kAllLanes, bit_cast<__m256i>(h)));
+}
+ROPE_HOST_DEVICE U16 half_of_float(const F32& v) {
+  return bit_cast<U16>(_mm512_maskz_cvtps_ph(kAllLanes, bit_cast<__m512>(v),
+                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// U16 is half as wide as the other vectors.
+template <class V>
+ROPE_HOST_DEVICE void stream(void* to, const V& v) {
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+  } else {
+    _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+  }
+}
+ROPE_HOST_DEVICE void finish_streaming() { _mm_sfence(); }
+
+#include "cpu/isa/kernels.inl"
+
+}  // namespace
+
+constexpr Isa kAvx512{"avx512", supported, kVectorBytes, kKernels};
+
+}  // namespace rope::cpu
+ROPE_END_TARGET
+
+#else
+namespace rope::cpu {
+constexpr Isa kAvx512{"avx512", [] { return false; }, 0, {}};
+}  // namespace rope::cpu
+#endif
