@@ -41,6 +41,20 @@ ROPE_HOST_DEVICE U16 half_of_float(const F32& v) {
                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// See pairs.inl. The halves of a word that stay and go change places by one shuffle of bytes each,
+// and a half that goes gives a carry if it, 0x7fff and the lowest bit of the half that stays add up
+// to 2^16, which is the highest bit of an average rounded up.
+ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
+  const __m512i a = bit_cast<__m512i>(low), b = bit_cast<__m512i>(high);
+  const __m512i upper = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+  const __m512i lower = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
+  const __m512i stays = _mm512_mask_shuffle_epi8(b, 0x3333333333333333, a, upper);
+  const __m512i goes = _mm512_mask_shuffle_epi8(a, 0xcccccccccccccccc, b, lower);
+  const __m512i odd = _mm512_and_si512(stays, _mm512_set1_epi16(1));
+  const __m512i average = _mm512_avg_epu16(goes, _mm512_or_si512(odd, _mm512_set1_epi16(0x7ffe)));
+  return bit_cast<U32>(_mm512_add_epi16(stays, _mm512_srli_epi16(average, 15)));
+}
+
 // U16 is half as wide as the other vectors.
 template <class V>
 ROPE_HOST_DEVICE void stream(void* to, const V& v) {

@@ -60,8 +60,10 @@ ROPE_HOST_DEVICE Vec<uint16_t> blend_halves(const U32& low, const U32& high) {
 }
 
 // Rounds both floats of each word and packs them. A NaN must have a lower half of zero, and stays
-// NaN: the NaNs of a rotation have one where x is bfloat16 and the table has no other NaN.
-ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
+// NaN: the NaNs of a rotation have one where x is bfloat16 and the table has no other NaN. An
+// instruction set that has a shorter way overloads it for F32.
+template <class F>
+ROPE_HOST_DEVICE U32 pack(const F& low, const F& high) {
   if constexpr (kIsNative<U32>) {
     // Both floats at once, in lanes of 16 bits: the half that stays is one more where the half that
     // goes is more than half a unit, or is half a unit and the one that stays is odd.
@@ -94,6 +96,16 @@ struct Pairs<BFloat16, true> {
 // Consecutive channels as those of even and those of odd index: twice the lanes of F32.
 struct EvenOdd {
   F32 even, odd;
+
+  EvenOdd() = default;
+  ROPE_HOST_DEVICE EvenOdd(const F32& even, const F32& odd) : even(even), odd(odd) {}
+  // Whole vectors: GCC copies a struct through memory.
+  ROPE_HOST_DEVICE EvenOdd(const EvenOdd& other) : EvenOdd(other.even, other.odd) {}
+  ROPE_HOST_DEVICE EvenOdd& operator=(const EvenOdd& other) {
+    even = other.even;
+    odd = other.odd;
+    return *this;
+  }
 };
 template <>
 ROPE_HOST_DEVICE EvenOdd read<EvenOdd>(const void* from) {  // whole vectors: GCC copies by 16 bytes
