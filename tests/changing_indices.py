@@ -13,6 +13,7 @@ from threading import Event, Thread
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
+from support import CPU_CODE
 
 import rope_ext
 from rope_ext import _C
@@ -23,7 +24,6 @@ B, S, H, K, D, P, L = 2, 300, 4, 2, 64, 32, 700
 RANK, BLOCK = 96, 16  # of a latent; of a cache
 FAR = 2**40
 RUN, ROUNDS = 1000, 100  # writes of one value, of all values
-CPU_CODE = "avx512", "avx2", "portable"
 INDICES = "position_ids", "slot_mapping", "axes", "token_order", "row_offsets"
 CHECKED = re.compile(rf"rope::\w+: expected ({'|'.join(INDICES)}) ")
 

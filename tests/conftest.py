@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import works_with
+from support import CPU_CODE
 
 from rope_ext import _C
 from rope_ext.integrations.transformers import families
@@ -20,10 +21,6 @@ CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 def device(request):
     """The device to test on."""
     return torch.device(request.param)
-
-
-# The sets of kernels of the CPU: where a processor runs one, it runs those after it.
-CPU_CODE = ("avx512", "avx2", "portable")
 
 
 @contextlib.contextmanager
@@ -55,9 +52,9 @@ def cpu_kernels(request):
         yield
 
 
-@pytest.fixture(params=[name for name in CPU_CODE if name != "portable"])
+@pytest.fixture(params=CPU_CODE[1:])
 def vector_code(request):
-    """The kernels to compare with the portable ones, in use; skips without the instructions."""
+    """The code in use, other than portable, with which that is compared."""
     with cpu_code(request.param):
         yield request.param
 
