@@ -28,6 +28,7 @@ namespace {
 
 constexpr int kVectorBytes = 32, kNativeBytes = 32;
 
+#include "cpu/isa/few.inl"
 #include "cpu/isa/vectors.inl"
 
 ROPE_HOST_DEVICE F32 float_of_half(const U16& h) {

@@ -55,6 +55,35 @@ ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
   return bit_cast<U32>(_mm512_add_epi16(stays, _mm512_srli_epi16(average, 15)));
 }
 
+// The mask of the first bytes of a vector: all for 64 or more, none for 0 or less.
+ROPE_HOST_DEVICE __mmask64 first_bytes(int64_t bytes) {
+  return bytes <= 0 ? 0 : ~uint64_t{0} >> (bytes < 64 ? 64 - bytes : 0);
+}
+
+// As few.inl has them.
+template <int64_t kBelow, class T>
+ROPE_HOST_DEVICE void copy_few(T* to, const T* buffer, int64_t count) {
+  constexpr int64_t kSize = sizeof(T), kPart = 64 / kSize;
+  if constexpr (kBelow < kPart) {
+    static_assert(2 * kBelow == kPart, "half a vector, or whole ones");
+    const __mmask32 mask = static_cast<__mmask32>(first_bytes(count * kSize));
+    _mm256_mask_storeu_epi8(to, mask, read<__m256i>(buffer));
+  } else {
+    for (int64_t i = 0; i < kBelow; i += kPart) {
+      const __mmask64 mask = first_bytes((count - i) * kSize);
+      _mm512_mask_storeu_epi8(to + i, mask, read<__m512i>(buffer + i));
+    }
+  }
+}
+template <int64_t kBelow, class T>
+ROPE_HOST_DEVICE void fill_few(T* buffer, const T* from, int64_t count) {
+  constexpr int64_t kSize = sizeof(T), kPart = 64 / kSize;
+  for (int64_t i = 0; i < kBelow; i += kPart) {
+    const __m512i part = _mm512_maskz_loadu_epi8(first_bytes((count - i) * kSize), from + i);
+    memcpy(buffer + i, &part, std::min(kBelow, kPart) * kSize);
+  }
+}
+
 // U16 is half as wide as the other vectors.
 template <class V>
 ROPE_HOST_DEVICE void stream(void* to, const V& v) {

@@ -93,6 +93,24 @@ struct Pairs<BFloat16, true> {
   }
 };
 
+// Half-split, both channels of a pair are rounded as the halves of one word.
+template <>
+struct Pairs<BFloat16, false> {
+  using Vector = F32;
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, F32& x1,
+                                    F32& x2) {
+    Lanes<BFloat16>::load(first, x1);
+    Lanes<BFloat16>::load(second, x2);
+  }
+  template <bool kStream>
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const F32& x1,
+                                     const F32& x2) {
+    const U32 words = pack(x1, x2);
+    write<kStream>(first, __builtin_convertvector(words, U16));
+    write<kStream>(second, __builtin_convertvector(words >> 16, U16));
+  }
+};
+
 // Consecutive channels as those of even and those of odd index: twice the lanes of F32.
 struct EvenOdd {
   F32 even, odd;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kVectorBytes = 32, kNativeBytes = 16;
 
+#include "cpu/isa/few.inl"
 #include "cpu/isa/vectors.inl"
 // The conversions of float16, by integer arithmetic.
 #include "cpu/isa/float16.inl"

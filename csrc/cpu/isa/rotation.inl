@@ -50,9 +50,9 @@ template <class P, bool kFullWidth, class T, class A>
 ROPE_HOST_DEVICE void rotate_few(const T* in, T* out, int64_t half, int64_t pairs,
                                  const TableRow<const A>& row) {
   constexpr int64_t kLanes = P::kLanes;
-  T buffer[2 * kLanes] = {};
-  copy_few<P::kStepIn * kLanes>(buffer, in, P::kStepIn * pairs);
-  if constexpr (P::kStepIn == 1) copy_few<kLanes>(buffer + kLanes, in + half, pairs);
+  T buffer[2 * kLanes];
+  fill_few<P::kStepIn * kLanes>(buffer, in, P::kStepIn * pairs);
+  if constexpr (P::kStepIn == 1) fill_few<kLanes>(buffer + kLanes, in + half, pairs);
   rotate_head<P, kFullWidth, false, T, A>(buffer, buffer, kLanes, kLanes, row);
   copy_few<P::kStepOut * kLanes>(out, buffer, P::kStepOut * pairs);
   if constexpr (P::kStepOut == 1) copy_few<kLanes>(out + half, buffer + kLanes, pairs);

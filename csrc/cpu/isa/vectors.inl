@@ -9,6 +9,7 @@
 //   U16 half_of_float(const F32&)      and back: to nearest, ties to even; NaN stays NaN
 //   void stream(void* to, const V&)    stores past the caches, at a multiple of the vector's size
 //   void finish_streaming()            makes the stored data visible to other threads
+//   copy_few, fill_few                 fewer elements than a vector has, as few.inl says
 
 template <class T, int kLanes>
 struct VectorOf {
