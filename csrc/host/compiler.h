@@ -20,7 +20,7 @@
 #else
 #define ROPE_ARM64 0
 #endif
-// Older ones do not know the instructions.
+// Older compilers do not know the instructions.
 #if ROPE_ARM64 && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
 #define ROPE_ARM64_BF16 1
 #else

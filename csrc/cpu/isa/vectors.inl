@@ -9,8 +9,8 @@
 //   U16 half_of_float(const F32&)      and back: to nearest, ties to even; NaN stays NaN
 //   F32 float_of_bfloat16(const U16&)  the same for bfloat16
 //   U16 bfloat16_of_float(const F32&)
-//   U32 pack(const F32& low, high)     two vectors to bfloat16, in the halves of words; the lower
-//                                      half of a NaN is zero
+//   U32 pack(const F32& low, high)     two vectors to bfloat16, in the halves of words; a NaN must
+//                                      have a lower half of zero
 //   kBFloat16InWords                   whether pack is faster than bfloat16_of_float
 //   void stream(void* to, const V&)    stores past the caches, at a multiple of the vector's size
 //   void finish_streaming()            makes the stored data visible to other threads
