@@ -27,7 +27,7 @@ SOURCES += "rms_norm", "rms_norm_grad"
 # kernel would spill. Eight pairs between two orders with four values would spill too, so they have
 # 80. Angles computed in float64 by the kernel need 64 too, and their gradient 80 on sm_80: three
 # eighths of the threads still exceed the throughput of the float64 units. With a cache, eight
-# half-split pairs need more, and eight interleaved ones of a latent 48, but on sm_120.
+# half-split pairs need more, and eight interleaved ones of a latent 48, from sm_100 on 64.
 #
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
 # factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512

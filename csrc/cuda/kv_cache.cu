@@ -39,7 +39,7 @@ struct AppendTraits {
   // each, 1280 threads 48. Eight half-split pairs take 80, and with four table values a pair and a
   // conversion to float8 some more.
   static constexpr int blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
     constexpr int kEightLatent = 1024;
 #else
     constexpr int kEightLatent = 1280;
