@@ -13,6 +13,7 @@ from threading import Event, Thread
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
+from support import CPU_CODE
 
 import rope_ext
 from rope_ext import _C
@@ -132,13 +133,13 @@ def main(seconds):
     sys.setswitchinterval(1e-5)  # otherwise the thread runs for 5 ms before a call can start
     torch.set_num_threads(1)
     every = calls()
-    for capability in ("avx2", "portable"):
+    for capability in CPU_CODE:
         try:
             _C.set_cpu_capability(capability)
-        except RuntimeError:  # the processor has no AVX2
+        except RuntimeError:  # the processor lacks the instructions
             continue
         for name, (call, indices) in every.items():
-            counts = stress(name, call, indices, seconds / len(every) / 2)
+            counts = stress(name, call, indices, seconds / len(every) / len(CPU_CODE))
             print(capability, name, *counts, flush=True)
 
 

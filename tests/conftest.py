@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import works_with
+from support import CPU_CODE
 
 from rope_ext import _C
 from rope_ext.integrations.transformers import families
@@ -34,7 +35,7 @@ def cpu_code(name):
     _C.set_cpu_capability(before)
 
 
-@pytest.fixture(params=["avx2", "portable", CUDA])
+@pytest.fixture(params=[*CPU_CODE, CUDA])
 def backend(request):
     """The device to test on, with each of its sets of kernels."""
     if request.param == "cuda":
@@ -44,18 +45,18 @@ def backend(request):
         yield device
 
 
-@pytest.fixture(params=["avx2", "portable"])
+@pytest.fixture(params=CPU_CODE)
 def cpu_kernels(request):
     """Each set of kernels of the CPU, for tests on the CPU only."""
     with cpu_code(request.param):
         yield
 
 
-@pytest.fixture
-def avx2():
-    """Skips if the processor has no AVX2, with which the portable path is compared."""
-    with cpu_code("avx2"):
-        yield
+@pytest.fixture(params=CPU_CODE[1:])
+def vector_code(request):
+    """The code in use, other than portable, with which that is compared."""
+    with cpu_code(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ the CPU.
 """
 
 import contextlib
+import platform
 from functools import partial
 from itertools import combinations, product
 
@@ -18,6 +19,10 @@ from rope_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# The sets of CPU kernels: a processor that runs one runs those before it.
+CPU_CODE = "portable", "avx2", "avx512"
+if platform.machine() == "aarch64":
+    CPU_CODE = "portable", "arm_bf16"
 # The order of the pairs in x and in the result.
 ORDERS = {
     "half-split": {},

@@ -181,7 +181,7 @@ def test_largest_angle_is_right(device):
     assert_within(1, torch.tensor([1e-12, 0.0], dtype=F64), floating, F64, device)
 
 
-def test_portable_and_avx2_give_the_same_bits(avx2):
+def test_vectors_have_the_bits_of_the_portable_code(vector_code):
     def tables():
         for ids in (random_positions(3, 700, rows=2**31 - 1), torch.tensor(FRACTIONS)):
             for dtype in DTYPES:

@@ -350,7 +350,7 @@ def test_number_of_threads_does_not_change_a_bit_of_a_gradient(threads):
             assert_same_bits(a, b)
 
 
-def test_portable_and_avx2_give_the_same_gradients(avx2):
+def test_vectors_have_the_bits_of_the_portable_code(vector_code):
     def gradients():
         yield "many tokens", many_tokens_grads("cpu")
         for case, dtypes in product(CASES, DTYPES_OF_MODELS):

@@ -126,12 +126,12 @@ def test_gradients_are_near_the_exact_ones(case, device):
         assert_close(got[2 + i], exact[2 + i], (n * g).sum(summed), allowed, f"{name}_weight")
 
 
-def test_portable_kernels_have_the_bits_of_avx2(avx2):
+def test_vectors_have_the_bits_of_the_portable_code(vector_code):
     for case in CASES:
         tensors = inputs_of(case, "cpu")
         seeds = [random(*x.shape, dtype=case.dtype, seed=9) for x in tensors[:2]]
         results = []
-        for kernels in ("avx2", "portable"):
+        for kernels in (vector_code, "portable"):
             rope_ext._C.set_cpu_capability(kernels)
             forward = rope.rms_norm_rotary_qk(*tensors, **case.options)
             results.append([*forward, *gradients(case, tensors, seeds)])

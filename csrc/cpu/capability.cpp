@@ -10,7 +10,7 @@
 namespace rope::cpu {
 namespace {
 
-constexpr const Isa* kIsas[] = {&kPortable, &kAvx2, &kArmBf16};  // the best one last
+constexpr const Isa* kIsas[] = {&kPortable, &kAvx2, &kAvx512, &kArmBf16};  // the best one last
 
 std::atomic<const Isa*> in_use{nullptr};
 
@@ -32,7 +32,7 @@ const Isa* best() {
   return found;
 }
 
-std::string names() {  // 'portable' or 'avx2'
+std::string names() {  // 'portable' or 'avx2' or 'avx512'
   std::string all;
   for (const Isa* each : kIsas) {
     if (!is_built(*each)) continue;

@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best one that this processor supports, unless the
-// environment variable ROPE_EXT_CPU_CAPABILITY=portable|avx2|arm_bf16 or a test says otherwise.
+// environment variable ROPE_EXT_CPU_CAPABILITY or a test names another.
 #pragma once
 
 #include <string>

@@ -52,6 +52,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),
-        "Make the CPU kernels use 'portable' or 'avx2' code. For tests.");
+        "Make the CPU kernels use the code for an instruction set, such as 'portable'. For tests.");
   rope::add_direct_calls(m);
 }

@@ -8,11 +8,11 @@ from calls import CALLS, RECORDS, call_operator, described
 from expected_results import expected_results
 from guarded_pages import PAGE, Arena, placed
 from random_arguments import Arguments, Draw
-from support import assert_same_bits
+from support import CPU_CODE, assert_same_bits
 
 from rope_ext import _C
 
-PATHS = ("avx2", "portable") if "avx2" in _C.build_info()["cpu_capability"] else ("portable",)
+PATHS = CPU_CODE[: CPU_CODE.index(_C.build_info()["cpu_capability"]) + 1]  # up to the best
 NAMES = list(CALLS)
 ARENA = Arena()
 

@@ -27,6 +27,7 @@ namespace {
 constexpr int kVectorBytes = 16, kNativeBytes = 16;
 
 // clang-format off
+#include "cpu/isa/few.inl"
 #include "cpu/isa/vectors.inl"
 #include "cpu/isa/float16_arm64.inl"
 // clang-format on

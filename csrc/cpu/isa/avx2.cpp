@@ -29,6 +29,7 @@ namespace {
 constexpr int kVectorBytes = 32, kNativeBytes = 32;
 
 // clang-format off
+#include "cpu/isa/few.inl"
 #include "cpu/isa/vectors.inl"
 #include "cpu/isa/bfloat16.inl"
 // clang-format on

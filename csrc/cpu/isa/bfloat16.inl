@@ -30,8 +30,9 @@ ROPE_HOST_DEVICE Vec<uint16_t> blend_halves(const U32& low, const U32& high) {
 constexpr bool kBFloat16InWords = true;
 
 // The NaNs of a rotation have a lower half of zero where x is bfloat16 and the table has no other
-// NaN.
-ROPE_HOST_DEVICE U32 pack(const F32& low, const F32& high) {
+// NaN. An instruction set that has a shorter way overloads it for F32.
+template <class F>
+ROPE_HOST_DEVICE U32 pack(const F& low, const F& high) {
   if constexpr (ROPE_X86 && kIsNative<U32>) {
     // Both floats at once, in lanes of 16 bits: the half that stays is one more where the half that
     // goes is more than half a unit, or is half a unit and the one that stays is odd.

@@ -1,6 +1,6 @@
 // The CPU kernels compiled for one instruction set: what each thread executes.
 //
-// A new instruction set is a file beside portable.cpp and avx2.cpp, a declaration below, and an
+// A new instruction set is a file beside avx2.cpp, a declaration below, and an
 // entry of the list in capability.cpp.
 #pragma once
 
@@ -55,7 +55,7 @@ struct Isa {
   Kernels kernels;
 };
 
-extern const Isa kPortable, kAvx2, kArmBf16;
+extern const Isa kPortable, kAvx2, kAvx512, kArmBf16;
 
 // The one in use. Cheap; picked at the first call, as capability() says.
 const Isa& isa();

@@ -60,8 +60,8 @@ ROPE_HOST_DEVICE typename Lanes<T>::Vector load_lanes(const T* from, int64_t cou
     Lanes<T>::load(from, v);
   } else {
     constexpr int64_t kLanes = Lanes<T>::kLanes;
-    T buffer[kLanes] = {};
-    copy_few<kLanes>(buffer, from, count);
+    T buffer[kLanes];
+    fill_few<kLanes>(buffer, from, count);
     Lanes<T>::load(buffer, v);
   }
   return v;
@@ -154,10 +154,10 @@ ROPE_HOST_DEVICE void rotate_across(const In* in, int64_t half_in, Out* out, int
   constexpr int64_t kLanes = Lanes<A>::kLanes;
   constexpr int64_t kStepIn = kInterleaved ? 2 : 1, kStepOut = kInterleavedOut ? 2 : 1;
   if (pairs < kLanes) {
-    In buffer_in[2 * kLanes] = {};
+    In buffer_in[2 * kLanes];
     Out buffer_out[2 * kLanes];
-    copy_few<kStepIn * kLanes>(buffer_in, in, kStepIn * pairs);
-    if constexpr (!kInterleaved) copy_few<kLanes>(buffer_in + kLanes, in + half_in, pairs);
+    fill_few<kStepIn * kLanes>(buffer_in, in, kStepIn * pairs);
+    if constexpr (!kInterleaved) fill_few<kLanes>(buffer_in + kLanes, in + half_in, pairs);
     rotate_across<kInterleaved, kInterleavedOut, kFullWidth>(buffer_in, kLanes, buffer_out, kLanes,
                                                              kLanes, row);
     copy_few<kStepOut * kLanes>(out, buffer_out, kStepOut * pairs);

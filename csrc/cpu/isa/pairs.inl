@@ -64,9 +64,42 @@ struct Pairs<BFloat16, true> {
   }
 };
 
+// Half-split, both channels of a pair are rounded as the halves of one word, if that is faster.
+template <>
+struct Pairs<BFloat16, false> {
+  using Vector = F32;
+  static ROPE_HOST_DEVICE void load(const BFloat16* first, const BFloat16* second, F32& x1,
+                                    F32& x2) {
+    Lanes<BFloat16>::load(first, x1);
+    Lanes<BFloat16>::load(second, x2);
+  }
+  template <bool kStream>
+  static ROPE_HOST_DEVICE void store(BFloat16* first, BFloat16* second, const F32& x1,
+                                     const F32& x2) {
+    if constexpr (kBFloat16InWords) {
+      const U32 words = pack(x1, x2);
+      write<kStream>(first, __builtin_convertvector(words, U16));
+      write<kStream>(second, __builtin_convertvector(words >> 16, U16));
+    } else {
+      Lanes<BFloat16>::store<kStream>(first, x1);
+      Lanes<BFloat16>::store<kStream>(second, x2);
+    }
+  }
+};
+
 // Consecutive channels as those of even and those of odd index: twice the lanes of F32.
 struct EvenOdd {
   F32 even, odd;
+
+  EvenOdd() = default;
+  ROPE_HOST_DEVICE EvenOdd(const F32& even, const F32& odd) : even(even), odd(odd) {}
+  // Whole vectors: GCC copies a struct through memory.
+  ROPE_HOST_DEVICE EvenOdd(const EvenOdd& other) : EvenOdd(other.even, other.odd) {}
+  ROPE_HOST_DEVICE EvenOdd& operator=(const EvenOdd& other) {
+    even = other.even;
+    odd = other.odd;
+    return *this;
+  }
 };
 template <>
 ROPE_HOST_DEVICE EvenOdd read<EvenOdd>(const void* from) {  // whole vectors: GCC copies by 16 bytes

@@ -15,6 +15,7 @@ namespace {
 constexpr int kVectorBytes = ROPE_ARM64 ? 16 : 32, kNativeBytes = 16;
 
 // clang-format off
+#include "cpu/isa/few.inl"
 #include "cpu/isa/vectors.inl"
 #include "cpu/isa/bfloat16.inl"
 #if ROPE_ARM64

@@ -1,31 +1,46 @@
 // apply_rotary and apply_rotary_at.
 
+// The entries of the row from pair i on, as vectors.
+template <class P, bool kFullWidth, class A>
+ROPE_HOST_DEVICE Turn<typename P::Vector> turn_at(const TableRow<const A>& row, int64_t i) {
+  using V = typename P::Vector;
+  const V c1 = read<V>(row.c1 + i), s1 = read<V>(row.s1 + i);
+  if constexpr (!kFullWidth) return {c1, s1, c1, s1};
+  return {c1, s1, read<V>(row.c2 + i), read<V>(row.s2 + i)};
+}
+
+// Rotates `pairs` pairs, which are whole vectors, of kHeads heads by the same row: in, out point at
+// the first pair of the first head. Returns the next pair.
+template <class P, bool kFullWidth, bool kStream, int kHeads, class T, class A>
+ROPE_HOST_DEVICE int64_t rotate_vectors(const T* in, int64_t step_in, T* out, int64_t step_out,
+                                        int64_t half, int64_t pairs, const TableRow<const A>& row) {
+  using V = typename P::Vector;
+  int64_t i = 0;
+  for (; i <= pairs - P::kLanes; i += P::kLanes) {
+    const Turn<V> turn = turn_at<P, kFullWidth>(row, i);
+    for (int h = 0; h < kHeads; ++h) {
+      V x1, x2;
+      P::load(in + h * step_in + P::kStepIn * i, half, x1, x2);
+      rotate(turn, x1, x2);
+      P::template store<kStream>(out + h * step_out + P::kStepOut * i, half, x1, x2);
+    }
+  }
+  return i;
+}
+
 // Rotates `pairs` >= kLanes pairs of one head: in, out point at the first of them.
 template <class P, bool kFullWidth, bool kStream, class T, class A>
 ROPE_HOST_DEVICE void rotate_head(const T* in, T* out, int64_t half, int64_t pairs,
                                   const TableRow<const A>& row) {
-  using V = typename P::Vector;
-  constexpr int64_t kLanes = P::kLanes;
-  const auto turn_at = [&](int64_t i) ROPE_ALWAYS_INLINE {
-    const V c1 = read<V>(row.c1 + i), s1 = read<V>(row.s1 + i);
-    if constexpr (!kFullWidth) return Turn<V>{c1, s1, c1, s1};
-    return Turn<V>{c1, s1, read<V>(row.c2 + i), read<V>(row.s2 + i)};
-  };
   // The tail is the last kLanes pairs, which overlap the last whole vector: loaded first, as that
   // may be written in place.
-  const int64_t last = pairs - kLanes;
-  const bool has_tail = pairs % kLanes != 0;
-  V tail1, tail2;
+  const int64_t last = pairs - P::kLanes;
+  const bool has_tail = pairs % P::kLanes != 0;
+  typename P::Vector tail1, tail2;
   if (has_tail) P::load(in + P::kStepIn * last, half, tail1, tail2);
-  int64_t i = 0;
-  for (; i <= last; i += kLanes) {
-    V x1, x2;
-    P::load(in + P::kStepIn * i, half, x1, x2);
-    rotate(turn_at(i), x1, x2);
-    P::template store<kStream>(out + P::kStepOut * i, half, x1, x2);
-  }
+  const int64_t i = rotate_vectors<P, kFullWidth, kStream, 1>(in, 0, out, 0, half, pairs, row);
   if (has_tail) {
-    rotate(turn_at(i), tail1, tail2);
+    rotate(turn_at<P, kFullWidth>(row, i), tail1, tail2);
     P::store(out + P::kStepOut * last, half, tail1, tail2);
   }
 }
@@ -35,9 +50,9 @@ template <class P, bool kFullWidth, class T, class A>
 ROPE_HOST_DEVICE void rotate_few(const T* in, T* out, int64_t half, int64_t pairs,
                                  const TableRow<const A>& row) {
   constexpr int64_t kLanes = P::kLanes;
-  T buffer[2 * kLanes] = {};
-  copy_few<P::kStepIn * kLanes>(buffer, in, P::kStepIn * pairs);
-  if constexpr (P::kStepIn == 1) copy_few<kLanes>(buffer + kLanes, in + half, pairs);
+  T buffer[2 * kLanes];
+  fill_few<P::kStepIn * kLanes>(buffer, in, P::kStepIn * pairs);
+  if constexpr (P::kStepIn == 1) fill_few<kLanes>(buffer + kLanes, in + half, pairs);
   rotate_head<P, kFullWidth, false, T, A>(buffer, buffer, kLanes, kLanes, row);
   copy_few<P::kStepOut * kLanes>(out, buffer, P::kStepOut * pairs);
   if constexpr (P::kStepOut == 1) copy_few<kLanes>(out + half, buffer + kLanes, pairs);
@@ -57,6 +72,11 @@ struct HeadSeries {
 
 constexpr int64_t kLineBytes = 64;  // of a cache
 
+// Whole heads that are rotated together, so that the vectors of their row are loaded once: where
+// arithmetic does not take longer, or the processor has the registers.
+template <class T>
+constexpr int kHeadsTogether = std::is_arithmetic_v<T> || kVectorBytes >= 64 ? 4 : 1;
+
 // With `prefetch`, a head is fetched so many heads before it rotates.
 constexpr int64_t kHeadsAhead = 32;
 
@@ -66,7 +86,18 @@ ROPE_HOST_DEVICE void rotate_series(const HeadSeries<T>& heads, int64_t half, in
                                     TableRow<const A> row) {
   const T* in = heads.in;
   T* out = heads.out;
-  for (int64_t i = 0; i < heads.count; ++i) {
+  int64_t i = 0;
+  // Not with kStream: lines that are stored past the caches are written whole, one after the other.
+  constexpr int kTogether = kFew || kStream ? 1 : kHeadsTogether<T>;
+  if (kTogether > 1 && heads.step_row == 0 && !heads.prefetch && pairs % P::kLanes == 0) {
+    for (; i + kTogether <= heads.count; i += kTogether) {
+      rotate_vectors<P, kFullWidth, kStream, kTogether>(in, heads.step_in, out, heads.step_out,
+                                                        half, pairs, row);
+      in += kTogether * heads.step_in;
+      out += kTogether * heads.step_out;
+    }
+  }
+  for (; i < heads.count; ++i) {
     if (heads.prefetch) {
       const int64_t ahead = kHeadsAhead * heads.step_in * static_cast<int64_t>(sizeof(T));
       __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(in) + ahead), 1);

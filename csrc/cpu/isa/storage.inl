@@ -61,21 +61,6 @@ struct Lanes<BFloat16> {
   }
 };
 
-// Copies count < kBelow elements (kBelow a power of two) by moves of fixed sizes, which take a
-// fraction of the time of a memcpy whose size is unknown.
-template <int64_t kBelow, class T>
-ROPE_HOST_DEVICE void copy_few(T* to, const T* from, int64_t count) {
-  if constexpr (kBelow > 1) {
-    constexpr int64_t kHalf = kBelow / 2;
-    if (count & kHalf) {
-      memcpy(to, from, kHalf * sizeof(T));
-      to += kHalf;
-      from += kHalf;
-    }
-    copy_few<kHalf>(to, from, count);
-  }
-}
-
 // ------------------------------------------------------------------------------------ one element
 
 // Rounds to odd, so that a later rounding to a narrower type sees on which side of the float the

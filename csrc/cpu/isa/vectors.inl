@@ -14,6 +14,7 @@
 //   kBFloat16InWords                   whether pack is faster than bfloat16_of_float
 //   void stream(void* to, const V&)    stores past the caches, at a multiple of the vector's size
 //   void finish_streaming()            makes the stored data visible to other threads
+//   copy_few, fill_few                 fewer elements than a vector has, as few.inl says
 
 template <class T, int kLanes>
 struct VectorOf {

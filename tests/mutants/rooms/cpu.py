@@ -13,10 +13,10 @@ MUTANTS = [
     # The tail turns by other rows, other channels are written, results go elsewhere.
     *mutants(
         "csrc/cpu/isa/rotation.inl", "test_apply_rotary test_strides attack/test_memory",
-        ("tail-by-the-rows-before", "rotate(turn_at(i), tail1, tail2);",
-         "rotate(turn_at(last), tail1, tail2);"),
+        ("tail-by-the-rows-before", "rotate(turn_at<P, kFullWidth>(row, i), tail1, tail2);",
+         "rotate(turn_at<P, kFullWidth>(row, last), tail1, tail2);"),
         ("tail-stored-too-early", "P::store(out + P::kStepOut * last, half, tail1, tail2);",
-         "P::store(out + P::kStepOut * (i - kLanes), half, tail1, tail2);"),
+         "P::store(out + P::kStepOut * (i - P::kLanes), half, tail1, tail2);"),
         ("channels-after-counted-without-the-offset",
          "const int64_t after = args.head_dim - before - past;",
          "const int64_t after = args.head_dim - past;"),
@@ -26,8 +26,10 @@ MUTANTS = [
         ("tokens-of-a-block-share-half-a-row", "along_heads ? 0 : rows.stride();",
          "along_heads ? 0 : rows.length;"),
         ("second-halves-of-few-pairs-lost",
-         "copy_few<kLanes>(buffer + kLanes, in + half, pairs);",
-         "copy_few<kLanes>(buffer + kLanes, in + half, pairs - 1);"),
+         "fill_few<kLanes>(buffer + kLanes, in + half, pairs);",
+         "fill_few<kLanes>(buffer + kLanes, in + half, pairs - 1);"),
+        ("heads-together-by-the-stride-of-the-result", "P::load(in + h * step_in + P::kStepIn * i,",
+         "P::load(in + h * step_out + P::kStepIn * i,"),
     ),
     # Entries of other pairs; the inverse of unequal halves; a NaN that may become a number.
     *mutants(
