@@ -222,4 +222,12 @@ struct AppendArgs {
   int64_t slots_seq, slot_count;
 };
 
+// The same with q and k normalised before they rotate. v, if it has heads here, is normalised in
+// place too, in rows like those of k, without a weight.
+struct RmsNormAppendArgs {
+  AppendArgs append;
+  RmsNorm norm;
+  RotatedHeads v;
+};
+
 }  // namespace rope

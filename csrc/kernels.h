@@ -16,11 +16,12 @@ void cos_sin(const CosSinArgs& args);
 void cos_sin_grad(const CosSinGradArgs& args);
 void apply_rotary_append(const AppendArgs& args);
 void rms_norm_rotary(const RmsNormRotaryArgs& args);
+void rms_norm_rotary_append(const RmsNormAppendArgs& args);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
 
-constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,     &rotary_table_grad,
-                              &cos_sin,         &cos_sin_grad,        &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_grad};
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad};
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -32,12 +33,13 @@ void cos_sin(const CosSinArgs& args, void* stream);
 void cos_sin_grad(const CosSinGradArgs& args, void* stream);
 void apply_rotary_append(const AppendArgs& args, void* stream);
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream);
+void rms_norm_rotary_append(const RmsNormAppendArgs& args, void* stream);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream);
 
 #if defined(ROPE_EXT_CUDA)
-constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,     &rotary_table_grad,
-                              &cos_sin,         &cos_sin_grad,        &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_grad};
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad};
 #else
 constexpr std::tuple<> kKernels;  // a build without CUDA
 #endif

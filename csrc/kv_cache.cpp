@@ -1,5 +1,7 @@
-// apply_rotary_qk_append_kv_: rotation in place, and k and v to a paged cache.
+// apply_rotary_qk_append_kv_: rotation in place, and k and v to a paged cache; and
+// rms_norm_rotary_qk_append_kv_, which normalises them before.
 #include "check/cache.h"
+#include "check/norm.h"
 #include "check/rotation.h"
 #include "check/written.h"
 #include "host/device.h"
@@ -16,6 +18,8 @@ struct Inputs {
   TensorView k_cache, v_cache;                 // [blocks, block_size, Hk, D]
   TensorView slot_mapping;                     // [B, S], [B * S] or [T], the last two or shorter
   std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
+  // With norm, which may write v: [D], or [H, D] and [Hk, D]
+  std::optional<TensorView> q_weight = {}, k_weight = {};
 };
 
 // Everything but what is written.
@@ -58,16 +62,32 @@ AppendArgs check(const Inputs& in) {
 
 void check_memory(const Inputs& in) {
   const RotaryInputs& rotary = in.rotary;
-  const Named written[] = {
-      {"q", rotary.q}, {"k", rotary.k}, {"k_cache", in.k_cache}, {"v_cache", in.v_cache}};
-  const Named read[] = {{"v", in.v},
+  const Named v{"v", in.v}, none{"v", nullptr};
+  const bool writes_v = in.k_weight.has_value();
+  const Named written[] = {{"q", rotary.q},
+                           {"k", rotary.k},
+                           {"k_cache", in.k_cache},
+                           {"v_cache", in.v_cache},
+                           writes_v ? v : none};
+  const Named read[] = {writes_v ? none : v,
                         {"slot_mapping", in.slot_mapping},
                         {"cos", rotary.cos},
                         {"sin", rotary.sin},
                         {"position_ids", rotary.position_ids},
                         {"k_scale", in.k_scale},
-                        {"v_scale", in.v_scale}};
+                        {"v_scale", in.v_scale},
+                        {"q_weight", in.q_weight},
+                        {"k_weight", in.k_weight}};
   check_written(rotary.op, written, read);
+}
+
+void set_written(AppendArgs& args, const Tensor& q, const Tensor& k, const Tensor& k_cache,
+                 const Tensor& v_cache) {
+  set_in_place(args.rotary, args.rotary.q, q);
+  set_in_place(args.rotary, args.rotary.k, k);
+  args.k.in.data = k.mutable_data_ptr();
+  set_cache(args.k, k_cache, 0);
+  set_cache(args.v, v_cache, 0);
 }
 
 void apply_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, const TokenTensor& v,
@@ -81,18 +101,46 @@ void apply_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, cons
   check_device_supported(op, in.rotary.q);
   AppendArgs args = check(in);
   check_memory(in);
-  set_in_place(args.rotary, args.rotary.q, q);
-  set_in_place(args.rotary, args.rotary.k, k);
-  args.k.in.data = k.mutable_data_ptr();
-  set_cache(args.k, k_cache, 0);
-  set_cache(args.v, v_cache, 0);
+  set_written(args, q, k, k_cache, v_cache);
+  run(in.rotary.q, args);
+}
+
+void rms_norm_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, const TokenTensor& v,
+                                   const CacheTensor& k_cache, const CacheTensor& v_cache,
+                                   const Tensor& slot_mapping, const NormWeights& weights,
+                                   const Rows& rows, const NormOptions& norm, bool norm_v,
+                                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                   const RotationOfKv& rotation) {
+  const char* const op = "rms_norm_rotary_qk_append_kv_";
+  const Inputs in{{op, q, &k, rows, rotation},
+                  v,
+                  k_cache,
+                  v_cache,
+                  slot_mapping,
+                  view(k_scale),
+                  view(v_scale),
+                  weights.q_weight,
+                  weights.k_weight};
+  check_device_supported(op, in.rotary.q);
+  RmsNormAppendArgs args{};
+  args.append = check(in);
+  args.norm = check_norm(in.rotary, weights.q_weight, weights.k_weight, norm, args.append.rotary);
+  check_memory(in);
+  set_written(args.append, q, k, k_cache, v_cache);
+  args.append.v.in.data = v.mutable_data_ptr();
+  if (norm_v) {
+    args.v.heads = args.append.v.heads;
+    set_in_place(args.append.rotary, args.v, v);
+    args.v.in = {args.v.out.data, args.v.out.stride_b, args.v.out.stride_s, args.v.out.stride_h};
+  }
   run(in.rotary.q, args);
 }
 
 }  // namespace
 
 std::vector<Operator> kv_cache_operators() {
-  return {boxed<&apply_rotary_qk_append_kv_>("apply_rotary_qk_append_kv_")};
+  return {boxed<&apply_rotary_qk_append_kv_>("apply_rotary_qk_append_kv_"),
+          boxed<&rms_norm_rotary_qk_append_kv_>("rms_norm_rotary_qk_append_kv_")};
 }
 
 }  // namespace rope

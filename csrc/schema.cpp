@@ -49,6 +49,11 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
     "Tensor(d!) v_cache, Tensor slot_mapping, {rows}, *, Tensor? k_scale=None, "
     "Tensor? v_scale=None, {rotation_of_kv}) -> ()",
+    // The same with q and k normalised by RMSNorm before they rotate, and v, if norm_v, in place
+    // too, without a weight
+    "rms_norm_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor(d!) k_cache, "
+    "Tensor(e!) v_cache, Tensor slot_mapping, {weights}, {rows}, *, {norm}, bool norm_v=False, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, {rotation_of_kv}) -> ()",
     // Rotates the last R channels of q, and k_pe [B, S, R] or [T, R] (or with one head), in place,
     // and writes kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one
     // element

@@ -63,7 +63,11 @@ _register_operators()
 
 from rope_ext import _engine, _operators, frequencies, positions, reference  # noqa: E402
 from rope_ext.angles import cos_sin, cos_sin_cache  # noqa: E402
-from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
+from rope_ext.kv_cache import (  # noqa: E402
+    apply_rotary_mla_append_,
+    apply_rotary_qk_append_kv_,
+    rms_norm_rotary_qk_append_kv_,
+)
 from rope_ext.lowering import lowering  # noqa: E402
 from rope_ext.module import RotaryEmbedding  # noqa: E402
 from rope_ext.rms_norm import rms_norm_rotary_qk  # noqa: E402
@@ -88,6 +92,7 @@ __all__ = [
     "positions",
     "reference",
     "rms_norm_rotary_qk",
+    "rms_norm_rotary_qk_append_kv_",
 ]
 
 

@@ -1,4 +1,7 @@
-"""Rotations that also write a paged KV cache: one pass and one launch a layer, for inference."""
+"""Rotations that also write a paged KV cache: one pass and one launch a layer, for inference.
+
+With RMSNorm before the rotation too.
+"""
 
 from typing import Any, Literal
 
@@ -9,11 +12,12 @@ from torch.compiler import is_dynamo_compiling
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
 from rope_ext._engine.direct import direct_call
-from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, rotation_options
+from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, norm_options, rotation_options
 
 rope = torch.ops.rope
-_append_kv, _append_latent = map(
-    direct_call, ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_")
+_append_kv, _append_normed, _append_latent = map(
+    direct_call,
+    ("apply_rotary_qk_append_kv_", "rms_norm_rotary_qk_append_kv_", "apply_rotary_mla_append_"),
 )
 
 CacheLayout = Literal["NHD", "HND"]
@@ -90,15 +94,80 @@ def apply_rotary_qk_append_kv_(
         name = "apply_rotary_qk_append_kv_"
         options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
         _add_scales(options, k_scale=k_scale, v_scale=v_scale)
-        views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
-        caches = (
-            _as_nhd(cache, cache_layout, name, at)
-            for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
-        )
-        args = (*views, *caches, slot_mapping, cos, sin, position_ids)
+        views = _views(name, layout, cache_layout, q, k, v, k_cache, v_cache)
+        args = (*views, slot_mapping, cos, sin, position_ids)
         call(rope.apply_rotary_qk_append_kv_, args, options, (q, k, k_cache, v_cache))
     except Exception:
         raise_argument_error(apply_rotary_qk_append_kv_)
+        raise
+
+
+def rms_norm_rotary_qk_append_kv_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    norm_v: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+    cache_layout: CacheLayout = "NHD",
+) -> None:
+    """Normalises q and k by RMSNorm and rotates them in place, and writes k and v to a paged cache.
+
+    q and k get the bits of :func:`rope_ext.rms_norm_rotary_qk`, and the caches those of
+    :func:`rope_ext.apply_rotary_qk_append_kv_` for them. This is for inference: nothing may need a
+    gradient.
+
+    Args:
+        q, k, k_cache, v_cache, slot_mapping, cos, sin, position_ids, k_scale, v_scale, layout,
+            cache_layout: as for :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        v: of k's shape and dtype, in the same layout; it may share memory with nothing else.
+        q_weight, k_weight, eps, unit_offset: as for :func:`rope_ext.rms_norm_rotary_qk`.
+        norm_v: v is normalised too, in place, without a weight (Gemma 4): a row is a head, or with
+            weights [H, D] all heads of a token.
+        rotary_dim, rotary_offset, interleaved, inverse: as for :func:`rope_ext.apply_rotary_qk`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+
+    Source: as of those two; Gemma4RMSNorm of transformers (with_scale=False).
+    """
+    if not is_dynamo_compiling():
+        done = _append_normed(
+            layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight, cos,
+            sin, position_ids, eps, unit_offset, norm_v, k_scale, v_scale, rotary_dim,
+            rotary_offset, interleaved, inverse,
+        )  # fmt: skip
+        if done is None:
+            return
+    try:
+        name = "rms_norm_rotary_qk_append_kv_"
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
+        options |= norm_options(eps, unit_offset)
+        if norm_v:
+            options["norm_v"] = norm_v
+        _add_scales(options, k_scale=k_scale, v_scale=v_scale)
+        views = _views(name, layout, cache_layout, q, k, v, k_cache, v_cache)
+        args = (*views, slot_mapping, q_weight, k_weight, cos, sin, position_ids)
+        written = (q, k, v, k_cache, v_cache)
+        call(rope.rms_norm_rotary_qk_append_kv_, args, options, written)
+    except Exception:
+        raise_argument_error(rms_norm_rotary_qk_append_kv_)
         raise
 
 
@@ -163,6 +232,19 @@ def apply_rotary_mla_append_(
 
 def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:
     options.update({name: scale for name, scale in scales.items() if scale is not None})
+
+
+def _views(
+    function: str, layout: str, cache_layout: str, q: Tensor, k: Tensor, v: Tensor,
+    k_cache: Tensor, v_cache: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The tensors as [B, S, H, D] or [T, H, D], and the caches as [blocks, block_size, Hk, D]."""
+    xs = (("q", q), ("k", k), ("v", v))
+    caches = (("k_cache", k_cache), ("v_cache", v_cache))
+    return (
+        *(as_bshd(x, layout, function, name) for name, x in xs),
+        *(_as_nhd(cache, cache_layout, function, name) for name, cache in caches),
+    )
 
 
 def _as_nhd(cache: Tensor, layout: str, function: str, name: str) -> Tensor:

@@ -63,17 +63,17 @@ def rms_norm_rotary_qk(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
-
-    def normalised(x: Tensor, weight: Tensor) -> Tensor:
-        row = (-1,) if weight.dim() == 1 else (-2, -1)
-        mean = x.square().mean(row, keepdim=True)
-        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
-
     rows = cos, sin, position_ids
     return (
-        apply_rotary(normalised(q, q_weight), *rows, **options),
-        apply_rotary(normalised(k, k_weight), *rows, **options),
+        apply_rotary(_normalised(q, q_weight, eps, unit_offset), *rows, **options),
+        apply_rotary(_normalised(k, k_weight, eps, unit_offset), *rows, **options),
     )
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    row = (-1,) if weight.dim() == 1 else (-2, -1)
+    mean = x.square().mean(row, keepdim=True)
+    return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -139,6 +139,39 @@ def apply_rotary_qk_append_kv(
     q, k = (apply_rotary(x, cos, sin, position_ids, **options) for x in (q, k))
     k_cache = _stored(k_cache, k, slot_mapping, k_scale)
     return q, k, k_cache, _stored(v_cache, v, slot_mapping, v_scale)
+
+
+def rms_norm_rotary_qk_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    norm_v: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`rope_ext.rms_norm_rotary_qk_append_kv_`, but nothing is written.
+
+    Returns:
+        What q, k, v, k_cache and v_cache become.
+    """
+    rows = q_weight, k_weight, cos, sin, position_ids
+    q, k = rms_norm_rotary_qk(q, k, *rows, eps=eps, unit_offset=unit_offset, **options)
+    if norm_v:
+        v = _normalised(v, torch.ones_like(k_weight), eps, unit_offset=False)
+    k_cache = _stored(k_cache, k, slot_mapping, k_scale)
+    return q, k, v, k_cache, _stored(v_cache, v, slot_mapping, v_scale)
 
 
 def apply_rotary_mla_append(

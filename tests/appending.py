@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import (
     assert_same_bits,
+    on_cpu,
     random,
     random_cache,
     random_positions,
@@ -28,18 +29,22 @@ F8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Appending:
-    """operator and function: return nothing. reference: what the tensors in `written` become."""
+    """operator and function: return nothing. reference: what the tensors in `written` become, from
+    copies on the CPU or, with on_device, from the arguments themselves.
+    """
 
     operator: torch._ops.OpOverloadPacket
     function: Callable[..., None]
     reference: Callable[..., tuple[torch.Tensor, ...]]
     arguments: Callable[..., dict[str, Any]]  # (device, dtype, cache dtype) and sizes
     written: tuple[str, ...]
+    on_device: bool = False
 
     def expected_of(self, arguments):
         """What the written tensors become."""
-        on_host = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-        return dict(zip(self.written, self.reference(**on_host), strict=True))
+        if not self.on_device:
+            arguments = dict(zip(arguments, on_cpu(arguments.values()), strict=True))
+        return dict(zip(self.written, self.reference(**arguments), strict=True))
 
     def append(self, arguments, function=None):
         """Calls the operator, or a function with its parameters."""
@@ -59,7 +64,8 @@ class Appending:
 
     def assert_refused(self, arguments, expected):
         """With this error, and nothing is written or counted as written."""
-        kept = {n: (as_bytes(t).clone(), t._version) for n, t in arguments.items()}
+        tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+        kept = {n: (as_bytes(t).clone(), t._version) for n, t in tensors.items()}
         message = f"{self.operator.default._schema.name}: expected {expected}"
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
             self.append(arguments)
@@ -117,12 +123,53 @@ def of_a_latent(
     return made
 
 
+def of_normed_keys_and_values(
+    device, dtype=torch.float32, cache_dtype=None, *, weights=None, **how
+):
+    """weights: their dtype."""
+    made = of_keys_and_values(device, dtype, cache_dtype, **how)
+    for name, seed in (("q_weight", 7), ("k_weight", 8)):
+        made[name] = random(how.get("dim", D), dtype=weights or dtype, device=device, seed=seed)
+    return made
+
+
+def norm_then_append(
+    q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight, cos, sin, position_ids=None, *,
+    norm_v=False, k_scale=None, v_scale=None, **options,
+):  # fmt: skip
+    """By the operator that normalises, on the device: sums are in another order on another one. v
+    is normalised as k is, with weights of 1, and not rotated: by cos = 1 and sin = 0.
+    """
+    rows = cos, sin, position_ids
+    norm_and_rotate = torch.ops.rope.rms_norm_rotary_qk
+    q, k = norm_and_rotate(q, k, q_weight, k_weight, *rows, **options)
+    if norm_v:
+        one, zero = (torch.full((v.shape[-3], 1), x).to(v.device) for x in (1.0, 0.0))
+        ones = torch.ones(k_weight.shape, dtype=k_weight.dtype).to(v.device)
+        eps = options.get("eps", 1e-6)
+        normed = norm_and_rotate(v, v, ones, ones, one, zero, eps=eps)[1]
+        v = normed.cpu().copysign(v.cpu())  # -0 - 0 is 0
+    q, k, v, *caches, slots = on_cpu((q, k, v, k_cache, v_cache, slot_mapping))
+    scales = on_cpu((k_scale, v_scale))
+    stored = (reference._stored(cache, x, slots, scale)
+              for cache, x, scale in zip(caches, (k, v), scales, strict=True))  # fmt: skip
+    return q, k, v, *stored
+
+
 KV = Appending(
     torch.ops.rope.apply_rotary_qk_append_kv_,
     rope_ext.apply_rotary_qk_append_kv_,
     reference.apply_rotary_qk_append_kv,
     of_keys_and_values,
     ("q", "k", "k_cache", "v_cache"),
+)
+NORMED = Appending(
+    torch.ops.rope.rms_norm_rotary_qk_append_kv_,
+    rope_ext.rms_norm_rotary_qk_append_kv_,
+    norm_then_append,
+    of_normed_keys_and_values,
+    ("q", "k", "v", "k_cache", "v_cache"),
+    on_device=True,
 )
 LATENT = Appending(
     torch.ops.rope.apply_rotary_mla_append_,

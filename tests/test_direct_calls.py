@@ -32,6 +32,7 @@ FUNCTIONS = {
     rope_ext.cos_sin: ("cos_sin", None),
     rope_ext.cos_sin_cache: ("cos_sin_cache", None),
     rope_ext.apply_rotary_qk_append_kv_: (None, "apply_rotary_qk_append_kv_"),
+    rope_ext.rms_norm_rotary_qk_append_kv_: (None, "rms_norm_rotary_qk_append_kv_"),
     rope_ext.apply_rotary_mla_append_: (None, "apply_rotary_mla_append_"),
 }
 WAYS = [

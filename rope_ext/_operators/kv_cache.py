@@ -34,6 +34,16 @@ def _append_sharding(operator: Operator, given: Given) -> Sharding:
     return Sharding(axes, tokens_stay_whole=_WHY_WHOLE)
 
 
+def _normed_append_sharding(operator: Operator, given: Given) -> Sharding:
+    """With weights [H, D] a row is all heads of a token, so every rank has all of them."""
+    sharding = _append_sharding(operator, given)
+    if given["q_weight"].dim() != 1:
+        whole = {name: tuple(None if axis in HEADS_OF else axis for axis in axes)
+                 for name, axes in sharding.axes.items()}  # fmt: skip
+        sharding.axes = whole
+    return sharding
+
+
 def _mla_append_sharding(operator: Operator, given: Given) -> Sharding:
     """Each rank has heads of q, and writes the whole cache, which has no heads."""
     axes = {**dict.fromkeys(operator.tensors, ()), "q": axes_of_x(given["q"], HEADS)}
@@ -42,5 +52,8 @@ def _mla_append_sharding(operator: Operator, given: Given) -> Sharding:
 
 KV_CACHE = (
     Operator("apply_rotary_qk_append_kv_", TWO, sharding=_append_sharding),
+    Operator(
+        "rms_norm_rotary_qk_append_kv_", TWO, flops_channel=4, sharding=_normed_append_sharding
+    ),
     Operator("apply_rotary_mla_append_", ("q", "k_pe"), sharding=_mla_append_sharding),
 )

@@ -61,6 +61,11 @@ def append_kv(d: Draw) -> Arguments:
     }
 
 
+def normed_append(d: Draw) -> Arguments:
+    call = append_kv(d)
+    return {**call, **norm(d, call), "norm_v": d.choice((False, True))}
+
+
 def mla_append(d: Draw) -> Arguments:
     xs, pairs = rotated(d, "q")
     q = xs["q"]
@@ -151,14 +156,18 @@ def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
     }
 
 
-def rms_norm(d: Draw) -> Arguments:
-    call = apply_rotary(d, "q", "k")
+def norm(d: Draw, call: Arguments) -> Arguments:
+    """Weights and options for q and k of a call."""
     dtype = d.choice((call["q"].dtype, torch.float32))
     all_heads = d.chance(0.3)
-    for x in "qk":
-        heads, dim = call[x].shape[-2:]
-        call[f"{x}_weight"] = d.tensor(*((heads, dim) if all_heads else (dim,)), dtype=dtype)
-    return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+    shapes = {x: call[x].shape[-2 if all_heads else -1 :] for x in "qk"}
+    weights = {f"{x}_weight": d.tensor(*shape, dtype=dtype) for x, shape in shapes.items()}
+    return {**weights, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+
+
+def rms_norm(d: Draw) -> Arguments:
+    call = apply_rotary(d, "q", "k")
+    return {**call, **norm(d, call)}
 
 
 def rms_norm_backward(d: Draw) -> Arguments:
@@ -177,6 +186,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
     "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
     "rope::apply_rotary_qk_append_kv_": append_kv,
+    "rope::rms_norm_rotary_qk_append_kv_": normed_append,
     "rope::apply_rotary_mla_append_": mla_append,
     "rope::cos_sin_cache": cos_sin_cache,
     "rope::cos_sin": cos_sin,

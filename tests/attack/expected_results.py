@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from appending import norm_then_append
 from calls import RECORDS, rope
 from normed_inputs import normalised, roundings, sizes_of
 from random_arguments import ROTATION_DEFAULTS, Arguments
@@ -89,6 +90,11 @@ def _append(a: Arguments) -> list[Expected]:
         for x, rows in (("k", k), ("v", a["v"]))
     ]
     return [Expected(x) for x in (q, k, *caches)]
+
+
+def _normed_append(a: Arguments) -> list[Expected]:
+    """By the operator that normalises, whose results have rows of their own."""
+    return [Expected(x) for x in norm_then_append(**a)]
 
 
 def _mla_append(a: Arguments) -> list[Expected]:
@@ -257,6 +263,7 @@ RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
     "apply_rotary_qk_append_kv": _append,
+    "rms_norm_rotary_qk_append_kv": _normed_append,
     "apply_rotary_mla_append": _mla_append,
     "apply_rotary_qk_at": _at,
     "cos_sin_cache": _table,

@@ -40,6 +40,16 @@ void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_
   }
 }
 
+// Stores k and v of one token, if it has a slot.
+template <class T>
+void store_token(const AppendArgs& args, int64_t b, int64_t s) {
+  if (b * args.slots_seq + s >= args.slot_count) return;
+  const int64_t slot = entry_of(args.slots, b, s);
+  if (!is_inside(slot, args.blocks * args.block_size)) return;
+  store_heads<T>(args, args.k, b, s, slot);
+  store_heads<T>(args, args.v, b, s, slot);
+}
+
 // Rotates token s of sequence b in place where the pairs change their order: from copies of its
 // heads, as many at a time as the buffer holds.
 template <class T>
@@ -79,7 +89,6 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
   const RotaryBlocks blocks{1, rotary.seq, false};
   const int64_t heads = rotary.q.heads + rotary.k.heads;
   const bool reorders = rotary.interleaved != rotary.interleaved_out;
-  const int64_t capacity = args.blocks * args.block_size;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
     if (reorders) {
@@ -87,11 +96,7 @@ void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t en
     } else if (heads > 0) {
       apply_rotary(rotary, blocks, token * heads, (token + 1) * heads);
     }
-    if (token >= args.slot_count) continue;
-    const int64_t slot = entry_of(args.slots, b, s);
-    if (!is_inside(slot, capacity)) continue;
-    store_heads<T>(args, args.k, b, s, slot);
-    store_heads<T>(args, args.v, b, s, slot);
+    store_token<T>(args, b, s);
   }
 }
 

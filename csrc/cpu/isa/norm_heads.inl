@@ -208,7 +208,9 @@ class NormScratch {
 
   alignas(64) A values[2 * kPiecePairs];
 
-  NormScratch(const RotaryArgs& rotary, const RmsNorm& norm) : rotary_(rotary), norm_(norm) {}
+  NormScratch(const RotaryArgs& rotary, const RmsNorm& norm) : rotary_(rotary), norm_(norm) {
+    std::fill_n(weights_, 2 * kPiecePairs + kLanes, A(1));
+  }
 
   // 1 / sqrt(mean(x^2) + eps) of `heads` heads.
   A inverse_rms(const T* x, int64_t stride_h, int64_t heads) const {
@@ -228,8 +230,9 @@ class NormScratch {
   }
   A channels_of(int64_t heads) const { return static_cast<A>(heads * rotary_.head_dim); }
 
-  // The weight of one head at the channels of a piece, plus 1 if the norm says so.
+  // The weight of one head at the channels of a piece, plus 1 if the norm says so. nullptr: ones.
   const A* weight_of(const void* weight, int64_t at, const Piece& piece) {
+    if (weight == nullptr) return weights_;
     if (weight != weight_ || at != weight_at_ || piece.channel[0] != weight_channel_) {
       for (int64_t j = 0; j < piece.spans; ++j) {
         A* const to = weights_ + j * kPiecePairs;
@@ -257,7 +260,7 @@ class NormScratch {
  private:
   const RotaryArgs& rotary_;
   const RmsNorm& norm_;
-  alignas(64) A weights_[2 * kPiecePairs + kLanes] = {};
+  alignas(64) A weights_[2 * kPiecePairs + kLanes];
   TableRows<A, kLanes, PairOrder::Natural, false, false> rows_;
   TableRows<A, kLanes, PairOrder::Natural, false, true> full_width_;  // one of them is used
   const void* weight_ = nullptr;

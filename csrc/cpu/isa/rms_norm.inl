@@ -35,21 +35,34 @@ void norm_and_rotate(const RotaryArgs& args, const NormedHeads<T>& of, const Nor
   }
 }
 
+// Normalises and rotates all heads of one token.
+template <class T>
+void norm_and_rotate(const RotaryArgs& args, const RmsNorm& norm, const NormedHeads<T>& of,
+                     int64_t b, int64_t s, NormScratch<T>& scratch) {
+  for (int64_t i = 0; i < group_count(norm, of.heads); ++i) {
+    norm_and_rotate(args, of, group_at(norm, of.heads, i), b, s, scratch);
+  }
+}
+
+// q and k of one token.
+template <class T>
+void norm_token(const RotaryArgs& args, const RmsNorm& norm, int64_t b, int64_t s,
+                NormScratch<T>& scratch) {
+  norm_and_rotate(args, norm,
+                  normed_heads<T>(args.q, args.q.in, b, s, norm.q_weight, norm.q_stride_h), b, s,
+                  scratch);
+  norm_and_rotate(args, norm,
+                  normed_heads<T>(args.k, args.k.in, b, s, norm.k_weight, norm.k_stride_h), b, s,
+                  scratch);
+}
+
 template <class T>
 void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t end) {
   const RotaryArgs& rotary = args.rotary;
-  const RmsNorm& norm = args.norm;
-  NormScratch<T> scratch(rotary, norm);
+  NormScratch<T> scratch(rotary, args.norm);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
-    const NormedHeads<T> tensors[] = {
-        normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h),
-        normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
-    for (const NormedHeads<T>& each : tensors) {
-      for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
-        norm_and_rotate(rotary, each, group_at(norm, each.heads, i), b, s, scratch);
-      }
-    }
+    norm_token(rotary, args.norm, b, s, scratch);
   }
 }
 
