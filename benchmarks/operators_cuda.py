@@ -1,7 +1,7 @@
 """The cases of the GPU benchmark: every operator of torch.ops.rope, in prefill and in decode."""
 
 import torch
-from caches_cuda import append_kv, mla_append
+from caches_cuda import append_kv, mla_append, normed_append
 from norms_cuda import norm, norm_backward
 from operator_case import OperatorCase, operator_name
 from rotations_cuda import llama, neox, rotation, rotation_at
@@ -55,6 +55,10 @@ def cases(quick: bool) -> list[OperatorCase]:
         table_backward("bf16, positions", size(PREFILL), positions=True),
         append_kv("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         append_kv("bf16, float8 cache", "prefill", size(PREFILL), FP8, compiled=True),
+        normed_append("bf16", "prefill", size(PREFILL), BF16),
+        normed_append(
+            "bf16, v normalised, float8 cache", "prefill", size(PREFILL), FP8, norm_v=True
+        ),
         mla_append("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         mla_append("bf16, float8 cache", "prefill", size(PREFILL), FP8),
         norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
@@ -68,6 +72,7 @@ def cases(quick: bool) -> list[OperatorCase]:
         *(rows("fp32", "decode", n) for n in (some, many)),
         *(append_kv("bf16", "decode", n, BF16, compiled=n == some) for n in (one, some, many)),
         append_kv("bf16, float8 cache", "decode", some, FP8),
+        *(normed_append("bf16", "decode", n, BF16) for n in (one, some)),
         *(mla_append("bf16", "decode", n, BF16) for n in (one, some)),
         mla_append("bf16, float8 cache", "decode", some, FP8),
         *(norm("bf16, weights [D]", "decode", n, all_heads=False) for n in (one, some)),

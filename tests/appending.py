@@ -43,7 +43,8 @@ class Appending:
     def expected_of(self, arguments):
         """What the written tensors become."""
         if not self.on_device:
-            arguments = dict(zip(arguments, on_cpu(arguments.values()), strict=True))
+            arguments = {n: x.cpu() if isinstance(x, torch.Tensor) else x
+                         for n, x in arguments.items()}  # fmt: skip
         return dict(zip(self.written, self.reference(**arguments), strict=True))
 
     def append(self, arguments, function=None):

@@ -170,14 +170,11 @@ def test_bad_argument_is_refused_and_nothing_written(device):
         NORMED.assert_refused({**given, **change(given)}, expected)
     if device.type == "cpu":  # where values are looked at
         given = NORMED.arguments(device, cache_dtype=F8)
-        scale = torch.tensor([1.0, math.nan])
-        NORMED.assert_refused(
-            {**given, "v_scale": scale}, "v_scale to be finite and above 0, got nan"
-        )
+        given["v_scale"] = torch.tensor([1.0, math.nan])
+        NORMED.assert_refused(given, "v_scale to be finite and above 0, got nan")
 
 
-def test_v_is_only_read_by_the_append_without_a_norm():
-    """There it may be expanded, or in a tensor that cannot be written."""
+def test_without_a_norm_v_is_only_read_and_may_be_expanded():
     given = KV.arguments("cpu")
     given["v"] = given["v"][:, :, :1].expand(-1, -1, K, -1)
     KV.assert_appends(given)
