@@ -139,17 +139,17 @@ def norm_then_append(
     norm_v=False, k_scale=None, v_scale=None, **options,
 ):  # fmt: skip
     """By the operator that normalises, on the device: sums are in another order on another one. v
-    is normalised as k is, with weights of 1, and not rotated: by cos = 1 and sin = 0.
+    is normalised as k is, with factors of 1, and not rotated: by cos = 1 and sin = 0.
     """
-    rows = cos, sin, position_ids
     norm_and_rotate = torch.ops.rope.rms_norm_rotary_qk
-    q, k = norm_and_rotate(q, k, q_weight, k_weight, *rows, **options)
+    rotated = norm_and_rotate(q, k, q_weight, k_weight, cos, sin, position_ids, **options)
     if norm_v:
-        one, zero = (torch.full((v.shape[-3], 1), x).to(v.device) for x in (1.0, 0.0))
-        ones = torch.ones(k_weight.shape, dtype=k_weight.dtype).to(v.device)
-        eps = options.get("eps", 1e-6)
-        normed = norm_and_rotate(v, v, ones, ones, one, zero, eps=eps)[1]
+        factor = 0.0 if options.get("unit_offset") else 1.0
+        one, zero, factors = (torch.full(t.shape, x, dtype=t.dtype).to(t.device)
+                              for t, x in ((cos, 1.0), (sin, 0.0), (k_weight, factor)))  # fmt: skip
+        normed = norm_and_rotate(q, v, q_weight, factors, one, zero, position_ids, **options)[1]
         v = normed.cpu().copysign(v.cpu())  # -0 - 0 is 0
+    q, k = rotated
     q, k, v, *caches, slots = on_cpu((q, k, v, k_cache, v_cache, slot_mapping))
     scales = on_cpu((k_scale, v_scale))
     stored = (reference._stored(cache, x, slots, scale)
