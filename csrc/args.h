@@ -205,14 +205,28 @@ struct StoredHeads {
   int64_t scale_stride_h;
 };
 
+// q after its rotation as float8, in the place of the rotation in place: divided by a scale and
+// rounded.
+struct Float8Heads {
+  Heads<void*> out;    // [B, S, H, D], from the first channel on; without data: q stays q's dtype
+  CacheDType dtype;    // of `out`
+  const float* scale;  // one, or one a head; nullptr: 1
+  int64_t scale_stride_h;
+  // [B, S, H]; with data, each head is divided by a scale of its own, which is written here: its
+  // largest magnitude by the largest float8, or 1 if that is 0.
+  Heads<float*> own_scale;
+};
+
 // A rotation in place that changes the order of the pairs holds all channels of a head that rotate
 // at once: at most so many.
 inline constexpr int64_t kMostReordered = 512;
 
-// q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
-// block * block_size + offset; it is stored nowhere if it has none, or the cache has no such slot.
+// q and k rotated in place, or q to float8, and k as it is then, and v, written to a cache. A
+// token's slot is block * block_size + offset; it is stored nowhere if it has none, or the cache
+// has no such slot.
 struct AppendArgs {
   RotaryArgs rotary;
+  Float8Heads float8_q;
   StoredHeads k, v;
   bool latent;  // v is one head, of any length, and all of k rotates
   CacheDType cache_dtype;

@@ -18,6 +18,7 @@ struct Inputs {
   TensorView k_cache, v_cache;                 // [blocks, block_size, Hk, D]
   TensorView slot_mapping;                     // [B, S], [B * S] or [T], the last two or shorter
   std::optional<TensorView> k_scale, v_scale;  // one, or [Hk]
+  std::optional<TensorView> q_out, q_scale, q_scale_out;  // like q; one, or [H]; [B, S, H]
   // With norm, which may write v: [D], or [H, D] and [Hk, D]
   std::optional<TensorView> q_weight = {}, k_weight = {};
 };
@@ -56,20 +57,23 @@ AppendArgs check(const Inputs& in) {
   args.v = stored(in.v, in.v_cache);
   check_scale(op, "k_scale", in.k_scale, in.k_cache, q, args, args.k);
   check_scale(op, "v_scale", in.v_scale, in.v_cache, q, args, args.v);
+  check_float8_q(op, in.q_out, in.q_scale, in.q_scale_out, q, args);
   check_slots(op, in.slot_mapping, q, args);
   return args;
 }
 
 void check_memory(const Inputs& in) {
   const RotaryInputs& rotary = in.rotary;
-  const Named v{"v", in.v}, none{"v", nullptr};
   const bool writes_v = in.k_weight.has_value();
   const Named written[] = {{"q", rotary.q},
                            {"k", rotary.k},
                            {"k_cache", in.k_cache},
                            {"v_cache", in.v_cache},
-                           writes_v ? v : none};
-  const Named read[] = {writes_v ? none : v,
+                           {"v", writes_v ? &in.v : nullptr},
+                           {"q_out", in.q_out},
+                           {"q_scale_out", in.q_scale_out}};
+  const Named read[] = {{"v", writes_v ? nullptr : &in.v},
+                        {"q_scale", in.q_scale},
                         {"slot_mapping", in.slot_mapping},
                         {"cos", rotary.cos},
                         {"sin", rotary.sin},
@@ -82,8 +86,9 @@ void check_memory(const Inputs& in) {
 }
 
 void set_written(AppendArgs& args, const Tensor& q, const Tensor& k, const Tensor& k_cache,
-                 const Tensor& v_cache) {
+                 const Tensor& v_cache, const Float8Query<OptionalTokenTensor>& float8_q) {
   set_in_place(args.rotary, args.rotary.q, q);
+  set_float8_q(args.rotary, args.float8_q, float8_q.q_out, float8_q.q_scale_out);
   set_in_place(args.rotary, args.rotary.k, k);
   args.k.in.data = k.mutable_data_ptr();
   set_cache(args.k, k_cache, 0);
@@ -94,14 +99,23 @@ void apply_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, cons
                                 const CacheTensor& k_cache, const CacheTensor& v_cache,
                                 const Tensor& slot_mapping, const Rows& rows,
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                const Float8Query<OptionalTokenTensor>& float8_q,
                                 const RotationOfKv& rotation) {
   const char* const op = "apply_rotary_qk_append_kv_";
-  const Inputs in{
-      {op, q, &k, rows, rotation}, v, k_cache, v_cache, slot_mapping, view(k_scale), view(v_scale)};
+  const Inputs in{{op, q, &k, rows, rotation},
+                  v,
+                  k_cache,
+                  v_cache,
+                  slot_mapping,
+                  view(k_scale),
+                  view(v_scale),
+                  view(float8_q.q_out),
+                  view(float8_q.q_scale),
+                  view(float8_q.q_scale_out)};
   check_device_supported(op, in.rotary.q);
   AppendArgs args = check(in);
   check_memory(in);
-  set_written(args, q, k, k_cache, v_cache);
+  set_written(args, q, k, k_cache, v_cache, float8_q);
   run(in.rotary.q, args);
 }
 
@@ -110,6 +124,7 @@ void rms_norm_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, c
                                    const Tensor& slot_mapping, const NormWeights& weights,
                                    const Rows& rows, const NormOptions& norm, bool norm_v,
                                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                   const Float8Query<OptionalTokenTensor>& float8_q,
                                    const RotationOfKv& rotation) {
   const char* const op = "rms_norm_rotary_qk_append_kv_";
   const Inputs in{{op, q, &k, rows, rotation},
@@ -119,6 +134,9 @@ void rms_norm_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, c
                   slot_mapping,
                   view(k_scale),
                   view(v_scale),
+                  view(float8_q.q_out),
+                  view(float8_q.q_scale),
+                  view(float8_q.q_scale_out),
                   weights.q_weight,
                   weights.k_weight};
   check_device_supported(op, in.rotary.q);
@@ -126,7 +144,7 @@ void rms_norm_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, c
   args.append = check(in);
   args.norm = check_norm(in.rotary, weights.q_weight, weights.k_weight, norm, args.append.rotary);
   check_memory(in);
-  set_written(args.append, q, k, k_cache, v_cache);
+  set_written(args.append, q, k, k_cache, v_cache, float8_q);
   args.append.v.in.data = v.mutable_data_ptr();
   if (norm_v) {
     args.v.heads = args.append.v.heads;

@@ -16,6 +16,10 @@
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
 //                  [T], the last two may be shorter; negative, or past the end: it is not stored
+//   q_out          like q, of float8: all channels of q go there, and q itself stays as it is;
+//   divided
+//                  by q_scale, float32 of one element or [H], or by a scale of each head of each
+//                  token, which q_scale_out, float32 [B, S, H] or [T, H], receives
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
@@ -48,17 +52,17 @@ constexpr const char* kSchemas[] = {
     // divided by a scale, float32 of one element or [Hk]
     "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
     "Tensor(d!) v_cache, Tensor slot_mapping, {rows}, *, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, {rotation_of_kv}) -> ()",
+    "Tensor? v_scale=None, {float8_q}, {rotation_of_kv}) -> ()",
     // The same with q and k normalised by RMSNorm before they rotate, and v, if norm_v, in place
     // too, without a weight
     "rms_norm_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor(d!) k_cache, "
     "Tensor(e!) v_cache, Tensor slot_mapping, {weights}, {rows}, *, {norm}, bool norm_v=False, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, {rotation_of_kv}) -> ()",
+    "Tensor? k_scale=None, Tensor? v_scale=None, {float8_q}, {rotation_of_kv}) -> ()",
     // Rotates the last R channels of q, and k_pe [B, S, R] or [T, R] (or with one head), in place,
     // and writes kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one
     // element
     "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
-    "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {pair_order}) -> ()",
+    "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {float8_q}, {pair_order}) -> ()",
 
     // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
     // position_ids: floating too; with axes [A, ...], which gives [..., P]
@@ -103,6 +107,7 @@ std::string filled_in(std::string schema) {
       {"{table}", TableOptions::schema()},
       {"{weights}", NormWeights::schema()},
       {"{norm}", NormOptions::schema()},
+      {"{float8_q}", Float8Query<OptionalTensor>::schema()},
   };
   for (const auto& [name, parameters] : packs) {
     const size_t at = schema.find(name);

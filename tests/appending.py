@@ -45,7 +45,8 @@ class Appending:
         if not self.on_device:
             arguments = {n: x.cpu() if isinstance(x, torch.Tensor) else x
                          for n, x in arguments.items()}  # fmt: skip
-        return dict(zip(self.written, self.reference(**arguments), strict=True))
+        written = *self.written, *(n for n in ("q_out", "q_scale_out") if n in arguments)
+        return dict(zip(written, self.reference(**arguments), strict=True))
 
     def append(self, arguments, function=None):
         """Calls the operator, or a function with its parameters."""
@@ -136,7 +137,8 @@ def of_normed_keys_and_values(
 
 def norm_then_append(
     q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight, cos, sin, position_ids=None, *,
-    norm_v=False, k_scale=None, v_scale=None, **options,
+    norm_v=False, k_scale=None, v_scale=None, q_out=None, q_scale=None, q_scale_out=None,
+    **options,
 ):  # fmt: skip
     """By the operator that normalises, on the device: sums are in another order on another one. v
     is normalised as k is, with factors of 1, and not rotated: by cos = 1 and sin = 0.
@@ -149,12 +151,13 @@ def norm_then_append(
                               for t, x in ((cos, 1.0), (sin, 0.0), (k_weight, factor)))  # fmt: skip
         normed = norm_and_rotate(q, v, q_weight, factors, one, zero, position_ids, **options)[1]
         v = normed.cpu().copysign(v.cpu())  # -0 - 0 is 0
-    q, k = rotated
-    q, k, v, *caches, slots = on_cpu((q, k, v, k_cache, v_cache, slot_mapping))
+    q, rotated_q, k = on_cpu((q, *rotated))
+    v, *caches, slots = on_cpu((v, k_cache, v_cache, slot_mapping))
     scales = on_cpu((k_scale, v_scale))
+    q, *float8 = reference._as_float8(q, rotated_q, *on_cpu((q_out, q_scale, q_scale_out)))
     stored = (reference._stored(cache, x, slots, scale)
               for cache, x, scale in zip(caches, (k, v), scales, strict=True))  # fmt: skip
-    return q, k, v, *stored
+    return q, k, v, *stored, *float8
 
 
 KV = Appending(

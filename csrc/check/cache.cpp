@@ -10,13 +10,54 @@ namespace rope {
 
 using torch::headeronly::ScalarType;
 
-CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
-                             const TensorView& q) {
+namespace {
+
+// Of the model, if it is not one of float8.
+CacheDType dtype_in_cache(const TensorView& cache) {
   switch (cache.scalar_type()) {
     case ScalarType::Float8_e4m3fn: return CacheDType::Float8E4M3;
     case ScalarType::Float8_e5m2: return CacheDType::Float8E5M2;
-    default: break;
+    default: return CacheDType::OfModel;
   }
+}
+
+struct Scale {
+  const float* data;
+  int64_t stride_h;
+};
+
+// One, or one for each of the heads; its values are above 0.
+Scale check_scale(const char* op, const char* name, const TensorView& scale, const TensorView& q,
+                  int64_t heads) {
+  if (scale.scalar_type() != ScalarType::Float) {
+    refuse(op, text(name, " to be float32"), dtype_text(scale.scalar_type()));
+  }
+  const bool a_head = scale.dim() == 1 && scale.size(0) == heads;
+  if (!a_head && (scale.dim() > 1 || scale.numel() != 1)) {
+    refuse(op,
+           heads == 1 ? text(name, " to have one element")
+                      : text(name, " to have one element, or shape [", heads, "]"),
+           shape_text(scale));
+  }
+  check_device(op, name, scale, "q", q);
+  look_at_values(scale, [&](const TensorView& on_host) {
+    const float* value = static_cast<const float*>(on_host.const_data_ptr());
+    const int64_t step = on_host.dim() == 1 ? on_host.stride(0) : 0;
+    for (int64_t i = 0; i < on_host.numel(); ++i) {
+      const float each = value[i * step];
+      if (std::isfinite(each) && each > 0) continue;
+      refuse(op, text(name, " to be finite and above 0"), std::to_string(each));
+    }
+  });
+  return {static_cast<const float*>(scale.const_data_ptr()), a_head ? scale.stride(0) : 0};
+}
+
+}  // namespace
+
+CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
+                             const TensorView& q) {
+  const CacheDType dtype = dtype_in_cache(cache);
+  if (dtype != CacheDType::OfModel) return dtype;
   if (cache.scalar_type() != q.scalar_type()) {
     refuse(op,
            text(name, " of q's dtype ", dtype_text(q.scalar_type()),
@@ -50,28 +91,46 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
     refuse(op, text(name, " to be None for a cache that is not of float8"),
            text("one for a cache of ", dtype_text(cache.scalar_type())));
   }
-  if (scale->scalar_type() != ScalarType::Float) {
-    refuse(op, text(name, " to be float32"), dtype_text(scale->scalar_type()));
+  const auto [data, stride_h] = check_scale(op, name, *scale, q, stored.heads);
+  stored.scale = data;
+  stored.scale_stride_h = stride_h;
+}
+
+void check_float8_q(const char* op, const std::optional<TensorView>& out,
+                    const std::optional<TensorView>& scale,
+                    const std::optional<TensorView>& scale_out, const TensorView& q,
+                    AppendArgs& args) {
+  if (!out) {
+    if (scale) refuse(op, "q_scale to be None without q_out", shape_text(*scale));
+    if (scale_out) refuse(op, "q_scale_out to be None without q_out", shape_text(*scale_out));
+    return;
   }
-  const bool a_head = scale->dim() == 1 && scale->size(0) == stored.heads;
-  if (!a_head && (scale->dim() > 1 || scale->numel() != 1)) {
+  Float8Heads& to = args.float8_q;
+  to.dtype = dtype_in_cache(*out);
+  if (to.dtype == CacheDType::OfModel) {
+    refuse(op, "q_out of float8_e4m3fn or float8_e5m2", dtype_text(out->scalar_type()));
+  }
+  check_sizes_like(op, "q_out", *out, "q", q);
+  check_device(op, "q_out", *out, "q", q);
+  check_last_stride(op, "q_out", *out);
+  if (scale && scale_out) refuse(op, "q_scale or q_scale_out", "both");
+  if (scale) {
+    const auto [data, stride_h] = check_scale(op, "q_scale", *scale, q, args.rotary.q.heads);
+    to.scale = data;
+    to.scale_stride_h = stride_h;
+  }
+  if (!scale_out) return;
+  if (scale_out->scalar_type() != ScalarType::Float) {
+    refuse(op, "q_scale_out to be float32", dtype_text(scale_out->scalar_type()));
+  }
+  const TensorView::Sizes of_heads(q.sizes().data(), q.sizes().size() - 1),
+      sizes = scale_out->sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), of_heads.begin(), of_heads.end())) {
     refuse(op,
-           stored.heads == 1 ? text(name, " to have one element")
-                             : text(name, " to have one element, or shape [", stored.heads, "]"),
-           shape_text(*scale));
+           text("q_scale_out to have shape ", shape_text(of_heads), ", q's without its channels"),
+           shape_text(*scale_out));
   }
-  check_device(op, name, *scale, "q", q);
-  stored.scale = static_cast<const float*>(scale->const_data_ptr());
-  stored.scale_stride_h = a_head ? scale->stride(0) : 0;
-  look_at_values(*scale, [&](const TensorView& on_host) {
-    const float* value = static_cast<const float*>(on_host.const_data_ptr());
-    const int64_t step = on_host.dim() == 1 ? on_host.stride(0) : 0;
-    for (int64_t i = 0; i < on_host.numel(); ++i) {
-      const float each = value[i * step];
-      if (std::isfinite(each) && each > 0) continue;
-      refuse(op, text(name, " to be finite and above 0"), std::to_string(each));
-    }
-  });
+  check_device(op, "q_scale_out", *scale_out, "q", q);
 }
 
 namespace {

@@ -22,6 +22,13 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
                  const TensorView& cache, const TensorView& q, const AppendArgs& args,
                  StoredHeads& stored);
 
+// Sets float8_q of args but for what is written. out: like q, of float8; scale: one or [H]; or
+// scale_out: [B, S, H] or [T, H].
+void check_float8_q(const char* op, const std::optional<TensorView>& out,
+                    const std::optional<TensorView>& scale,
+                    const std::optional<TensorView>& scale_out, const TensorView& q,
+                    AppendArgs& args);
+
 // Sets the slots of args, which has everything else. slots: [B, S], [B * S] or [T], the last two
 // may be shorter.
 void check_slots(const char* op, const TensorView& slots, const TensorView& q, AppendArgs& args);

@@ -20,14 +20,6 @@ void rms_norm_rotary(const RmsNormRotaryArgs& args) {
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-void rms_norm_rotary_append(const RmsNormAppendArgs& args) {
-  const RotaryArgs& rotary = args.append.rotary;
-  const int64_t channels = (rotary.q.heads + 2 * rotary.k.heads) * rotary.head_dim;
-  const auto& kernel = isa().kernels.rms_norm_rotary_append;
-  parallel_for(rotary.batch * rotary.seq, grain_of(channels),
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args) {
   const auto& kernel = isa().kernels.rms_norm_rotary_grad;
   parallel_for(args.chunks, grain_of(args.chunk_tokens * token_channels(args.rotary)),

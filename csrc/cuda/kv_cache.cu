@@ -162,10 +162,18 @@ void launch_element(const AppendArgs& args, void* stream) {
               : launch_kernel<E, 1, Order::Any, KeyValueCache<true, true>>(args, stream);
 }
 
+// A latent vector as heads of R channels.
+void divide_latent(AppendArgs& args) {
+  args.v.heads = ceil_div(args.v.channels, args.rotary.rotary_dim);
+  args.v.in.stride_h = args.v.stride_h = args.rotary.rotary_dim;
+}
+
 }  // namespace
 
 void apply_rotary_append(const AppendArgs& given, void* stream) {
-  const AppendArgs args = with_common_channels(given);
+  if (given.float8_q.out.data != nullptr) return rms_norm_rotary_append({given, {}, {}}, stream);
+  AppendArgs args = with_common_channels(given);
+  if (args.latent) divide_latent(args);
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = rotary.q.heads + rotary.k.heads + args.v.heads;
   for_slices(args, rotary, heads, [&](const AppendArgs& slice) {

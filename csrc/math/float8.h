@@ -79,4 +79,10 @@ ROPE_HOST_DEVICE uint8_t float8_of(float value) {
   return float8_of(format, value);
 }
 
+// The scale of a head whose largest element has this magnitude.
+ROPE_HOST_DEVICE float own_scale(float largest_magnitude, bool e4m3) {
+  const float scale = largest_magnitude / (e4m3 ? 448.0f : 57344.0f);
+  return scale == 0 ? 1.0f : scale;
+}
+
 }  // namespace rope

@@ -5,6 +5,8 @@ DTensors: tokens must not be sharded; each rank has heads of all tokens (tensor 
 
 from typing import Any
 
+from torch import Tensor
+
 from rope_ext._engine.record import Given, Operator
 from rope_ext._engine.sharding import HEADS, HEADS_OF, Axes, Sharding, axes_of_x
 from rope_ext._operators.rotation import TWO
@@ -12,15 +14,24 @@ from rope_ext._operators.rotation import TWO
 _WHY_WHOLE = "the caches that take them are"
 
 
+def _axes_of_scale(scale: Any, x: Tensor, heads: str) -> Axes:
+    one_each = scale is not None and scale.dim() == 1 and scale.shape[0] == x.shape[-2] > 1
+    return (heads,) if one_each else ()
+
+
+def _axes_of_float8_q(given: Given, heads: str) -> dict[str, Axes]:
+    q = given["q"]
+    of_q = axes_of_x(q, heads)
+    return {
+        "q_out": of_q,
+        "q_scale": _axes_of_scale(given["q_scale"], q, heads),
+        "q_scale_out": of_q[:-1],
+    }
+
+
 def _append_sharding(operator: Operator, given: Given) -> Sharding:
     """Each rank writes its heads to its part of the caches."""
     of_q, of_k = HEADS_OF
-    k_heads = given["k"].shape[-2]
-
-    def of_scale(scale: Any) -> Axes:
-        one_each = scale is not None and scale.dim() == 1 and scale.shape[0] == k_heads > 1
-        return (of_k,) if one_each else ()
-
     axes: dict[str, Axes] = dict.fromkeys(operator.tensors, ())
     axes |= {
         "q": axes_of_x(given["q"], of_q),
@@ -28,8 +39,9 @@ def _append_sharding(operator: Operator, given: Given) -> Sharding:
         "v": axes_of_x(given["v"], of_k),
         "k_cache": (None, None, of_k, None),
         "v_cache": (None, None, of_k, None),
-        "k_scale": of_scale(given["k_scale"]),
-        "v_scale": of_scale(given["v_scale"]),
+        "k_scale": _axes_of_scale(given["k_scale"], given["k"], of_k),
+        "v_scale": _axes_of_scale(given["v_scale"], given["k"], of_k),
+        **_axes_of_float8_q(given, of_q),
     }
     return Sharding(axes, tokens_stay_whole=_WHY_WHOLE)
 
@@ -46,7 +58,8 @@ def _normed_append_sharding(operator: Operator, given: Given) -> Sharding:
 
 def _mla_append_sharding(operator: Operator, given: Given) -> Sharding:
     """Each rank has heads of q, and writes the whole cache, which has no heads."""
-    axes = {**dict.fromkeys(operator.tensors, ()), "q": axes_of_x(given["q"], HEADS)}
+    axes: dict[str, Axes] = dict.fromkeys(operator.tensors, ())
+    axes |= {"q": axes_of_x(given["q"], HEADS), **_axes_of_float8_q(given, HEADS)}
     return Sharding(axes, tokens_stay_whole=_WHY_WHOLE)
 
 

@@ -17,7 +17,7 @@ from random_arguments import (
     slots,
     with_axes,
 )
-from support import DTYPES
+from support import DTYPES, FLOAT8
 
 from rope_ext._operators import OPERATORS
 
@@ -26,7 +26,7 @@ rope = torch.ops.rope
 # Arguments with any strides, and those that have to be contiguous. All others have a last stride of
 # 1.
 ANY_STRIDES = {"inv_freq", "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
-               "grad_cos", "grad_sin"}  # fmt: skip
+               "q_scale", "q_scale_out",               "grad_cos", "grad_sin"}  # fmt: skip
 CONTIGUOUS = {"token_order", "row_offsets"}
 
 
@@ -40,6 +40,20 @@ def into_out(d: Draw, *names: str) -> Arguments:
     out = apply_rotary(d, *names)
     outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
     return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+
+
+def float8_q(d: Draw, q: torch.Tensor) -> Arguments:
+    """Where q goes as float8, with a scale or scales of its own; or nothing."""
+    if d.chance(0.5):
+        return {}
+    out = {"q_out": d.tensor(*q.shape).to(d.choice(FLOAT8))}
+    scale = d.choice((None, "one", "a head", "own"))
+    if scale == "own":
+        out["q_scale_out"] = d.tensor(*q.shape[:-1])
+    elif scale is not None:
+        heads = q.shape[-2] if scale == "a head" else 1
+        out["q_scale"] = d.tensor(heads).abs() + 0.01
+    return out
 
 
 def append_kv(d: Draw) -> Arguments:
@@ -57,6 +71,7 @@ def append_kv(d: Draw) -> Arguments:
         "slot_mapping": slot_mapping,
         **rows(d, q, pairs),
         **scales(d, k_cache, k.shape[-2], "k_scale", "v_scale"),
+        **float8_q(d, q),
         **how,
     }
 
@@ -83,6 +98,7 @@ def mla_append(d: Draw) -> Arguments:
         "slot_mapping": slot_mapping,
         **rows(d, q, pairs, by_channel=False),
         **scales(d, kv_cache, 1, "scale"),
+        **float8_q(d, q),
         **{name: how[name] for name in ORDERS},
     }
 

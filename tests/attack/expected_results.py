@@ -17,6 +17,7 @@ from support import assert_same_bits, rounded_once, ulp
 from rope_ext import reference
 
 F64 = torch.float64
+FLOAT8_Q = "q_out", "q_scale", "q_scale_out"
 
 
 @dataclass
@@ -84,12 +85,13 @@ def _rotate(a: Arguments) -> list[Expected]:
 
 def _append(a: Arguments) -> list[Expected]:
     """By the reference, from the rotation's result rounded once."""
-    q, k = (expected.value for expected in _rotate(a))
+    rotated, k = (expected.value for expected in _rotate(a))
+    q, *float8 = reference._as_float8(a["q"], rotated, *(a.get(n) for n in FLOAT8_Q))
     caches = [
         reference._stored(a[f"{x}_cache"], rows, a["slot_mapping"], a.get(f"{x}_scale"))
         for x, rows in (("k", k), ("v", a["v"]))
     ]
-    return [Expected(x) for x in (q, k, *caches)]
+    return [Expected(x) for x in (q, k, *caches, *float8)]
 
 
 def _normed_append(a: Arguments) -> list[Expected]:

@@ -1,9 +1,9 @@
 // rms_norm_rotary: RMSNorm and rotation of q and k.
 
-// Normalises and rotates one group of heads.
-template <class T>
+// Normalises and rotates one group of heads, and calls written(head) after each.
+template <class T, class Written>
 void norm_and_rotate(const RotaryArgs& args, const NormedHeads<T>& of, const NormGroup& group,
-                     int64_t b, int64_t s, NormScratch<T>& scratch) {
+                     int64_t b, int64_t s, NormScratch<T>& scratch, const Written& written) {
   using A = ArithmeticOf<T>;
   using V = typename Lanes<T>::Vector;
   const Pieces pieces(args, args.interleaved);
@@ -32,37 +32,35 @@ void norm_and_rotate(const RotaryArgs& args, const NormedHeads<T>& of, const Nor
                    out + (args.interleaved_out ? 2 : 1) * piece.first, args.rotary_dim / 2,
                    piece.pairs, scratch.row_of(b, s, piece));
     }
+    written(h);
   }
 }
 
-// Normalises and rotates all heads of one token.
-template <class T>
+// All heads of q, k or v of one token.
+template <class T, class Written>
 void norm_and_rotate(const RotaryArgs& args, const RmsNorm& norm, const NormedHeads<T>& of,
-                     int64_t b, int64_t s, NormScratch<T>& scratch) {
+                     int64_t b, int64_t s, NormScratch<T>& scratch, const Written& written) {
   for (int64_t i = 0; i < group_count(norm, of.heads); ++i) {
-    norm_and_rotate(args, of, group_at(norm, of.heads, i), b, s, scratch);
+    norm_and_rotate(args, of, group_at(norm, of.heads, i), b, s, scratch, written);
   }
 }
 
-// q and k of one token.
-template <class T>
-void norm_token(const RotaryArgs& args, const RmsNorm& norm, int64_t b, int64_t s,
-                NormScratch<T>& scratch) {
-  norm_and_rotate(args, norm,
-                  normed_heads<T>(args.q, args.q.in, b, s, norm.q_weight, norm.q_stride_h), b, s,
-                  scratch);
-  norm_and_rotate(args, norm,
-                  normed_heads<T>(args.k, args.k.in, b, s, norm.k_weight, norm.k_stride_h), b, s,
-                  scratch);
-}
+// Where nothing more is done with a head that has been written.
+constexpr auto kNothing = [](int64_t) {};
 
 template <class T>
 void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t end) {
   const RotaryArgs& rotary = args.rotary;
-  NormScratch<T> scratch(rotary, args.norm);
+  const RmsNorm& norm = args.norm;
+  NormScratch<T> scratch(rotary, norm);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
-    norm_token(rotary, args.norm, b, s, scratch);
+    const NormedHeads<T> tensors[] = {
+        normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h),
+        normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
+    for (const NormedHeads<T>& each : tensors) {
+      norm_and_rotate(rotary, norm, each, b, s, scratch, kNothing);
+    }
   }
 }
 

@@ -131,24 +131,27 @@ inline Alignment alignment_of_append(const AppendArgs& args) {
   for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
     if (x->heads > 0) alignment.add(x->out, rotary.batch, rotary.seq, x->heads);
   }
+  if (const Heads<void*>& q = args.float8_q.out; q.data != nullptr) {
+    alignment.add_elements(reinterpret_cast<intptr_t>(q.data));
+    if (rotary.batch > 1) alignment.add_elements(q.stride_b);
+    if (rotary.seq > 1) alignment.add_elements(q.stride_s);
+    if (rotary.q.heads > 1) alignment.add_elements(q.stride_h);
+  }
   if (args.v.heads > 0) alignment.add(args.v.in, rotary.batch, rotary.seq, args.v.heads);
   for (const StoredHeads* x : {&args.k, &args.v}) {
     if (x->heads > 0) add_cache(alignment, args, *x);
   }
-  alignment.add_channels(rotary, stored_beside(args) > 0);
+  alignment.add_channels(rotary, stored_beside(args) > 0 || args.float8_q.out.data != nullptr);
   if (args.latent) alignment.add_elements(args.v.channels);
   return alignment;
 }
 
-// v and the caches from the first channel that rotates on, as q and k are; of a latent vector,
-// heads of R channels.
+// q's float8, v and the caches from the first channel that rotates on, as q and k are; but a latent
+// vector and its cache from their first channel on.
 inline AppendArgs with_common_channels(AppendArgs args) {
   const RotaryArgs& rotary = args.rotary;
-  if (args.latent) {
-    args.v.heads = ceil_div(args.v.channels, rotary.rotary_dim);
-    args.v.in.stride_h = args.v.stride_h = rotary.rotary_dim;
-    return args;
-  }
+  advance(args.float8_q.out.data, rotary.rotary_offset);
+  if (args.latent) return args;
   const int64_t element_bytes = size_of(rotary.dtype);
   const int64_t cache_bytes = args.cache_dtype == CacheDType::OfModel ? element_bytes : 1;
   for (StoredHeads* x : {&args.k, &args.v}) {
