@@ -217,6 +217,22 @@ struct Float8Heads {
   Heads<float*> own_scale;
 };
 
+// x (as q, without an output) rotated, and each group of a head's channels divided by a scale of
+// its own and rounded to float8: its largest magnitude, or eps if that is more, by the largest
+// float8.
+struct QuantizeArgs : RotaryArgs {
+  Heads<void*> float8;  // [B, S, H, D], from the first channel on
+  CacheDType float8_dtype;
+  int64_t group_size;  // divides D
+  float eps;
+  bool power_of_two_scales;  // each scale is rounded up to one
+  Heads<float*> scales;      // [B, S, H, D / group_size]
+  int64_t scales_stride_group;
+};
+
+// CUDA has the magnitudes of the groups of a head in shared memory: at most so many.
+inline constexpr int64_t kMostGroups = 8192;
+
 // A rotation in place that changes the order of the pairs holds all channels of a head that rotate
 // at once: at most so many.
 inline constexpr int64_t kMostReordered = 512;

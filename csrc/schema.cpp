@@ -48,6 +48,11 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk.out(Tensor q, Tensor k, {rows}, *, {rotation}, Tensor(a!) out_q, "
     "Tensor(b!) out_k) -> ()",
 
+    // Rotates x, and writes it to out, like x, of float8: divided by a scale of each group of
+    // group_size channels, which scale_out, float32 [.., H, D / group_size], receives
+    "apply_rotary_quantize(Tensor x, {rows}, *, int group_size=128, float eps=1e-10, "
+    "bool power_of_two_scales=False, {rotation}, Tensor(a!) out, Tensor(b!) scale_out) -> ()",
+
     // Rotates q and k in place, and writes the rotated k and v [.., Hk, D] to the caches; float8:
     // divided by a scale, float32 of one element or [Hk]
     "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
@@ -149,7 +154,8 @@ const std::vector<Operator>& operators() {
     std::vector<Operator> out;
     for (const auto family :
          {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
-          kv_cache_operators, latent_cache_operators, cached_keys_operators, rms_norm_operators}) {
+          kv_cache_operators, latent_cache_operators, cached_keys_operators, quantize_operators,
+          rms_norm_operators}) {
       const std::vector<Operator> its = family();
       out.insert(out.end(), its.begin(), its.end());
     }

@@ -215,6 +215,36 @@ def apply_rotary_mla_append(
     return q, one_head.reshape(k_pe.shape), kv_cache, *float8
 
 
+def apply_rotary_quantize(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    out: Tensor,
+    scale_out: Tensor,
+    group_size: int = 128,
+    eps: float = 1e-10,
+    power_of_two_scales: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_quantize` on x [B, S, H, D] or [T, H, D], but nothing is
+    written.
+
+    Returns:
+        What out and scale_out become.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rotated = apply_rotary(wide, cos, sin, position_ids, **options)
+    groups = rotated.unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1).float().clamp(min=eps) / torch.finfo(out.dtype).max
+    if power_of_two_scales:
+        mantissa, exponent = torch.frexp(scale)  # of [0.5, 1)
+        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = torch.where(scale.isfinite(), rounded, scale)
+    return _rounded(groups, out.dtype, scale).flatten(-2), scale
+
+
 def _as_float8(
     q: Tensor, rotated: Tensor, out: Tensor | None, scale: Tensor | None, scale_out: Tensor | None
 ) -> tuple[Tensor, ...]:

@@ -94,6 +94,31 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
   stored.scale_stride_h = stride_h;
 }
 
+CacheDType check_float8_out(const char* op, const char* name, const TensorView& out,
+                            const char* x_name, const TensorView& x) {
+  const CacheDType dtype = cache_dtype_of(out.scalar_type());
+  if (dtype == CacheDType::OfModel) {
+    refuse(op, text(name, " of float8_e4m3fn or float8_e5m2"), dtype_text(out.scalar_type()));
+  }
+  check_sizes_like(op, name, out, x_name, x);
+  check_device(op, name, out, x_name, x);
+  check_last_stride(op, name, out);
+  return dtype;
+}
+
+void check_scale_out(const char* op, const char* name, const TensorView& scale_out,
+                     TensorView::Sizes sizes, const char* what, const char* x_name,
+                     const TensorView& x) {
+  if (scale_out.scalar_type() != ScalarType::Float) {
+    refuse(op, text(name, " to be float32"), dtype_text(scale_out.scalar_type()));
+  }
+  const TensorView::Sizes given = scale_out.sizes();
+  if (!std::equal(given.begin(), given.end(), sizes.begin(), sizes.end())) {
+    refuse(op, text(name, " to have shape ", shape_text(sizes), ", ", what), shape_text(scale_out));
+  }
+  check_device(op, name, scale_out, x_name, x);
+}
+
 void check_float8_q(const char* op, const std::optional<TensorView>& out,
                     const std::optional<TensorView>& scale,
                     const std::optional<TensorView>& scale_out, const TensorView& q,
@@ -104,13 +129,7 @@ void check_float8_q(const char* op, const std::optional<TensorView>& out,
     return;
   }
   Float8Heads& to = args.float8_q;
-  to.dtype = cache_dtype_of(*out);
-  if (to.dtype == CacheDType::OfModel) {
-    refuse(op, "q_out of float8_e4m3fn or float8_e5m2", dtype_text(out->scalar_type()));
-  }
-  check_sizes_like(op, "q_out", *out, "q", q);
-  check_device(op, "q_out", *out, "q", q);
-  check_last_stride(op, "q_out", *out);
+  to.dtype = check_float8_out(op, "q_out", *out, "q", q);
   if (scale && scale_out) refuse(op, "q_scale or q_scale_out", "both");
   if (scale) {
     const auto [data, stride_h] = check_scale(op, "q_scale", *scale, q, args.rotary.q.heads);
@@ -118,17 +137,9 @@ void check_float8_q(const char* op, const std::optional<TensorView>& out,
     to.scale_stride_h = stride_h;
   }
   if (!scale_out) return;
-  if (scale_out->scalar_type() != ScalarType::Float) {
-    refuse(op, "q_scale_out to be float32", dtype_text(scale_out->scalar_type()));
-  }
-  const TensorView::Sizes of_heads(q.sizes().data(), q.sizes().size() - 1),
-      sizes = scale_out->sizes();
-  if (!std::equal(sizes.begin(), sizes.end(), of_heads.begin(), of_heads.end())) {
-    refuse(op,
-           text("q_scale_out to have shape ", shape_text(of_heads), ", q's without its channels"),
-           shape_text(*scale_out));
-  }
-  check_device(op, "q_scale_out", *scale_out, "q", q);
+  check_scale_out(op, "q_scale_out", *scale_out,
+                  TensorView::Sizes(q.sizes().data(), q.sizes().size() - 1),
+                  "q's without its channels", "q", q);
 }
 
 namespace {

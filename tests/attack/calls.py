@@ -28,7 +28,7 @@ rope = torch.ops.rope
 # 1.
 ANY_STRIDES = {"inv_freq", "new_inv_freq", "old_position_ids", "new_position_ids",
                "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
-               "q_scale", "q_scale_out", "grad_cos", "grad_sin"}  # fmt: skip
+               "q_scale", "q_scale_out", "scale_out", "grad_cos", "grad_sin"}  # fmt: skip
 CONTIGUOUS = {"token_order", "row_offsets"}
 
 
@@ -42,6 +42,20 @@ def into_out(d: Draw, *names: str) -> Arguments:
     out = apply_rotary(d, *names)
     outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
     return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+
+
+def quantize(d: Draw) -> Arguments:
+    call = apply_rotary(d, "x")
+    *heads, channels = call["x"].shape
+    group_size = d.choice([n for n in range(1, channels + 1) if channels % n == 0])
+    return {
+        **call,
+        "group_size": group_size,
+        "eps": d.choice((1e-10, 1e-4, 2.0)),
+        "power_of_two_scales": d.choice((False, True)),
+        "out": d.tensor(*heads, channels).to(d.choice(FLOAT8)),
+        "scale_out": d.tensor(*heads, channels // group_size),
+    }
 
 
 def float8_q(d: Draw, q: torch.Tensor) -> Arguments:
@@ -223,6 +237,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
     "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
+    "rope::apply_rotary_quantize": quantize,
     "rope::apply_rotary_qk_append_kv_": append_kv,
     "rope::rms_norm_rotary_qk_append_kv_": normed_append,
     "rope::apply_rotary_mla_append_": mla_append,

@@ -83,6 +83,15 @@ def _rotate(a: Arguments) -> list[Expected]:
     return [Expected(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
 
 
+def _quantize(a: Arguments) -> list[Expected]:
+    """By the reference, in the dtype of the arithmetic."""
+    wide = F64 if a["x"].dtype == F64 else torch.float32
+    a |= {name: a[name].to(wide) for name in ("cos", "sin")}
+    if a["x"].shape[-2] == 0 or a["x"].shape[:-2].numel() == 0:
+        return [Expected(a[name].clone()) for name in ("out", "scale_out")]
+    return [Expected(x) for x in reference.apply_rotary_quantize(**a)]
+
+
 def _append(a: Arguments) -> list[Expected]:
     """By the reference, from the rotation's result rounded once."""
     rotated, k = (expected.value for expected in _rotate(a))
@@ -283,6 +292,7 @@ def _rms_norm_backward(a: Arguments) -> list[Expected]:
 RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
+    "apply_rotary_quantize": _quantize,
     "apply_rotary_qk_append_kv": _append,
     "rms_norm_rotary_qk_append_kv": _normed_append,
     "apply_rotary_mla_append": _mla_append,

@@ -60,12 +60,9 @@ __device__ __forceinline__ void load_present(F& x, const typename F::E* from, ui
   }
 }
 
-template <class E, int N>
-__device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
-                                             const Float8Format& format, float scale) {
-  using C = ArithmeticOf<E>;
-  C x[N];
-  unpack(v, x);
+template <int N, class C>
+__device__ __forceinline__ void store_float8(const C* x, uint8_t* to, const Float8Format& format,
+                                             float scale) {
   uint8_t bytes[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -79,6 +76,14 @@ __device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
   Vector<uint8_t, N> out;
   memcpy(&out.word, bytes, sizeof(bytes));
   store(out, to);
+}
+
+template <class E, int N>
+__device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
+                                             const Float8Format& format, float scale) {
+  ArithmeticOf<E> x[N];
+  unpack(v, x);
+  store_float8<N>(x, to, format, scale);
 }
 
 // Writes x to the head `head` of a cache, from `channel` on. kFloat8: the cache may be of float8.
@@ -129,6 +134,14 @@ inline void add_cache(Alignment& alignment, const AppendArgs& args, const Stored
   if (x.heads > 1) alignment.add_elements(x.stride_h);
 }
 
+// A tensor of float8, whose vectors have as many bytes as those of the model have elements.
+inline void add_float8(Alignment& alignment, const Heads<void*>& x, const RotaryArgs& rotary) {
+  alignment.add_elements(reinterpret_cast<intptr_t>(x.data));
+  if (rotary.batch > 1) alignment.add_elements(x.stride_b);
+  if (rotary.seq > 1) alignment.add_elements(x.stride_s);
+  if (rotary.q.heads > 1) alignment.add_elements(x.stride_h);
+}
+
 // Of q and k as they are written, of v and of the caches.
 inline Alignment alignment_of_append(const AppendArgs& args) {
   const RotaryArgs& rotary = args.rotary;
@@ -136,12 +149,7 @@ inline Alignment alignment_of_append(const AppendArgs& args) {
   for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
     if (x->heads > 0) alignment.add(x->out, rotary.batch, rotary.seq, x->heads);
   }
-  if (const Heads<void*>& q = args.float8_q.out; q.data != nullptr) {
-    alignment.add_elements(reinterpret_cast<intptr_t>(q.data));
-    if (rotary.batch > 1) alignment.add_elements(q.stride_b);
-    if (rotary.seq > 1) alignment.add_elements(q.stride_s);
-    if (rotary.q.heads > 1) alignment.add_elements(q.stride_h);
-  }
+  if (args.float8_q.out.data != nullptr) add_float8(alignment, args.float8_q.out, rotary);
   if (args.v.heads > 0) alignment.add(args.v.in, rotary.batch, rotary.seq, args.v.heads);
   for (const StoredHeads* x : {&args.k, &args.v}) {
     if (x->heads > 0) add_cache(alignment, args, *x);
