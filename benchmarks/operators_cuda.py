@@ -4,7 +4,7 @@ import torch
 from caches_cuda import append_kv, mla_append, normed_append, shift
 from norms_cuda import norm, norm_backward
 from operator_case import OperatorCase, operator_name
-from rotations_cuda import llama, neox, rotation, rotation_at
+from rotations_cuda import llama, neox, quantize, rotation, rotation_at
 from tables_cuda import backward, rows, table_backward, whole_table
 
 rope = torch.ops.rope
@@ -63,6 +63,7 @@ def cases(quick: bool) -> list[OperatorCase]:
         mla_append("bf16, float8 cache", "prefill", size(PREFILL), FP8),
         shift("bf16", "prefill", size(PREFILL), BF16),
         shift("bf16, float8 cache", "prefill", size(PREFILL), FP8),
+        quantize("bf16, 64 of 512 channels", "prefill", size(PREFILL) // 4),
         norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
         norm("bf16, weights [H, D]", "prefill", size(PREFILL), all_heads=True),
         norm_backward("bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
@@ -77,6 +78,7 @@ def cases(quick: bool) -> list[OperatorCase]:
         *(normed_append("bf16", "decode", n, BF16) for n in (one, some)),
         *(mla_append("bf16", "decode", n, BF16) for n in (one, some)),
         mla_append("bf16, float8 cache", "decode", some, FP8),
+        *(quantize("bf16, 64 of 512 channels", "decode", n) for n in (one, some)),
         *(norm("bf16, weights [D]", "decode", n, all_heads=False) for n in (one, some)),
         norm("bf16, weights [H, D]", "decode", some, all_heads=True),
     ]

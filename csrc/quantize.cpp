@@ -33,7 +33,7 @@ void apply_rotary_quantize(const TokenTensor& x, const Rows& rows, int64_t group
            std::to_string(group_size));
   }
   if (!(eps >= kLeastEps && eps <= 1 / kLeastEps)) {
-    refuse(op, "eps to be between 1e-30 and 1e30", text(eps));
+    refuse(op, "eps to be between 1e-30 and 1e30", std::to_string(eps));
   }
   std::vector<int64_t> of_scales(in.q.sizes().begin(), in.q.sizes().end());
   of_scales.back() = head_dim / group_size;

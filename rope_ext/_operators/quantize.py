@@ -12,6 +12,4 @@ def _quantize_sharding(operator: Operator, given: Given) -> Sharding:
     return rotation_sharding(operator, given, heads=(HEADS, HEADS), is_linear=False)
 
 
-QUANTIZE = (
-    Operator("apply_rotary_quantize", ONE, flops_channel=1, sharding=_quantize_sharding),
-)
+QUANTIZE = (Operator("apply_rotary_quantize", ONE, flops_channel=1, sharding=_quantize_sharding),)
