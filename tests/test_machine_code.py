@@ -38,6 +38,8 @@ MOST_REGISTERS = (
     (r"rms_norm_append_kernel<double", 104),
     (r"rms_norm_(rotary|append)_kernel\b", 96),
     (r"rms_norm_rotary_grad_kernel\b", 128),
+    (r"quantize_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"quantize_kernel", 96),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true", 80),
     (r"append_kernel<\w+, 8, (HalfSplit|Either), LatentCache", 80),
