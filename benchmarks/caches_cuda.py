@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from common import FIRST_POSITION, Case
+from norms_cuda import EPS, MODEL, torch_norm, weights_of, without_eps
 from operator_case import (
     EAGER,
     POSITION_BYTES,
@@ -116,34 +117,100 @@ def eager_append(
     return q, k, k_cache, v_cache
 
 
+def kv_arguments(shape: Case, dtype: torch.dtype) -> Arguments:
+    """q, k and v in bfloat16, and caches of dtype."""
+    q, k = heads_of(shape, MODEL)
+    k_cache, v_cache = (cache_of(shape, dtype, *k.shape[2:]) for _ in "kv")
+    made = {"q": q, "k": k, "v": torch.randn_like(k), "k_cache": k_cache, "v_cache": v_cache}
+    made = {**made, "slot_mapping": slots_of(shape), **rows_of(shape)}
+    return made if dtype == MODEL else {**made, "k_scale": scale(), "v_scale": scale()}
+
+
+def kv_bytes(shape: Case, dtype: torch.dtype) -> int:
+    channels = shape.tokens * shape.k_heads * shape.head_dim
+    stored = channels * MODEL.itemsize + 2 * channels * dtype.itemsize  # v read, k and v written
+    rotated = moved_bytes(shape, shape.heads, MODEL.itemsize, in_place=True)
+    return rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 2)
+
+
 def append_kv(
     form: str, step: str, tokens: int, dtype: torch.dtype, compiled: bool = False
 ) -> OperatorCase:
     """A case in bfloat16, with a cache of dtype."""
-    shape, model = llama(step, tokens), torch.bfloat16
-
-    def arguments() -> Arguments:
-        q, k = heads_of(shape, model)
-        k_cache, v_cache = (cache_of(shape, dtype, *k.shape[2:]) for _ in "kv")
-        made = {"q": q, "k": k, "v": torch.randn_like(k), "k_cache": k_cache, "v_cache": v_cache}
-        made = {**made, "slot_mapping": slots_of(shape), **rows_of(shape)}
-        return made if dtype == model else {**made, "k_scale": scale(), "v_scale": scale()}
-
-    channels = shape.tokens * shape.k_heads * shape.head_dim
-    stored = channels * model.itemsize + 2 * channels * dtype.itemsize  # v read, k and v written
-    rotated = moved_bytes(shape, shape.heads, model.itemsize, in_place=True)
+    shape = llama(step, tokens)
     return OperatorCase(
         rope.apply_rotary_qk_append_kv_.default,
         form,
         shape,
-        arguments,
+        lambda: kv_arguments(shape, dtype),
         lambda a: reference.apply_rotary_qk_append_kv(**in_float64(a)),
-        rotated + stored + row_bytes(shape) + slot_bytes(shape) + scale_bytes(dtype, 2),
+        kv_bytes(shape, dtype),
         {
             "apply_rotary_qk_, two index_copy_": Way(rotate_then_store, flat_slots),
             EAGER: Way(eager_append, eager_append_arguments),
         },
         compiled=compiled,
+    )
+
+
+def norm_then_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    norm_v: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **weights_and_rows: Any,
+) -> tuple[Tensor, ...]:
+    q, k = rope.rms_norm_rotary_qk(q, k, **weights_and_rows)
+    v = torch.nn.functional.rms_norm(v, v.shape[-1:], eps=EPS) if norm_v else v
+    store(k_cache, k.flatten(0, 1), slot_mapping, k_scale)
+    store(v_cache, v.flatten(0, 1), slot_mapping, v_scale)
+    return q, k, v, k_cache, v_cache
+
+
+def eager_normed_append(
+    q_weight: Tensor, k_weight: Tensor, norm_v: bool, xs: list[Tensor], v: Tensor, **rest: Any
+) -> tuple[Tensor, ...]:
+    xs = [torch_norm(x, w, EPS) for x, w in zip(xs, (q_weight, k_weight), strict=True)]
+    v = torch.nn.functional.rms_norm(v, v.shape[-1:], eps=EPS) if norm_v else v
+    q, k, *caches = eager_append(v=v, xs=xs, **rest)
+    return q, k, v, *caches
+
+
+def eager_normed_arguments(arguments: Arguments) -> Arguments:
+    a = {"norm_v": False, **without_eps(arguments)}
+    own = {name: a.pop(name) for name in ("q_weight", "k_weight", "norm_v")}
+    return {**own, **eager_append_arguments(a)}
+
+
+def normed_append(
+    form: str, step: str, tokens: int, dtype: torch.dtype, norm_v: bool = False
+) -> OperatorCase:
+    """A case in bfloat16 with weights [D], with a cache of dtype."""
+    shape = llama(step, tokens)
+
+    def arguments() -> Arguments:
+        weights = dict(zip(("q_weight", "k_weight"), weights_of(shape, False), strict=True))
+        made = {**kv_arguments(shape, dtype), **weights, "eps": EPS}
+        return {**made, "norm_v": True} if norm_v else made
+
+    of_v = shape.tokens * shape.k_heads * shape.head_dim * MODEL.itemsize  # written
+    return OperatorCase(
+        rope.rms_norm_rotary_qk_append_kv_.default,
+        form,
+        shape,
+        arguments,
+        lambda a: reference.rms_norm_rotary_qk_append_kv(**in_float64(a)),
+        kv_bytes(shape, dtype) + 2 * shape.head_dim * MODEL.itemsize + norm_v * of_v,
+        {
+            "rms_norm_rotary_qk, two index_copy_": Way(norm_then_store, flat_slots),
+            EAGER: Way(eager_normed_append, eager_normed_arguments),
+        },
+        roundings=16,
     )
 
 

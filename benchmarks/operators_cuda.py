@@ -1,10 +1,10 @@
 """The cases of the GPU benchmark: every operator of torch.ops.rope, in prefill and in decode."""
 
 import torch
-from caches_cuda import append_kv, mla_append, shift
+from caches_cuda import append_kv, mla_append, normed_append, shift
 from norms_cuda import norm, norm_backward
 from operator_case import OperatorCase, operator_name
-from rotations_cuda import llama, neox, rotation, rotation_at
+from rotations_cuda import llama, neox, quantize, rotation, rotation_at
 from tables_cuda import backward, rows, table_backward, whole_table
 
 rope = torch.ops.rope
@@ -55,10 +55,15 @@ def cases(quick: bool) -> list[OperatorCase]:
         table_backward("bf16, positions", size(PREFILL), positions=True),
         append_kv("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         append_kv("bf16, float8 cache", "prefill", size(PREFILL), FP8, compiled=True),
+        normed_append("bf16", "prefill", size(PREFILL), BF16),
+        normed_append(
+            "bf16, v normalised, float8 cache", "prefill", size(PREFILL), FP8, norm_v=True
+        ),
         mla_append("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         mla_append("bf16, float8 cache", "prefill", size(PREFILL), FP8),
         shift("bf16", "prefill", size(PREFILL), BF16),
         shift("bf16, float8 cache", "prefill", size(PREFILL), FP8),
+        quantize("bf16, 64 of 512 channels", "prefill", size(PREFILL) // 4),
         norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
         norm("bf16, weights [H, D]", "prefill", size(PREFILL), all_heads=True),
         norm_backward("bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
@@ -70,8 +75,10 @@ def cases(quick: bool) -> list[OperatorCase]:
         *(rows("fp32", "decode", n) for n in (some, many)),
         *(append_kv("bf16", "decode", n, BF16, compiled=n == some) for n in (one, some, many)),
         append_kv("bf16, float8 cache", "decode", some, FP8),
+        *(normed_append("bf16", "decode", n, BF16) for n in (one, some)),
         *(mla_append("bf16", "decode", n, BF16) for n in (one, some)),
         mla_append("bf16, float8 cache", "decode", some, FP8),
+        *(quantize("bf16, 64 of 512 channels", "decode", n) for n in (one, some)),
         *(norm("bf16, weights [D]", "decode", n, all_heads=False) for n in (one, some)),
         norm("bf16, weights [H, D]", "decode", some, all_heads=True),
     ]

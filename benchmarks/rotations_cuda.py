@@ -137,6 +137,58 @@ def rotation(
     )
 
 
+# ---- to float8
+
+GROUP = 128  # channels that share a scale
+
+
+def attention_output(step: str, tokens: int) -> Case:
+    """That of DeepSeek-V4's attention: the last 64 of 512 channels rotate."""
+    batch, seq = (1, tokens) if step == "prefill" else (tokens, 1)
+    return Case("DeepSeek-V4", batch, seq, 64, 0, 512, 64, True)
+
+
+def rotate_then_quantize(
+    x: Tensor, out: Tensor, scale_out: Tensor, group_size: int, **rotation: Any
+) -> None:
+    """Rounded to x's dtype between the two."""
+    groups = rope.apply_rotary(x, **rotation).float().unflatten(-1, (-1, group_size))
+    limit = torch.finfo(out.dtype).max
+    torch.div(groups.abs().amax(-1).clamp(min=1e-10), limit, out=scale_out)
+    out.copy_((groups / scale_out[..., None]).clamp(-limit, limit).flatten(-2))
+
+
+def quantize(form: str, step: str, tokens: int) -> OperatorCase:
+    shape = attention_output(step, tokens)
+
+    def arguments() -> Arguments:
+        (x, _) = heads_of(shape, torch.bfloat16)
+        return {
+            "x": x,
+            **rows_of(shape),
+            "rotary_offset": shape.head_dim - shape.rotary_dim,
+            "interleaved": True,
+            "inverse": True,
+            "group_size": GROUP,
+            "out": torch.empty_like(x, dtype=torch.float8_e4m3fn),
+            "scale_out": x.new_empty(*x.shape[:-1], shape.head_dim // GROUP, dtype=torch.float32),
+        }
+
+    channels = shape.tokens * shape.q_heads * shape.head_dim
+    return OperatorCase(
+        rope.apply_rotary_quantize.default,
+        form,
+        shape,
+        arguments,
+        lambda a: reference.apply_rotary_quantize(**in_float64(a)),
+        channels * (2 + 1) + channels // GROUP * 4 + row_bytes(shape),
+        {
+            "apply_rotary, then a scale a group": Way(rotate_then_quantize),
+            EAGER: Way(reference.apply_rotary_quantize),
+        },
+    )
+
+
 # ---- by angles
 
 

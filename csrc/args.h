@@ -205,14 +205,44 @@ struct StoredHeads {
   int64_t scale_stride_h;
 };
 
+// q after its rotation as float8, in the place of the rotation in place: divided by a scale and
+// rounded.
+struct Float8Heads {
+  Heads<void*> out;    // [B, S, H, D], from the first channel on; without data: q stays q's dtype
+  CacheDType dtype;    // of `out`
+  const float* scale;  // one, or one a head; nullptr: 1
+  int64_t scale_stride_h;
+  // [B, S, H]; with data, each head is divided by a scale of its own, which is written here: its
+  // largest magnitude by the largest float8, or 1 if that is 0.
+  Heads<float*> own_scale;
+};
+
+// x (as q, without an output) rotated, and each group of a head's channels divided by a scale of
+// its own and rounded to float8: its largest magnitude, or eps if that is more, by the largest
+// float8.
+struct QuantizeArgs : RotaryArgs {
+  Heads<void*> float8;  // [B, S, H, D], from the first channel on
+  CacheDType float8_dtype;
+  int64_t group_size;  // divides D
+  float eps;
+  bool power_of_two_scales;  // each scale is rounded up to one
+  Heads<float*> scales;      // [B, S, H, D / group_size]
+  int64_t scales_stride_group;
+};
+
+// CUDA has the magnitudes of the groups of a head in shared memory: at most so many.
+inline constexpr int64_t kMostGroups = 8192;
+
 // A rotation in place that changes the order of the pairs holds all channels of a head that rotate
 // at once: at most so many.
 inline constexpr int64_t kMostReordered = 512;
 
-// q and k rotated in place, and k as it is then, and v, written to a cache. A token's slot is
-// block * block_size + offset; it is stored nowhere if it has none, or the cache has no such slot.
+// q and k rotated in place, or q to float8, and k as it is then, and v, written to a cache. A
+// token's slot is block * block_size + offset; it is stored nowhere if it has none, or the cache
+// has no such slot.
 struct AppendArgs {
   RotaryArgs rotary;
+  Float8Heads float8_q;
   StoredHeads k, v;
   bool latent;  // v is one head, of any length, and all of k rotates
   CacheDType cache_dtype;
@@ -220,6 +250,14 @@ struct AppendArgs {
   PositionIds slots;  // of each token, [B, S]
   // Token b * slots_seq + s has a slot if that is below slot_count; the others are not stored.
   int64_t slots_seq, slot_count;
+};
+
+// The same with q and k normalised before they rotate. v, if it has heads here, is normalised in
+// place too, in rows like those of k, without a weight.
+struct RmsNormAppendArgs {
+  AppendArgs append;
+  RmsNorm norm;
+  RotatedHeads v;
 };
 
 // Keys of a paged cache that are rotated in place from the angles of their old positions to

@@ -17,6 +17,7 @@ enum class Dims { AsInSchema, OfTokens, OfCache };
 
 // x, q, k or v; a cache with heads. They come with their dimensions as in the schema.
 struct TokenTensor : Tensor {};
+struct OptionalTokenTensor : OptionalTensor {};
 struct CacheTensor : Tensor {};
 
 class Call {
@@ -27,6 +28,10 @@ class Call {
     T out{};
     if constexpr (std::is_same_v<T, TokenTensor>) {
       take(i, out, Dims::OfTokens);
+    } else if constexpr (std::is_same_v<T, OptionalTokenTensor>) {
+      take(i, out, Dims::OfTokens);
+    } else if constexpr (std::is_same_v<T, OptionalTensor>) {
+      take(i, out, Dims::AsInSchema);
     } else if constexpr (std::is_same_v<T, CacheTensor>) {
       take(i, out, Dims::OfCache);
     } else if constexpr (std::is_same_v<T, Tensor>) {
@@ -58,7 +63,7 @@ class Call {
   ~Call() = default;
 
   virtual void take(size_t i, Tensor& out, Dims dims) = 0;
-  virtual void take(size_t i, OptionalTensor& out) = 0;
+  virtual void take(size_t i, OptionalTensor& out, Dims dims) = 0;
   virtual void take(size_t i, bool& out) = 0;
   virtual void take(size_t i, std::optional<bool>& out) = 0;
   virtual void take(size_t i, int64_t& out) = 0;

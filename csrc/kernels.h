@@ -16,12 +16,15 @@ void cos_sin(const CosSinArgs& args);
 void cos_sin_grad(const CosSinGradArgs& args);
 void apply_rotary_append(const AppendArgs& args);
 void rms_norm_rotary(const RmsNormRotaryArgs& args);
+void rms_norm_rotary_append(const RmsNormAppendArgs& args);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
 void shift_cached_k(const ShiftArgs& args);
+void apply_rotary_quantize(const QuantizeArgs& args);
 
-constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,      &rotary_table_grad,
-                              &cos_sin,         &cos_sin_grad,         &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_grad, &shift_cached_k};
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad,
+                              &shift_cached_k,  &apply_rotary_quantize};
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -33,13 +36,16 @@ void cos_sin(const CosSinArgs& args, void* stream);
 void cos_sin_grad(const CosSinGradArgs& args, void* stream);
 void apply_rotary_append(const AppendArgs& args, void* stream);
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream);
+void rms_norm_rotary_append(const RmsNormAppendArgs& args, void* stream);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream);
 void shift_cached_k(const ShiftArgs& args, void* stream);
+void apply_rotary_quantize(const QuantizeArgs& args, void* stream);
 
 #if defined(ROPE_EXT_CUDA)
-constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,      &rotary_table_grad,
-                              &cos_sin,         &cos_sin_grad,         &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_grad, &shift_cached_k};
+constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
+                              &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad,
+                              &shift_cached_k,  &apply_rotary_quantize};
 #else
 constexpr std::tuple<> kKernels;  // a build without CUDA
 #endif

@@ -18,6 +18,7 @@ struct Inputs {
   TensorView kv_cache;              // [blocks, block_size, rank + R]
   TensorView slot_mapping;          // [B, S], [B * S] or [T], the last two or shorter
   std::optional<TensorView> scale;  // one
+  std::optional<TensorView> q_out, q_scale, q_scale_out;  // like q; one, or [H]; [B, S, H]
 };
 
 // Tables have one angle a pair. With as many columns as k_pe has channels, cos has one a channel.
@@ -97,29 +98,46 @@ AppendArgs check(const Inputs& in) {
   args.v = stored(latent, rank);
   check_scale(op, "scale", in.scale, in.kv_cache, q, args, args.k);
   args.v.scale = args.k.scale;
+  check_float8_q(op, in.q_out, in.q_scale, in.q_scale_out, q, args);
   check_slots(op, in.slot_mapping, q, args);
   return args;
 }
 
 void check_memory(const Inputs& in) {
   const RotaryInputs& rotary = in.rotary;
-  const Named written[] = {{"q", rotary.q}, {"k_pe", in.k_pe}, {"kv_cache", in.kv_cache}};
+  const Named written[] = {{"q", rotary.q},
+                           {"k_pe", in.k_pe},
+                           {"kv_cache", in.kv_cache},
+                           {"q_out", in.q_out},
+                           {"q_scale_out", in.q_scale_out}};
   const Named read[] = {
-      {"kv_c", in.kv_c},   {"slot_mapping", in.slot_mapping},     {"cos", rotary.cos},
-      {"sin", rotary.sin}, {"position_ids", rotary.position_ids}, {"scale", in.scale}};
+      {"kv_c", in.kv_c},      {"slot_mapping", in.slot_mapping},     {"cos", rotary.cos},
+      {"sin", rotary.sin},    {"position_ids", rotary.position_ids}, {"scale", in.scale},
+      {"q_scale", in.q_scale}};
   check_written(rotary.op, written, read);
 }
 
 void apply_rotary_mla_append_(const Tensor& q, const Tensor& k_pe, const Tensor& kv_c,
                               const Tensor& kv_cache, const Tensor& slot_mapping, const Rows& rows,
-                              const OptionalTensor& scale, const PairOrder& rotation) {
+                              const OptionalTensor& scale,
+                              const Float8Query<OptionalTensor>& float8_q,
+                              const PairOrder& rotation) {
   const char* const op = "apply_rotary_mla_append_";
-  Inputs in{{op, q, nullptr, rows, rotation}, k_pe, kv_c, kv_cache, slot_mapping, view(scale)};
+  Inputs in{{op, q, nullptr, rows, rotation},
+            k_pe,
+            kv_c,
+            kv_cache,
+            slot_mapping,
+            view(scale),
+            view(float8_q.q_out),
+            view(float8_q.q_scale),
+            view(float8_q.q_scale_out)};
   in.rotary.q_name = "q";
   check_device_supported(op, in.rotary.q);
   AppendArgs args = check(in);
   check_memory(in);
   set_in_place(args.rotary, args.rotary.q, q);
+  set_float8_q(args.rotary, args.float8_q, float8_q.q_out, float8_q.q_scale_out);
   const Heads<const void*>& k = args.k.in;
   void* const k_data = k_pe.mutable_data_ptr();
   args.rotary.k.in.data = args.k.in.data = k_data;

@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "call.h"
 #include "tensor.h"
 
 namespace rope {
@@ -55,6 +56,18 @@ struct NormOptions {
 
   double eps;
   bool unit_offset;
+};
+
+// {float8_q}. Out: OptionalTensor, or OptionalTokenTensor where q is a TokenTensor.
+template <class Out>
+struct Float8Query {
+  using Parameters = std::tuple<Out, OptionalTensor, OptionalTensor>;
+  static std::string schema() {
+    return "Tensor(x!)? q_out=None, Tensor? q_scale=None, Tensor(y!)? q_scale_out=None";
+  }
+
+  Out q_out;
+  OptionalTensor q_scale, q_scale_out;
 };
 
 // The keywords of a rotation. An operator that has not all of them leaves the others as they are.

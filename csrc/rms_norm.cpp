@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "check/heads.h"
+#include "check/norm.h"
 #include "check/rotation.h"
 #include "host/device.h"
 #include "host/outputs.h"
@@ -25,59 +26,6 @@ struct Inputs {
   NormOptions norm;
 };
 
-// weight: [D], or [H, D] for the H heads of x. Sets dtype, and returns the pointer to the first
-// channel that rotates.
-const void* check_weight(const char* op, const char* name, const TensorView& weight,
-                         const char* x_name, const TensorView& x, const RotaryArgs& rotary,
-                         DType& dtype) {
-  const int64_t heads = x.size(x.dim() - 2), rank = weight.dim();
-  const bool fits = (rank == 1 || (rank == 2 && weight.size(0) == heads)) &&
-                    weight.size(rank - 1) == rotary.head_dim;
-  if (!fits) {
-    refuse(op,
-           text(name, " to have shape [", rotary.head_dim, "] or [", heads, ", ", rotary.head_dim,
-                "], the heads and head_dim of ", x_name),
-           shape_text(weight));
-  }
-  if (weight.scalar_type() != x.scalar_type() && weight.scalar_type() != ScalarType::Float) {
-    const std::string of_x = dtype_text(x.scalar_type());
-    refuse(op,
-           x.scalar_type() == ScalarType::Float
-               ? text(name, " of ", x_name, "'s dtype ", of_x)
-               : text(name, " of ", x_name, "'s dtype ", of_x, " or float32"),
-           dtype_text(weight.scalar_type()));
-  }
-  check_device(op, name, weight, x_name, x);
-  check_last_stride(op, name, weight);
-  dtype = *dtype_of(weight.scalar_type());
-  const auto* const data = static_cast<const char*>(weight.const_data_ptr());
-  return data == nullptr ? nullptr : data + rotary.rotary_offset * size_of(dtype);
-}
-
-RmsNorm check_norm(const Inputs& in, const RotaryArgs& rotary) {
-  const char* const op = in.rotary.op;
-  const TensorView &q = in.rotary.q, &k = *in.rotary.k;
-  RmsNorm norm{};
-  norm.q_weight = check_weight(op, "q_weight", in.q_weight, "q", q, rotary, norm.dtype);
-  norm.k_weight = check_weight(op, "k_weight", in.k_weight, "k", k, rotary, norm.dtype);
-  check_dtype_like(op, "k_weight", in.k_weight, "q_weight", in.q_weight);
-  norm.all_heads = in.q_weight.dim() == 2;
-  if (in.k_weight.dim() != in.q_weight.dim()) {
-    refuse(op,
-           text("k_weight to have ", in.q_weight.dim(), " dimension", norm.all_heads ? "s" : "",
-                ", as q_weight has"),
-           shape_text(in.k_weight));
-  }
-  if (norm.all_heads) {
-    norm.q_stride_h = in.q_weight.stride(0);
-    norm.k_stride_h = in.k_weight.stride(0);
-  }
-  norm.eps = in.norm.eps;
-  norm.unit_offset = in.norm.unit_offset;
-  if (!(in.norm.eps >= 0)) refuse(op, "eps to be at least 0", std::to_string(in.norm.eps));
-  return norm;
-}
-
 // Makes it the transposed rotation, for gradients: this reads the pairs in the order of the result.
 // The columns of the table keep their order.
 void transpose(RotaryArgs& rotary) {
@@ -93,7 +41,7 @@ std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const TokenTensor& q, const TokenT
   check_device_supported(in.rotary.op, in.rotary.q);
   RmsNormRotaryArgs args{};
   args.rotary = check_apply_rotary(in.rotary);
-  args.norm = check_norm(in, args.rotary);
+  args.norm = check_norm(in.rotary, in.q_weight, in.k_weight, in.norm, args.rotary);
   Tensor out_q = dense_like(q), out_k = dense_like(k);
   set_output(args.rotary, args.rotary.q, out_q);
   set_output(args.rotary, args.rotary.k, out_k);
@@ -109,7 +57,7 @@ RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorVie
   if (!grad_q && !grad_k) refuse(op, "grad_q or grad_k", "neither");
   RmsNormRotaryGradArgs args{};
   args.rotary = check_apply_rotary(in.rotary);
-  args.norm = check_norm(in, args.rotary);
+  args.norm = check_norm(in.rotary, in.q_weight, in.k_weight, in.norm, args.rotary);
   args.q = args.rotary.q.in;
   args.k = args.rotary.k.in;
   const auto set_grad = [&](const char* name, const std::optional<TensorView>& grad,

@@ -16,6 +16,10 @@
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
 //                  [T], the last two may be shorter; negative, or past the end: it is not stored
+//   q_out          like q, of float8: all channels of q go there, and q itself stays as it is;
+//   divided
+//                  by q_scale, float32 of one element or [H], or by a scale of each head of each
+//                  token, which q_scale_out, float32 [B, S, H] or [T, H], receives
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
@@ -44,16 +48,26 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk.out(Tensor q, Tensor k, {rows}, *, {rotation}, Tensor(a!) out_q, "
     "Tensor(b!) out_k) -> ()",
 
+    // Rotates x, and writes it to out, like x, of float8: divided by a scale of each group of
+    // group_size channels, which scale_out, float32 [.., H, D / group_size], receives
+    "apply_rotary_quantize(Tensor x, {rows}, *, int group_size=128, float eps=1e-10, "
+    "bool power_of_two_scales=False, {rotation}, Tensor(a!) out, Tensor(b!) scale_out) -> ()",
+
     // Rotates q and k in place, and writes the rotated k and v [.., Hk, D] to the caches; float8:
     // divided by a scale, float32 of one element or [Hk]
     "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
     "Tensor(d!) v_cache, Tensor slot_mapping, {rows}, *, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, {rotation_of_kv}) -> ()",
+    "Tensor? v_scale=None, {float8_q}, {rotation_of_kv}) -> ()",
+    // The same with q and k normalised by RMSNorm before they rotate, and v, if norm_v, in place
+    // too, without a weight
+    "rms_norm_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor(d!) k_cache, "
+    "Tensor(e!) v_cache, Tensor slot_mapping, {weights}, {rows}, *, {norm}, bool norm_v=False, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, {float8_q}, {rotation_of_kv}) -> ()",
     // Rotates the last R channels of q, and k_pe [B, S, R] or [T, R] (or with one head), in place,
     // and writes kv_c [.., rank] | k_pe to kv_cache [blocks, block_size, rank + R]; scale: one
     // element
     "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
-    "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {pair_order}) -> ()",
+    "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {float8_q}, {pair_order}) -> ()",
     // Rotates the keys in the slots [N] of k_cache, in place, from old_position_ids [N] to
     // new_position_ids [N], by position * inv_freq; new_inv_freq [P]: the frequencies change too
     "shift_cached_k_(Tensor(a!) k_cache, Tensor slot_mapping, Tensor old_position_ids, "
@@ -103,6 +117,7 @@ std::string filled_in(std::string schema) {
       {"{table}", TableOptions::schema()},
       {"{weights}", NormWeights::schema()},
       {"{norm}", NormOptions::schema()},
+      {"{float8_q}", Float8Query<OptionalTensor>::schema()},
   };
   for (const auto& [name, parameters] : packs) {
     const size_t at = schema.find(name);
@@ -139,7 +154,8 @@ const std::vector<Operator>& operators() {
     std::vector<Operator> out;
     for (const auto family :
          {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
-          kv_cache_operators, latent_cache_operators, cached_keys_operators, rms_norm_operators}) {
+          kv_cache_operators, latent_cache_operators, cached_keys_operators, quantize_operators,
+          rms_norm_operators}) {
       const std::vector<Operator> its = family();
       out.insert(out.end(), its.begin(), its.end());
     }

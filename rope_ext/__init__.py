@@ -66,10 +66,12 @@ from rope_ext.angles import cos_sin, cos_sin_cache  # noqa: E402
 from rope_ext.kv_cache import (  # noqa: E402
     apply_rotary_mla_append_,
     apply_rotary_qk_append_kv_,
+    rms_norm_rotary_qk_append_kv_,
     shift_cached_k_,
 )
 from rope_ext.lowering import lowering  # noqa: E402
 from rope_ext.module import RotaryEmbedding  # noqa: E402
+from rope_ext.quantize import apply_rotary_quantize  # noqa: E402
 from rope_ext.rms_norm import rms_norm_rotary_qk  # noqa: E402
 from rope_ext.rotation import apply_rotary, apply_rotary_qk  # noqa: E402
 from rope_ext.rotation_by_angles import apply_rotary_qk_at  # noqa: E402
@@ -85,6 +87,7 @@ __all__ = [
     "apply_rotary_qk",
     "apply_rotary_qk_append_kv_",
     "apply_rotary_qk_at",
+    "apply_rotary_quantize",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",
@@ -92,6 +95,7 @@ __all__ = [
     "positions",
     "reference",
     "rms_norm_rotary_qk",
+    "rms_norm_rotary_qk_append_kv_",
     "shift_cached_k_",
 ]
 

@@ -1,5 +1,6 @@
 """Rotations that also write a paged KV cache, one pass and one launch a layer, and of keys in it.
-All are for inference.
+
+With RMSNorm before the rotation too. All are for inference.
 """
 
 from typing import Any, Literal
@@ -11,11 +12,17 @@ from torch.compiler import is_dynamo_compiling
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
 from rope_ext._engine.direct import direct_call
-from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, rotation_options
+from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, norm_options, rotation_options
 
 rope = torch.ops.rope
-_append_kv, _append_latent, _shift = map(
-    direct_call, ("apply_rotary_qk_append_kv_", "apply_rotary_mla_append_", "shift_cached_k_")
+_append_kv, _append_normed, _append_latent, _shift = map(
+    direct_call,
+    (
+        "apply_rotary_qk_append_kv_",
+        "rms_norm_rotary_qk_append_kv_",
+        "apply_rotary_mla_append_",
+        "shift_cached_k_",
+    ),
 )
 
 CacheLayout = Literal["NHD", "HND"]
@@ -34,6 +41,9 @@ def apply_rotary_qk_append_kv_(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
     rotary_dim: int | None = None,
     rotary_offset: int = 0,
     interleaved: bool = False,
@@ -65,6 +75,14 @@ def apply_rotary_qk_append_kv_(
             stored. Too large values become the largest finite value of the dtype; NaN stays NaN.
             None: 1.
         v_scale: as k_scale.
+        q_out: float8_e4m3fn or float8_e5m2, of q's shape, in the same layout, for attention kernels
+            that take float8 queries: all channels of the rotated q, rounded to q's dtype, are
+            divided by a scale, rounded as for the cache, and written here. q itself then stays as
+            it is.
+        q_scale: float32 of one element or [H], finite and above 0, for q_out. None: 1.
+        q_scale_out: float32 [B, S, H] for every layout, or [T, H] if packed, instead of q_scale:
+            each head of each token is divided by a scale of its own, which is written here: its
+            largest magnitude by the largest finite value of q_out's dtype, or 1 if that is 0.
 
     Raises:
         RuntimeError: for an invalid argument, before any tensor is modified. The message names the
@@ -84,23 +102,100 @@ def apply_rotary_qk_append_kv_(
     if not is_dynamo_compiling():
         done = _append_kv(
             layout, cache_layout, None, q, k, v, k_cache, v_cache, slot_mapping, cos, sin,
-            position_ids, k_scale, v_scale, rotary_dim, rotary_offset, interleaved, inverse,
+            position_ids, k_scale, v_scale, q_out, q_scale, q_scale_out, rotary_dim, rotary_offset,
+            interleaved, inverse,
         )  # fmt: skip
         if done is None:
             return
     try:
         name = "apply_rotary_qk_append_kv_"
         options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
-        _add_scales(options, k_scale=k_scale, v_scale=v_scale)
-        views = (as_bshd(x, layout, name, at) for x, at in ((q, "q"), (k, "k"), (v, "v")))
-        caches = (
-            _as_nhd(cache, cache_layout, name, at)
-            for cache, at in ((k_cache, "k_cache"), (v_cache, "v_cache"))
-        )
-        args = (*views, *caches, slot_mapping, cos, sin, position_ids)
-        call(rope.apply_rotary_qk_append_kv_, args, options, (q, k, k_cache, v_cache))
+        options |= _given(k_scale=k_scale, v_scale=v_scale, q_scale=q_scale)
+        options |= (outs := _given(q_out=q_out, q_scale_out=q_scale_out))
+        if q_out is not None:
+            options["q_out"] = as_bshd(q_out, layout, name, "q_out")
+        views = _views(name, layout, cache_layout, q, k, v, k_cache, v_cache)
+        args = (*views, slot_mapping, cos, sin, position_ids)
+        written = (q, k, k_cache, v_cache, *outs.values())
+        call(rope.apply_rotary_qk_append_kv_, args, options, written)
     except Exception:
         raise_argument_error(apply_rotary_qk_append_kv_)
+        raise
+
+
+def rms_norm_rotary_qk_append_kv_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    norm_v: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    inverse: bool = False,
+    layout: Layout = "bshd",
+    cache_layout: CacheLayout = "NHD",
+) -> None:
+    """Normalises q and k by RMSNorm and rotates them in place, and writes k and v to a paged cache.
+
+    q and k get the bits of :func:`rope_ext.rms_norm_rotary_qk`, and the caches those of
+    :func:`rope_ext.apply_rotary_qk_append_kv_` for them. This is for inference: nothing may need a
+    gradient.
+
+    Args:
+        q, k, k_cache, v_cache, slot_mapping, cos, sin, position_ids, k_scale, v_scale, q_out,
+            q_scale, q_scale_out, layout, cache_layout: as for
+            :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        v: of k's shape and dtype, in the same layout; it may share memory with nothing else.
+        q_weight, k_weight, eps, unit_offset: as for :func:`rope_ext.rms_norm_rotary_qk`.
+        norm_v: v is normalised too, in place, without a weight (Gemma 4): a row is a head, or with
+            weights [H, D] all heads of a token.
+        rotary_dim, rotary_offset, interleaved, inverse: as for :func:`rope_ext.apply_rotary_qk`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+
+    Source: as of those two; Gemma4RMSNorm of transformers (with_scale=False).
+    """
+    if not is_dynamo_compiling():
+        done = _append_normed(
+            layout, cache_layout, None, q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight,
+            cos, sin, position_ids, eps, unit_offset, norm_v, k_scale, v_scale, q_out, q_scale,
+            q_scale_out, rotary_dim, rotary_offset, interleaved, inverse,
+        )  # fmt: skip
+        if done is None:
+            return
+    try:
+        name = "rms_norm_rotary_qk_append_kv_"
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, None, inverse)
+        options |= norm_options(eps, unit_offset)
+        if norm_v:
+            options["norm_v"] = norm_v
+        options |= _given(k_scale=k_scale, v_scale=v_scale, q_scale=q_scale)
+        options |= (outs := _given(q_out=q_out, q_scale_out=q_scale_out))
+        if q_out is not None:
+            options["q_out"] = as_bshd(q_out, layout, name, "q_out")
+        views = _views(name, layout, cache_layout, q, k, v, k_cache, v_cache)
+        args = (*views, slot_mapping, q_weight, k_weight, cos, sin, position_ids)
+        written = (q, k, v, k_cache, v_cache, *outs.values())
+        call(rope.rms_norm_rotary_qk_append_kv_, args, options, written)
+    except Exception:
+        raise_argument_error(rms_norm_rotary_qk_append_kv_)
         raise
 
 
@@ -115,6 +210,9 @@ def apply_rotary_mla_append_(
     position_ids: Tensor | None = None,
     *,
     scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
     interleaved: bool = False,
     interleaved_out: bool | None = None,
 ) -> None:
@@ -137,6 +235,7 @@ def apply_rotary_mla_append_(
         position_ids: as for :func:`rope_ext.apply_rotary`.
         scale: float32 of one element, for a float8 cache: as k_scale of
             :func:`rope_ext.apply_rotary_qk_append_kv_`, for the whole row.
+        q_out, q_scale, q_scale_out: as there: all of q, also the channels that do not rotate.
         interleaved, interleaved_out: as for :func:`rope_ext.apply_rotary`. DeepSeek-V3's pairs are
             neighbours that become halves (True, False), which works in place for R up to 512.
 
@@ -149,15 +248,16 @@ def apply_rotary_mla_append_(
     if not is_dynamo_compiling():
         done = _append_latent(
             None, None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
-            interleaved, interleaved_out,
+            q_out, q_scale, q_scale_out, interleaved, interleaved_out,
         )  # fmt: skip
         if done is None:
             return
     try:
         options = rotation_options(interleaved=interleaved, interleaved_out=interleaved_out)
-        _add_scales(options, scale=scale)
+        options |= _given(scale=scale, q_scale=q_scale)
+        options |= (outs := _given(q_out=q_out, q_scale_out=q_scale_out))
         args = (q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids)
-        call(rope.apply_rotary_mla_append_, args, options, (q, k_pe, kv_cache))
+        call(rope.apply_rotary_mla_append_, args, options, (q, k_pe, kv_cache, *outs.values()))
     except Exception:
         raise_argument_error(apply_rotary_mla_append_)
         raise
@@ -233,8 +333,21 @@ def shift_cached_k_(
         raise
 
 
-def _add_scales(options: dict[str, Any], **scales: Tensor | None) -> None:
-    options.update({name: scale for name, scale in scales.items() if scale is not None})
+def _given(**tensors: Tensor | None) -> dict[str, Any]:
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def _views(
+    function: str, layout: str, cache_layout: str, q: Tensor, k: Tensor, v: Tensor,
+    k_cache: Tensor, v_cache: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The tensors as [B, S, H, D] or [T, H, D], and the caches as [blocks, block_size, Hk, D]."""
+    xs = (("q", q), ("k", k), ("v", v))
+    caches = (("k_cache", k_cache), ("v_cache", v_cache))
+    return (
+        *(as_bshd(x, layout, function, name) for name, x in xs),
+        *(_as_nhd(cache, cache_layout, function, name) for name, cache in caches),
+    )
 
 
 def _as_nhd(cache: Tensor, layout: str, function: str, name: str) -> Tensor:

@@ -43,6 +43,16 @@ def rotation_options(
     return options
 
 
+def norm_options(eps: float, unit_offset: bool) -> dict[str, Any]:
+    """The keywords of RMSNorm, likewise."""
+    options: dict[str, Any] = {}
+    if eps != 1e-6:
+        options["eps"] = eps
+    if unit_offset:
+        options["unit_offset"] = unit_offset
+    return options
+
+
 def check_order_stays(function: str, options: dict[str, Any], inplace: object = True) -> None:
     """Raises if an in-place rotation would change the order of the pairs. The operators raise too,
     but a graph rotates out of place, so its operators would not.

@@ -63,17 +63,17 @@ def rms_norm_rotary_qk(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
-
-    def normalised(x: Tensor, weight: Tensor) -> Tensor:
-        row = (-1,) if weight.dim() == 1 else (-2, -1)
-        mean = x.square().mean(row, keepdim=True)
-        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
-
     rows = cos, sin, position_ids
     return (
-        apply_rotary(normalised(q, q_weight), *rows, **options),
-        apply_rotary(normalised(k, k_weight), *rows, **options),
+        apply_rotary(_normalised(q, q_weight, eps, unit_offset), *rows, **options),
+        apply_rotary(_normalised(k, k_weight, eps, unit_offset), *rows, **options),
     )
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    row = (-1,) if weight.dim() == 1 else (-2, -1)
+    mean = x.square().mean(row, keepdim=True)
+    return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -128,17 +128,58 @@ def apply_rotary_qk_append_kv(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """As :func:`rope_ext.apply_rotary_qk_append_kv_` on [B, S, H, D] or [T, H, D] and caches
     [blocks, block_size, Hk, D], but nothing is written.
 
     Returns:
-        What q, k, k_cache and v_cache become.
+        What q, k, k_cache and v_cache become; then q_out and q_scale_out, where given.
     """
-    q, k = (apply_rotary(x, cos, sin, position_ids, **options) for x in (q, k))
+    rotated, k = (apply_rotary(x, cos, sin, position_ids, **options) for x in (q, k))
+    q, *float8 = _as_float8(q, rotated, q_out, q_scale, q_scale_out)
     k_cache = _stored(k_cache, k, slot_mapping, k_scale)
-    return q, k, k_cache, _stored(v_cache, v, slot_mapping, v_scale)
+    return q, k, k_cache, _stored(v_cache, v, slot_mapping, v_scale), *float8
+
+
+def rms_norm_rotary_qk_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    norm_v: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """As :func:`rope_ext.rms_norm_rotary_qk_append_kv_`, but nothing is written.
+
+    Returns:
+        What q, k, v, k_cache and v_cache become; then q_out and q_scale_out, where given.
+    """
+    rows = q_weight, k_weight, cos, sin, position_ids
+    rotated, k = rms_norm_rotary_qk(q, k, *rows, eps=eps, unit_offset=unit_offset, **options)
+    q, *float8 = _as_float8(q, rotated, q_out, q_scale, q_scale_out)
+    if norm_v:
+        v = _normalised(v, torch.ones_like(k_weight), eps, unit_offset=False)
+    k_cache = _stored(k_cache, k, slot_mapping, k_scale)
+    return q, k, v, k_cache, _stored(v_cache, v, slot_mapping, v_scale), *float8
 
 
 def apply_rotary_mla_append(
@@ -152,22 +193,80 @@ def apply_rotary_mla_append(
     position_ids: Tensor | None = None,
     *,
     scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    q_scale_out: Tensor | None = None,
     interleaved: bool = False,
     interleaved_out: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """As :func:`rope_ext.apply_rotary_mla_append_`, but nothing is written.
 
     Returns:
-        What q, k_pe and kv_cache become.
+        What q, k_pe and kv_cache become; then q_out and q_scale_out, where given.
     """
     options: dict[str, Any] = {"interleaved": interleaved, "interleaved_out": interleaved_out}
     rows, last = (cos, sin, position_ids), q.shape[-1] - 2 * cos.shape[-1]
-    q = apply_rotary(q, *rows, rotary_offset=last, **options)
+    rotated = apply_rotary(q, *rows, rotary_offset=last, **options)
+    q, *float8 = _as_float8(q, rotated, q_out, q_scale, q_scale_out)
     one_head = k_pe.unsqueeze(-2) if k_pe.dim() < q.dim() else k_pe
     one_head = apply_rotary(one_head, *rows, **options)
     row = torch.cat((kv_c.unsqueeze(-2), one_head), -1)
     kv_cache = _stored(kv_cache.unsqueeze(2), row, slot_mapping, scale).squeeze(2)
-    return q, one_head.reshape(k_pe.shape), kv_cache
+    return q, one_head.reshape(k_pe.shape), kv_cache, *float8
+
+
+def apply_rotary_quantize(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    out: Tensor,
+    scale_out: Tensor,
+    group_size: int = 128,
+    eps: float = 1e-10,
+    power_of_two_scales: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_quantize` on x [B, S, H, D] or [T, H, D], but nothing is
+    written.
+
+    Returns:
+        What out and scale_out become.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rotated = apply_rotary(wide, cos, sin, position_ids, **options)
+    groups = rotated.unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1).float().clamp(min=eps) / torch.finfo(out.dtype).max
+    if power_of_two_scales:
+        mantissa, exponent = torch.frexp(scale)  # of [0.5, 1)
+        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = torch.where(scale.isfinite(), rounded, scale)
+    return _rounded(groups, out.dtype, scale).flatten(-2), scale
+
+
+def _as_float8(
+    q: Tensor, rotated: Tensor, out: Tensor | None, scale: Tensor | None, scale_out: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What q becomes, and out and scale_out if they are given."""
+    if out is None:
+        return (rotated,)
+    if scale_out is None:
+        return q, _rounded(rotated, out.dtype, scale)
+    scale = rotated.abs().amax(-1).float() / torch.finfo(out.dtype).max
+    scale = torch.where(scale == 0, 1.0, scale)
+    return q, _rounded(rotated, out.dtype, scale), scale
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """x [.., H, D], divided by the scale, one or [.., H], as dtype."""
+    if scale is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) / scale.to(wide).unsqueeze(-1)
+    if dtype.itemsize == 1:  # as PyTorch rounds to a float8, but saturating
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
 
 
 def shift_cached_k(
@@ -202,13 +301,8 @@ def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Te
     """A copy of the cache with the heads [.., Hk, D] of each token in its slot."""
     slots = slots.flatten()
     rows = x.flatten(0, -3)[: len(slots)]  # tokens past the end of slots are not stored
-    if scale is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows = rows.to(wide) / scale.to(wide).reshape(-1, 1)
-    if cache.dtype.itemsize == 1:  # as PyTorch rounds to a float8, but saturating
-        limit = torch.finfo(cache.dtype).max
-        rows = rows.clamp(-limit, limit)
+    rows = _rounded(rows, cache.dtype, scale)
     pages = cache.flatten(0, 1).clone()
     as_bytes = pages.view(torch.uint8)
-    as_bytes[slots[slots >= 0]] = rows[slots >= 0].to(cache.dtype).view(torch.uint8)
+    as_bytes[slots[slots >= 0]] = rows[slots >= 0].view(torch.uint8)
     return pages.view(cache.shape)

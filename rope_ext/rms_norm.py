@@ -7,7 +7,7 @@ from torch.compiler import is_dynamo_compiling
 from rope_ext._argument_errors import raise_argument_error
 from rope_ext._engine.calls import call
 from rope_ext._engine.direct import direct_call
-from rope_ext.options import Layout, as_bshd, from_bshd, rotation_options
+from rope_ext.options import Layout, as_bshd, from_bshd, norm_options, rotation_options
 
 _norm_and_rotate = direct_call("rms_norm_rotary_qk")
 
@@ -73,10 +73,7 @@ def rms_norm_rotary_qk(
             return rotated
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-        if eps != 1e-6:
-            options["eps"] = eps
-        if unit_offset:
-            options["unit_offset"] = unit_offset
+        options |= norm_options(eps, unit_offset)
         function = "rms_norm_rotary_qk"
         views = as_bshd(q, layout, function, "q"), as_bshd(k, layout, function, "k")
         args = (*views, q_weight, k_weight, cos, sin, position_ids)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import (
     assert_same_bits,
+    on_cpu,
     random,
     random_cache,
     random_positions,
@@ -28,18 +29,24 @@ F8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Appending:
-    """operator and function: return nothing. reference: what the tensors in `written` become."""
+    """operator and function: return nothing. reference: what the tensors in `written` become, from
+    copies on the CPU or, with on_device, from the arguments themselves.
+    """
 
     operator: torch._ops.OpOverloadPacket
     function: Callable[..., None]
     reference: Callable[..., tuple[torch.Tensor, ...]]
     arguments: Callable[..., dict[str, Any]]  # (device, dtype, cache dtype) and sizes
     written: tuple[str, ...]
+    on_device: bool = False
 
     def expected_of(self, arguments):
         """What the written tensors become."""
-        on_host = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-        return dict(zip(self.written, self.reference(**on_host), strict=True))
+        if not self.on_device:
+            arguments = {n: x.cpu() if isinstance(x, torch.Tensor) else x
+                         for n, x in arguments.items()}  # fmt: skip
+        written = *self.written, *(n for n in ("q_out", "q_scale_out") if n in arguments)
+        return dict(zip(written, self.reference(**arguments), strict=True))
 
     def append(self, arguments, function=None):
         """Calls the operator, or a function with its parameters."""
@@ -118,12 +125,55 @@ def of_a_latent(
     return made
 
 
+def of_normed_keys_and_values(
+    device, dtype=torch.float32, cache_dtype=None, *, weights=None, **how
+):
+    """weights: their dtype."""
+    made = of_keys_and_values(device, dtype, cache_dtype, **how)
+    for name, seed in (("q_weight", 7), ("k_weight", 8)):
+        made[name] = random(how.get("dim", D), dtype=weights or dtype, device=device, seed=seed)
+    return made
+
+
+def norm_then_append(
+    q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight, cos, sin, position_ids=None, *,
+    norm_v=False, k_scale=None, v_scale=None, q_out=None, q_scale=None, q_scale_out=None,
+    **options,
+):  # fmt: skip
+    """By the operator that normalises, on the device: sums are in another order on another one. v
+    is normalised as k is, with factors of 1, and not rotated: by cos = 1 and sin = 0.
+    """
+    norm_and_rotate = torch.ops.rope.rms_norm_rotary_qk
+    rotated = norm_and_rotate(q, k, q_weight, k_weight, cos, sin, position_ids, **options)
+    if norm_v:
+        factor = 0.0 if options.get("unit_offset") else 1.0
+        one, zero, factors = (torch.full(t.shape, x, dtype=t.dtype).to(t.device)
+                              for t, x in ((cos, 1.0), (sin, 0.0), (k_weight, factor)))  # fmt: skip
+        normed = norm_and_rotate(q, v, q_weight, factors, one, zero, position_ids, **options)[1]
+        v = normed.cpu().copysign(v.cpu())  # -0 - 0 is 0
+    q, rotated_q, k = on_cpu((q, *rotated))
+    v, *caches, slots = on_cpu((v, k_cache, v_cache, slot_mapping))
+    scales = on_cpu((k_scale, v_scale))
+    q, *float8 = reference._as_float8(q, rotated_q, *on_cpu((q_out, q_scale, q_scale_out)))
+    stored = (reference._stored(cache, x, slots, scale)
+              for cache, x, scale in zip(caches, (k, v), scales, strict=True))  # fmt: skip
+    return q, k, v, *stored, *float8
+
+
 KV = Appending(
     torch.ops.rope.apply_rotary_qk_append_kv_,
     rope_ext.apply_rotary_qk_append_kv_,
     reference.apply_rotary_qk_append_kv,
     of_keys_and_values,
     ("q", "k", "k_cache", "v_cache"),
+)
+NORMED = Appending(
+    torch.ops.rope.rms_norm_rotary_qk_append_kv_,
+    rope_ext.rms_norm_rotary_qk_append_kv_,
+    norm_then_append,
+    of_normed_keys_and_values,
+    ("q", "k", "v", "k_cache", "v_cache"),
+    on_device=True,
 )
 LATENT = Appending(
     torch.ops.rope.apply_rotary_mla_append_,

@@ -1,4 +1,4 @@
-"""Both operators that write to a paged cache: slots, memory, refusals, and features of PyTorch."""
+"""The operators that write to a paged cache: slots, memory, refusals, and features of PyTorch."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from appending import (
     F8,
     KV,
     LATENT,
+    NORMED,
     RANK,
     SLOTS,
     B,
@@ -28,7 +29,7 @@ from torch.distributed.tensor import Replicate, Shard
 TO_HALVES = ORDERS["neighbours to halves"]  # held in a buffer on the way
 
 
-@pytest.fixture(params=[KV, LATENT], ids=["kv", "latent"])
+@pytest.fixture(params=[KV, NORMED, LATENT], ids=["kv", "normed", "latent"])
 def appending(request):
     return request.param
 
@@ -64,7 +65,7 @@ def test_only_what_is_rotated_or_stored_of_a_view_is_written(
 
         given[name] = table(base, *shape)
 
-    if appending is KV:
+    if appending is not LATENT:
         for name, heads in (("q", H), ("k", K), ("v", K)):
             viewed(name, torch.bfloat16, VIEWS[view], B, S, heads, D)
         of_v = [*CACHES][[*CACHES].index(cache_view) - 3]  # strides of their own
@@ -99,7 +100,7 @@ def test_nothing_at_all(appending, device):
         shortened(given, 1, *of_tokens),
         shortened(given, 2, "q"),
         shortened(given, 0, *caches) | no_slots,
-        *([shortened(given, 2, "k", "v", *caches)] if appending is KV else []),
+        *([shortened(given, 2, "k", "v", *caches)] if appending is not LATENT else []),
     ):
         appending.assert_appends(dict(empty))
         if appending is LATENT:
@@ -154,11 +155,13 @@ def test_tokens_past_the_end_of_the_slots_are_rotated_and_not_stored(
 
 
 def test_the_same_bits_with_any_number_of_threads(appending, threads):
-    sizes = {"heads": (6, 3), "dim": 64} if appending is KV else {"dim": 96, "rotary_dim": 64}
+    sizes = {"heads": (6, 3), "dim": 64}
+    if appending is LATENT:
+        sizes = {"dim": 96, "rotary_dim": 64}
     for count in (1, 2, 5):
         threads(count)
         given = appending.arguments("cpu", torch.bfloat16, F8, tokens=(300,), blocks=40, **sizes)
-        appending.assert_appends(given, **({} if appending is KV else TO_HALVES))
+        appending.assert_appends(given, **(TO_HALVES if appending is LATENT else {}))
 
 
 # ---- values that are refused on the CPU, and on CUDA where asked: reading them would wait
@@ -254,7 +257,7 @@ def test_one_graph_for_all_lengths(appending, device):
         graphs.append(graph)
         return graph
 
-    options = {"layout": "thd"} if appending is KV else TO_HALVES
+    options = TO_HALVES if appending is LATENT else {"layout": "thd"}
 
     def step(given):
         appending.function(**given, **options)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
-from rope_ext import _C, _destinations, angles, kv_cache, rms_norm
+from rope_ext import _C, _destinations, angles, kv_cache, quantize, rms_norm
 from rope_ext._operators import OPERATORS
 from rope_ext.module import rotary_embedding
 
@@ -32,7 +32,9 @@ FUNCTIONS = {
     rope_ext.cos_sin: ("cos_sin", None),
     rope_ext.cos_sin_cache: ("cos_sin_cache", None),
     rope_ext.apply_rotary_qk_append_kv_: (None, "apply_rotary_qk_append_kv_"),
+    rope_ext.rms_norm_rotary_qk_append_kv_: (None, "rms_norm_rotary_qk_append_kv_"),
     rope_ext.apply_rotary_mla_append_: (None, "apply_rotary_mla_append_"),
+    rope_ext.apply_rotary_quantize: (None, "apply_rotary_quantize"),
     rope_ext.shift_cached_k_: (None, "shift_cached_k_"),
 }
 WAYS = [
@@ -41,7 +43,8 @@ WAYS = [
     for name in filter(None, names)
 ]
 SWAPPED = {"bshd": None, "bhsd": (1, 2), "sbhd": (0, 1), "HND": (1, 2)}
-IN_LAYOUT, CACHES = ("x", "q", "k", "v"), ("k_cache", "v_cache")
+IN_LAYOUT = "x", "q", "k", "v", "out", "scale_out"
+CACHES = "k_cache", "v_cache"
 
 every_way = pytest.mark.parametrize(("function", "operator"), WAYS)
 
@@ -53,7 +56,7 @@ def only_direct(monkeypatch):
     def call(operator, *args):
         raise AssertionError(f"{operator} was called by the dispatcher")
 
-    for module in (_destinations, angles, kv_cache, rms_norm):
+    for module in (_destinations, angles, kv_cache, quantize, rms_norm):
         monkeypatch.setattr(module, "call", call)
 
 

@@ -234,6 +234,11 @@ def test_tensor_on_another_device_is_refused_by_name(operator):
         assert_nothing_written(operator, given, error, [function])
 
 
+OPCHECKS = (
+    "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+)  # fmt: skip
+
+
 @every
 @pytest.mark.filterwarnings("ignore")  # warnings of opcheck itself
 def test_opcheck(operator):
@@ -242,9 +247,12 @@ def test_opcheck(operator):
         given = arguments_of(operator, **options, float8=False)
         if not operator.written:
             given = {n: with_grad(x) for n, x in given.items()}
+        needs_float8 = any(x.itemsize == 1 for x in tensors_in(given).values())
         args = tuple(given.pop(name) for name in operator.positional if name in given)
+        # the check of schemas compares what is written by allclose, which float8 does not have
+        checks = OPCHECKS[needs_float8:]
         with naming(variant):
-            torch.library.opcheck(operator.overload, args, given)
+            torch.library.opcheck(operator.overload, args, given, test_utils=checks)
 
 
 def test_rows_of_packed_tokens_may_have_a_batch_of_one(device):

@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "120")
 SOURCES = "rotation", "rotation_by_angles", "table_grad", "angles", "kv_cache"
-SOURCES += "rms_norm", "rms_norm_grad"
+SOURCES += "rms_norm", "rms_norm_append", "rms_norm_grad", "quantize"
 
 # The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
 #
@@ -34,9 +34,13 @@ SOURCES += "rms_norm", "rms_norm_grad"
 # threads: one block is resident with up to 104 registers, two with 64.
 MOST_REGISTERS = (
     (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
-    (r"rms_norm_rotary_kernel\b", 96),
+    (r"rms_norm_append_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"rms_norm_append_kernel<double", 104),
+    (r"rms_norm_(rotary|append)_kernel\b", 96),
     (r"rms_norm_rotary_grad_kernel<double, 1, ", 72),
     (r"rms_norm_rotary_grad_kernel\b", 104),
+    (r"quantize_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"quantize_kernel", 96),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true", 80),
     (r"append_kernel<\w+, 8, (HalfSplit|Either), LatentCache", 80),
@@ -189,7 +193,7 @@ def test_channels_move_in_16_byte_instructions(kernels):
         if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
     ]
     assert len({k.name for k in wide}) == 25
-    appending = [k for k in kernels if "append_kernel" in k.name and ", 1, " not in k.name]
+    appending = [k for k in kernels if k.name.startswith("append_kernel") and ", 1, " not in k.name]
     assert len({k.name for k in appending}) == 27
     for k in wide + appending:
         assert k.uses("LDG.E.128"), (k.arch, k.name)

@@ -18,6 +18,41 @@ CacheDType cache_dtype_of(ScalarType type) {
   }
 }
 
+namespace {
+
+struct Scale {
+  const float* data;
+  int64_t stride_h;
+};
+
+// One, or one for each of the heads; its values are above 0.
+Scale check_scale(const char* op, const char* name, const TensorView& scale, const TensorView& q,
+                  int64_t heads) {
+  if (scale.scalar_type() != ScalarType::Float) {
+    refuse(op, text(name, " to be float32"), dtype_text(scale.scalar_type()));
+  }
+  const bool a_head = scale.dim() == 1 && scale.size(0) == heads;
+  if (!a_head && (scale.dim() > 1 || scale.numel() != 1)) {
+    refuse(op,
+           heads == 1 ? text(name, " to have one element")
+                      : text(name, " to have one element, or shape [", heads, "]"),
+           shape_text(scale));
+  }
+  check_device(op, name, scale, "q", q);
+  look_at_values(scale, [&](const TensorView& on_host) {
+    const float* value = static_cast<const float*>(on_host.const_data_ptr());
+    const int64_t step = on_host.dim() == 1 ? on_host.stride(0) : 0;
+    for (int64_t i = 0; i < on_host.numel(); ++i) {
+      const float each = value[i * step];
+      if (std::isfinite(each) && each > 0) continue;
+      refuse(op, text(name, " to be finite and above 0"), std::to_string(each));
+    }
+  });
+  return {static_cast<const float*>(scale.const_data_ptr()), a_head ? scale.stride(0) : 0};
+}
+
+}  // namespace
+
 CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
                              const TensorView& q) {
   const CacheDType dtype = cache_dtype_of(cache.scalar_type());
@@ -54,28 +89,57 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
     refuse(op, text(name, " to be None for a cache that is not of float8"),
            text("one for a cache of ", dtype_text(cache.scalar_type())));
   }
-  if (scale->scalar_type() != ScalarType::Float) {
-    refuse(op, text(name, " to be float32"), dtype_text(scale->scalar_type()));
+  const auto [data, stride_h] = check_scale(op, name, *scale, q, stored.heads);
+  stored.scale = data;
+  stored.scale_stride_h = stride_h;
+}
+
+CacheDType check_float8_out(const char* op, const char* name, const TensorView& out,
+                            const char* x_name, const TensorView& x) {
+  const CacheDType dtype = cache_dtype_of(out.scalar_type());
+  if (dtype == CacheDType::OfModel) {
+    refuse(op, text(name, " of float8_e4m3fn or float8_e5m2"), dtype_text(out.scalar_type()));
   }
-  const bool a_head = scale->dim() == 1 && scale->size(0) == stored.heads;
-  if (!a_head && (scale->dim() > 1 || scale->numel() != 1)) {
-    refuse(op,
-           stored.heads == 1 ? text(name, " to have one element")
-                             : text(name, " to have one element, or shape [", stored.heads, "]"),
-           shape_text(*scale));
+  check_sizes_like(op, name, out, x_name, x);
+  check_device(op, name, out, x_name, x);
+  check_last_stride(op, name, out);
+  return dtype;
+}
+
+void check_scale_out(const char* op, const char* name, const TensorView& scale_out,
+                     TensorView::Sizes sizes, const char* what, const char* x_name,
+                     const TensorView& x) {
+  if (scale_out.scalar_type() != ScalarType::Float) {
+    refuse(op, text(name, " to be float32"), dtype_text(scale_out.scalar_type()));
   }
-  check_device(op, name, *scale, "q", q);
-  stored.scale = static_cast<const float*>(scale->const_data_ptr());
-  stored.scale_stride_h = a_head ? scale->stride(0) : 0;
-  look_at_values(*scale, [&](const TensorView& on_host) {
-    const float* value = static_cast<const float*>(on_host.const_data_ptr());
-    const int64_t step = on_host.dim() == 1 ? on_host.stride(0) : 0;
-    for (int64_t i = 0; i < on_host.numel(); ++i) {
-      const float each = value[i * step];
-      if (std::isfinite(each) && each > 0) continue;
-      refuse(op, text(name, " to be finite and above 0"), std::to_string(each));
-    }
-  });
+  const TensorView::Sizes given = scale_out.sizes();
+  if (!std::equal(given.begin(), given.end(), sizes.begin(), sizes.end())) {
+    refuse(op, text(name, " to have shape ", shape_text(sizes), ", ", what), shape_text(scale_out));
+  }
+  check_device(op, name, scale_out, x_name, x);
+}
+
+void check_float8_q(const char* op, const std::optional<TensorView>& out,
+                    const std::optional<TensorView>& scale,
+                    const std::optional<TensorView>& scale_out, const TensorView& q,
+                    AppendArgs& args) {
+  if (!out) {
+    if (scale) refuse(op, "q_scale to be None without q_out", shape_text(*scale));
+    if (scale_out) refuse(op, "q_scale_out to be None without q_out", shape_text(*scale_out));
+    return;
+  }
+  Float8Heads& to = args.float8_q;
+  to.dtype = check_float8_out(op, "q_out", *out, "q", q);
+  if (scale && scale_out) refuse(op, "q_scale or q_scale_out", "both");
+  if (scale) {
+    const auto [data, stride_h] = check_scale(op, "q_scale", *scale, q, args.rotary.q.heads);
+    to.scale = data;
+    to.scale_stride_h = stride_h;
+  }
+  if (!scale_out) return;
+  check_scale_out(op, "q_scale_out", *scale_out,
+                  TensorView::Sizes(q.sizes().data(), q.sizes().size() - 1),
+                  "q's without its channels", "q", q);
 }
 
 namespace {

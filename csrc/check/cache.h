@@ -25,6 +25,22 @@ void check_scale(const char* op, const char* name, const std::optional<TensorVie
                  const TensorView& cache, const TensorView& q, const AppendArgs& args,
                  StoredHeads& stored);
 
+// out: of x's shape, of float8.
+CacheDType check_float8_out(const char* op, const char* name, const TensorView& out,
+                            const char* x_name, const TensorView& x);
+
+// scale_out: float32, of these sizes, which `what` describes.
+void check_scale_out(const char* op, const char* name, const TensorView& scale_out,
+                     TensorView::Sizes sizes, const char* what, const char* x_name,
+                     const TensorView& x);
+
+// Sets float8_q of args but for what is written. out: like q, of float8; scale: one or [H]; or
+// scale_out: [B, S, H] or [T, H].
+void check_float8_q(const char* op, const std::optional<TensorView>& out,
+                    const std::optional<TensorView>& scale,
+                    const std::optional<TensorView>& scale_out, const TensorView& q,
+                    AppendArgs& args);
+
 // slots [N]: each one of the `capacity` slots of a cache or negative, none twice.
 PositionIds check_slots(const char* op, const TensorView& slots, const TensorView& cache,
                         int64_t capacity);

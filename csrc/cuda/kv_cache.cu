@@ -111,19 +111,13 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
   }
 }
 
-// Channels of k that do not rotate and are stored, and those of q beside them.
-int64_t stored_beside(const AppendArgs& args) {
-  return args.latent ? 0 : args.rotary.head_dim - args.rotary.rotary_dim;
-}
-
 template <class E, int N, Order kOrder, class Cache>
 void launch_kernel(const AppendArgs& args, void* stream) {
   using Traits = AppendTraits<E, N, kOrder, Cache>;
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = rotary.q.heads + rotary.k.heads + args.v.heads;
-  const bool is_e4m3 = args.cache_dtype == CacheDType::Float8E4M3;
   const AppendPlan plan{rotary_plan<typename Traits::F>(rotary, heads, stored_beside(args)),
-                        is_e4m3 ? Float8E4M3::kFormat : Float8E5M2::kFormat};
+                        float8_format(args.cache_dtype)};
   if (is_empty(plan)) return;
   launch(rotary.op, append_kernel<Traits>, plan.geometry.grid, plan.geometry.block_threads, stream,
          args, plan);
@@ -158,30 +152,10 @@ void launch_latent(const AppendArgs& args, void* stream) {
   }
 }
 
-void add_cache(Alignment& alignment, const AppendArgs& args, const StoredHeads& x) {
-  if (args.cache_dtype == CacheDType::OfModel) {
-    alignment.add_address(x.cache);
-  } else {  // its vectors have as many bytes as the model's have elements
-    alignment.add_elements(reinterpret_cast<intptr_t>(x.cache));
-  }
-  if (args.blocks > 1) alignment.add_elements(x.stride_block);
-  if (args.block_size > 1) alignment.add_elements(x.stride_offset);
-  if (x.heads > 1) alignment.add_elements(x.stride_h);
-}
-
 template <class E>
 void launch_element(const AppendArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
-  Alignment alignment(sizeof(E));
-  for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
-    if (x->heads > 0) alignment.add(x->out, rotary.batch, rotary.seq, x->heads);
-  }
-  if (args.v.heads > 0) alignment.add(args.v.in, rotary.batch, rotary.seq, args.v.heads);
-  for (const StoredHeads* x : {&args.k, &args.v}) {
-    if (x->heads > 0) add_cache(alignment, args, *x);
-  }
-  alignment.add_channels(rotary, stored_beside(args) > 0);
-  if (args.latent) alignment.add_elements(args.v.channels);
+  const Alignment alignment = alignment_of_append(args);
 
   // float64 is for comparison: one kernel is enough.
   constexpr int kWide = 16 / sizeof(E);
@@ -195,28 +169,18 @@ void launch_element(const AppendArgs& args, void* stream) {
               : launch_kernel<E, 1, Order::Any, KeyValueCache<true, true>>(args, stream);
 }
 
-// v and the caches from the first channel that rotates on, as q and k are; of a latent vector,
-// heads of R channels.
-AppendArgs with_common_channels(AppendArgs args) {
-  const RotaryArgs& rotary = args.rotary;
-  if (args.latent) {
-    args.v.heads = ceil_div(args.v.channels, rotary.rotary_dim);
-    args.v.in.stride_h = args.v.stride_h = rotary.rotary_dim;
-    return args;
-  }
-  const int64_t element_bytes = size_of(rotary.dtype);
-  const int64_t cache_bytes = args.cache_dtype == CacheDType::OfModel ? element_bytes : 1;
-  for (StoredHeads* x : {&args.k, &args.v}) {
-    advance(x->in.data, rotary.rotary_offset * element_bytes);
-    advance(x->cache, rotary.rotary_offset * cache_bytes);
-  }
-  return args;
+// A latent vector as heads of R channels.
+void divide_latent(AppendArgs& args) {
+  args.v.heads = ceil_div(args.v.channels, args.rotary.rotary_dim);
+  args.v.in.stride_h = args.v.stride_h = args.rotary.rotary_dim;
 }
 
 }  // namespace
 
 void apply_rotary_append(const AppendArgs& given, void* stream) {
-  const AppendArgs args = with_common_channels(given);
+  if (given.float8_q.out.data != nullptr) return rms_norm_rotary_append({given, {}, {}}, stream);
+  AppendArgs args = with_common_channels(given);
+  if (args.latent) divide_latent(args);
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = rotary.q.heads + rotary.k.heads + args.v.heads;
   for_slices(args, rotary, heads, [&](const AppendArgs& slice) {

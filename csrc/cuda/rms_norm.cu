@@ -27,13 +27,6 @@ __device__ __forceinline__ NormRow row_at(const RmsNormRotaryArgs& args, const N
   return {b, s, is_q ? part : part - q_heads, 1, is_q};
 }
 
-// Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
-// where the kernel then needs no local memory.
-template <class Traits>
-constexpr int resident_blocks() {
-  return sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth ? 1024 / kMostLanes : 1;
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
     rms_norm_rotary_kernel(const RmsNormRotaryArgs args, const NormPlan plan) {
@@ -112,7 +105,7 @@ void launch_element(const RmsNormRotaryArgs& args, void* stream) {
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   if (rotary.batch == 0 || rotary.seq == 0 || rotary.q.heads + rotary.k.heads == 0) return;
-  check_rows(rotary);
+  check_rows(rotary, rotary.q.heads + rotary.k.heads);
   dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
 }
 

@@ -213,7 +213,7 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   if (args.chunks > 0) {
-    check_rows(rotary);
+    check_rows(rotary, rotary.q.heads + rotary.k.heads);
     dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
   }
   if (args.columns == 0) return;

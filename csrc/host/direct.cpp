@@ -289,8 +289,8 @@ class DirectCall final : public Call {
       throw NotDirect();
     }
   }
-  void take(size_t i, OptionalTensor& out) override {
-    if (args_[i] != Py_None) take(i, out.emplace(), Dims::AsInSchema);
+  void take(size_t i, OptionalTensor& out, Dims dims) override {
+    if (args_[i] != Py_None) take(i, out.emplace(), dims);
   }
   void take(size_t i, bool& out) override {
     if (!PyBool_Check(args_[i])) throw NotDirect();

@@ -58,7 +58,7 @@ Tensor DispatcherCall::own(AtenTensorHandle handle) {
 
 void DispatcherCall::take(size_t i, Tensor& out, Dims) { out = own(value<AtenTensorHandle>(i)); }
 
-void DispatcherCall::take(size_t i, OptionalTensor& out) {
+void DispatcherCall::take(size_t i, OptionalTensor& out, Dims) {
   const auto handle = value<std::optional<AtenTensorHandle>>(i);
   if (handle) out.emplace(own(*handle));
 }

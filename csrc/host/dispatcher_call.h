@@ -40,7 +40,7 @@ class DispatcherCall final : public Call {
  private:
   using Call::take;
   void take(size_t i, Tensor& out, Dims) override;
-  void take(size_t i, OptionalTensor& out) override;
+  void take(size_t i, OptionalTensor& out, Dims) override;
   void take(size_t i, bool& out) override { out = value<bool>(i); }
   void take(size_t i, std::optional<bool>& out) override { out = value<std::optional<bool>>(i); }
   void take(size_t i, int64_t& out) override { out = value<int64_t>(i); }

@@ -36,6 +36,17 @@ inline void set_cache(StoredHeads& stored, const TensorView& cache, int64_t firs
   stored.cache = data == nullptr ? nullptr : data + bytes;
 }
 
+// q goes to `out`, and the scales of its heads to `scale_out`, where these are given.
+inline void set_float8_q(const RotaryArgs& args, Float8Heads& q, const OptionalTensor& out,
+                         const OptionalTensor& scale_out) {
+  if (out) q.out = heads_of(out->strides(), out->mutable_data_ptr(), args.dtype, 0);
+  if (!scale_out) return;
+  const auto strides = scale_out->strides();
+  const bool packed = strides.size() == 2;
+  q.own_scale = {static_cast<float*>(scale_out->mutable_data_ptr()), packed ? 0 : strides[0],
+                 strides[packed ? 0 : 1], strides[packed ? 1 : 2]};
+}
+
 // The result for `heads` in a new tensor like x.
 inline Tensor new_output(RotaryArgs& args, RotatedHeads& heads, const TensorView& x) {
   Tensor out = dense_like(x);

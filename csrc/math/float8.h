@@ -81,6 +81,24 @@ ROPE_HOST_DEVICE uint8_t float8_of(float value) {
   return float8_of(format, value);
 }
 
+ROPE_HOST_DEVICE float largest_float8(bool e4m3) { return e4m3 ? 448.0f : 57344.0f; }
+
+// The scale of a head whose largest element has this magnitude.
+ROPE_HOST_DEVICE float own_scale(float largest_magnitude, bool e4m3) {
+  const float scale = largest_magnitude / largest_float8(e4m3);
+  return scale == 0 ? 1.0f : scale;
+}
+
+// The scale of a group of channels whose largest magnitude has these bits. power_of_two: rounded up
+// to one. NaN stays NaN.
+ROPE_HOST_DEVICE float group_scale(uint32_t largest_bits, float eps, bool e4m3, bool power_of_two) {
+  using namespace float8_detail;
+  const float floor = float_of(largest_bits) < eps ? eps : float_of(largest_bits);
+  const float scale = floor / largest_float8(e4m3);
+  const uint32_t bits = bits_of(scale);
+  return power_of_two && bits < 0x7f800000u ? float_of((bits + 0x7fffffu) & 0xff800000u) : scale;
+}
+
 // Exact, and without subnormals of float32, which a processor may be told to take as zero.
 template <class Format>
 ROPE_HOST_DEVICE float float8_value(uint8_t code) {

@@ -93,8 +93,11 @@ class Operator:
 
     @cached_property
     def outs(self) -> tuple[str, ...]:
-        """The keyword arguments that receive the results."""
-        return tuple(name for name in self.written if name not in self.positional)
+        """The keyword arguments that receive the results: they are always given."""
+        return tuple(
+            a.name for a in self.arguments
+            if a.name in self.written and a.kwarg_only and not a.has_default_value()
+        )  # fmt: skip
 
     @cached_property
     def defaults(self) -> Given:
@@ -120,8 +123,14 @@ class Operator:
     @cached_property
     def written_tensors(self) -> Callable[[tuple[Any, ...], Given], tuple[Tensor, ...]]:
         """Picks the tensors that are written from the args and options of a call."""
-        outs, count = self.outs, len(self.written) - len(self.outs)
         if self.written == self.positional[: len(self.written)]:
+            count = len(self.written)
             return lambda args, options: args[:count]
-        places = [self.positional.index(name) for name in self.written[:count]]
-        return lambda args, options: (*[args[i] for i in places], *[options[x] for x in outs])
+        places = [i for i, name in enumerate(self.positional) if name in self.written]
+        keywords = [name for name in self.written if name not in self.positional]
+
+        def pick(args: tuple[Any, ...], options: Given) -> tuple[Tensor, ...]:
+            given = (options.get(name) for name in keywords)
+            return (*[args[i] for i in places], *[x for x in given if x is not None])
+
+        return pick

@@ -18,7 +18,7 @@ from random_arguments import (
     slots,
     with_axes,
 )
-from support import DTYPES
+from support import DTYPES, FLOAT8
 
 from rope_ext._operators import OPERATORS
 
@@ -28,7 +28,7 @@ rope = torch.ops.rope
 # 1.
 ANY_STRIDES = {"inv_freq", "new_inv_freq", "old_position_ids", "new_position_ids",
                "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
-               "grad_cos", "grad_sin"}  # fmt: skip
+               "q_scale", "q_scale_out", "scale_out", "grad_cos", "grad_sin"}  # fmt: skip
 CONTIGUOUS = {"token_order", "row_offsets"}
 
 
@@ -42,6 +42,34 @@ def into_out(d: Draw, *names: str) -> Arguments:
     out = apply_rotary(d, *names)
     outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
     return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+
+
+def quantize(d: Draw) -> Arguments:
+    call = apply_rotary(d, "x")
+    *heads, channels = call["x"].shape
+    group_size = d.choice([n for n in range(1, channels + 1) if channels % n == 0])
+    return {
+        **call,
+        "group_size": group_size,
+        "eps": d.choice((1e-10, 1e-4, 2.0)),
+        "power_of_two_scales": d.choice((False, True)),
+        "out": d.tensor(*heads, channels).to(d.choice(FLOAT8)),
+        "scale_out": d.tensor(*heads, channels // group_size),
+    }
+
+
+def float8_q(d: Draw, q: torch.Tensor) -> Arguments:
+    """Where q goes as float8, with a scale or scales of its own; or nothing."""
+    if d.chance(0.5):
+        return {}
+    out = {"q_out": d.tensor(*q.shape).to(d.choice(FLOAT8))}
+    scale = d.choice((None, "one", "a head", "own"))
+    if scale == "own":
+        out["q_scale_out"] = d.tensor(*q.shape[:-1])
+    elif scale is not None:
+        heads = q.shape[-2] if scale == "a head" else 1
+        out["q_scale"] = d.tensor(heads).abs() + 0.01
+    return out
 
 
 def append_kv(d: Draw) -> Arguments:
@@ -59,8 +87,14 @@ def append_kv(d: Draw) -> Arguments:
         "slot_mapping": slot_mapping,
         **rows(d, q, pairs),
         **scales(d, k_cache, k.shape[-2], "k_scale", "v_scale"),
+        **float8_q(d, q),
         **how,
     }
+
+
+def normed_append(d: Draw) -> Arguments:
+    call = append_kv(d)
+    return {**call, **norm(d, call), "norm_v": d.choice((False, True))}
 
 
 def mla_append(d: Draw) -> Arguments:
@@ -80,6 +114,7 @@ def mla_append(d: Draw) -> Arguments:
         "slot_mapping": slot_mapping,
         **rows(d, q, pairs, by_channel=False),
         **scales(d, kv_cache, 1, "scale"),
+        **float8_q(d, q),
         **{name: how[name] for name in ORDERS},
     }
 
@@ -153,14 +188,18 @@ def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
     }
 
 
-def rms_norm(d: Draw) -> Arguments:
-    call = apply_rotary(d, "q", "k")
+def norm(d: Draw, call: Arguments) -> Arguments:
+    """Weights and options for q and k of a call."""
     dtype = d.choice((call["q"].dtype, torch.float32))
     all_heads = d.chance(0.3)
-    for x in "qk":
-        heads, dim = call[x].shape[-2:]
-        call[f"{x}_weight"] = d.tensor(*((heads, dim) if all_heads else (dim,)), dtype=dtype)
-    return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+    shapes = {x: call[x].shape[-2 if all_heads else -1 :] for x in "qk"}
+    weights = {f"{x}_weight": d.tensor(*shape, dtype=dtype) for x, shape in shapes.items()}
+    return {**weights, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+
+
+def rms_norm(d: Draw) -> Arguments:
+    call = apply_rotary(d, "q", "k")
+    return {**call, **norm(d, call)}
 
 
 def rms_norm_backward(d: Draw) -> Arguments:
@@ -198,7 +237,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
     "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
+    "rope::apply_rotary_quantize": quantize,
     "rope::apply_rotary_qk_append_kv_": append_kv,
+    "rope::rms_norm_rotary_qk_append_kv_": normed_append,
     "rope::apply_rotary_mla_append_": mla_append,
     "rope::shift_cached_k_": shift_cached_k,
     "rope::cos_sin_cache": cos_sin_cache,

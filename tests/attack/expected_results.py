@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from appending import norm_then_append
 from calls import RECORDS, rope
 from normed_inputs import normalised, roundings, sizes_of
 from random_arguments import ROTATION_DEFAULTS, Arguments
@@ -16,6 +17,7 @@ from support import assert_same_bits, rounded_once, ulp
 from rope_ext import reference
 
 F64 = torch.float64
+FLOAT8_Q = "q_out", "q_scale", "q_scale_out"
 
 
 @dataclass
@@ -81,14 +83,29 @@ def _rotate(a: Arguments) -> list[Expected]:
     return [Expected(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
 
 
+def _quantize(a: Arguments) -> list[Expected]:
+    """By the reference, in the dtype of the arithmetic."""
+    wide = F64 if a["x"].dtype == F64 else torch.float32
+    a |= {name: a[name].to(wide) for name in ("cos", "sin")}
+    if a["x"].shape[-2] == 0 or a["x"].shape[:-2].numel() == 0:
+        return [Expected(a[name].clone()) for name in ("out", "scale_out")]
+    return [Expected(x) for x in reference.apply_rotary_quantize(**a)]
+
+
 def _append(a: Arguments) -> list[Expected]:
     """By the reference, from the rotation's result rounded once."""
-    q, k = (expected.value for expected in _rotate(a))
+    rotated, k = (expected.value for expected in _rotate(a))
+    q, *float8 = reference._as_float8(a["q"], rotated, *(a.get(n) for n in FLOAT8_Q))
     caches = [
         reference._stored(a[f"{x}_cache"], rows, a["slot_mapping"], a.get(f"{x}_scale"))
         for x, rows in (("k", k), ("v", a["v"]))
     ]
-    return [Expected(x) for x in (q, k, *caches)]
+    return [Expected(x) for x in (q, k, *caches, *float8)]
+
+
+def _normed_append(a: Arguments) -> list[Expected]:
+    """By the operator that normalises, whose results have rows of their own."""
+    return [Expected(x) for x in norm_then_append(**a)]
 
 
 def _mla_append(a: Arguments) -> list[Expected]:
@@ -275,7 +292,9 @@ def _rms_norm_backward(a: Arguments) -> list[Expected]:
 RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
+    "apply_rotary_quantize": _quantize,
     "apply_rotary_qk_append_kv": _append,
+    "rms_norm_rotary_qk_append_kv": _normed_append,
     "apply_rotary_mla_append": _mla_append,
     "apply_rotary_qk_at": _at,
     "shift_cached_k": _shift,

@@ -31,6 +31,12 @@ struct RotaryBlocks {
 
 constexpr int64_t kMaxBlockTokens = 16;
 
+// How many heads of q scratch memory has room for, if q becomes float8: at least one.
+inline int64_t heads_in_scratch(const RotaryArgs& args) {
+  constexpr int64_t kChannels = 4096;
+  return std::max<int64_t>(kChannels / args.head_dim, 1);
+}
+
 // Each function works on a range [begin, end) of items: tokens, but for what is said. The family's
 // file in csrc/cpu divides them among threads.
 struct Kernels {
@@ -40,9 +46,13 @@ struct Kernels {
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);  // chunks
   void (*cos_sin_grad_sum)(const CosSinGradArgs&);
-  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end);
+  void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end, void* scratch);
   void (*shift_cached_k)(const ShiftArgs&, int64_t begin, int64_t end);
+  void (*apply_rotary_quantize)(const QuantizeArgs&, int64_t begin, int64_t end,
+                                void* scratch);  // heads
   void (*rms_norm_rotary)(const RmsNormRotaryArgs&, int64_t begin, int64_t end);
+  void (*rms_norm_rotary_append)(const RmsNormAppendArgs&, int64_t begin, int64_t end,
+                                 void* scratch);
   void (*rms_norm_rotary_grad)(const RmsNormRotaryGradArgs&, int64_t begin, int64_t end);  // chunks
   void (*rms_norm_rotary_grad_sum)(const RmsNormRotaryGradArgs&, int64_t begin,
                                    int64_t end);  // columns

@@ -14,11 +14,22 @@
 #include "cpu/isa/kv_cache.inl"
 #include "cpu/isa/cached_keys.inl"
 #include "cpu/isa/norm_heads.inl"
+#include "cpu/isa/quantize.inl"
 #include "cpu/isa/rms_norm.inl"
+#include "cpu/isa/rms_norm_append.inl"
 #include "cpu/isa/rms_norm_grad.inl"
 // clang-format on
 
-constexpr Kernels kKernels{
-    apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
-    cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, shift_cached_k, rms_norm_rotary,
-    rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
+constexpr Kernels kKernels{apply_rotary,
+                           apply_rotary_at,
+                           rotary_table_grad,
+                           cos_sin,
+                           cos_sin_grad,
+                           cos_sin_grad_sum,
+                           apply_rotary_append,
+                           shift_cached_k,
+                           apply_rotary_quantize,
+                           rms_norm_rotary,
+                           rms_norm_rotary_append,
+                           rms_norm_rotary_grad,
+                           rms_norm_rotary_grad_sum};

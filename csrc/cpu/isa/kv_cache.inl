@@ -15,6 +15,13 @@ void quantise(const T* from, uint8_t* to, int64_t count, float scale) {
   }
 }
 
+template <class T>
+void quantise(CacheDType dtype, const T* from, void* to, int64_t count, float scale) {
+  uint8_t* const bytes = static_cast<uint8_t*>(to);
+  dtype == CacheDType::Float8E4M3 ? quantise<Float8E4M3>(from, bytes, count, scale)
+                                  : quantise<Float8E5M2>(from, bytes, count, scale);
+}
+
 // Stores the heads of one token in its slot of the cache.
 template <class T>
 void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_t s, int64_t slot) {
@@ -26,18 +33,54 @@ void store_heads(const AppendArgs& args, const StoredHeads& x, int64_t b, int64_
     const T* const channels = from + head * x.in.stride_h;
     const int64_t at = to + head * x.stride_h;
     const float scale = x.scale ? x.scale[head * x.scale_stride_h] : 1;
-    switch (args.cache_dtype) {
-      case CacheDType::OfModel:
-        memcpy(static_cast<T*>(x.cache) + at, channels, x.channels * sizeof(T));
-        break;
-      case CacheDType::Float8E4M3:
-        quantise<Float8E4M3>(channels, static_cast<uint8_t*>(x.cache) + at, x.channels, scale);
-        break;
-      case CacheDType::Float8E5M2:
-        quantise<Float8E5M2>(channels, static_cast<uint8_t*>(x.cache) + at, x.channels, scale);
-        break;
+    if (args.cache_dtype == CacheDType::OfModel) {
+      memcpy(static_cast<T*>(x.cache) + at, channels, x.channels * sizeof(T));
+    } else {
+      quantise(args.cache_dtype, channels, static_cast<uint8_t*>(x.cache) + at, x.channels, scale);
     }
   }
+}
+
+// The largest magnitude of `count` elements, rounded to float; NaN if one is NaN. The bits of
+// floats above 0 are in the order of their values, and those of NaN come last.
+template <class T>
+float largest_magnitude(const T* x, int64_t count) {
+  constexpr int64_t kStep = 256;
+  alignas(64) float wide[kStep];
+  uint32_t largest = 0;
+  for (int64_t first = 0; first < count; first += kStep) {
+    const int64_t n = std::min(count - first, kStep);
+    convert<float, T>(x, first, n, wide);
+    for (int64_t i = 0; i < n; ++i) {
+      largest = std::max(largest, bit_cast<uint32_t>(wide[i]) & 0x7fffffffu);
+    }
+  }
+  return bit_cast<float>(largest);
+}
+
+// Writes one rotated head of q, all its channels, as float8.
+template <class T>
+void write_float8(const Float8Heads& q, const T* channels, int64_t count, int64_t b, int64_t s,
+                  int64_t head) {
+  const auto at = [&](const auto& x) {
+    return b * x.stride_b + s * x.stride_s + head * x.stride_h;
+  };
+  float scale = q.scale ? q.scale[head * q.scale_stride_h] : 1;
+  if (q.own_scale.data) {
+    scale = own_scale(largest_magnitude(channels, count), q.dtype == CacheDType::Float8E4M3);
+    q.own_scale.data[at(q.own_scale)] = scale;
+  }
+  quantise(q.dtype, channels, static_cast<uint8_t*>(q.out.data) + at(q.out), count, scale);
+}
+
+// Stores k and v of one token, if it has a slot.
+template <class T>
+void store_token(const AppendArgs& args, int64_t b, int64_t s) {
+  if (b * args.slots_seq + s >= args.slot_count) return;
+  const int64_t slot = entry_of(args.slots, b, s);
+  if (!is_inside(slot, args.blocks * args.block_size)) return;
+  store_heads<T>(args, args.k, b, s, slot);
+  store_heads<T>(args, args.v, b, s, slot);
 }
 
 // Rotates token s of sequence b in place where the pairs change their order: from copies of its
@@ -73,29 +116,50 @@ void rotate_token_from_copies(const RotaryArgs& args, const RotaryBlocks& blocks
   }
 }
 
+// Rotates q of token s of sequence b, as many heads at a time as scratch memory has room for, and
+// writes it as float8.
 template <class T>
-void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t end) {
-  const RotaryArgs& rotary = args.rotary;
+void rotate_to_float8(const AppendArgs& args, const RotaryBlocks& blocks, int64_t b, int64_t s,
+                      T* scratch) {
+  const RotatedHeads& q = args.rotary.q;
+  const int64_t dim = args.rotary.head_dim, most = heads_in_scratch(args.rotary);
+  const T* const from = static_cast<const T*>(q.in.data) + b * q.in.stride_b + s * q.in.stride_s;
+  RotaryArgs part = args.rotary;
+  part.k.heads = 0;
+  part.q.out = {scratch + part.rotary_offset, 0, 0, dim};
+  for (int64_t head = 0; head < q.heads; head += most) {
+    part.q.in = {from + head * q.in.stride_h, 0, 0, q.in.stride_h};
+    const int64_t count = std::min(q.heads - head, most);
+    const int64_t first_item = (b * part.seq + s) * q.heads;
+    apply_rotary(part, blocks, first_item, first_item + count);
+    for (int64_t i = 0; i < count; ++i) {
+      write_float8(args.float8_q, scratch + i * dim, dim, b, s, head + i);
+    }
+  }
+}
+
+template <class T>
+void apply_rotary_append_range(const AppendArgs& args, int64_t begin, int64_t end, void* scratch) {
+  RotaryArgs rotary = args.rotary;  // what rotates in place
+  const bool to_float8 = args.float8_q.out.data != nullptr;
+  if (to_float8) rotary.q.heads = 0;
   const RotaryBlocks blocks{1, rotary.seq, false};
   const int64_t heads = rotary.q.heads + rotary.k.heads;
   const bool reorders = rotary.interleaved != rotary.interleaved_out;
-  const int64_t capacity = args.blocks * args.block_size;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
+    if (to_float8) rotate_to_float8(args, blocks, b, s, static_cast<T*>(scratch));
     if (reorders) {
       rotate_token_from_copies<T>(rotary, blocks, b, s);
     } else if (heads > 0) {
       apply_rotary(rotary, blocks, token * heads, (token + 1) * heads);
     }
-    if (token >= args.slot_count) continue;
-    const int64_t slot = entry_of(args.slots, b, s);
-    if (!is_inside(slot, capacity)) continue;
-    store_heads<T>(args, args.k, b, s, slot);
-    store_heads<T>(args, args.v, b, s, slot);
+    store_token<T>(args, b, s);
   }
 }
 
-void apply_rotary_append(const AppendArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.rotary.dtype,
-           [&](auto storage) { apply_rotary_append_range<decltype(storage)>(args, begin, end); });
+void apply_rotary_append(const AppendArgs& args, int64_t begin, int64_t end, void* scratch) {
+  dispatch(args.rotary.dtype, [&](auto storage) {
+    apply_rotary_append_range<decltype(storage)>(args, begin, end, scratch);
+  });
 }

@@ -1,5 +1,5 @@
-// What rms_norm_rotary and its gradient share: the pieces of a head, sums over it, and scratch
-// memory.
+// What rms_norm_rotary, its gradient and apply_rotary_quantize share: the pieces of a head, sums
+// over it, and scratch memory.
 //
 // A head is processed in pieces that fit into scratch memory, in the type A of the arithmetic.
 // Heads of up to 1,024 rotating channels are one piece, or two or three if some do not rotate.
@@ -200,7 +200,27 @@ __attribute__((noinline)) void rotate_piece(const RotaryArgs& args, const In* in
   });
 }
 
-// The scratch memory of a thread: the weight and the rows of the table for one piece, which most
+// The row of the table for one piece, which most often serves the next heads too.
+template <class A, int64_t kLanes>
+class PieceRow {
+ public:
+  TableRow<const A> at(const RotaryArgs& args, int64_t b, int64_t s, const Piece& piece) {
+    const bool full_width = args.table.full_width;
+    if (b != b_ || s != s_ || piece.first != first_) {
+      full_width ? full_width_.fill(args, b, s, 1, piece.first, piece.pairs)
+                 : rows_.fill(args, b, s, 1, piece.first, piece.pairs);
+      b_ = b, s_ = s, first_ = piece.first;
+    }
+    return full_width ? full_width_.row() : rows_.row();
+  }
+
+ private:
+  TableRows<A, kLanes, PairOrder::Natural, false, false> rows_;
+  TableRows<A, kLanes, PairOrder::Natural, false, true> full_width_;  // one of them is used
+  int64_t b_ = -1, s_ = -1, first_ = -1;
+};
+
+// The scratch memory of a thread: the weight and the row of the table for one piece, which most
 // often serve the next heads too.
 template <class T>
 class NormScratch {
@@ -211,7 +231,9 @@ class NormScratch {
 
   alignas(64) A values[2 * kPiecePairs];
 
-  NormScratch(const RotaryArgs& rotary, const RmsNorm& norm) : rotary_(rotary), norm_(norm) {}
+  NormScratch(const RotaryArgs& rotary, const RmsNorm& norm) : rotary_(rotary), norm_(norm) {
+    std::fill_n(weights_, 2 * kPiecePairs + kLanes, A(1));
+  }
 
   // 1 / sqrt(mean(x^2) + eps) of `heads` heads.
   A inverse_rms(const T* x, int64_t stride_h, int64_t heads) const {
@@ -231,8 +253,9 @@ class NormScratch {
   }
   A channels_of(int64_t heads) const { return static_cast<A>(heads * rotary_.head_dim); }
 
-  // The weight of one head at the channels of a piece, plus 1 if the norm says so.
+  // The weight of one head at the channels of a piece, plus 1 if the norm says so. nullptr: ones.
   const A* weight_of(const void* weight, int64_t at, const Piece& piece) {
+    if (weight == nullptr) return weights_;
     if (weight != weight_ || at != weight_at_ || piece.channel[0] != weight_channel_) {
       for (int64_t j = 0; j < piece.spans; ++j) {
         A* const to = weights_ + j * kPiecePairs;
@@ -244,28 +267,18 @@ class NormScratch {
     return weights_;
   }
 
-  // The rows of the table for the pairs of a piece.
+  // The row of the table for the pairs of a piece.
   TableRow<const A> row_of(int64_t b, int64_t s, const Piece& piece) {
-    if (b != row_b_ || s != row_s_ || piece.first != row_first_) {
-      if (rotary_.table.full_width) {
-        full_width_.fill(rotary_, b, s, 1, piece.first, piece.pairs);
-      } else {
-        rows_.fill(rotary_, b, s, 1, piece.first, piece.pairs);
-      }
-      row_b_ = b, row_s_ = s, row_first_ = piece.first;
-    }
-    return rotary_.table.full_width ? full_width_.row() : rows_.row();
+    return row_.at(rotary_, b, s, piece);
   }
 
  private:
   const RotaryArgs& rotary_;
   const RmsNorm& norm_;
-  alignas(64) A weights_[2 * kPiecePairs + kLanes] = {};
-  TableRows<A, kLanes, PairOrder::Natural, false, false> rows_;
-  TableRows<A, kLanes, PairOrder::Natural, false, true> full_width_;  // one of them is used
+  alignas(64) A weights_[2 * kPiecePairs + kLanes];
+  PieceRow<A, kLanes> row_;
   const void* weight_ = nullptr;
   int64_t weight_at_ = 0, weight_channel_ = 0;
-  int64_t row_b_ = -1, row_s_ = -1, row_first_ = -1;
 };
 
 // Heads of a token that are normalised together: one, or all of them.

@@ -1,9 +1,9 @@
 // rms_norm_rotary: RMSNorm and rotation of q and k.
 
-// Normalises and rotates one group of heads.
-template <class T>
+// Normalises and rotates one group of heads, and calls written(head) after each.
+template <class T, class Written>
 void norm_and_rotate(const RotaryArgs& args, const NormedHeads<T>& of, const NormGroup& group,
-                     int64_t b, int64_t s, NormScratch<T>& scratch) {
+                     int64_t b, int64_t s, NormScratch<T>& scratch, const Written& written) {
   using A = ArithmeticOf<T>;
   using V = typename Lanes<T>::Vector;
   const Pieces pieces(args, args.interleaved);
@@ -32,8 +32,21 @@ void norm_and_rotate(const RotaryArgs& args, const NormedHeads<T>& of, const Nor
                    out + (args.interleaved_out ? 2 : 1) * piece.first, args.rotary_dim / 2,
                    piece.pairs, scratch.row_of(b, s, piece));
     }
+    written(h);
   }
 }
+
+// All heads of q, k or v of one token.
+template <class T, class Written>
+void norm_and_rotate(const RotaryArgs& args, const RmsNorm& norm, const NormedHeads<T>& of,
+                     int64_t b, int64_t s, NormScratch<T>& scratch, const Written& written) {
+  for (int64_t i = 0; i < group_count(norm, of.heads); ++i) {
+    norm_and_rotate(args, of, group_at(norm, of.heads, i), b, s, scratch, written);
+  }
+}
+
+// Where nothing more is done with a head that has been written.
+constexpr auto kNothing = [](int64_t) {};
 
 template <class T>
 void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t end) {
@@ -46,9 +59,7 @@ void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t
         normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h),
         normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
     for (const NormedHeads<T>& each : tensors) {
-      for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
-        norm_and_rotate(rotary, each, group_at(norm, each.heads, i), b, s, scratch);
-      }
+      norm_and_rotate(rotary, norm, each, b, s, scratch, kNothing);
     }
   }
 }

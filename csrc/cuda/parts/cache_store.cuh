@@ -1,7 +1,10 @@
-// Writing fragments to a paged cache: a token's slot, and the conversion to float8.
+// Writing fragments to a paged cache: a token's slot, the conversion to float8, and on the host the
+// common alignment of the tensors and the caches.
 #pragma once
 
+#include "cuda/parts/alignment.h"
 #include "cuda/parts/fragment.cuh"
+#include "cuda/parts/sequence_slices.cuh"
 #include "math/float8.h"
 #include "math/index.h"
 
@@ -57,12 +60,9 @@ __device__ __forceinline__ void load_present(F& x, const typename F::E* from, ui
   }
 }
 
-template <class E, int N>
-__device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
-                                             const Float8Format& format, float scale) {
-  using C = ArithmeticOf<E>;
-  C x[N];
-  unpack(v, x);
+template <int N, class C>
+__device__ __forceinline__ void store_float8(const C* x, uint8_t* to, const Float8Format& format,
+                                             float scale) {
   uint8_t bytes[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -76,6 +76,14 @@ __device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
   Vector<uint8_t, N> out;
   memcpy(&out.word, bytes, sizeof(bytes));
   store(out, to);
+}
+
+template <class E, int N>
+__device__ __forceinline__ void store_float8(const Vector<E, N>& v, uint8_t* to,
+                                             const Float8Format& format, float scale) {
+  ArithmeticOf<E> x[N];
+  unpack(v, x);
+  store_float8<N>(x, to, format, scale);
 }
 
 // Writes x to the head `head` of a cache, from `channel` on. kFloat8: the cache may be of float8.
@@ -100,6 +108,70 @@ __device__ __forceinline__ void store_cached(const F& x, const StoredHeads& head
   if constexpr (F::kVectors == 2) {
     if (present.second) store_float8(x.vectors[1], to + second, format, scale);
   }
+}
+
+// ---------------------------------------------------------------------------------------- on the
+// host
+
+// Of any value for a cache of the model's dtype.
+inline Float8Format float8_format(CacheDType dtype) {
+  return dtype == CacheDType::Float8E4M3 ? Float8E4M3::kFormat : Float8E5M2::kFormat;
+}
+
+// Channels of k that do not rotate and are stored, and those of q beside them.
+inline int64_t stored_beside(const AppendArgs& args) {
+  return args.latent ? 0 : args.rotary.head_dim - args.rotary.rotary_dim;
+}
+
+inline void add_cache(Alignment& alignment, const AppendArgs& args, const StoredHeads& x) {
+  if (args.cache_dtype == CacheDType::OfModel) {
+    alignment.add_address(x.cache);
+  } else {  // its vectors have as many bytes as the model's have elements
+    alignment.add_elements(reinterpret_cast<intptr_t>(x.cache));
+  }
+  if (args.blocks > 1) alignment.add_elements(x.stride_block);
+  if (args.block_size > 1) alignment.add_elements(x.stride_offset);
+  if (x.heads > 1) alignment.add_elements(x.stride_h);
+}
+
+// A tensor of float8, whose vectors have as many bytes as those of the model have elements.
+inline void add_float8(Alignment& alignment, const Heads<void*>& x, const RotaryArgs& rotary) {
+  alignment.add_elements(reinterpret_cast<intptr_t>(x.data));
+  if (rotary.batch > 1) alignment.add_elements(x.stride_b);
+  if (rotary.seq > 1) alignment.add_elements(x.stride_s);
+  if (rotary.q.heads > 1) alignment.add_elements(x.stride_h);
+}
+
+// Of q and k as they are written, of v and of the caches.
+inline Alignment alignment_of_append(const AppendArgs& args) {
+  const RotaryArgs& rotary = args.rotary;
+  Alignment alignment(size_of(rotary.dtype));
+  for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
+    if (x->heads > 0) alignment.add(x->out, rotary.batch, rotary.seq, x->heads);
+  }
+  if (args.float8_q.out.data != nullptr) add_float8(alignment, args.float8_q.out, rotary);
+  if (args.v.heads > 0) alignment.add(args.v.in, rotary.batch, rotary.seq, args.v.heads);
+  for (const StoredHeads* x : {&args.k, &args.v}) {
+    if (x->heads > 0) add_cache(alignment, args, *x);
+  }
+  alignment.add_channels(rotary, stored_beside(args) > 0 || args.float8_q.out.data != nullptr);
+  if (args.latent) alignment.add_elements(args.v.channels);
+  return alignment;
+}
+
+// q's float8, v and the caches from the first channel that rotates on, as q and k are; but a latent
+// vector and its cache from their first channel on.
+inline AppendArgs with_common_channels(AppendArgs args) {
+  const RotaryArgs& rotary = args.rotary;
+  advance(args.float8_q.out.data, rotary.rotary_offset);
+  if (args.latent) return args;
+  const int64_t element_bytes = size_of(rotary.dtype);
+  const int64_t cache_bytes = args.cache_dtype == CacheDType::OfModel ? element_bytes : 1;
+  for (StoredHeads* x : {&args.k, &args.v}) {
+    advance(x->in.data, rotary.rotary_offset * element_bytes);
+    advance(x->cache, rotary.rotary_offset * cache_bytes);
+  }
+  return args;
 }
 
 }  // namespace rope::cuda

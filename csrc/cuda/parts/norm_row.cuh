@@ -51,6 +51,13 @@ __device__ __forceinline__ C sum_of_squares(const C (&x)[kChannels]) {
   return sum;
 }
 
+template <class F>
+__device__ __forceinline__ typename F::C sum_of_squares(const F& fragment) {
+  typename F::C x[F::kChannels];
+  fragment.unpack_to(x);
+  return sum_of_squares(x);
+}
+
 template <class C>
 __device__ __forceinline__ C inverse_rms_of(C sum_of_squares, C channels, double eps) {
   return C(1) / sqrt(sum_of_squares / channels + static_cast<C>(eps));
@@ -73,17 +80,33 @@ __device__ __forceinline__ NormFragment norm_fragment(const RotaryArgs& args,
   return {{channel < 0 ? channel : channel + static_cast<int32_t>(args.rotary_dim), 0}, false};
 }
 
-// The channels of a fragment in the order of memory, from: the first channel of its head that
-// rotates. Zeros after the vector of one that does not rotate.
+// from, to: the first channel of the head that rotates. Of a fragment that does not rotate, the
+// second vector stays as it is.
+template <class F>
+__device__ __forceinline__ void load_fragment(F& x, const typename F::E* from,
+                                              const NormFragment& fragment) {
+  load(x.vectors[0], from + fragment.at.first);
+  if (F::kVectors == 2 && fragment.rotates) {
+    load(x.vectors[F::kVectors - 1], from + fragment.at.first + fragment.at.second);
+  }
+}
+
+template <class F>
+__device__ __forceinline__ void store_fragment(const F& x, typename F::E* to,
+                                               const NormFragment& fragment) {
+  store(x.vectors[0], to + fragment.at.first);
+  if (F::kVectors == 2 && fragment.rotates) {
+    store(x.vectors[F::kVectors - 1], to + fragment.at.first + fragment.at.second);
+  }
+}
+
+// The channels in the order of memory. Zeros after the vector of one that does not rotate.
 template <class F>
 __device__ __forceinline__ void load_channels(typename F::C (&x)[F::kChannels],
                                               const typename F::E* from,
                                               const NormFragment& fragment) {
   F f{};
-  load(f.vectors[0], from + fragment.at.first);
-  if (F::kVectors == 2 && fragment.rotates) {
-    load(f.vectors[F::kVectors - 1], from + fragment.at.first + fragment.at.second);
-  }
+  load_fragment(f, from, fragment);
   f.unpack_to(x);
 }
 
@@ -92,10 +115,7 @@ __device__ __forceinline__ void store_channels(const typename F::C (&x)[F::kChan
                                                typename F::E* to, const NormFragment& fragment) {
   F f;
   f.pack_from(x);
-  store(f.vectors[0], to + fragment.at.first);
-  if (F::kVectors == 2 && fragment.rotates) {
-    store(f.vectors[F::kVectors - 1], to + fragment.at.first + fragment.at.second);
-  }
+  store_fragment(f, to, fragment);
 }
 
 // The factors on the channels of a fragment: its weights, plus 1 if the norm says so.
@@ -134,6 +154,13 @@ struct NormTraits {
   static constexpr bool kFullWidth = kFullWidth_;
 };
 
+// Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
+// where the kernel then needs no local memory.
+template <class Traits>
+constexpr int resident_blocks() {
+  return sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth ? 1024 / kMostLanes : 1;
+}
+
 inline bool weights_allow(const RmsNorm& norm, int n) {
   const int64_t bytes = size_of(norm.dtype);
   Alignment alignment(bytes);
@@ -164,11 +191,10 @@ void dispatch_traits(const RotaryArgs& args, const RmsNorm& norm, Alignment alig
   }
 }
 
-// Norm rows, heads and tokens are counted in 32 bits.
-inline void check_rows(const RotaryArgs& args) {
-  const int64_t heads = args.q.heads + args.k.heads;
+// Norm rows, heads and tokens are counted in 32 bits. heads: of all tensors.
+inline void check_rows(const RotaryArgs& args, int64_t heads) {
   check_counts(args.op, heads, args.head_dim, args.batch, args.seq);
-  const int64_t most = int64_t{0xffffffff} / (heads + 2);
+  const int64_t most = int64_t{0xffffffff} / (heads + 3);
   if (args.batch <= most / args.seq) return;
   throw_too_many_rows(args.op, heads, args.batch, args.seq);
 }
