@@ -41,7 +41,7 @@ WAYS = [
     for name in filter(None, names)
 ]
 SWAPPED = {"bshd": None, "bhsd": (1, 2), "sbhd": (0, 1), "HND": (1, 2)}
-IN_LAYOUT, CACHES = ("x", "q", "k", "v"), ("k_cache", "v_cache")
+IN_LAYOUT, CACHES = ("x", "q", "k", "v", "q_out"), ("k_cache", "v_cache")
 
 every_way = pytest.mark.parametrize(("function", "operator"), WAYS)
 
