@@ -137,7 +137,7 @@ def test_results_and_versions_are_those_of_the_dispatcher(
     with MODES[mode]():
         got = outcome(function, given)
         of_operator = operator.overload(**options)
-    for name in operator.written:
+    for name in given.keys() & {*operator.written}:
         assert_same_bits(given[name], expected[name])
         assert given[name]._version == expected[name]._version == 1
     if not operator.written:
