@@ -227,8 +227,8 @@ REFUSALS = [
      "without its channels, got [2, 4, 5]"),
     (lambda g: {"q_scale_out": torch.ones(B, S, H).half()}, "q_scale_out to be float32, got "
      "float16"),
-    (lambda g: {"q_scale_out": torch.ones(B, S, 1).to(g["q"].device).expand(-1, -1, H)}, "q_scale_out to have no two "
-     "elements in one place, as it is written, got"),
+    (lambda g: {"q_scale_out": torch.ones(B, S, 1).to(g["q"].device).expand(-1, -1, H)},
+     "q_scale_out to have no two elements in one place, as it is written, got"),
 ]  # fmt: skip
 
 
