@@ -37,10 +37,9 @@ MUTANTS = [
     ),
     # Autograd does not see a write; values are stored as they are.
     *mutants(
-        "rope_ext/kv_cache.py", "test_direct_calls test_appends",
-        ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
-        ("latent-cache-counts-no-version", "(q, k_pe, kv_cache))", "(q, k_pe))"),
-        ("scales-are-lost", "if scale is not None})", "if scale is None})"),
+        "rope_ext/kv_cache.py", "test_appends test_append_kv",
+        ("v-cache-counts-no-version", "written = (q, k, k_cache, v_cache, *outs.values())",
+         "written = (q, k, k_cache, *outs.values())"),
     ),
     # Heads are taken for tokens of a block.
     *mutants(
@@ -49,7 +48,7 @@ MUTANTS = [
     ),
     # Values below the default are ignored.
     *mutants(
-        "rope_ext/rms_norm.py", "test_direct_calls test_rms_norm_rotary",
+        "rope_ext/options.py", "test_direct_calls test_rms_norm_rotary",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
     ),
     # The same.
