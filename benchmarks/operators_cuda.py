@@ -27,6 +27,9 @@ def cases(quick: bool) -> list[OperatorCase]:
     long = llama("prefill", size(LONG_PREFILL))
     new, in_place = rope.apply_rotary_qk.default, rope.apply_rotary_qk_.default
     at, at_ = rope.apply_rotary_qk_at.default, rope.apply_rotary_qk_at_.default
+    normed, back = rope.rms_norm_rotary_qk.default, rope.rms_norm_rotary_qk_backward.default
+    of_x, of_x_, of_qk = rope.rms_norm_rotary, rope.rms_norm_rotary_, rope.rms_norm_rotary_qk
+    back_of_x, normed_ = rope.rms_norm_rotary_backward.default, rope.rms_norm_rotary_qk_.default
     one, some, many = (size(tokens) for tokens in DECODE)
     return [
         rotation(rope.apply_rotary.default, "bf16", prefill, BF16),
@@ -57,10 +60,17 @@ def cases(quick: bool) -> list[OperatorCase]:
         append_kv("bf16, float8 cache", "prefill", size(PREFILL), FP8, compiled=True),
         mla_append("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         mla_append("bf16, float8 cache", "prefill", size(PREFILL), FP8),
-        norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
-        norm("bf16, weights [H, D]", "prefill", size(PREFILL), all_heads=True),
-        norm_backward("bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
-        norm_backward("bf16, weights [H, D]", "prefill", size(PREFILL), True),
+        *(
+            norm(operator, "bf16, weight [D]", "prefill", size(PREFILL), False)
+            for operator in (of_x.default, of_x_.default, of_x.out)
+        ),
+        norm(normed, "bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
+        norm(normed, "bf16, weights [H, D]", "prefill", size(PREFILL), True),
+        norm(normed_, "bf16, weights [D]", "prefill", size(PREFILL), False),
+        norm(of_qk.out, "bf16, weights [D]", "prefill", size(PREFILL), False),
+        norm_backward(back_of_x, "bf16, weight [D]", "prefill", size(PREFILL), False),
+        norm_backward(back, "bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
+        norm_backward(back, "bf16, weights [H, D]", "prefill", size(PREFILL), True),
         rotation(new, "bf16", llama("decode", some), BF16, compiled=True),
         *(rotation(in_place, "bf16", llama("decode", n), BF16) for n in (one, some, many)),
         rotation(in_place, "fp32", llama("decode", some), FP32),
@@ -70,8 +80,8 @@ def cases(quick: bool) -> list[OperatorCase]:
         append_kv("bf16, float8 cache", "decode", some, FP8),
         *(mla_append("bf16", "decode", n, BF16) for n in (one, some)),
         mla_append("bf16, float8 cache", "decode", some, FP8),
-        *(norm("bf16, weights [D]", "decode", n, all_heads=False) for n in (one, some)),
-        norm("bf16, weights [H, D]", "decode", some, all_heads=True),
+        *(norm(normed, "bf16, weights [D]", "decode", n, False) for n in (one, some)),
+        norm(normed, "bf16, weights [H, D]", "decode", some, True),
     ]
 
 

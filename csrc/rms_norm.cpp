@@ -1,81 +1,130 @@
-// rms_norm_rotary_qk: q and k normalised by RMSNorm, then rotated; forward and backward.
+// rms_norm_rotary and rms_norm_rotary_qk: one tensor, or q and k, normalised by RMSNorm, then
+// rotated: new, in place and into given tensors; and their backward.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "check/heads.h"
-#include "check/rotation.h"
+#include "check/norm.h"
+#include "host/destinations.h"
 #include "host/device.h"
-#include "host/outputs.h"
 #include "registration.h"
 
 namespace rope {
 
 namespace {
 
+// k and k_weight are null for the operators on one tensor.
 struct Inputs {
-  Inputs(const char* op, const TensorView& q, const TensorView& k, const NormWeights& weights,
-         const Rows& rows, const NormOptions& norm, const Rotation& rotation)
-      : rotary(op, q, &k, rows, rotation),
-        q_weight(weights.q_weight),
-        k_weight(weights.k_weight),
-        norm(norm) {}
+  Inputs(const char* op, const TensorView& q, const TensorView* k, const TensorView& q_weight,
+         const TensorView* k_weight, const Rows& rows, const NormOptions& norm,
+         const Rotation& rotation)
+      : rotary(op, q, k, rows, rotation), q_weight(q_weight), norm(norm) {
+    if (k_weight != nullptr) this->k_weight.emplace(*k_weight);
+    q_weight_name = k_weight != nullptr ? "q_weight" : "weight";
+  }
 
   RotaryInputs rotary;
-  TensorView q_weight, k_weight;  // [D], or [H, D] and [Hk, D]
+  const char* q_weight_name;           // weight for the operators on one tensor
+  TensorView q_weight;                 // [D], or [H, D]
+  std::optional<TensorView> k_weight;  // [D], or [Hk, D]
   NormOptions norm;
 };
 
-// weight: [D], or [H, D] for the H heads of x. Sets dtype, and returns the pointer to the first
-// channel that rotates.
-const void* check_weight(const char* op, const char* name, const TensorView& weight,
-                         const char* x_name, const TensorView& x, const RotaryArgs& rotary,
-                         DType& dtype) {
-  const int64_t heads = x.size(x.dim() - 2), rank = weight.dim();
-  const bool fits = (rank == 1 || (rank == 2 && weight.size(0) == heads)) &&
-                    weight.size(rank - 1) == rotary.head_dim;
-  if (!fits) {
-    refuse(op,
-           text(name, " to have shape [", rotary.head_dim, "] or [", heads, ", ", rotary.head_dim,
-                "], the heads and head_dim of ", x_name),
-           shape_text(weight));
-  }
-  if (weight.scalar_type() != x.scalar_type() && weight.scalar_type() != ScalarType::Float) {
-    const std::string of_x = dtype_text(x.scalar_type());
-    refuse(op,
-           x.scalar_type() == ScalarType::Float
-               ? text(name, " of ", x_name, "'s dtype ", of_x)
-               : text(name, " of ", x_name, "'s dtype ", of_x, " or float32"),
-           dtype_text(weight.scalar_type()));
-  }
-  check_device(op, name, weight, x_name, x);
-  check_last_stride(op, name, weight);
-  dtype = *dtype_of(weight.scalar_type());
-  const auto* const data = static_cast<const char*>(weight.const_data_ptr());
-  return data == nullptr ? nullptr : data + rotary.rotary_offset * size_of(dtype);
+RmsNorm norm_of(const Inputs& in, const RotaryArgs& rotary) {
+  return check_norm(in.rotary, in.q_weight, in.k_weight ? &*in.k_weight : nullptr, in.norm, rotary);
 }
 
-RmsNorm check_norm(const Inputs& in, const RotaryArgs& rotary) {
-  const char* const op = in.rotary.op;
-  const TensorView &q = in.rotary.q, &k = *in.rotary.k;
-  RmsNorm norm{};
-  norm.q_weight = check_weight(op, "q_weight", in.q_weight, "q", q, rotary, norm.dtype);
-  norm.k_weight = check_weight(op, "k_weight", in.k_weight, "k", k, rotary, norm.dtype);
-  check_dtype_like(op, "k_weight", in.k_weight, "q_weight", in.q_weight);
-  norm.all_heads = in.q_weight.dim() == 2;
-  if (in.k_weight.dim() != in.q_weight.dim()) {
-    refuse(op,
-           text("k_weight to have ", in.q_weight.dim(), " dimension", norm.all_heads ? "s" : "",
-                ", as q_weight has"),
-           shape_text(in.k_weight));
+// A call of one of the operators that are no backward, checked.
+struct Norming {
+  explicit Norming(const Inputs& inputs) : in(inputs) {
+    check_device_supported(in.rotary.op, in.rotary.q);
+    args.rotary = check_apply_rotary(in.rotary);
+    args.norm = norm_of(in, args.rotary);
   }
-  if (norm.all_heads) {
-    norm.q_stride_h = in.q_weight.stride(0);
-    norm.k_stride_h = in.k_weight.stride(0);
-  }
-  norm.eps = in.norm.eps;
-  norm.unit_offset = in.norm.unit_offset;
-  if (!(in.norm.eps >= 0)) refuse(op, "eps to be at least 0", std::to_string(in.norm.eps));
-  return norm;
+
+  void run() const { rope::run(in.rotary.q, args); }
+
+  const Inputs in;
+  RmsNormRotaryArgs args{};
+};
+
+void norm_in_place(Norming call) {
+  const RotaryInputs& in = call.in.rotary;
+  const Named read[] = {{call.in.q_weight_name, call.in.q_weight},
+                        {"k_weight", call.in.k_weight},
+                        {"cos", in.cos},
+                        {"sin", in.sin},
+                        {"position_ids", in.position_ids}};
+  write_in_place(in, call.args.rotary, read);
+  call.run();
+}
+
+// out_k is null for the operator on one tensor.
+void norm_into(Norming call, const TensorView& out_q, const TensorView* out_k) {
+  const RotaryInputs& in = call.in.rotary;
+  const Named read[] = {{in.q_name, in.q},
+                        {"k", in.k},
+                        {call.in.q_weight_name, call.in.q_weight},
+                        {"k_weight", call.in.k_weight},
+                        {"cos", in.cos},
+                        {"sin", in.sin},
+                        {"position_ids", in.position_ids}};
+  write_into(out_q, out_k, in, call.args.rotary, read);
+  call.run();
+}
+
+Norming one(const char* op, const TensorView& x, const TensorView& weight, const Rows& rows,
+            const NormOptions& options, const Rotation& rotation) {
+  return Norming({op, x, nullptr, weight, nullptr, rows, options, rotation});
+}
+
+Norming both(const char* op, const TensorView& q, const TensorView& k, const NormWeights& weights,
+             const Rows& rows, const NormOptions& options, const Rotation& rotation) {
+  return Norming({op, q, &k, weights.q_weight, &weights.k_weight, rows, options, rotation});
+}
+
+Tensor rms_norm_rotary(const TokenTensor& x, const Tensor& weight, const Rows& rows,
+                       const NormOptions& options, const AnyRotation& rotation) {
+  Norming call = one("rms_norm_rotary", x, weight, rows, options, rotation);
+  Tensor out = new_output(call.args.rotary, call.args.rotary.q, x);
+  call.run();
+  return out;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const TokenTensor& q, const TokenTensor& k,
+                                              const NormWeights& weights, const Rows& rows,
+                                              const NormOptions& options,
+                                              const AnyRotation& rotation) {
+  Norming call = both("rms_norm_rotary_qk", q, k, weights, rows, options, rotation);
+  Tensor out_q = new_output(call.args.rotary, call.args.rotary.q, q);
+  Tensor out_k = new_output(call.args.rotary, call.args.rotary.k, k);
+  call.run();
+  return {std::move(out_q), std::move(out_k)};
+}
+
+void rms_norm_rotary_(const TokenTensor& x, const Tensor& weight, const Rows& rows,
+                      const NormOptions& options, const AnyRotation& rotation) {
+  norm_in_place(one("rms_norm_rotary_", x, weight, rows, options, rotation));
+}
+
+void rms_norm_rotary_qk_(const TokenTensor& q, const TokenTensor& k, const NormWeights& weights,
+                         const Rows& rows, const NormOptions& options,
+                         const AnyRotation& rotation) {
+  norm_in_place(both("rms_norm_rotary_qk_", q, k, weights, rows, options, rotation));
+}
+
+void rms_norm_rotary_out(const TokenTensor& x, const Tensor& weight, const Rows& rows,
+                         const NormOptions& options, const AnyRotation& rotation,
+                         const TokenTensor& out) {
+  norm_into(one("rms_norm_rotary.out", x, weight, rows, options, rotation), out, nullptr);
+}
+
+void rms_norm_rotary_qk_out(const TokenTensor& q, const TokenTensor& k, const NormWeights& weights,
+                            const Rows& rows, const NormOptions& options,
+                            const AnyRotation& rotation, const TokenTensor& out_q,
+                            const TokenTensor& out_k) {
+  norm_into(both("rms_norm_rotary_qk.out", q, k, weights, rows, options, rotation), out_q, &out_k);
 }
 
 // Makes it the transposed rotation, for gradients: this reads the pairs in the order of the result.
@@ -85,42 +134,27 @@ void transpose(RotaryArgs& rotary) {
   rotary.inverse = !rotary.inverse;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_rotary_qk(const TokenTensor& q, const TokenTensor& k,
-                                              const NormWeights& weights, const Rows& rows,
-                                              const NormOptions& options,
-                                              const AnyRotation& rotation) {
-  const Inputs in("rms_norm_rotary_qk", q, k, weights, rows, options, rotation);
-  check_device_supported(in.rotary.op, in.rotary.q);
-  RmsNormRotaryArgs args{};
-  args.rotary = check_apply_rotary(in.rotary);
-  args.norm = check_norm(in, args.rotary);
-  Tensor out_q = dense_like(q), out_k = dense_like(k);
-  set_output(args.rotary, args.rotary.q, out_q);
-  set_output(args.rotary, args.rotary.k, out_k);
-  run(in.rotary.q, args);
-  return {std::move(out_q), std::move(out_k)};
-}
-
 // grad_q, grad_k: of the shape of q and k; one may be absent. Everything but the outputs and the
 // workspace.
 RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorView>& grad_q,
                                  const std::optional<TensorView>& grad_k) {
-  const char* const op = in.rotary.op;
-  if (!grad_q && !grad_k) refuse(op, "grad_q or grad_k", "neither");
+  const RotaryInputs& rotary = in.rotary;
+  check_device_supported(rotary.op, rotary.q);
+  if (!grad_q && !grad_k) refuse(rotary.op, "grad_q or grad_k", "neither");
   RmsNormRotaryGradArgs args{};
-  args.rotary = check_apply_rotary(in.rotary);
-  args.norm = check_norm(in, args.rotary);
+  args.rotary = check_apply_rotary(rotary);
+  args.norm = norm_of(in, args.rotary);
   args.q = args.rotary.q.in;
   args.k = args.rotary.k.in;
-  const auto set_grad = [&](const char* name, const std::optional<TensorView>& grad,
-                            const char* x_name, const TensorView& x, RotatedHeads& heads) {
+  const auto set_grad = [&](const std::optional<TensorView>& grad, const char* x_name,
+                            const TensorView& x, RotatedHeads& heads) {
     heads.heads = grad ? heads.heads : 0;
     if (!grad) return;
-    check_like(op, name, *grad, x_name, x);
+    check_like(rotary.op, text("grad_", x_name).c_str(), *grad, x_name, x);
     heads.in = heads_of(*grad, args.rotary.dtype, args.rotary.rotary_offset);
   };
-  set_grad("grad_q", grad_q, "q", in.rotary.q, args.rotary.q);
-  set_grad("grad_k", grad_k, "k", *in.rotary.k, args.rotary.k);
+  set_grad(grad_q, rotary.q_name, rotary.q, args.rotary.q);
+  if (rotary.k) set_grad(grad_k, "k", *rotary.k, args.rotary.k);
   transpose(args.rotary);
 
   // At most so many partial sums, each of at least so many tokens: they are small beside the
@@ -130,8 +164,40 @@ RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorVie
   args.chunk_tokens = std::max((tokens + most - 1) / most, least);
   args.chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
   args.q_columns = grad_q ? in.q_weight.numel() : 0;
-  args.columns = args.q_columns + (grad_k ? in.k_weight.numel() : 0);
+  args.columns = args.q_columns + (grad_k ? in.k_weight->numel() : 0);
   return args;
+}
+
+// New gradients to x and to its weight.
+struct NewGrads {
+  NewGrads(RmsNormRotaryGradArgs& args, RotatedHeads& heads, const TensorView& x,
+           const TensorView& weight, void*& to_weight)
+      : x(dense_like(x)), weight(new_like(weight, weight.sizes())) {
+    set_output(args.rotary, heads, this->x);
+    to_weight = this->weight.mutable_data_ptr();
+  }
+
+  Tensor x, weight;
+};
+
+void run_grad(const TensorView& q, RmsNormRotaryGradArgs& args) {
+  const std::vector<int64_t> partial_shape{args.chunks, args.columns};
+  const Tensor partial =
+      new_like(q, partial_shape,
+               args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
+  args.partial = partial.mutable_data_ptr();
+  run(q, args);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_rotary_backward(const Tensor& grad_x, const Tensor& x,
+                                                    const Tensor& weight, const Rows& rows,
+                                                    const NormOptions& options,
+                                                    const AnyRotation& rotation) {
+  const Inputs in("rms_norm_rotary_backward", x, nullptr, weight, nullptr, rows, options, rotation);
+  RmsNormRotaryGradArgs args = check_grad(in, grad_x, std::nullopt);
+  NewGrads to(args, args.rotary.q, x, weight, args.grad_q_weight);
+  run_grad(x, args);
+  return {std::move(to.x), std::move(to.weight)};
 }
 
 // grad, where there is a gradient, else zeros.
@@ -144,32 +210,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
     const OptionalTensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const Tensor& k,
     const NormWeights& weights, const Rows& rows, const NormOptions& options,
     const AnyRotation& rotation) {
-  const Inputs in("rms_norm_rotary_qk_backward", q, k, weights, rows, options, rotation);
-  check_device_supported(in.rotary.op, in.rotary.q);
+  const Inputs in("rms_norm_rotary_qk_backward", q, &k, weights.q_weight, &weights.k_weight, rows,
+                  options, rotation);
   RmsNormRotaryGradArgs args = check_grad(in, view(grad_q), view(grad_k));
-  Tensor to_q = dense_like(q), to_k = dense_like(k);
-  Tensor to_q_weight = new_like(weights.q_weight, weights.q_weight.sizes());
-  Tensor to_k_weight = new_like(weights.k_weight, weights.k_weight.sizes());
-  const std::vector<int64_t> partial_shape{args.chunks, args.columns};
-  Tensor partial =
-      new_like(q, partial_shape,
-               args.rotary.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float);
-  set_output(args.rotary, args.rotary.q, to_q);
-  set_output(args.rotary, args.rotary.k, to_k);
-  args.partial = partial.mutable_data_ptr();
-  args.grad_q_weight = to_q_weight.mutable_data_ptr();
-  args.grad_k_weight = to_k_weight.mutable_data_ptr();
-  run(in.rotary.q, args);
-  return {zeros_unless(grad_q.has_value(), std::move(to_q)),
-          zeros_unless(grad_k.has_value(), std::move(to_k)),
-          zeros_unless(grad_q.has_value(), std::move(to_q_weight)),
-          zeros_unless(grad_k.has_value(), std::move(to_k_weight))};
+  NewGrads to_q(args, args.rotary.q, q, weights.q_weight, args.grad_q_weight);
+  NewGrads to_k(args, args.rotary.k, k, weights.k_weight, args.grad_k_weight);
+  run_grad(q, args);
+  const bool has_q = grad_q.has_value(), has_k = grad_k.has_value();
+  return {zeros_unless(has_q, std::move(to_q.x)), zeros_unless(has_k, std::move(to_k.x)),
+          zeros_unless(has_q, std::move(to_q.weight)), zeros_unless(has_k, std::move(to_k.weight))};
 }
 
 }  // namespace
 
 std::vector<Operator> rms_norm_operators() {
-  return {boxed<&rms_norm_rotary_qk>("rms_norm_rotary_qk"),
+  return {boxed<&rms_norm_rotary>("rms_norm_rotary"),
+          boxed<&rms_norm_rotary_qk>("rms_norm_rotary_qk"),
+          boxed<&rms_norm_rotary_>("rms_norm_rotary_"),
+          boxed<&rms_norm_rotary_qk_>("rms_norm_rotary_qk_"),
+          boxed<&rms_norm_rotary_out>("rms_norm_rotary.out"),
+          boxed<&rms_norm_rotary_qk_out>("rms_norm_rotary_qk.out"),
+          boxed<&rms_norm_rotary_backward>("rms_norm_rotary_backward"),
           boxed<&rms_norm_rotary_qk_backward>("rms_norm_rotary_qk_backward")};
 }
 

@@ -77,9 +77,20 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, {angles}, *, float attention_scaling=1.0, "
     "{rotation_by_angles}) -> ()",
 
-    // -> q and k normalised by RMSNorm, then rotated
+    // -> x, or q and k, normalised by RMSNorm, then rotated; weight: [D] or [H, D]
+    "rms_norm_rotary(Tensor x, Tensor weight, {rows}, *, {norm}, {rotation}) -> Tensor",
     "rms_norm_rotary_qk(Tensor q, Tensor k, {weights}, {rows}, *, {norm}, {rotation}) -> (Tensor, "
     "Tensor)",
+    "rms_norm_rotary_(Tensor(a!) x, Tensor weight, {rows}, *, {norm}, {rotation}) -> ()",
+    "rms_norm_rotary_qk_(Tensor(a!) q, Tensor(b!) k, {weights}, {rows}, *, {norm}, {rotation}) -> "
+    "()",
+    "rms_norm_rotary.out(Tensor x, Tensor weight, {rows}, *, {norm}, {rotation}, Tensor(a!) out) "
+    "-> ()",
+    "rms_norm_rotary_qk.out(Tensor q, Tensor k, {weights}, {rows}, *, {norm}, {rotation}, "
+    "Tensor(a!) out_q, Tensor(b!) out_k) -> ()",
+    // -> grad of x and weight, from the gradient of the result
+    "rms_norm_rotary_backward(Tensor grad_x, Tensor x, Tensor weight, {rows}, *, {norm}, "
+    "{rotation}) -> (Tensor, Tensor)",
     // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; if one of
     // these is None, zeros for its tensor and weight
     "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, {weights}, "

@@ -49,6 +49,24 @@ def apply_rotary(
     return torch.cat((before, y, after), -1)
 
 
+def rms_norm_rotary(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    **options: Any,
+) -> Tensor:
+    """As :func:`rope_ext.rms_norm_rotary` on x [B, S, H, D] or [T, H, D]."""
+    row = (-1,) if weight.dim() == 1 else (-2, -1)
+    mean = x.square().mean(row, keepdim=True)
+    normalised = x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
+    return apply_rotary(normalised, cos, sin, position_ids, **options)
+
+
 def rms_norm_rotary_qk(
     q: Tensor,
     k: Tensor,
@@ -57,22 +75,13 @@ def rms_norm_rotary_qk(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    unit_offset: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
-
-    def normalised(x: Tensor, weight: Tensor) -> Tensor:
-        row = (-1,) if weight.dim() == 1 else (-2, -1)
-        mean = x.square().mean(row, keepdim=True)
-        return x / (mean + eps).sqrt() * (1 + weight if unit_offset else weight)
-
     rows = cos, sin, position_ids
     return (
-        apply_rotary(normalised(q, q_weight), *rows, **options),
-        apply_rotary(normalised(k, k_weight), *rows, **options),
+        rms_norm_rotary(q, q_weight, *rows, **options),
+        rms_norm_rotary(k, k_weight, *rows, **options),
     )
 
 

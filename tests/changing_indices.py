@@ -76,6 +76,10 @@ def calls():
         "latent": (append_latent, ids),
         "latent, slots": (append_latent, slots),
         "normed": (lambda: rope_ext.rms_norm_rotary_qk(*normed), ids),
+        "normed, in place": (
+            lambda: (rope_ext.rms_norm_rotary(x.clone(), weight, *rows, inplace=True),),
+            ids,
+        ),
         "normed, backward": (lambda: rope.rms_norm_rotary_qk_backward(*grads, *normed)[:2], ids),
         "gradient to the table, tokens": (table_backward, order),
         "gradient to the table, rows": (table_backward, offsets),

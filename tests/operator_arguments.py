@@ -52,7 +52,7 @@ def tensors_of(
     def drawn(*shape):
         return random(*shape, dtype=dtype, seed=next(count))
 
-    pool = {name: drawn(*tokens, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
+    pool = {name: drawn(*tokens, H, D) for name in ("x", "q", "out", "out_q", "grad_q", "grad_x")}
     pool |= {name: drawn(*tokens, K, D) for name in ("k", "v", "out_k", "grad_k")}
     pool["k_pe"], pool["kv_c"] = drawn(*tokens, D), drawn(*tokens, RANK)
     table = (1, *tokens, P)[-3:] if rows else (L, P)
@@ -64,7 +64,7 @@ def tensors_of(
     positions = (S,) if positions_for_all else (B, S)
     pool |= {"grad_cos": drawn(*positions, P), "grad_sin": drawn(*positions, P)}
     pool |= {"inv_freq": drawn(P).abs(), "length": S}
-    pool |= {"q_weight": drawn(D), "k_weight": drawn(D)}
+    pool |= {name: drawn(D) for name in ("weight", "q_weight", "k_weight")}
     order = torch.randperm(B * S, generator=torch.Generator().manual_seed(seed))
     pool |= {"token_order": order, "row_offsets": torch.arange(L + 1).clamp(max=B * S)}
     pool["row_offsets"][-1] = B * S

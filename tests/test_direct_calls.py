@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
-from rope_ext import _C, _destinations, angles, kv_cache, rms_norm
+from rope_ext import _C, _destinations, angles, kv_cache
 from rope_ext._operators import OPERATORS
 from rope_ext.module import rotary_embedding
 
@@ -28,7 +28,8 @@ FUNCTIONS = {
     rope_ext.apply_rotary: ("apply_rotary", "apply_rotary_"),
     rope_ext.apply_rotary_qk: ("apply_rotary_qk", "apply_rotary_qk_"),
     rope_ext.apply_rotary_qk_at: ("apply_rotary_qk_at", "apply_rotary_qk_at_"),
-    rope_ext.rms_norm_rotary_qk: ("rms_norm_rotary_qk", None),
+    rope_ext.rms_norm_rotary: ("rms_norm_rotary", "rms_norm_rotary_"),
+    rope_ext.rms_norm_rotary_qk: ("rms_norm_rotary_qk", "rms_norm_rotary_qk_"),
     rope_ext.cos_sin: ("cos_sin", None),
     rope_ext.cos_sin_cache: ("cos_sin_cache", None),
     rope_ext.apply_rotary_qk_append_kv_: (None, "apply_rotary_qk_append_kv_"),
@@ -52,7 +53,7 @@ def only_direct(monkeypatch):
     def call(operator, *args):
         raise AssertionError(f"{operator} was called by the dispatcher")
 
-    for module in (_destinations, angles, kv_cache, rms_norm):
+    for module in (_destinations, angles, kv_cache):
         monkeypatch.setattr(module, "call", call)
 
 
@@ -262,6 +263,12 @@ def test_out_is_direct(layout, only_direct):
     one = torch.empty_like(q)
     assert rope_ext.apply_rotary(q, **given, layout=layout, out=one) is one
     assert_same_bits(one, out[0])
+    weight = random(8)
+    expected = rope_ext.rms_norm_rotary_qk(q, k, weight, weight, **given, layout=layout)
+    assert rope_ext.rms_norm_rotary(q, weight, **given, layout=layout, out=one) is one
+    rope_ext.rms_norm_rotary_qk(q, k, weight, weight, **given, layout=layout, out=out)
+    for got, x in zip((one, *out), (expected[0], *expected), strict=True):
+        assert_same_bits(got, x)
 
 
 MODULES = {

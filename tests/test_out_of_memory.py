@@ -29,6 +29,8 @@ ALLOCATING = {
     "apply_rotary": (X, TABLE, TABLE),
     "apply_rotary_qk": (X, X, TABLE, TABLE),
     "apply_rotary_qk_at": (X, X, INV_FREQ),
+    "rms_norm_rotary": (X, WEIGHT, TABLE, TABLE),
+    "rms_norm_rotary_backward": (X, X, WEIGHT, TABLE, TABLE),
     "rms_norm_rotary_qk": (X, X, WEIGHT, WEIGHT, TABLE, TABLE),
     "rms_norm_rotary_qk_backward": (X, X, X, X, WEIGHT, WEIGHT, TABLE, TABLE),
     "apply_rotary_table_backward": (X, X, None, None, ROWS),

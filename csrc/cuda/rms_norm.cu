@@ -1,4 +1,4 @@
-// RMSNorm and rotation on CUDA: q and k in one launch.
+// RMSNorm and rotation on CUDA: one tensor, or q and k, in one launch.
 #include "cuda/parts/norm_row.cuh"
 #include "kernels.h"
 
@@ -17,12 +17,13 @@ __device__ __forceinline__ NormRow row_at(const RmsNormRotaryArgs& args, const N
   const uint32_t q_heads = static_cast<uint32_t>(args.rotary.q.heads);
   const uint32_t k_heads = static_cast<uint32_t>(args.rotary.k.heads);
   const bool all_heads = args.norm.all_heads;
-  const uint32_t rows = all_heads ? 2 : q_heads + k_heads;  // of a token
+  const uint32_t q_rows = all_heads ? min(q_heads, 1u) : q_heads;  // of a token
+  const uint32_t rows = q_rows + (all_heads ? min(k_heads, 1u) : k_heads);
   const uint32_t token = static_cast<uint32_t>(index) / rows;
   const uint32_t part = static_cast<uint32_t>(index) - token * rows;
   const uint32_t b = token / static_cast<uint32_t>(args.rotary.seq);
   const uint32_t s = token - b * static_cast<uint32_t>(args.rotary.seq);
-  const bool is_q = part < (all_heads ? 1 : q_heads);
+  const bool is_q = part < q_rows;
   if (all_heads) return {b, s, 0, is_q ? q_heads : k_heads, is_q};
   return {b, s, is_q ? part : part - q_heads, 1, is_q};
 }
@@ -86,9 +87,10 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
 template <class Traits>
 void launch_kernel(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
-  NormPlan plan =
-      norm_plan<typename Traits::F>(rotary, args.norm, max_of(rotary.q.heads, rotary.k.heads));
-  const int64_t of_token = args.norm.all_heads ? 2 : rotary.q.heads + rotary.k.heads;
+  const int64_t q_heads = rotary.q.heads, k_heads = rotary.k.heads;
+  NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, max_of(q_heads, k_heads));
+  const int64_t of_token =
+      args.norm.all_heads ? min_of(q_heads, 1) + min_of(k_heads, 1) : q_heads + k_heads;
   plan.rows = static_cast<uint32_t>(rotary.batch * rotary.seq * of_token);
   launch(rotary.op, rms_norm_rotary_kernel<Traits>, grid_of(ceil_div(plan.rows, plan.groups)),
          plan.groups * plan.lanes, stream, args, plan);

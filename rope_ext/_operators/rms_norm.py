@@ -1,9 +1,10 @@
-"""RMSNorm of q and k and their rotation, and its backward.
+"""RMSNorm and rotation of x, or of q and k (new results, in place, into out), and their backward.
 
-The gradients to q, k and the weights are an operator with kernels. All else is composed of the
+The gradients to these and to the weights are operators with kernels. All else is composed of the
 rotation and PyTorch's operators: gradients to cos and sin, tangents, and the second derivative.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from rope_ext._engine.autograd import last_stride_one, save_all
 from rope_ext._engine.record import Composed, Derivative, Given, Grads, Operator
 from rope_ext._engine.sharding import HEADS_OF, Result, Sharding, rotation_sharding
 from rope_ext._engine.vmap import one_by_one
-from rope_ext._operators.rotation import TWO, inverted, rotary_tangent, table_grad
+from rope_ext._operators.rotation import (
+    ONE,
+    TWO,
+    in_place_by_sequences,
+    inverted,
+    rotary_tangent,
+    table_grad,
+)
 
 rope = torch.ops.rope
 
@@ -58,44 +66,85 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
-    q, k, q_weight, k_weight, cos, sin, position_ids = ctx.saved_tensors
-    grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
-    eps, unit_offset, rotary = _split(ctx.options)
-    result: list[Tensor | None] = [None] * 7
-    if any(ctx.needs_input_grad[:4]):
-        rows = cos, sin, position_ids
-        result[:4] = rope.rms_norm_rotary_qk_backward(
-            *grads, q, k, q_weight, k_weight, *rows, **ctx.options
-        )
-    if any(ctx.needs_input_grad[4:6]):
+def _parts(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """x and weight, or q, k and their weights; then cos, sin and position_ids."""
+    count = len(args) // 2 - 1
+    return args[:count], args[count : 2 * count], args[2 * count :]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> Grads:
+    xs, weights, rows = _parts(ctx.saved_tensors)
+    grads = tuple(None if grad is None else last_stride_one(grad) for grad in grads)
+    to_xs_and_weights: Grads = (None,) * len((*xs, *weights))
+    to_table: Grads = None, None
+    *needed, cos_needed, sin_needed, _ = ctx.needs_input_grad[: len(to_xs_and_weights) + 3]
+    if any(needed):
+        to_xs_and_weights = (
+            rope.rms_norm_rotary_backward if len(xs) == 1 else rope.rms_norm_rotary_qk_backward
+        )(*grads, *xs, *weights, *rows, **ctx.options)
+    if cos_needed or sin_needed:
+        cos, _, position_ids = rows
+        eps, unit_offset, rotary = _split(ctx.options)
         terms: list[Tensor | None] = []
-        for grad, x, weight in zip(grads, (q, k), (q_weight, k_weight), strict=True):
+        for grad, x, weight in zip(grads, xs, weights, strict=True):
             if grad is not None:
                 norm = _Norm(x, weight, eps, unit_offset)
                 terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
-        result[4:6] = table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
-    return tuple(result)
+        to_table = table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
+    return *to_xs_and_weights, *to_table, None
 
 
 def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    *tensors, cos, sin, position_ids = inputs
+    xs, weights, rows = _parts(inputs)
+    of_xs, of_weights, of_rows = _parts(tangents)
     eps, unit_offset, rotary = _split(options)
     results = []
-    for x, weight, i in zip(tensors[:2], tensors[2:], (0, 1), strict=True):
+    for x, weight, of_x, of_weight in zip(xs, weights, of_xs, of_weights, strict=True):
         norm = _Norm(x, weight, eps, unit_offset)
         tangent = rotary_tangent(
             norm.n * norm.factor,
-            norm.tangent(tangents[i], tangents[2 + i]),
-            (cos, sin, position_ids),
-            tangents[4:6],
+            norm.tangent(of_x, of_weight),
+            tuple(rows),
+            of_rows[:2],
             rotary,
         )
         results.append(None if tangent is None else tangent.to(x.dtype))
-    return tuple(results)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _composed_backward(
+    grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The gradients to x and to its weight."""
+    if grad is None:
+        return torch.zeros_like(x), torch.zeros_like(weight)
+    eps, unit_offset, rotary = _split(options)
+    norm = _Norm(x, weight, eps, unit_offset)
+    back = rope.apply_rotary(last_stride_one(_wide(grad)), *rows, **inverted(rotary))
+    weighted = back * norm.factor
+    along = (weighted * norm.n).mean(norm.row, keepdim=True)
+    to_x = ((weighted - norm.n * along) * norm.inverse_rms).to(x.dtype)
+    others = tuple(range(x.dim() - weight.dim()))
+    return to_x, (back * norm.n).sum(others).to(weight.dtype)
+
+
+def _composed_backward_of_one(
+    grad_x: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return _composed_backward(grad_x, x, weight, (cos, sin, position_ids), options)
+
+
+def _composed_backward_of_two(
     grad_q: Tensor | None,
     grad_k: Tensor | None,
     q: Tensor,
@@ -107,22 +156,10 @@ def _composed_backward(
     position_ids: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    eps, unit_offset, rotary = _split(options)
-    to_xs, to_weights = [], []
-    for grad, x, weight in ((grad_q, q, q_weight), (grad_k, k, k_weight)):
-        if grad is None:
-            to_xs.append(torch.zeros_like(x))
-            to_weights.append(torch.zeros_like(weight))
-            continue
-        norm = _Norm(x, weight, eps, unit_offset)
-        grad = last_stride_one(_wide(grad))
-        back = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(rotary))
-        weighted = back * norm.factor
-        along = (weighted * norm.n).mean(norm.row, keepdim=True)
-        to_xs.append(((weighted - norm.n * along) * norm.inverse_rms).to(x.dtype))
-        others = tuple(range(x.dim() - weight.dim()))
-        to_weights.append((back * norm.n).sum(others).to(weight.dtype))
-    return *to_xs, *to_weights
+    rows = cos, sin, position_ids
+    to_q, to_q_weight = _composed_backward(grad_q, q, q_weight, rows, options)
+    to_k, to_k_weight = _composed_backward(grad_k, k, k_weight, rows, options)
+    return to_q, to_k, to_q_weight, to_k_weight
 
 
 # DTensors: batch and sequence may be sharded, and heads where each is normalised by itself
@@ -130,39 +167,50 @@ def _composed_backward(
 
 def _sharding(operator: Operator, given: Given) -> Sharding:
     """With a weight [H, D] a row is all heads of a token, so the heads must not be sharded."""
-    heads = HEADS_OF if given["q_weight"].dim() == 1 else (None, None)
+    of_each_head = given[WEIGHTS[operator.rotates][0]].dim() == 1
+    heads = HEADS_OF if of_each_head else (None, None)
     return rotation_sharding(operator, given, heads, is_linear=False)
 
 
 def _backward_sharding(operator: Operator, given: Given) -> Sharding:
-    """Gradients to q and k are placed as q and k. Those to the weights are sums over tokens and
-    heads: Partial where these are sharded.
+    """Gradients to x, or to q and k, are placed as these. Those to the weights are sums over tokens
+    and heads: Partial where these are sharded.
     """
-    sharding = _sharding(operator, given)
-    sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in TWO}
+    sharding, names = _sharding(operator, given), operator.rotates
+    sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in names}
     sharding.results += tuple(
-        Result((), given[f"{name}_weight"].shape, summed=sharding.axes[name]) for name in TWO
+        Result((), given[weight].shape, summed=sharding.axes[name])
+        for name, weight in zip(names, WEIGHTS[names], strict=True)
     )
     return sharding
 
 
 # RMSNorm takes 4 operations a channel (a square, its sum, two products), its backward 12: the sums
 # of x x and of g w x (5), n (1), the gradient to x (4) and that to the weight (2).
+NORM: dict[str, Any] = {"flops_channel": 4, "sharding": _sharding}
+BACKWARD: dict[str, Any] = {"flops_channel": 12, "vmap": one_by_one, "sharding": _backward_sharding}
+WEIGHTS = {ONE: ("weight",), TWO: ("q_weight", "k_weight")}
+DERIVATIVE = Derivative(save_all, _backward, _tangent)
+
 RMS_NORM = (
+    Operator("rms_norm_rotary", ONE, derivative=DERIVATIVE, **NORM),
+    Operator("rms_norm_rotary_qk", TWO, derivative=DERIVATIVE, **NORM),
+    Operator("rms_norm_rotary_", ONE, vmap=in_place_by_sequences, **NORM),
+    Operator("rms_norm_rotary_qk_", TWO, vmap=in_place_by_sequences, **NORM),
+    Operator("rms_norm_rotary.out", ONE, **NORM),
+    Operator("rms_norm_rotary_qk.out", TWO, **NORM),
     Operator(
-        "rms_norm_rotary_qk",
-        TWO,
-        derivative=Derivative(save_all, _backward, _tangent),
-        flops_channel=4,
-        sharding=_sharding,
+        "rms_norm_rotary_backward",
+        ONE,
+        results=(*ONE, *WEIGHTS[ONE]),
+        derivative=Composed(_composed_backward_of_one),
+        **BACKWARD,
     ),
     Operator(
         "rms_norm_rotary_qk_backward",
         TWO,
-        results=("q", "k", "q_weight", "k_weight"),
-        derivative=Composed(_composed_backward),
-        flops_channel=12,
-        vmap=one_by_one,
-        sharding=_backward_sharding,
+        results=(*TWO, *WEIGHTS[TWO]),
+        derivative=Composed(_composed_backward_of_two),
+        **BACKWARD,
     ),
 )

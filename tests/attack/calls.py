@@ -36,10 +36,9 @@ def apply_rotary(d: Draw, *names: str, reorders: bool = True) -> Arguments:
     return {**xs, **rows(d, x, pairs), **options(d, x, pairs, reorders=reorders)}
 
 
-def into_out(d: Draw, *names: str) -> Arguments:
-    out = apply_rotary(d, *names)
+def into_out(d: Draw, call: Arguments, *names: str) -> Arguments:
     outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
-    return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+    return {**call, **{o: d.tensor(*call[x].shape).to(call[x]) for o, x in zip(outs, names)}}  # noqa: B905
 
 
 def append_kv(d: Draw) -> Arguments:
@@ -151,31 +150,32 @@ def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
     }
 
 
-def rms_norm(d: Draw) -> Arguments:
-    call = apply_rotary(d, "q", "k")
-    dtype = d.choice((call["q"].dtype, torch.float32))
+def rms_norm(d: Draw, *names: str, reorders: bool = True) -> Arguments:
+    call = apply_rotary(d, *names, reorders=reorders)
+    dtype = d.choice((call[names[0]].dtype, torch.float32))
     all_heads = d.chance(0.3)
-    for x in "qk":
+    for x in names:
         heads, dim = call[x].shape[-2:]
-        call[f"{x}_weight"] = d.tensor(*((heads, dim) if all_heads else (dim,)), dtype=dtype)
+        weight = "weight" if len(names) == 1 else f"{x}_weight"
+        call[weight] = d.tensor(*((heads, dim) if all_heads else (dim,)), dtype=dtype)
     return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
 
 
-def rms_norm_backward(d: Draw) -> Arguments:
-    call = rms_norm(d)
+def rms_norm_backward(d: Draw, *names: str) -> Arguments:
+    call = rms_norm(d, *names)
     missing = d.choice((None, None, "q", "k"))
     grads = {f"grad_{x}": None if x == missing else d.tensor(*call[x].shape).to(call[x])
-             for x in "qk"}  # fmt: skip
+             for x in names}  # fmt: skip
     return {**grads, **call}
 
 
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary": lambda d: apply_rotary(d, "x"),
     "rope::apply_rotary_": lambda d: apply_rotary(d, "x", reorders=False),
-    "rope::apply_rotary.out": lambda d: into_out(d, "x"),
+    "rope::apply_rotary.out": lambda d: into_out(d, apply_rotary(d, "x"), "x"),
     "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
-    "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
+    "rope::apply_rotary_qk.out": lambda d: into_out(d, apply_rotary(d, "q", "k"), "q", "k"),
     "rope::apply_rotary_qk_append_kv_": append_kv,
     "rope::apply_rotary_mla_append_": mla_append,
     "rope::cos_sin_cache": cos_sin_cache,
@@ -184,8 +184,14 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_table_backward": table_backward,
     "rope::apply_rotary_qk_at": lambda d: rotary_at(d, reorders=True),
     "rope::apply_rotary_qk_at_": lambda d: rotary_at(d, reorders=False),
-    "rope::rms_norm_rotary_qk": rms_norm,
-    "rope::rms_norm_rotary_qk_backward": rms_norm_backward,
+    "rope::rms_norm_rotary": lambda d: rms_norm(d, "x"),
+    "rope::rms_norm_rotary_": lambda d: rms_norm(d, "x", reorders=False),
+    "rope::rms_norm_rotary.out": lambda d: into_out(d, rms_norm(d, "x"), "x"),
+    "rope::rms_norm_rotary_backward": lambda d: rms_norm_backward(d, "x"),
+    "rope::rms_norm_rotary_qk": lambda d: rms_norm(d, "q", "k"),
+    "rope::rms_norm_rotary_qk_": lambda d: rms_norm(d, "q", "k", reorders=False),
+    "rope::rms_norm_rotary_qk.out": lambda d: into_out(d, rms_norm(d, "q", "k"), "q", "k"),
+    "rope::rms_norm_rotary_qk_backward": lambda d: rms_norm_backward(d, "q", "k"),
 }
 RECORDS = {operator.op: operator for operator in OPERATORS}
 

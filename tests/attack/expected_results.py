@@ -194,50 +194,65 @@ def _cos_sin_backward(a: Arguments) -> list[Expected]:
 
 def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
     """The arguments in float64 as the arithmetic reads them, and the case of normed_inputs."""
-    dtype = a["q"].dtype
+    names = ("x",) if "x" in a else ("q", "k")
+    weights = ("weight",) if "x" in a else ("q_weight", "k_weight")
+    dtype = a[names[0]].dtype
     for name in ("cos", "sin") if dtype != F64 else ():
         a[name] = a[name].float()
     a = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
          for n, x in a.items()}  # fmt: skip
     how = {"eps": a.get("eps", 1e-6), "unit_offset": a.get("unit_offset", False)}
     case = SimpleNamespace(
-        **how, dtype=dtype, all_heads=a["q_weight"].dim() == 2, options={**how, **rotation_of(a)}
+        **how,
+        names=names,
+        dtype=dtype,
+        all_heads=a[weights[0]].dim() == 2,
+        options={**how, **rotation_of(a)},
+        rows=(a["cos"], a["sin"], a.get("position_ids")),
+        tensors=[a[n] for n in names],
+        weights=[a[n] for n in weights],
     )
     return a, case
 
 
+def _norm_and_rotate(case: SimpleNamespace, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The reference, on the tensors and then their weights."""
+    count = len(tensors) // 2
+    return [
+        reference.rms_norm_rotary(x, weight, *case.rows, **case.options)
+        for x, weight in zip(tensors[:count], tensors[count:], strict=True)
+    ]
+
+
 def _rms_norm(a: Arguments) -> list[Expected]:
     a, case = _normed(a)
-    rows = a["cos"], a["sin"], a.get("position_ids")
-    weights = a["q_weight"], a["k_weight"]
-    exact = reference.rms_norm_rotary_qk(a["q"], a["k"], *weights, *rows, **case.options)
+    exact = _norm_and_rotate(case, [*case.tensors, *case.weights])
     out = []
-    for value, x, weight in zip(exact, (a["q"], a["k"]), weights, strict=True):
+    for value, x, weight in zip(exact, case.tensors, case.weights, strict=True):
         n, _, factor = normalised(x, weight, case)
-        size = sizes_of(n * factor, weight, rows, case)
+        size = sizes_of(n * factor, weight, case.rows, case)
         out.append(Expected(value, roundings(case, x) * size, case.dtype))
     return out
 
 
 def _rms_norm_backward(a: Arguments) -> list[Expected]:
     """Bounds as in test_rms_norm_rotary.py."""
-    weight_dtype = a["q_weight"].dtype
+    weight_dtype = a["weight" if "x" in a else "q_weight"].dtype
     a, case = _normed(a)
-    rows = a["cos"], a["sin"], a.get("position_ids")
-    leaves = [a[n].detach().requires_grad_() for n in ("q", "k", "q_weight", "k_weight")]
-    results = reference.rms_norm_rotary_qk(*leaves, *rows, **case.options)
+    leaves = [t.detach().requires_grad_() for t in (*case.tensors, *case.weights)]
+    results = _norm_and_rotate(case, leaves)
     seeds = [torch.zeros_like(y) if a.get(f"grad_{x}") is None else a[f"grad_{x}"]
-             for x, y in zip("qk", results, strict=True)]  # fmt: skip
+             for x, y in zip(case.names, results, strict=True)]  # fmt: skip
     exact = torch.autograd.grad(results, leaves, seeds, materialize_grads=True)
     how = {**ROTATION_DEFAULTS, **rotation_of(a)}
     order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
     how |= {"inverse": not how["inverse"]}
     how |= {"interleaved": order, "interleaved_out": how["interleaved"]}
+    cos, sin, ids = case.rows
     out: list[list[Expected]] = [[], []]
-    for i in range(2):
-        x, weight, seed = leaves[i].detach(), leaves[2 + i].detach(), seeds[i].abs()
+    for i, (x, weight) in enumerate(zip(case.tensors, case.weights, strict=True)):
+        seed = seeds[i].abs()
         n, inverse_rms, factor = (t.abs() for t in normalised(x, weight, case))
-        cos, sin, ids = rows
         both = [reference.apply_rotary(seed, cos.abs(), sign * sin.abs(), ids, **how).abs()
                 for sign in (1, -1)]  # fmt: skip
         g = torch.maximum(*both)
@@ -249,7 +264,7 @@ def _rms_norm_backward(a: Arguments) -> list[Expected]:
         unit = 2.0**-24 if case.dtype != F64 else 2.0**-52
         summed = tuple(range(x.dim() - weight.dim()))
         allowed = (rounding + terms * unit) * (n * g).sum(summed)
-        out[1].append(Expected(exact[2 + i], allowed, weight_dtype))
+        out[1].append(Expected(exact[len(seeds) + i], allowed, weight_dtype))
     return [*out[0], *out[1]]
 
 
@@ -263,6 +278,8 @@ RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "cos_sin": _table,
     "cos_sin_backward": _cos_sin_backward,
     "apply_rotary_table_backward": _table_backward,
+    "rms_norm_rotary": _rms_norm,
+    "rms_norm_rotary_backward": _rms_norm_backward,
     "rms_norm_rotary_qk": _rms_norm,
     "rms_norm_rotary_qk_backward": _rms_norm_backward,
 }

@@ -91,12 +91,18 @@ MUTANTS = [
         ("offset-in-a-block-by-the-stride-of-blocks",
          "stride_offset = in.kv_cache.stride(1);", "stride_offset = in.kv_cache.stride(0);"),
     ),
-    # The gradient of an inverse rotation is rotated the wrong way; NaN passes for an eps.
+    # The gradient of an inverse rotation is rotated the wrong way.
     *mutants(
         "csrc/rms_norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("gradient-of-the-norm-always-inverse", "rotary.inverse = !rotary.inverse;",
          "rotary.inverse = true;"),
-        ("eps-of-nan-passes", "if (!(in.norm.eps >= 0))", "if (in.norm.eps < 0)"),
+        ("weight-may-overlap-what-is-written",
+         "{{call.in.q_weight_name, call.in.q_weight},", '{{"cos", in.cos},'),
+    ),
+    # NaN passes for an eps, and a weight for fewer heads.
+    *mutants(
+        "csrc/check/norm.cpp", "test_rms_norm_rotary_transforms",
+        ("eps-of-nan-passes", "if (!(options.eps >= 0))", "if (options.eps < 0)"),
         ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
     ),
     # Sequences of several axes begin elsewhere.
