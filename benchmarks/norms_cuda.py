@@ -10,8 +10,10 @@ from other_libraries_cuda import NORMS_OF_OTHER_LIBRARIES, norm_then_rotate
 from rotations_cuda import (
     eager_arguments,
     eager_rotation,
+    grads_of,
     heads_of,
     llama,
+    qkv_of,
     row_bytes,
     rows_of,
 )
@@ -23,12 +25,16 @@ rope = torch.ops.rope
 
 EPS = 1e-6
 MODEL = torch.bfloat16
-LEAVES = {"x": ("x", "weight"), "q": ("q", "k", "q_weight", "k_weight")}  # by the first of them
+LEAVES = {  # by the first of them
+    "x": ("x", "weight"),
+    "q": ("q", "k", "q_weight", "k_weight"),
+    "qkv": ("qkv", "q_weight", "k_weight"),
+}
 
 
 def leaves_of(named: Any) -> tuple[str, ...]:
     """The tensors and weights among the arguments of a call."""
-    return LEAVES["x" if "x" in named else "q"]
+    return LEAVES[next(name for name in LEAVES if name in named)]
 
 
 def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -158,5 +164,60 @@ def norm_backward(
         moved_bytes(shape, both, all_heads, times=3, weight_times=2),
         ways,
         compiled=compiled,
+        roundings=256,
+    )
+
+
+# ---- packed
+
+
+def packed_leaves(shape: Case) -> Arguments:
+    """qkv, flat, and the weights."""
+    of_qk = leaves(shape, LEAVES["q"], all_heads=False)
+    return {**qkv_of(shape, MODEL, by_group=False), **{n: of_qk[n] for n in LEAVES["qkv"][1:]}}
+
+
+def packed_bytes(shape: Case, times: int, weight_times: int) -> int:
+    """q and k `times` times; v is read and written."""
+    of_v = 2 * shape.tokens * shape.k_heads * shape.head_dim * MODEL.itemsize
+    return of_v + moved_bytes(shape, True, False, times, weight_times)
+
+
+def split_steps(qkv: Tensor, kv_heads: int, **others: Any) -> tuple[Tensor, ...]:
+    q, k, v = reference.split_qkv(qkv, kv_heads)
+    return *rope.rms_norm_rotary_qk(q, k, **others), v
+
+
+def norm_qkv(form: str, step: str, tokens: int) -> OperatorCase:
+    shape = llama(step, tokens)
+    return OperatorCase(
+        rope.rms_norm_rotary_qkv.default,
+        form,
+        shape,
+        lambda: {**packed_leaves(shape), **rows_of(shape), "eps": EPS},
+        lambda a: reference.rms_norm_rotary_qkv(**in_float64(a)),
+        packed_bytes(shape, times=2, weight_times=1),
+        {EAGER: Way(reference.rms_norm_rotary_qkv), "split, rms_norm_rotary_qk": Way(split_steps)},
+        roundings=16,
+    )
+
+
+def norm_qkv_backward(form: str, step: str, tokens: int) -> OperatorCase:
+    shape = llama(step, tokens)
+
+    def exact(arguments: Arguments) -> tuple[Tensor, ...]:
+        return tuple(bind_backward(reference.rms_norm_rotary_qkv, in_float64(arguments))())
+
+    return OperatorCase(
+        rope.rms_norm_rotary_qkv_backward.default,
+        form,
+        shape,
+        lambda: {**grads_of(shape, MODEL), **packed_leaves(shape), **rows_of(shape), "eps": EPS},
+        exact,
+        packed_bytes(shape, times=3, weight_times=2),
+        {
+            EAGER: Way(reference.rms_norm_rotary_qkv, bind=bind_backward),
+            "split, rms_norm_rotary_qk": Way(split_steps, bind=bind_backward),
+        },
         roundings=256,
     )

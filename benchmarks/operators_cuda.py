@@ -2,9 +2,16 @@
 
 import torch
 from caches_cuda import append_kv, mla_append
-from norms_cuda import norm, norm_backward
+from norms_cuda import norm, norm_backward, norm_qkv, norm_qkv_backward
 from operator_case import OperatorCase, operator_name
-from rotations_cuda import llama, neox, rotation, rotation_at
+from rotations_cuda import (
+    llama,
+    neox,
+    packed_backward,
+    rotation,
+    rotation_at,
+    split_and_rotate,
+)
 from tables_cuda import backward, rows, table_backward, whole_table
 
 rope = torch.ops.rope
@@ -68,6 +75,12 @@ def cases(quick: bool) -> list[OperatorCase]:
         norm(normed, "bf16, weights [H, D]", "prefill", size(PREFILL), True),
         norm(normed_, "bf16, weights [D]", "prefill", size(PREFILL), False),
         norm(of_qk.out, "bf16, weights [D]", "prefill", size(PREFILL), False),
+        split_and_rotate("bf16", prefill, BF16, by_group=False),
+        split_and_rotate("bf16, by group", prefill, BF16, by_group=True),
+        packed_backward("bf16", prefill, BF16, by_group=False),
+        packed_backward("bf16, by group", prefill, BF16, by_group=True),
+        norm_qkv("bf16, weights [D]", "prefill", size(PREFILL)),
+        norm_qkv_backward("bf16, weights [D]", "prefill", size(PREFILL)),
         norm_backward(back_of_x, "bf16, weight [D]", "prefill", size(PREFILL), False),
         norm_backward(back, "bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
         norm_backward(back, "bf16, weights [H, D]", "prefill", size(PREFILL), True),

@@ -1,11 +1,12 @@
-// rms_norm_rotary and rms_norm_rotary_qk: one tensor, or q and k, normalised by RMSNorm, then
-// rotated: new, in place and into given tensors; and their backward.
+// rms_norm_rotary, rms_norm_rotary_qk and rms_norm_rotary_qkv: one tensor, q and k, or a packed qkv
+// normalised by RMSNorm, then rotated; and their backward.
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "check/heads.h"
 #include "check/norm.h"
+#include "check/packed.h"
 #include "host/destinations.h"
 #include "host/device.h"
 #include "registration.h"
@@ -127,11 +128,28 @@ void rms_norm_rotary_qk_out(const TokenTensor& q, const TokenTensor& k, const No
   norm_into(both("rms_norm_rotary_qk.out", q, k, weights, rows, options, rotation), out_q, &out_k);
 }
 
-// Makes it the transposed rotation, for gradients: this reads the pairs in the order of the result.
-// The columns of the table keep their order.
-void transpose(RotaryArgs& rotary) {
-  std::swap(rotary.interleaved, rotary.interleaved_out);
-  rotary.inverse = !rotary.inverse;
+// Everything but the gradients that come in, the outputs and the workspace.
+RmsNormRotaryGradArgs check_forward(const Inputs& in) {
+  RmsNormRotaryGradArgs args{};
+  args.rotary = check_apply_rotary(in.rotary);
+  args.norm = norm_of(in, args.rotary);
+  args.q = args.rotary.q.in;
+  args.k = args.rotary.k.in;
+  args.rotary.q.heads = args.rotary.k.heads = 0;
+  transpose(args.rotary);
+  return args;
+}
+
+// How the sums over tokens are divided: at most so many partial sums, each of at least so many
+// tokens. They are small beside the gradients, also where a sum has as many columns as q and k have
+// channels.
+void divide_tokens(const Inputs& in, bool of_q, bool of_k, RmsNormRotaryGradArgs& args) {
+  const int64_t tokens = args.rotary.batch * args.rotary.seq;
+  const int64_t most = args.norm.all_heads ? 256 : 512, least = args.norm.all_heads ? 8 : 1;
+  args.chunk_tokens = std::max((tokens + most - 1) / most, least);
+  args.chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
+  args.q_columns = of_q ? in.q_weight.numel() : 0;
+  args.columns = args.q_columns + (of_k ? in.k_weight->numel() : 0);
 }
 
 // grad_q, grad_k: of the shape of q and k; one may be absent. Everything but the outputs and the
@@ -141,30 +159,16 @@ RmsNormRotaryGradArgs check_grad(const Inputs& in, const std::optional<TensorVie
   const RotaryInputs& rotary = in.rotary;
   check_device_supported(rotary.op, rotary.q);
   if (!grad_q && !grad_k) refuse(rotary.op, "grad_q or grad_k", "neither");
-  RmsNormRotaryGradArgs args{};
-  args.rotary = check_apply_rotary(rotary);
-  args.norm = norm_of(in, args.rotary);
-  args.q = args.rotary.q.in;
-  args.k = args.rotary.k.in;
+  RmsNormRotaryGradArgs args = check_forward(in);
   const auto set_grad = [&](const std::optional<TensorView>& grad, const char* x_name,
                             const TensorView& x, RotatedHeads& heads) {
-    heads.heads = grad ? heads.heads : 0;
     if (!grad) return;
     check_like(rotary.op, text("grad_", x_name).c_str(), *grad, x_name, x);
-    heads.in = heads_of(*grad, args.rotary.dtype, args.rotary.rotary_offset);
+    heads = rotated_heads(*grad, args.rotary.dtype, args.rotary.rotary_offset);
   };
   set_grad(grad_q, rotary.q_name, rotary.q, args.rotary.q);
   if (rotary.k) set_grad(grad_k, "k", *rotary.k, args.rotary.k);
-  transpose(args.rotary);
-
-  // At most so many partial sums, each of at least so many tokens: they are small beside the
-  // gradients, also where a sum has as many columns as q and k have channels.
-  const int64_t tokens = args.rotary.batch * args.rotary.seq;
-  const int64_t most = args.norm.all_heads ? 256 : 512, least = args.norm.all_heads ? 8 : 1;
-  args.chunk_tokens = std::max((tokens + most - 1) / most, least);
-  args.chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
-  args.q_columns = grad_q ? in.q_weight.numel() : 0;
-  args.columns = args.q_columns + (grad_k ? in.k_weight->numel() : 0);
+  divide_tokens(in, grad_q.has_value(), grad_k.has_value(), args);
   return args;
 }
 
@@ -221,6 +225,100 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary_qk_backward(
           zeros_unless(has_q, std::move(to_q.weight)), zeros_unless(has_k, std::move(to_k.weight))};
 }
 
+// ---- packed
+
+// A call with a packed qkv, whose rows of all heads can't lie in groups.
+struct PackedInputs {
+  PackedInputs(const char* op, const TensorView& qkv, std::optional<int64_t> kv_heads,
+               const NormWeights& weights, const Rows& rows, const NormOptions& options,
+               const Rotation& rotation)
+      : packing(check_packing(op, qkv, kv_heads)),
+        q(qkv, packing, 0, packing.q_heads),
+        k(qkv, packing, packing.q_heads, packing.kv_heads),
+        in(op, q, &k, weights.q_weight, &weights.k_weight, rows, options, rotation) {
+    in.rotary.q_name = "qkv";
+    check_device_supported(op, qkv);
+    if (packing.by_group && weights.q_weight.dim() == 2) {
+      refuse(op,
+             text("q_weight to have shape [", qkv.size(qkv.dim() - 1),
+                  "], as heads that come by group are normalised one by one"),
+             shape_text(weights.q_weight));
+    }
+  }
+
+  const Packing packing;
+  const HeadsOfGroup q, k;
+  Inputs in;
+};
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_rotary_qkv(const TokenTensor& qkv,
+                                                       const NormWeights& weights, const Rows& rows,
+                                                       std::optional<int64_t> kv_heads,
+                                                       const NormOptions& options,
+                                                       const AnyRotation& rotation) {
+  const PackedInputs packed("rms_norm_rotary_qkv", qkv, kv_heads, weights, rows, options, rotation);
+  const Packing& packing = packed.packing;
+  RmsNormRotaryArgs args{};
+  args.rotary = check_apply_rotary(packed.in.rotary);
+  args.norm = norm_of(packed.in, args.rotary);
+  args.groups = packing.groups;
+  int64_t first = 0;
+  const auto split = [&](RotatedHeads& x, int64_t heads) {
+    x.heads = heads;
+    x.in = packed_heads(qkv, qkv.const_data_ptr(), packing, first, args.rotary);
+    first += heads;
+    Tensor out =
+        new_tokens(qkv, packing.token_dims, {packing.groups * heads, args.rotary.head_dim});
+    x.out = heads_by_group(out, out.mutable_data_ptr(), heads, args.rotary);
+    return out;
+  };
+  Tensor out_q = split(args.rotary.q, packing.q_heads);
+  Tensor out_k = split(args.rotary.k, packing.kv_heads);
+  Tensor out_v = split(args.v, packing.kv_heads);
+  run(qkv, args);
+  return {std::move(out_q), std::move(out_k), std::move(out_v)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_rotary_qkv_backward(
+    const OptionalTensor& grad_q, const OptionalTensor& grad_k, const OptionalTensor& grad_v,
+    const Tensor& qkv, const NormWeights& weights, const Rows& rows,
+    std::optional<int64_t> kv_heads, const NormOptions& options, const AnyRotation& rotation) {
+  const char* const op = "rms_norm_rotary_qkv_backward";
+  const PackedInputs packed(op, qkv, kv_heads, weights, rows, options, rotation);
+  const Packing& packing = packed.packing;
+  if (!grad_q && !grad_k && !grad_v) refuse(op, "grad_q, grad_k or grad_v", "none of them");
+  RmsNormRotaryGradArgs args = check_forward(packed.in);
+  args.q.stride_g = args.k.stride_g = packing.by_group ? qkv.stride(packing.token_dims) : 0;
+  args.groups = packing.groups;
+  const auto set_grad = [&](const char* name, const OptionalTensor& grad, int64_t heads,
+                            RotatedHeads& x) {
+    if (!grad) return;
+    check_part(op, name, *grad, packing.groups * heads, packing.token_dims, "qkv", qkv);
+    x.heads = heads;
+    x.in = heads_by_group(*grad, grad->const_data_ptr(), heads, args.rotary);
+  };
+  set_grad("grad_q", grad_q, packing.q_heads, args.rotary.q);
+  set_grad("grad_k", grad_k, packing.kv_heads, args.rotary.k);
+  set_grad("grad_v", grad_v, packing.kv_heads, args.v);
+  args.v.heads = packing.kv_heads;
+  const bool has_q = grad_q.has_value(), has_k = grad_k.has_value();
+  divide_tokens(packed.in, has_q, has_k, args);
+
+  Tensor out = dense_like(qkv);
+  if (!has_q || !has_k) out.call().fill_zero(out);
+  void* const data = out.mutable_data_ptr();
+  args.rotary.q.out = packed_heads(out, data, packing, 0, args.rotary);
+  args.rotary.k.out = packed_heads(out, data, packing, packing.q_heads, args.rotary);
+  args.v.out = packed_heads(out, data, packing, packing.q_heads + packing.kv_heads, args.rotary);
+  Tensor to_q_weight = new_like(weights.q_weight, weights.q_weight.sizes());
+  Tensor to_k_weight = new_like(weights.k_weight, weights.k_weight.sizes());
+  args.grad_q_weight = to_q_weight.mutable_data_ptr();
+  args.grad_k_weight = to_k_weight.mutable_data_ptr();
+  run_grad(qkv, args);
+  return {std::move(out), zeros_unless(has_q, std::move(to_q_weight)),
+          zeros_unless(has_k, std::move(to_k_weight))};
+}
+
 }  // namespace
 
 std::vector<Operator> rms_norm_operators() {
@@ -231,7 +329,9 @@ std::vector<Operator> rms_norm_operators() {
           boxed<&rms_norm_rotary_out>("rms_norm_rotary.out"),
           boxed<&rms_norm_rotary_qk_out>("rms_norm_rotary_qk.out"),
           boxed<&rms_norm_rotary_backward>("rms_norm_rotary_backward"),
-          boxed<&rms_norm_rotary_qk_backward>("rms_norm_rotary_qk_backward")};
+          boxed<&rms_norm_rotary_qk_backward>("rms_norm_rotary_qk_backward"),
+          boxed<&rms_norm_rotary_qkv>("rms_norm_rotary_qkv"),
+          boxed<&rms_norm_rotary_qkv_backward>("rms_norm_rotary_qkv_backward")};
 }
 
 }  // namespace rope

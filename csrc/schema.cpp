@@ -44,6 +44,14 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk.out(Tensor q, Tensor k, {rows}, *, {rotation}, Tensor(a!) out_q, "
     "Tensor(b!) out_k) -> ()",
 
+    // qkv [.., Hq + 2 Hk, D] with kv_heads, Hk; or by group, [.., Hk, Hq / Hk + 2, D] -> q and k
+    // rotated and v, [.., Hq, D] and [.., Hk, D], dense
+    "apply_rotary_qkv(Tensor qkv, {rows}, *, int? kv_heads=None, {rotation}) -> (Tensor, Tensor, "
+    "Tensor)",
+    // -> grad of qkv, from the gradients of q, k and v; zeros for what is None
+    "apply_rotary_qkv_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, {rows}, *, "
+    "int q_heads, int kv_heads, bool by_group=False, {rotation}) -> Tensor",
+
     // Rotates q and k in place, and writes the rotated k and v [.., Hk, D] to the caches; float8:
     // divided by a scale, float32 of one element or [Hk]
     "apply_rotary_qk_append_kv_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, "
@@ -95,6 +103,11 @@ constexpr const char* kSchemas[] = {
     // these is None, zeros for its tensor and weight
     "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, {weights}, "
     "{rows}, *, {norm}, {rotation}) -> (Tensor, Tensor, Tensor, Tensor)",
+    // The same out of qkv, and back: as apply_rotary_qkv; by group, weights are [D]
+    "rms_norm_rotary_qkv(Tensor qkv, {weights}, {rows}, *, int? kv_heads=None, {norm}, "
+    "{rotation}) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_rotary_qkv_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, Tensor qkv, "
+    "{weights}, {rows}, *, int? kv_heads=None, {norm}, {rotation}) -> (Tensor, Tensor, Tensor)",
 };
 
 // The schema with the text of packs.h in place of the braces.
@@ -143,9 +156,9 @@ void check_namespace_is_free() {
 const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = [] {
     std::vector<Operator> out;
-    for (const auto family :
-         {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
-          kv_cache_operators, latent_cache_operators, rms_norm_operators}) {
+    for (const auto family : {rotation_operators, qkv_operators, table_grad_operators,
+                              angles_operators, rotation_by_angles_operators, kv_cache_operators,
+                              latent_cache_operators, rms_norm_operators}) {
       const std::vector<Operator> its = family();
       out.insert(out.end(), its.begin(), its.end());
     }

@@ -66,7 +66,12 @@ from rope_ext.angles import cos_sin, cos_sin_cache  # noqa: E402
 from rope_ext.kv_cache import apply_rotary_mla_append_, apply_rotary_qk_append_kv_  # noqa: E402
 from rope_ext.lowering import lowering  # noqa: E402
 from rope_ext.module import RotaryEmbedding  # noqa: E402
-from rope_ext.rms_norm import rms_norm_rotary, rms_norm_rotary_qk  # noqa: E402
+from rope_ext.qkv import apply_rotary_qkv  # noqa: E402
+from rope_ext.rms_norm import (  # noqa: E402
+    rms_norm_rotary,
+    rms_norm_rotary_qk,
+    rms_norm_rotary_qkv,
+)
 from rope_ext.rotation import apply_rotary, apply_rotary_qk  # noqa: E402
 from rope_ext.rotation_by_angles import apply_rotary_qk_at  # noqa: E402
 
@@ -81,6 +86,7 @@ __all__ = [
     "apply_rotary_qk",
     "apply_rotary_qk_append_kv_",
     "apply_rotary_qk_at",
+    "apply_rotary_qkv",
     "cos_sin",
     "cos_sin_cache",
     "frequencies",
@@ -89,6 +95,7 @@ __all__ = [
     "reference",
     "rms_norm_rotary",
     "rms_norm_rotary_qk",
+    "rms_norm_rotary_qkv",
 ]
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm and rotation of x, or of q and k, in one pass, as typed functions."""
+"""RMSNorm and rotation of x, of q and k, or of a packed qkv, in one pass, as typed functions."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from rope_ext._argument_errors import raise_argument_error
 from rope_ext._destinations import Rotation, rotate
 from rope_ext._engine.direct import direct_call
 from rope_ext._in_place import check_needs_no_grad
-from rope_ext.options import Layout, rotation_options
+from rope_ext.options import Layout, PackedLayout, rotation_options
+from rope_ext.qkv import split_by
 
 rope = torch.ops.rope
 
@@ -160,6 +161,60 @@ def rms_norm_rotary_qk(
         raise
 
 
+def rms_norm_rotary_qkv(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    interleaved_out: bool | None = None,
+    inverse: bool = False,
+    layout: PackedLayout = "bshd",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits the output of a projection into q, k and v, and normalises and rotates q and k.
+
+    Args:
+        qkv, kv_heads, layout: as for :func:`rope_ext.apply_rotary_qkv`.
+        q_weight, k_weight: as for :func:`rms_norm_rotary_qk`; by group, [D].
+        cos, sin, position_ids: as for :func:`rope_ext.apply_rotary`.
+        eps, unit_offset: as for :func:`rms_norm_rotary_qk`.
+        rotary_dim, rotary_offset, interleaved, interleaved_out, inverse: as there.
+
+    Returns:
+        q [B, S, Hq, D], k and v [B, S, Hk, D], dense.
+
+    Differentiable, and exact, as :func:`rms_norm_rotary_qk`, with a backward of one pass as
+    :func:`rope_ext.apply_rotary_qkv`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as :func:`rms_norm_rotary_qk`.
+    """
+    if not is_dynamo_compiling():
+        split = _normalise_qkv(
+            layout, None, qkv, q_weight, k_weight, cos, sin, position_ids, kv_heads, eps,
+            unit_offset, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
+        )  # fmt: skip
+        if split is not NotImplemented:
+            return split
+    try:
+        options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
+        options |= _norm_options(eps, unit_offset)
+        operator, name = rope.rms_norm_rotary_qkv, "rms_norm_rotary_qkv"
+        others = q_weight, k_weight, cos, sin, position_ids
+        return split_by(operator, name, qkv, others, kv_heads, options, layout)
+    except Exception:
+        raise_argument_error(rms_norm_rotary_qkv)
+        raise
+
+
 def _norm_options(eps: float, unit_offset: bool) -> dict[str, Any]:
     """The keywords of the norm, without those that have their defaults."""
     options: dict[str, Any] = {}
@@ -177,6 +232,7 @@ def _check_rows_need_no_grad(function: str, *rows: Tensor | None) -> None:
 
 
 _normalise, _normalise_qk = map(direct_call, ("rms_norm_rotary", "rms_norm_rotary_qk"))
+_normalise_qkv = direct_call("rms_norm_rotary_qkv")
 _normalise_in_place = direct_call("rms_norm_rotary_")
 _normalise_in_place_qk = direct_call("rms_norm_rotary_qk_")
 _normalise_into, _normalise_into_qk = map(

@@ -71,6 +71,8 @@ def tensors_of(
     pool["slot_mapping"] = random_slots(*tokens, capacity=capacity, seed=seed)
     if float8:
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
+    pool |= {"qkv": drawn(*tokens, H + 2 * K, D), "grad_v": drawn(*tokens, K, D)}
+    pool |= {"q_heads": H, "kv_heads": K}
     blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)
     in_cache = torch.float8_e4m3fn if float8 else dtype
     pool |= {name: random_cache(*blocks, K, D, dtype=in_cache) for name in ("k_cache", "v_cache")}
@@ -89,7 +91,8 @@ def arguments_of(operator, sizes=None, *, optional=True, **how):
     taken = {}
     for argument in operator.arguments:
         may_be_none = str(argument.type).startswith("Optional")
-        if argument.name in pool and (optional or not may_be_none or argument.name == "grad_q"):
+        needed = not may_be_none or argument.name in ("grad_q", "kv_heads")
+        if argument.name in pool and (optional or needed):
             taken[argument.name] = pool[argument.name]
         elif optional and str(argument.type) in NOT_DEFAULT:
             taken[argument.name] = NOT_DEFAULT[str(argument.type)](argument.default_value)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
-from rope_ext import _C, _destinations, angles, kv_cache
+from rope_ext import _C, _destinations, angles, kv_cache, qkv
 from rope_ext._operators import OPERATORS
 from rope_ext.module import rotary_embedding
 
@@ -28,6 +28,8 @@ FUNCTIONS = {
     rope_ext.apply_rotary: ("apply_rotary", "apply_rotary_"),
     rope_ext.apply_rotary_qk: ("apply_rotary_qk", "apply_rotary_qk_"),
     rope_ext.apply_rotary_qk_at: ("apply_rotary_qk_at", "apply_rotary_qk_at_"),
+    rope_ext.apply_rotary_qkv: ("apply_rotary_qkv", None),
+    rope_ext.rms_norm_rotary_qkv: ("rms_norm_rotary_qkv", None),
     rope_ext.rms_norm_rotary: ("rms_norm_rotary", "rms_norm_rotary_"),
     rope_ext.rms_norm_rotary_qk: ("rms_norm_rotary_qk", "rms_norm_rotary_qk_"),
     rope_ext.cos_sin: ("cos_sin", None),
@@ -53,7 +55,7 @@ def only_direct(monkeypatch):
     def call(operator, *args):
         raise AssertionError(f"{operator} was called by the dispatcher")
 
-    for module in (_destinations, angles, kv_cache):
+    for module in (_destinations, angles, kv_cache, qkv):
         monkeypatch.setattr(module, "call", call)
 
 

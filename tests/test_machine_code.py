@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "120")
 SOURCES = "rotation", "rotation_by_angles", "table_grad", "angles", "kv_cache"
-SOURCES += "rms_norm", "rms_norm_grad"
+SOURCES += "rms_norm", "rms_norm_grad", "qkv"
 
 # The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
 #

@@ -7,25 +7,30 @@ namespace rope::cuda {
 namespace {
 
 struct NormRow {
-  uint32_t b, s, first_head, heads;  // heads == 0: no norm row
-  bool is_q;
+  uint32_t b, s, group, first_head, heads;  // heads == 0: no norm row
+  bool is_q, is_v;                          // is_v: head first_head is moved as it is
 };
 
 __device__ __forceinline__ NormRow row_at(const RmsNormRotaryArgs& args, const NormPlan& plan,
                                           int64_t index) {
-  if (index >= plan.rows) return {0, 0, 0, 0, true};
+  if (index >= plan.rows) return {0, 0, 0, 0, 0, true, false};
   const uint32_t q_heads = static_cast<uint32_t>(args.rotary.q.heads);
   const uint32_t k_heads = static_cast<uint32_t>(args.rotary.k.heads);
   const bool all_heads = args.norm.all_heads;
   const uint32_t q_rows = all_heads ? min(q_heads, 1u) : q_heads;  // of a token
-  const uint32_t rows = q_rows + (all_heads ? min(k_heads, 1u) : k_heads);
-  const uint32_t token = static_cast<uint32_t>(index) / rows;
-  const uint32_t part = static_cast<uint32_t>(index) - token * rows;
+  const uint32_t qk_rows = q_rows + (all_heads ? min(k_heads, 1u) : k_heads);
+  const uint32_t rows = qk_rows + static_cast<uint32_t>(args.v.heads);
+  const uint32_t groups = static_cast<uint32_t>(args.groups);
+  const uint32_t of_groups = static_cast<uint32_t>(index) / rows;
+  const uint32_t part = static_cast<uint32_t>(index) - of_groups * rows;
+  const uint32_t token = groups == 1 ? of_groups : of_groups / groups;
+  const uint32_t group = of_groups - token * groups;
   const uint32_t b = token / static_cast<uint32_t>(args.rotary.seq);
   const uint32_t s = token - b * static_cast<uint32_t>(args.rotary.seq);
   const bool is_q = part < q_rows;
-  if (all_heads) return {b, s, 0, is_q ? q_heads : k_heads, is_q};
-  return {b, s, is_q ? part : part - q_heads, 1, is_q};
+  if (part >= qk_rows) return {b, s, group, part - qk_rows, 0, false, true};
+  if (all_heads) return {b, s, group, 0, is_q ? q_heads : k_heads, is_q, false};
+  return {b, s, group, is_q ? part : part - q_heads, 1, is_q, false};
 }
 
 // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
@@ -61,7 +66,8 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
     const NormFragment in = norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head);
     C x[kChannels];
     if (active) {
-      load_channels<F>(x, channel_of<E>(row.is_q, q.in, k.in, row.b, row.s, head, 0), in);
+      load_channels<F>(x, channel_of<E>(row.is_q, q.in, k.in, row.b, row.s, head, 0, row.group),
+                       in);
       if (step <= 0) squares += sum_of_squares(x);
     }
     if (step == 0) {
@@ -79,8 +85,11 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
       load_table(values, rotary, plan.rotary.table, row.b, row.s, in_head);
       rotate_channels<F>(x, values, rotary.interleaved, rotary.interleaved_out);
     }
-    store_channels<F>(x, channel_of<E>(row.is_q, q.out, k.out, row.b, row.s, head, 0),
+    store_channels<F>(x, channel_of<E>(row.is_q, q.out, k.out, row.b, row.s, head, 0, row.group),
                       norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head));
+  }
+  if (row.is_v) {
+    move_head<F>(args.v, rotary, plan, row.b, row.s, row.first_head, row.group, lane);
   }
 }
 
@@ -89,8 +98,9 @@ void launch_kernel(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   const int64_t q_heads = rotary.q.heads, k_heads = rotary.k.heads;
   NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, max_of(q_heads, k_heads));
-  const int64_t of_token =
+  const int64_t of_qk =
       args.norm.all_heads ? min_of(q_heads, 1) + min_of(k_heads, 1) : q_heads + k_heads;
+  const int64_t of_token = args.groups * (of_qk + args.v.heads);
   plan.rows = static_cast<uint32_t>(rotary.batch * rotary.seq * of_token);
   launch(rotary.op, rms_norm_rotary_kernel<Traits>, grid_of(ceil_div(plan.rows, plan.groups)),
          plan.groups * plan.lanes, stream, args, plan);
@@ -100,7 +110,7 @@ template <class E>
 void launch_element(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   Alignment alignment(sizeof(E));
-  for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
+  for (const RotatedHeads* x : {&rotary.q, &rotary.k, &args.v}) {
     if (x->heads == 0) continue;
     alignment.add(x->in, rotary.batch, rotary.seq, x->heads);
     alignment.add(x->out, rotary.batch, rotary.seq, x->heads);
@@ -114,7 +124,7 @@ void launch_element(const RmsNormRotaryArgs& args, void* stream) {
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   if (rotary.batch == 0 || rotary.seq == 0 || rotary.q.heads + rotary.k.heads == 0) return;
-  check_rows(rotary);
+  check_rows(rotary, args.groups, args.v.heads);
   dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
 }
 

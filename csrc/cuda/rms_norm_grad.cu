@@ -19,7 +19,27 @@ constexpr int bound_threads() {
   return Traits::kFullWidth ? 608 : 768;
 }
 
-// A block has the norm rows of q or of k of one chunk of tokens.
+// Moves the heads of v of one chunk of tokens.
+template <class F>
+__device__ __forceinline__ void move_chunk(const RmsNormRotaryGradArgs& args, const NormPlan& plan,
+                                           int64_t chunk) {
+  const uint32_t seq = static_cast<uint32_t>(args.rotary.seq);
+  const uint32_t heads = static_cast<uint32_t>(args.v.heads);
+  const uint32_t of_token = static_cast<uint32_t>(args.groups) * heads;
+  const int64_t first_token = chunk * args.chunk_tokens;
+  const int64_t tokens = min(args.chunk_tokens, args.rotary.batch * args.rotary.seq - first_token);
+  const uint32_t rows = static_cast<uint32_t>(tokens) * of_token;
+  const uint32_t first = threadIdx.x / plan.lanes, lane = threadIdx.x - first * plan.lanes;
+#pragma unroll 1
+  for (uint32_t row = first; row < rows; row += plan.groups) {
+    const uint32_t token_of_chunk = row / of_token, index = row - token_of_chunk * of_token;
+    const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
+    const uint32_t group = index / heads, b = token / seq;
+    move_head<F>(args.v, args.rotary, plan, b, token - b * seq, index - group * heads, group, lane);
+  }
+}
+
+// A block has the norm rows of q or of k of one chunk of tokens, or moves its heads of v.
 template <class Traits>
 __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
@@ -33,10 +53,14 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
 
   const RotaryArgs& rotary = args.rotary;
   const bool all_heads = args.norm.all_heads;
-  const int64_t chunk = block_index() / 2;
-  const bool is_q = block_index() % 2 == 0;
+  const uint32_t parts = args.v.heads > 0 ? 3 : 2;
+  const int64_t chunk = block_index() / parts;
+  const uint32_t part = static_cast<uint32_t>(block_index() - chunk * parts);
+  if (chunk >= args.chunks) return;
+  if (part == 2) return move_chunk<F>(args, plan, chunk);
+  const bool is_q = part == 0;
   const uint32_t heads = static_cast<uint32_t>(is_q ? rotary.q.heads : rotary.k.heads);
-  if (chunk >= args.chunks || (is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
+  if ((is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
   C* const partial = static_cast<C*>(args.partial) + chunk * args.columns +
                      (is_q ? 0 : args.q_columns) + rotary.rotary_offset;
   const uint32_t group = threadIdx.x / plan.lanes;
@@ -44,7 +68,9 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   const uint32_t fragments = plan.fragments * (all_heads ? heads : 1);
   const int64_t first_token = chunk * args.chunk_tokens;
   const int64_t tokens = min(args.chunk_tokens, rotary.batch * rotary.seq - first_token);
-  const uint32_t rows = static_cast<uint32_t>(tokens) * (all_heads ? min(heads, 1u) : heads);
+  const uint32_t groups = static_cast<uint32_t>(args.groups);
+  const uint32_t of_token = groups * (all_heads ? min(heads, 1u) : heads);
+  const uint32_t rows = static_cast<uint32_t>(tokens) * of_token;
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
   // Where fragment `index` of a norm row is: its head, and among the channels of grad and of x.
@@ -71,8 +97,10 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   for (uint32_t first = 0; first < rows; first += plan.groups) {
     const bool inside = first + group < rows;
     const uint32_t row = inside ? first + group : 0;
-    const uint32_t token_of_chunk = all_heads ? row : row / heads;
-    const uint32_t first_head = all_heads ? 0 : row - token_of_chunk * heads;
+    const uint32_t token_of_chunk = all_heads ? row : row / of_token;
+    const uint32_t head_of_token = all_heads ? 0 : row - token_of_chunk * of_token;
+    const uint32_t head_group = groups == 1 ? 0 : head_of_token / heads;
+    const uint32_t first_head = head_of_token - head_group * heads;
     const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
     const uint32_t b = token / static_cast<uint32_t>(rotary.seq);
     const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
@@ -87,8 +115,9 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
       // g: the gradient to the rotation, rotated back, in x's order.
       C x[kChannels], g[kChannels], w[kChannels];
       if (active) {
-        load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0), at.x);
-        load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0), at.grad);
+        load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0, head_group),
+                         at.x);
+        load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0, head_group), at.grad);
         if (at.grad.rotates) {
           TableValues<F, Traits::kFullWidth> values;
           load_table(values, rotary, plan.rotary.table, b, s, at.in_head);
@@ -117,7 +146,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
         x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
         g[i] *= n;
       }
-      store_channels<F>(x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0), at.x);
+      store_channels<F>(x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0, head_group), at.x);
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
@@ -187,7 +216,8 @@ void launch_kernel(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = max_of(max_of(rotary.q.heads, rotary.k.heads), 1);
   const NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, heads);
-  launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(2 * args.chunks),
+  const int64_t parts = args.v.heads > 0 ? 3 : 2;
+  launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(parts * args.chunks),
          plan.groups * plan.lanes, stream, args, plan);
 }
 
@@ -201,6 +231,7 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
     alignment.add(x.out, rotary.batch, rotary.seq, x.heads);
     alignment.add(forward, rotary.batch, rotary.seq, x.heads);
   };
+  add(args.v, {});
   add(rotary.q, args.q);
   add(rotary.k, args.k);
   dispatch_traits<E>(rotary, args.norm, alignment,
@@ -212,7 +243,7 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   if (args.chunks > 0) {
-    check_rows(rotary);
+    check_rows(rotary, args.groups, args.v.heads);
     dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
   }
   if (args.columns == 0) return;

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rope_ext._engine.record import Operator
+from rope_ext._engine.record import Given, Operator
 
 
 def register_flops(operators: Sequence[Operator]) -> None:
@@ -21,13 +21,15 @@ def _formula(operator: Operator) -> Callable[..., int]:
     def flops(*args: Any, out_shape: Any = None, **options: Any) -> int:
         given = operator.given(args, options)
         total = 0
-        for name in operator.rotates:
-            shape = given[name]
-            if shape is None or given.get(f"grad_{name}", shape) is None:
-                continue
+        for shape in (operator.rotated_shapes or shapes_of)(given):
             rotary_dim = given.get("rotary_dim") or 2 * given[operator.pairs][-1]
             rotated = math.prod(shape[:-1]) * rotary_dim
             total += operator.flops_rotated * rotated + operator.flops_channel * math.prod(shape)
         return total
+
+    def shapes_of(given: Given) -> list[tuple[int, ...]]:
+        """Those that are there, and have a gradient."""
+        names = [n for n in operator.rotates if given.get(f"grad_{n}", given[n]) is not None]
+        return [given[n] for n in names if given[n] is not None]
 
     return flops

@@ -14,6 +14,13 @@ from rope_ext._engine.autograd import last_stride_one, save_all
 from rope_ext._engine.record import Composed, Derivative, Given, Grads, Operator
 from rope_ext._engine.sharding import HEADS_OF, Result, Sharding, rotation_sharding
 from rope_ext._engine.vmap import one_by_one
+from rope_ext._operators.qkv import (
+    GRADS,
+    packed,
+    rotated_shapes,
+    split_like,
+    split_sharding,
+)
 from rope_ext._operators.rotation import (
     ONE,
     TWO,
@@ -22,6 +29,7 @@ from rope_ext._operators.rotation import (
     rotary_tangent,
     table_grad,
 )
+from rope_ext.reference import split_qkv
 
 rope = torch.ops.rope
 
@@ -83,15 +91,28 @@ def _backward(ctx: Any, *grads: Tensor | None) -> Grads:
             rope.rms_norm_rotary_backward if len(xs) == 1 else rope.rms_norm_rotary_qk_backward
         )(*grads, *xs, *weights, *rows, **ctx.options)
     if cos_needed or sin_needed:
-        cos, _, position_ids = rows
-        eps, unit_offset, rotary = _split(ctx.options)
-        terms: list[Tensor | None] = []
-        for grad, x, weight in zip(grads, xs, weights, strict=True):
-            if grad is not None:
-                norm = _Norm(x, weight, eps, unit_offset)
-                terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
-        to_table = table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
+        to_table = _to_table(grads, xs, weights, rows, ctx.options)
     return *to_xs_and_weights, *to_table, None
+
+
+def _to_table(
+    grads: Grads,
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    options: dict[str, Any],
+) -> Grads:
+    """The gradients to cos and sin, from those that are given."""
+    cos, _, position_ids = rows
+    eps, unit_offset, rotary = _split(options)
+    terms: list[Tensor | None] = []
+    for grad, x, weight in zip(grads, xs, weights, strict=True):
+        if grad is not None:
+            norm = _Norm(x, weight, eps, unit_offset)
+            terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
+    if not terms:
+        return None, None
+    return table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
 
 
 def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
@@ -162,6 +183,57 @@ def _composed_backward_of_two(
     return to_q, to_k, to_q_weight, to_k_weight
 
 
+# Packed qkv
+
+
+def _backward_of_qkv(ctx: Any, *grads: Tensor | None) -> Grads:
+    qkv, q_weight, k_weight, *rows = ctx.saved_tensors
+    grads = tuple(None if grad is None else last_stride_one(grad) for grad in grads)
+    to_qkv_and_weights: Grads = None, None, None
+    to_table: Grads = None, None
+    if any(ctx.needs_input_grad[:3]):
+        to_qkv_and_weights = rope.rms_norm_rotary_qkv_backward(
+            *grads, qkv, q_weight, k_weight, *rows, **ctx.options
+        )
+    if any(ctx.needs_input_grad[3:5]):
+        options = dict(ctx.options)
+        xs = split_qkv(qkv, options.pop("kv_heads"))[:2]
+        to_table = _to_table(grads[:2], xs, (q_weight, k_weight), rows, options)
+    return *to_qkv_and_weights, *to_table, None
+
+
+def _tangent_of_qkv(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
+    qkv, *others = inputs
+    of_qkv, *of_others = tangents
+    rotary = dict(options)
+    kv_heads = rotary.pop("kv_heads")
+    q, k, _ = split_qkv(qkv, kv_heads)
+    of_q, of_k, of_v = (None,) * 3 if of_qkv is None else split_qkv(of_qkv, kv_heads)
+    results = _tangent([q, k, *others], (of_q, of_k, *of_others), rotary)
+    return *results, None if of_v is None else of_v.clone()
+
+
+def _composed_backward_of_qkv(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    kv_heads: int | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = cos, sin, position_ids
+    q, k, v = split_qkv(qkv, kv_heads)
+    to_q, to_q_weight = _composed_backward(grad_q, q, q_weight, rows, options)
+    to_k, to_k_weight = _composed_backward(grad_k, k, k_weight, rows, options)
+    to_v = torch.zeros_like(v) if grad_v is None else grad_v
+    return packed(to_q, to_k, to_v, kv_heads is None), to_q_weight, to_k_weight
+
+
 # DTensors: batch and sequence may be sharded, and heads where each is normalised by itself
 
 
@@ -181,6 +253,22 @@ def _backward_sharding(operator: Operator, given: Given) -> Sharding:
     sharding.results += tuple(
         Result((), given[weight].shape, summed=sharding.axes[name])
         for name, weight in zip(names, WEIGHTS[names], strict=True)
+    )
+    return sharding
+
+
+def _split_sharding(operator: Operator, given: Given) -> Sharding:
+    """By group, the groups may be sharded too."""
+    return split_sharding(operator, given, is_linear=False)
+
+
+def _split_backward_sharding(operator: Operator, given: Given) -> Sharding:
+    sharding, qkv = _split_sharding(operator, given), given["qkv"]
+    part, axes = sharding.results[0].axes, sharding.axes["qkv"]
+    sharding.axes |= {name: part for name in GRADS if given[name] is not None}
+    sharding.results = (
+        Result(axes, qkv.shape, qkv),
+        *(Result((), given[name].shape, summed=axes) for name in WEIGHTS[TWO]),
     )
     return sharding
 
@@ -212,5 +300,25 @@ RMS_NORM = (
         results=(*TWO, *WEIGHTS[TWO]),
         derivative=Composed(_composed_backward_of_two),
         **BACKWARD,
+    ),
+    Operator(
+        "rms_norm_rotary_qkv",
+        ("qkv",),
+        results=split_like,
+        derivative=Derivative(save_all, _backward_of_qkv, _tangent_of_qkv),
+        flops_channel=4,
+        rotated_shapes=rotated_shapes,
+        vmap=one_by_one,
+        sharding=_split_sharding,
+    ),
+    Operator(
+        "rms_norm_rotary_qkv_backward",
+        ("qkv",),
+        results=("qkv", *WEIGHTS[TWO]),
+        derivative=Composed(_composed_backward_of_qkv),
+        flops_channel=12,
+        rotated_shapes=rotated_shapes,
+        vmap=one_by_one,
+        sharding=_split_backward_sharding,
     ),
 )

@@ -20,6 +20,7 @@ from random_arguments import (
 from support import DTYPES
 
 from rope_ext._operators import OPERATORS
+from rope_ext.reference import split_qkv
 
 rope = torch.ops.rope
 
@@ -150,6 +151,47 @@ def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
     }
 
 
+def packed(d: Draw) -> Arguments:
+    """qkv in place of x, flat or by group."""
+    call = apply_rotary(d, "x")
+    x, kv_heads, of_k = call.pop("x"), d.choice((1, 2, 3)), d.choice((1, 2, 4))
+    by_group = d.chance(0.5)
+    heads = (kv_heads, of_k + 2) if by_group else (kv_heads * (of_k + 2),)
+    qkv = d.tensor(*x.shape[:-2], *heads, x.shape[-1], dtype=x.dtype)
+    return {"qkv": qkv, **call, "kv_heads": None if by_group else kv_heads}
+
+
+def gradients_of_parts(d: Draw, qkv: torch.Tensor, kv_heads: int | None) -> Arguments:
+    """Of q, k and v; two of them may be None."""
+    missing = d.sample(("q", "k", "v"), d.choice((0, 0, 1, 2)))
+    parts = zip("qkv", split_qkv(qkv, kv_heads), strict=True)
+    return {f"grad_{name}": None if name in missing else d.tensor(*x.shape).to(x)
+            for name, x in parts}  # fmt: skip
+
+
+def qkv_backward(d: Draw) -> Arguments:
+    call = packed(d)
+    qkv, kv_heads = call.pop("qkv"), call.pop("kv_heads")
+    q, k, _ = split_qkv(qkv, kv_heads)
+    heads = {"q_heads": q.shape[-2], "kv_heads": k.shape[-2], "by_group": kv_heads is None}
+    return {**gradients_of_parts(d, qkv, kv_heads), **call, **heads}
+
+
+def packed_rms_norm(d: Draw) -> Arguments:
+    call = packed(d)
+    qkv, by_group = call["qkv"], call["kv_heads"] is None
+    dtype, all_heads = d.choice((qkv.dtype, torch.float32)), not by_group and d.chance(0.3)
+    for name, x in zip("qk", split_qkv(qkv, call["kv_heads"]), strict=False):
+        shape = x.shape[-2:] if all_heads else x.shape[-1:]
+        call[f"{name}_weight"] = d.tensor(*shape, dtype=dtype)
+    return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+
+
+def packed_rms_norm_backward(d: Draw) -> Arguments:
+    call = packed_rms_norm(d)
+    return {**gradients_of_parts(d, call["qkv"], call["kv_heads"]), **call}
+
+
 def rms_norm(d: Draw, *names: str, reorders: bool = True) -> Arguments:
     call = apply_rotary(d, *names, reorders=reorders)
     dtype = d.choice((call[names[0]].dtype, torch.float32))
@@ -176,6 +218,8 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
     "rope::apply_rotary_qk.out": lambda d: into_out(d, apply_rotary(d, "q", "k"), "q", "k"),
+    "rope::apply_rotary_qkv": packed,
+    "rope::apply_rotary_qkv_backward": qkv_backward,
     "rope::apply_rotary_qk_append_kv_": append_kv,
     "rope::apply_rotary_mla_append_": mla_append,
     "rope::cos_sin_cache": cos_sin_cache,
@@ -192,6 +236,8 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::rms_norm_rotary_qk_": lambda d: rms_norm(d, "q", "k", reorders=False),
     "rope::rms_norm_rotary_qk.out": lambda d: into_out(d, rms_norm(d, "q", "k"), "q", "k"),
     "rope::rms_norm_rotary_qk_backward": lambda d: rms_norm_backward(d, "q", "k"),
+    "rope::rms_norm_rotary_qkv": packed_rms_norm,
+    "rope::rms_norm_rotary_qkv_backward": packed_rms_norm_backward,
 }
 RECORDS = {operator.op: operator for operator in OPERATORS}
 

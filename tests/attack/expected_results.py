@@ -11,9 +11,11 @@ import torch
 from calls import RECORDS, rope
 from normed_inputs import normalised, roundings, sizes_of
 from random_arguments import ROTATION_DEFAULTS, Arguments
-from support import assert_same_bits, rounded_once, ulp
+from support import assert_same_bits, inverse_of, rounded_once, ulp
 
 from rope_ext import reference
+from rope_ext._operators.qkv import packed
+from rope_ext.reference import split_qkv
 
 F64 = torch.float64
 
@@ -50,13 +52,21 @@ def expected_results(name: str, arguments: Arguments) -> list[Expected]:
     if RECORDS[name].written:
         operator = operator.removesuffix("_")
     arguments = dict(arguments)
-    x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
+    x, ids = _of_tokens(arguments), arguments.get("position_ids")
     assert not (unfit := _unfit(arguments)), f"taken: {unfit}"
     if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
         # No token has a position, so the positions of other sequences' tokens are arbitrary.
         arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
         arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
     return RESULTS_OF[operator](arguments)
+
+
+def _of_tokens(a: Arguments) -> torch.Tensor:
+    """A tensor [*tokens, heads, D]."""
+    if a.get("qkv") is not None:
+        return split_qkv(a["qkv"], a["kv_heads"])[2]
+    names = ("x", "q", "grad_q", "grad_k", "grad_v")
+    return next((a[name] for name in names if a.get(name) is not None), None)
 
 
 def _unfit(a: Arguments) -> list[str]:
@@ -79,6 +89,36 @@ def _rotate(a: Arguments) -> list[Expected]:
     rows = a["cos"], a["sin"], a.get("position_ids")
     xs = [a[name] for name in ("x", "q", "k") if name in a]
     return [Expected(rounded_once(x, *rows, **rotation_of(a))) for x in xs]
+
+
+def _qkv(a: Arguments) -> list[Expected]:
+    q, k, v = split_qkv(a["qkv"], a["kv_heads"])
+    return [*_rotate({**a, "q": q, "k": k}), Expected(v)]
+
+
+def _grads_of_parts(a: Arguments) -> list[torch.Tensor]:
+    """Zeros for what is None."""
+    names = ("grad_q", "grad_k", "grad_v")
+    like = next(a[name] for name in names if a[name] is not None)
+    if "qkv" in a:
+        q_heads, kv_heads, _ = (x.shape[-2] for x in split_qkv(a["qkv"], a["kv_heads"]))
+    else:
+        q_heads, kv_heads = a["q_heads"], a["kv_heads"]
+    return [
+        like.new_zeros(*like.shape[:-2], heads, like.shape[-1]) if a[name] is None else a[name]
+        for name, heads in zip(names, (q_heads, kv_heads, kv_heads), strict=True)
+    ]
+
+
+def _qkv_backward(a: Arguments) -> list[Expected]:
+    q, k, v = _grads_of_parts(a)
+    rows = a["cos"], a["sin"], a.get("position_ids")
+    how = inverse_of({**ROTATION_DEFAULTS, **rotation_of(a)})
+    q, k = (
+        torch.zeros_like(x) if a[name] is None else rounded_once(x, *rows, **how)
+        for name, x in (("grad_q", q), ("grad_k", k))
+    )
+    return [Expected(packed(q, k, v, a.get("by_group", False)))]
 
 
 def _append(a: Arguments) -> list[Expected]:
@@ -268,9 +308,30 @@ def _rms_norm_backward(a: Arguments) -> list[Expected]:
     return [*out[0], *out[1]]
 
 
+def _of_parts(a: Arguments) -> Arguments:
+    """The same call with q and k."""
+    q, k, _ = split_qkv(a["qkv"], a["kv_heads"])
+    return {**{n: x for n, x in a.items() if n not in ("qkv", "kv_heads")}, "q": q, "k": k}
+
+
+def _rms_norm_qkv(a: Arguments) -> list[Expected]:
+    return [*_rms_norm(_of_parts(a)), Expected(split_qkv(a["qkv"], a["kv_heads"])[2])]
+
+
+def _rms_norm_qkv_backward(a: Arguments) -> list[Expected]:
+    dtype, by_group = a["qkv"].dtype, a["kv_heads"] is None
+    v = _grads_of_parts(a)[2].double()
+    to_q, to_k, *to_weights = _rms_norm_backward(_of_parts(a))
+    value = packed(to_q.value, to_k.value, v, by_group)
+    allowed = packed(to_q.allowed, to_k.allowed, torch.zeros_like(v), by_group)
+    return [Expected(value, allowed, dtype), *to_weights]
+
+
 RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
+    "apply_rotary_qkv": _qkv,
+    "apply_rotary_qkv_backward": _qkv_backward,
     "apply_rotary_qk_append_kv": _append,
     "apply_rotary_mla_append": _mla_append,
     "apply_rotary_qk_at": _at,
@@ -282,4 +343,6 @@ RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "rms_norm_rotary_backward": _rms_norm_backward,
     "rms_norm_rotary_qk": _rms_norm,
     "rms_norm_rotary_qk_backward": _rms_norm_backward,
+    "rms_norm_rotary_qkv": _rms_norm_qkv,
+    "rms_norm_rotary_qkv_backward": _rms_norm_qkv_backward,
 }

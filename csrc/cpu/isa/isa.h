@@ -36,6 +36,7 @@ constexpr int64_t kMaxBlockTokens = 16;
 struct Kernels {
   void (*apply_rotary)(const RotaryArgs&, const RotaryBlocks&, int64_t begin, int64_t end);
   void (*apply_rotary_at)(const RotaryAtArgs&, const RotaryBlocks&, int64_t begin, int64_t end);
+  void (*apply_rotary_qkv)(const RotaryQkvArgs&, int64_t begin, int64_t end);
   void (*rotary_table_grad)(const RotaryTableGradArgs&, int64_t begin, int64_t end);  // rows
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);  // chunks

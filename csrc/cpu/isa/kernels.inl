@@ -9,6 +9,7 @@
 #include "cpu/isa/table_rows.inl"
 
 #include "cpu/isa/rotation.inl"
+#include "cpu/isa/qkv.inl"
 #include "cpu/isa/table_grad.inl"
 #include "cpu/isa/angles.inl"
 #include "cpu/isa/kv_cache.inl"
@@ -18,6 +19,6 @@
 // clang-format on
 
 constexpr Kernels kKernels{
-    apply_rotary,         apply_rotary_at,         rotary_table_grad,   cos_sin,
-    cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append, rms_norm_rotary,
-    rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
+    apply_rotary,    apply_rotary_at,      apply_rotary_qkv,        rotary_table_grad,
+    cos_sin,         cos_sin_grad,         cos_sin_grad_sum,        apply_rotary_append,
+    rms_norm_rotary, rms_norm_rotary_grad, rms_norm_rotary_grad_sum};

@@ -1,4 +1,4 @@
-// rms_norm_rotary: RMSNorm and rotation of q and k.
+// rms_norm_rotary: RMSNorm and rotation of q and k, beside which v may be moved.
 
 // Normalises and rotates one group of heads.
 template <class T>
@@ -42,14 +42,17 @@ void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t
   NormScratch<T> scratch(rotary, norm);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
-    const NormedHeads<T> tensors[] = {
-        normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h),
-        normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
-    for (const NormedHeads<T>& each : tensors) {
-      for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
-        norm_and_rotate(rotary, each, group_at(norm, each.heads, i), b, s, scratch);
+    for (int64_t g = 0; g < args.groups; ++g) {
+      const NormedHeads<T> tensors[] = {
+          normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h, g),
+          normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h, g)};
+      for (const NormedHeads<T>& each : tensors) {
+        for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
+          norm_and_rotate(rotary, each, group_at(norm, each.heads, i), b, s, scratch);
+        }
       }
     }
+    move_heads<T>(rotary, args.v, args.groups, b, s);
   }
 }
 

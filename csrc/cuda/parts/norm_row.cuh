@@ -98,6 +98,28 @@ __device__ __forceinline__ void store_channels(const typename F::C (&x)[F::kChan
   }
 }
 
+// Moves the fragments of a head of x that a thread has, or zeros where there is nothing to read.
+template <class F>
+__device__ __forceinline__ void move_head(const RotatedHeads& x, const RotaryArgs& args,
+                                          const NormPlan& plan, uint32_t b, uint32_t s,
+                                          uint32_t head, uint32_t group, uint32_t lane) {
+  using E = typename F::E;
+  const E* const from = channel_at<E>(x.in, b, s, head, 0, group);
+  E* const to = channel_at<E>(x.out, b, s, head, 0, group);
+#pragma unroll 1
+  for (uint32_t index = lane; index < plan.fragments; index += plan.lanes) {
+    const NormFragment at = norm_fragment<F>(args, plan.rotary, plan.rotary.in, index);
+    const bool two = F::kVectors == 2 && at.rotates;
+    F f{};
+    if (x.in.data != nullptr) {
+      load(f.vectors[0], from + at.at.first);
+      if (two) load(f.vectors[F::kVectors - 1], from + at.at.first + at.at.second);
+    }
+    store(f.vectors[0], to + at.at.first);
+    if (two) store(f.vectors[F::kVectors - 1], to + at.at.first + at.at.second);
+  }
+}
+
 // The factors on the channels of a fragment: its weights, plus 1 if the norm says so.
 template <class F>
 __device__ __forceinline__ void load_factors(typename F::C (&w)[F::kChannels], const RmsNorm& norm,
@@ -165,8 +187,8 @@ void dispatch_traits(const RotaryArgs& args, const RmsNorm& norm, Alignment alig
 }
 
 // Norm rows, heads and tokens are counted in 32 bits.
-inline void check_rows(const RotaryArgs& args) {
-  const int64_t heads = args.q.heads + args.k.heads;
+inline void check_rows(const RotaryArgs& args, int64_t groups, int64_t v_heads) {
+  const int64_t heads = groups * (args.q.heads + args.k.heads + v_heads);
   check_counts(args.op, heads, args.head_dim, args.batch, args.seq);
   const int64_t most = int64_t{0xffffffff} / (heads + 2);
   if (args.batch <= most / args.seq) return;
