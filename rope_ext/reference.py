@@ -57,7 +57,7 @@ def split_qkv(qkv: Tensor, kv_heads: int | None = None) -> tuple[Tensor, Tensor,
         q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), -2)
         return q, k, v
     q, k, v = qkv.split((qkv.shape[-2] - 2, 1, 1), -2)
-    return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+    return q.reshape(*q.shape[:-3], -1, q.shape[-1]), k.squeeze(-2), v.squeeze(-2)
 
 
 def apply_rotary_qkv(

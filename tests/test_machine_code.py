@@ -33,7 +33,7 @@ SOURCES += "rms_norm", "rms_norm_grad", "qkv"
 # factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
 # threads: one block is resident with up to 128 registers, two with 64.
 MOST_REGISTERS = (
-    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false>", 64),
     (r"rms_norm_rotary_kernel\b", 96),
     (r"rms_norm_rotary_grad_kernel\b", 128),
     (r"append_kernel<\w+, 8, HalfSplit, KeyValueCache, true, true", 96),
@@ -74,7 +74,7 @@ class Kernel:
 
     @property
     def is_rotation(self) -> bool:
-        return self.name.startswith(("apply_rotary_kernel", "apply_rotary_at_kernel"))
+        return re.match("apply_rotary_(qkv_|at_)?kernel", self.name) is not None
 
     @property
     def makes_angles(self) -> bool:
@@ -186,7 +186,7 @@ def test_channels_move_in_16_byte_instructions(kernels):
         for k in kernels
         if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
     ]
-    assert len({k.name for k in wide}) == 25
+    assert len({k.name for k in wide}) == 41
     appending = [k for k in kernels if "append_kernel" in k.name and ", 1, " not in k.name]
     assert len({k.name for k in appending}) == 27
     for k in wide + appending:

@@ -16,11 +16,16 @@ struct QkvTraits {
   }
 };
 
+// From a thread's head to its next: so many groups, and so many heads of a group.
+struct GroupStep {
+  uint32_t groups, heads;
+};
+
 // The heads of q, k and v of a group are counted together: args.k and args.v have their pointers
 // moved back by those before them.
 template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
-    apply_rotary_qkv_kernel(const RotaryQkvArgs args, const RotaryPlan plan) {
+    apply_rotary_qkv_kernel(const RotaryQkvArgs args, const RotaryPlan plan, const GroupStep step) {
   using F = typename Traits::F;
   using E = typename F::E;
   ThreadWork work;
@@ -32,9 +37,9 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
   const uint32_t first_k = static_cast<uint32_t>(args.q.heads);
   const uint32_t first_v = first_k + static_cast<uint32_t>(args.k.heads);
   const uint32_t of_group = first_v + static_cast<uint32_t>(args.v.heads);
+  uint32_t group = work.head / of_group, head = work.head - group * of_group;
 #pragma unroll 1
-  for (uint32_t index = work.head; index < plan.heads; index += plan.head_step) {
-    const uint32_t group = index / of_group, head = index - group * of_group;
+  while (group < static_cast<uint32_t>(args.groups)) {
     const bool is_q = head < first_k, is_v = head >= first_v;
     const auto from = choose(is_q, args.q.in, choose(is_v, args.v.in, args.k.in));
     const auto to = choose(is_q, args.q.out, choose(is_v, args.v.out, args.k.out));
@@ -46,6 +51,10 @@ __global__ void __launch_bounds__(kBlockThreads, Traits::blocks())
       if (rotates && !is_v) x = rotated(x, values, args);
     }
     x.store_to(channel_at<E>(to, work.b, work.s, head, at.first, group), at.second);
+    head += step.heads;
+    const bool passed = head >= of_group;
+    head -= passed ? of_group : 0;
+    group += step.groups + (passed ? 1 : 0);
   }
 }
 
@@ -65,8 +74,10 @@ void launch_kernel(const RotaryQkvArgs& args, int64_t heads, void* stream) {
   using Traits = QkvTraits<E, N, kOrder, kFullWidth>;
   const RotaryPlan plan =
       rotary_plan<typename Traits::F>(args, heads, args.head_dim - args.rotary_dim);
+  const uint32_t of_group = plan.heads / static_cast<uint32_t>(args.groups);
+  const GroupStep step{plan.head_step / of_group, plan.head_step % of_group};
   launch(args.op, apply_rotary_qkv_kernel<Traits>, plan.geometry.grid, plan.geometry.block_threads,
-         stream, with_one_index_of_heads(args), plan);
+         stream, with_one_index_of_heads(args), plan, step);
 }
 
 template <class E>

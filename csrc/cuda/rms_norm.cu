@@ -11,37 +11,40 @@ struct NormRow {
   bool is_q, is_v;                          // is_v: head first_head is moved as it is
 };
 
+// kPacked: q, k and v are parts of one tensor.
+template <bool kPacked>
 __device__ __forceinline__ NormRow row_at(const RmsNormRotaryArgs& args, const NormPlan& plan,
                                           int64_t index) {
   if (index >= plan.rows) return {0, 0, 0, 0, 0, true, false};
   const uint32_t q_heads = static_cast<uint32_t>(args.rotary.q.heads);
   const uint32_t k_heads = static_cast<uint32_t>(args.rotary.k.heads);
   const bool all_heads = args.norm.all_heads;
-  const uint32_t q_rows = all_heads ? min(q_heads, 1u) : q_heads;  // of a token
+  const uint32_t q_rows =
+      all_heads ? min(q_heads, 1u) : q_heads;  // of a token, or of a group of it
   const uint32_t qk_rows = q_rows + (all_heads ? min(k_heads, 1u) : k_heads);
-  const uint32_t rows = qk_rows + static_cast<uint32_t>(args.v.heads);
-  const uint32_t groups = static_cast<uint32_t>(args.groups);
-  const uint32_t of_groups = static_cast<uint32_t>(index) / rows;
-  const uint32_t part = static_cast<uint32_t>(index) - of_groups * rows;
-  const uint32_t token = groups == 1 ? of_groups : of_groups / groups;
-  const uint32_t group = of_groups - token * groups;
+  const uint32_t rows = qk_rows + (kPacked ? static_cast<uint32_t>(args.v.heads) : 0);
+  const uint32_t group_of_all = static_cast<uint32_t>(index) / rows;
+  const uint32_t part = static_cast<uint32_t>(index) - group_of_all * rows;
+  const uint32_t groups = kPacked ? static_cast<uint32_t>(args.groups) : 1;
+  const uint32_t token = group_of_all / groups, group = group_of_all - token * groups;
   const uint32_t b = token / static_cast<uint32_t>(args.rotary.seq);
   const uint32_t s = token - b * static_cast<uint32_t>(args.rotary.seq);
   const bool is_q = part < q_rows;
-  if (part >= qk_rows) return {b, s, group, part - qk_rows, 0, false, true};
+  if (kPacked && part >= qk_rows) return {b, s, group, part - qk_rows, 0, false, true};
   if (all_heads) return {b, s, group, 0, is_q ? q_heads : k_heads, is_q, false};
   return {b, s, group, is_q ? part : part - q_heads, 1, is_q, false};
 }
 
 // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
 // where the kernel then needs no local memory.
-template <class Traits>
+template <class Traits, bool kPacked>
 constexpr int resident_blocks() {
-  return sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth ? 1024 / kMostLanes : 1;
+  const bool two = sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth && !kPacked;
+  return two ? 1024 / kMostLanes : 1;
 }
 
-template <class Traits>
-__global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
+template <class Traits, bool kPacked>
+__global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits, kPacked>())
     rms_norm_rotary_kernel(const RmsNormRotaryArgs args, const NormPlan plan) {
   using F = typename Traits::F;
   using E = typename F::E;
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
   const RotaryArgs& rotary = args.rotary;
   const uint32_t group = threadIdx.x / plan.lanes;
   const uint32_t lane = threadIdx.x - group * plan.lanes;
-  const NormRow row = row_at(args, plan, block_index() * plan.groups + group);
+  const NormRow row = row_at<kPacked>(args, plan, block_index() * plan.groups + group);
   const uint32_t fragments = row.heads * plan.fragments;
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
     store_channels<F>(x, channel_of<E>(row.is_q, q.out, k.out, row.b, row.s, head, 0, row.group),
                       norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head));
   }
-  if (row.is_v) {
+  if (kPacked && row.is_v) {
     move_head<F>(args.v, rotary, plan, row.b, row.s, row.first_head, row.group, lane);
   }
 }
@@ -102,8 +105,10 @@ void launch_kernel(const RmsNormRotaryArgs& args, void* stream) {
       args.norm.all_heads ? min_of(q_heads, 1) + min_of(k_heads, 1) : q_heads + k_heads;
   const int64_t of_token = args.groups * (of_qk + args.v.heads);
   plan.rows = static_cast<uint32_t>(rotary.batch * rotary.seq * of_token);
-  launch(rotary.op, rms_norm_rotary_kernel<Traits>, grid_of(ceil_div(plan.rows, plan.groups)),
-         plan.groups * plan.lanes, stream, args, plan);
+  const auto kernel = args.v.heads > 0 ? rms_norm_rotary_kernel<Traits, true>
+                                       : rms_norm_rotary_kernel<Traits, false>;
+  launch(rotary.op, kernel, grid_of(ceil_div(plan.rows, plan.groups)), plan.groups * plan.lanes,
+         stream, args, plan);
 }
 
 template <class E>

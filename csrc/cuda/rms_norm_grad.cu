@@ -11,8 +11,9 @@ namespace {
 // A block has at most kMostLanes threads. A launch bound of more is how the registers of a thread
 // are bounded: to 64 for few channels, to 80, or to 104 with four table values a pair, where the
 // kernel then needs no local memory.
-template <class Traits>
+template <class Traits, bool kPacked>
 constexpr int bound_threads() {
+  if (kPacked) return kMostLanes;
   constexpr int kBytes = sizeof(typename Traits::F::C);
   if (kBytes == 8) return Traits::F::kOrder == Order::Interleaved ? 1024 : kMostLanes;
   if (Traits::F::kChannels <= 4) return 1024;
@@ -40,8 +41,8 @@ __device__ __forceinline__ void move_chunk(const RmsNormRotaryGradArgs& args, co
 }
 
 // A block has the norm rows of q or of k of one chunk of tokens, or moves its heads of v.
-template <class Traits>
-__global__ void __launch_bounds__(bound_threads<Traits>(), 1)
+template <class Traits, bool kPacked>
+__global__ void __launch_bounds__(bound_threads<Traits, kPacked>(), 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
   using F = typename Traits::F;
   using E = typename F::E;
@@ -53,11 +54,11 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
 
   const RotaryArgs& rotary = args.rotary;
   const bool all_heads = args.norm.all_heads;
-  const uint32_t parts = args.v.heads > 0 ? 3 : 2;
-  const int64_t chunk = block_index() / parts;
-  const uint32_t part = static_cast<uint32_t>(block_index() - chunk * parts);
+  constexpr uint32_t kParts = kPacked ? 3 : 2;
+  const int64_t chunk = block_index() / kParts;
+  const uint32_t part = static_cast<uint32_t>(block_index() - chunk * kParts);
   if (chunk >= args.chunks) return;
-  if (part == 2) return move_chunk<F>(args, plan, chunk);
+  if (kPacked && part == 2) return move_chunk<F>(args, plan, chunk);
   const bool is_q = part == 0;
   const uint32_t heads = static_cast<uint32_t>(is_q ? rotary.q.heads : rotary.k.heads);
   if ((is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   const uint32_t fragments = plan.fragments * (all_heads ? heads : 1);
   const int64_t first_token = chunk * args.chunk_tokens;
   const int64_t tokens = min(args.chunk_tokens, rotary.batch * rotary.seq - first_token);
-  const uint32_t groups = static_cast<uint32_t>(args.groups);
+  const uint32_t groups = kPacked ? static_cast<uint32_t>(args.groups) : 1;
   const uint32_t of_token = groups * (all_heads ? min(heads, 1u) : heads);
   const uint32_t rows = static_cast<uint32_t>(tokens) * of_token;
   const RotatedHeads &q = rotary.q, &k = rotary.k;
@@ -216,9 +217,11 @@ void launch_kernel(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = max_of(max_of(rotary.q.heads, rotary.k.heads), 1);
   const NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, heads);
-  const int64_t parts = args.v.heads > 0 ? 3 : 2;
-  launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(parts * args.chunks),
-         plan.groups * plan.lanes, stream, args, plan);
+  const bool is_packed = args.v.heads > 0;
+  const auto kernel = is_packed ? rms_norm_rotary_grad_kernel<Traits, true>
+                                : rms_norm_rotary_grad_kernel<Traits, false>;
+  launch(rotary.op, kernel, grid_of((is_packed ? 3 : 2) * args.chunks), plan.groups * plan.lanes,
+         stream, args, plan);
 }
 
 template <class E>
