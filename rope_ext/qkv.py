@@ -54,7 +54,7 @@ def apply_rotary_qkv(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary`.
     """
-    if layout != "bhsd" and not is_dynamo_compiling():
+    if kv_heads is not None and layout != "bhsd" and not is_dynamo_compiling():
         split = _split_and_rotate(
             layout, None, qkv, cos, sin, position_ids, kv_heads,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,

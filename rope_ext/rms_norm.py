@@ -197,7 +197,7 @@ def rms_norm_rotary_qkv(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rms_norm_rotary_qk`.
     """
-    if layout != "bhsd" and not is_dynamo_compiling():
+    if kv_heads is not None and layout != "bhsd" and not is_dynamo_compiling():
         split = _normalise_qkv(
             layout, None, qkv, q_weight, k_weight, cos, sin, position_ids, kv_heads, eps,
             unit_offset, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,

@@ -57,6 +57,14 @@ MUTANTS = [
         ("tokens-without-a-slot-in-slot-0", "if (is_q || !slot.exists) continue;",
          "if (is_q) continue;"),
     ),
+    # v is rotated, or moved to where a rotated head goes; a group is left out.
+    *mutants(
+        "csrc/cuda/qkv.cu", "test_qkv",
+        ("v-in-the-order-of-the-result", "is_v ? place.in : place.out", "place.out"),
+        ("v-is-rotated", "if (rotates && !is_v) x =", "if (rotates) x ="),
+        ("groups-never-change", "group += step.groups + (passed ? 1 : 0);",
+         "group += step.groups + 1;"),
+    ),
     # Heads and means of other rows.
     *mutants(
         "csrc/cuda/rms_norm.cu", "test_rms_norm_rotary",

@@ -111,6 +111,16 @@ MUTANTS = [
         ("gradient-of-a-cache-begins-at-0", 'for name in ("start", "attention_scaling")',
          'for name in ("attention_scaling",)'),
     ),
+    # A gradient is packed in another order, q is kept, or heads of a rank are those of all.
+    *mutants(
+        "rope_ext/_operators/qkv.py", "test_qkv",
+        ("gradient-of-a-group-is-flat", 'packing["by_group"] = kv_heads is None',
+         'packing["by_group"] = False'),
+        ("forward-keeps-qkv", "qkv if ctx.table_needs_grad else None", "qkv"),
+        ("heads-of-all-ranks", "given[name] * count // of_first", "given[name]"),
+        ("tokens-always-by-sequence", "dims == 2 and min(sizes) > 1 and x.stride(0) < x.stride(1)",
+         "False"),
+    ),
     # Tangents, FLOPs and shards of a norm over all heads.
     *mutants(
         "rope_ext/_operators/rms_norm.py", "test_rms_norm_rotary_transforms",
