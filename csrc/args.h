@@ -160,7 +160,7 @@ struct RmsNorm {
   bool all_heads;    // a row is all heads of a token
 };
 
-// q and k normalised, then rotated; v and groups: as in RotaryQkvArgs.
+// q and k normalised, then rotated. v and groups: as in RotaryQkvArgs; without v, v.heads is 0.
 struct RmsNormRotaryArgs {
   RotaryArgs rotary;
   RmsNorm norm;

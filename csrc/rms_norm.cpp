@@ -292,20 +292,19 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_rotary_qkv_backward(
   args.groups = packing.groups;
   const auto set_grad = [&](const char* name, const OptionalTensor& grad, int64_t heads,
                             RotatedHeads& x) {
+    x.heads = heads;
+    x.in = {};
     if (!grad) return;
     check_part(op, name, *grad, packing.groups * heads, packing.token_dims, "qkv", qkv);
-    x.heads = heads;
     x.in = heads_by_group(*grad, grad->const_data_ptr(), heads, args.rotary);
   };
   set_grad("grad_q", grad_q, packing.q_heads, args.rotary.q);
   set_grad("grad_k", grad_k, packing.kv_heads, args.rotary.k);
   set_grad("grad_v", grad_v, packing.kv_heads, args.v);
-  args.v.heads = packing.kv_heads;
   const bool has_q = grad_q.has_value(), has_k = grad_k.has_value();
   divide_tokens(packed.in, has_q, has_k, args);
 
   Tensor out = dense_like(qkv);
-  if (!has_q || !has_k) out.call().fill_zero(out);
   void* const data = out.mutable_data_ptr();
   args.rotary.q.out = packed_heads(out, data, packing, 0, args.rotary);
   args.rotary.k.out = packed_heads(out, data, packing, packing.q_heads, args.rotary);

@@ -20,12 +20,12 @@ constexpr int bound_threads() {
   return Traits::kFullWidth ? 608 : 768;
 }
 
-// Moves the heads of v of one chunk of tokens.
+// Moves the heads of x of one chunk of tokens.
 template <class F>
-__device__ __forceinline__ void move_chunk(const RmsNormRotaryGradArgs& args, const NormPlan& plan,
-                                           int64_t chunk) {
+__device__ __forceinline__ void move_chunk(const RotatedHeads& x, const RmsNormRotaryGradArgs& args,
+                                           const NormPlan& plan, int64_t chunk) {
   const uint32_t seq = static_cast<uint32_t>(args.rotary.seq);
-  const uint32_t heads = static_cast<uint32_t>(args.v.heads);
+  const uint32_t heads = static_cast<uint32_t>(x.heads);
   const uint32_t of_token = static_cast<uint32_t>(args.groups) * heads;
   const int64_t first_token = chunk * args.chunk_tokens;
   const int64_t tokens = min(args.chunk_tokens, args.rotary.batch * args.rotary.seq - first_token);
@@ -36,11 +36,12 @@ __device__ __forceinline__ void move_chunk(const RmsNormRotaryGradArgs& args, co
     const uint32_t token_of_chunk = row / of_token, index = row - token_of_chunk * of_token;
     const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
     const uint32_t group = index / heads, b = token / seq;
-    move_head<F>(args.v, args.rotary, plan, b, token - b * seq, index - group * heads, group, lane);
+    move_head<F>(x, args.rotary, plan, b, token - b * seq, index - group * heads, group, lane);
   }
 }
 
-// A block has the norm rows of q or of k of one chunk of tokens, or moves its heads of v.
+// A block has the norm rows of q or of k of one chunk of tokens, or moves its heads of v. kPacked:
+// q, k and v are parts of one tensor, in which what has no gradient becomes zeros.
 template <class Traits, bool kPacked>
 __global__ void __launch_bounds__(bound_threads<Traits, kPacked>(), 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
@@ -58,10 +59,14 @@ __global__ void __launch_bounds__(bound_threads<Traits, kPacked>(), 1)
   const int64_t chunk = block_index() / kParts;
   const uint32_t part = static_cast<uint32_t>(block_index() - chunk * kParts);
   if (chunk >= args.chunks) return;
-  if (kPacked && part == 2) return move_chunk<F>(args, plan, chunk);
+  if (kPacked && part == 2) return move_chunk<F>(args.v, args, plan, chunk);
   const bool is_q = part == 0;
   const uint32_t heads = static_cast<uint32_t>(is_q ? rotary.q.heads : rotary.k.heads);
-  if ((is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
+  if ((is_q ? args.q_columns : args.columns - args.q_columns) == 0) {  // it has no gradient
+    if (!kPacked) return;
+    return is_q ? move_chunk<F>(rotary.q, args, plan, chunk)
+                : move_chunk<F>(rotary.k, args, plan, chunk);
+  }
   C* const partial = static_cast<C*>(args.partial) + chunk * args.columns +
                      (is_q ? 0 : args.q_columns) + rotary.rotary_offset;
   const uint32_t group = threadIdx.x / plan.lanes;
