@@ -74,7 +74,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _parts(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+def _parts(args: Sequence[Any]) -> tuple[Any, Any, Any]:
     """x and weight, or q, k and their weights; then cos, sin and position_ids."""
     count = len(args) // 2 - 1
     return args[:count], args[count : 2 * count], args[2 * count :]
@@ -105,7 +105,7 @@ def _to_table(
     """The gradients to cos and sin, from those that are given."""
     cos, _, position_ids = rows
     eps, unit_offset, rotary = _split(options)
-    terms: list[Tensor | None] = []
+    terms: list[Any] = []
     for grad, x, weight in zip(grads, xs, weights, strict=True):
         if grad is not None:
             norm = _Norm(x, weight, eps, unit_offset)
