@@ -2,9 +2,17 @@
 
 import torch
 from caches_cuda import append_kv, mla_append, normed_append, shift
-from norms_cuda import norm, norm_backward
+from norms_cuda import norm, norm_backward, norm_qkv, norm_qkv_backward
 from operator_case import OperatorCase, operator_name
-from rotations_cuda import llama, neox, quantize, rotation, rotation_at
+from rotations_cuda import (
+    llama,
+    neox,
+    packed_backward,
+    quantize,
+    rotation,
+    rotation_at,
+    split_and_rotate,
+)
 from tables_cuda import backward, rows, table_backward, whole_table
 
 rope = torch.ops.rope
@@ -27,6 +35,9 @@ def cases(quick: bool) -> list[OperatorCase]:
     long = llama("prefill", size(LONG_PREFILL))
     new, in_place = rope.apply_rotary_qk.default, rope.apply_rotary_qk_.default
     at, at_ = rope.apply_rotary_qk_at.default, rope.apply_rotary_qk_at_.default
+    normed, back = rope.rms_norm_rotary_qk.default, rope.rms_norm_rotary_qk_backward.default
+    of_x, of_x_, of_qk = rope.rms_norm_rotary, rope.rms_norm_rotary_, rope.rms_norm_rotary_qk
+    back_of_x, normed_ = rope.rms_norm_rotary_backward.default, rope.rms_norm_rotary_qk_.default
     one, some, many = (size(tokens) for tokens in DECODE)
     return [
         rotation(rope.apply_rotary.default, "bf16", prefill, BF16),
@@ -64,10 +75,23 @@ def cases(quick: bool) -> list[OperatorCase]:
         shift("bf16", "prefill", size(PREFILL), BF16),
         shift("bf16, float8 cache", "prefill", size(PREFILL), FP8),
         quantize("bf16, 64 of 512 channels", "prefill", size(PREFILL) // 4),
-        norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
-        norm("bf16, weights [H, D]", "prefill", size(PREFILL), all_heads=True),
-        norm_backward("bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
-        norm_backward("bf16, weights [H, D]", "prefill", size(PREFILL), True),
+        *(
+            norm(operator, "bf16, weight [D]", "prefill", size(PREFILL), False)
+            for operator in (of_x.default, of_x_.default, of_x.out)
+        ),
+        norm(normed, "bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
+        norm(normed, "bf16, weights [H, D]", "prefill", size(PREFILL), True),
+        norm(normed_, "bf16, weights [D]", "prefill", size(PREFILL), False),
+        norm(of_qk.out, "bf16, weights [D]", "prefill", size(PREFILL), False),
+        split_and_rotate("bf16", prefill, BF16, by_group=False),
+        split_and_rotate("bf16, by group", prefill, BF16, by_group=True),
+        packed_backward("bf16", prefill, BF16, by_group=False),
+        packed_backward("bf16, by group", prefill, BF16, by_group=True),
+        norm_qkv("bf16, weights [D]", "prefill", size(PREFILL)),
+        norm_qkv_backward("bf16, weights [D]", "prefill", size(PREFILL)),
+        norm_backward(back_of_x, "bf16, weight [D]", "prefill", size(PREFILL), False),
+        norm_backward(back, "bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),
+        norm_backward(back, "bf16, weights [H, D]", "prefill", size(PREFILL), True),
         rotation(new, "bf16", llama("decode", some), BF16, compiled=True),
         *(rotation(in_place, "bf16", llama("decode", n), BF16) for n in (one, some, many)),
         rotation(in_place, "fp32", llama("decode", some), FP32),
@@ -79,8 +103,8 @@ def cases(quick: bool) -> list[OperatorCase]:
         *(mla_append("bf16", "decode", n, BF16) for n in (one, some)),
         mla_append("bf16, float8 cache", "decode", some, FP8),
         *(quantize("bf16, 64 of 512 channels", "decode", n) for n in (one, some)),
-        *(norm("bf16, weights [D]", "decode", n, all_heads=False) for n in (one, some)),
-        norm("bf16, weights [H, D]", "decode", some, all_heads=True),
+        *(norm(normed, "bf16, weights [D]", "decode", n, False) for n in (one, some)),
+        norm(normed, "bf16, weights [H, D]", "decode", some, True),
     ]
 
 

@@ -189,6 +189,85 @@ def quantize(form: str, step: str, tokens: int) -> OperatorCase:
     )
 
 
+# ---- packed
+
+
+def qkv_of(shape: Case, dtype: torch.dtype, by_group: bool) -> Arguments:
+    """[B, S, Hq + 2 Hk, D], or by group."""
+    q, k = shape.q_heads, shape.k_heads
+    heads = (k, q // k + 2) if by_group else (q + 2 * k,)
+    sizes = shape.batch, shape.seq, *heads, shape.head_dim
+    qkv = torch.randn(*sizes, dtype=dtype, device="cuda")
+    return {"qkv": qkv} if by_group else {"qkv": qkv, "kv_heads": k}
+
+
+def grads_of(shape: Case, dtype: torch.dtype) -> Arguments:
+    q, k = heads_of(shape, dtype)
+    return {"grad_q": q, "grad_k": k, "grad_v": torch.randn_like(k)}
+
+
+def packed_bytes(shape: Case, dtype: torch.dtype) -> int:
+    heads = shape.q_heads + 2 * shape.k_heads
+    return moved_bytes(shape, heads, dtype.itemsize, in_place=False) + row_bytes(shape)
+
+
+def split_then(
+    rotate: Callable[..., Any], qkv: Tensor, kv_heads: int | None = None, **rows: Tensor
+) -> tuple[Tensor, ...]:
+    q, k, v = reference.split_qkv(qkv, kv_heads)
+    return rotate(q, **rows), rotate(k, **rows), v
+
+
+def split_and_rotate(form: str, shape: Case, dtype: torch.dtype, by_group: bool) -> OperatorCase:
+    """A case of apply_rotary_qkv."""
+    return OperatorCase(
+        rope.apply_rotary_qkv.default,
+        form,
+        shape,
+        lambda: {**qkv_of(shape, dtype, by_group), **rows_of(shape)},
+        lambda a: reference.apply_rotary_qkv(**in_float64(a)),
+        packed_bytes(shape, dtype),
+        {
+            EAGER: Way(functools.partial(split_then, reference.apply_rotary)),
+            "split, apply_rotary of each": Way(functools.partial(split_then, rope.apply_rotary)),
+        },
+    )
+
+
+def rotate_then_pack(
+    rotate: Callable[..., Tensor],
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    q_heads: int,
+    kv_heads: int,
+    by_group: bool,
+    **rows: Tensor,
+) -> Tensor:
+    parts = [rotate(grad, inverse=True, **rows) for grad in (grad_q, grad_k)] + [grad_v]
+    if by_group:
+        parts = [part.unflatten(-2, (kv_heads, -1)) for part in parts]
+    return torch.cat(parts, -2)
+
+
+def packed_backward(form: str, shape: Case, dtype: torch.dtype, by_group: bool) -> OperatorCase:
+    """A case of the backward of apply_rotary_qkv."""
+    heads = {"q_heads": shape.q_heads, "kv_heads": shape.k_heads, "by_group": by_group}
+    eager, ours = (
+        functools.partial(rotate_then_pack, rotate)
+        for rotate in (reference.apply_rotary, rope.apply_rotary)
+    )
+    return OperatorCase(
+        rope.apply_rotary_qkv_backward.default,
+        form,
+        shape,
+        lambda: {**grads_of(shape, dtype), **rows_of(shape), **heads},
+        lambda a: (eager(**in_float64(a)),),
+        packed_bytes(shape, dtype),
+        {EAGER: Way(eager), "apply_rotary of each, cat": Way(ours)},
+    )
+
+
 # ---- by angles
 
 

@@ -22,6 +22,7 @@ template <class Pointer>
 struct Heads {
   Pointer data;
   int64_t stride_b, stride_s, stride_h;
+  int64_t stride_g = 0;  // from one group of heads to the next, where there are several
 };
 
 // One tensor to rotate: `out` may be `in` itself. heads == 0 means that there is none.
@@ -121,6 +122,14 @@ struct RotaryAtArgs : RotaryArgs {
   Angles angles;
 };
 
+// q and k rotated and v moved as it is, out of one packed tensor or into it: there the heads of q,
+// those of k and those of v follow one another in each of `groups` groups. `heads` are those of a
+// group. What has no `in` becomes zeros.
+struct RotaryQkvArgs : RotaryArgs {
+  RotatedHeads v;
+  int64_t groups;
+};
+
 // Gradient of apply_rotary to its cos and sin: the sum over the tokens that use a row, and over
 // their heads. Token b * S + s uses row `s` of batch row b (or of the one shared batch row), or,
 // when positions were given, the tokens of row l are
@@ -151,10 +160,12 @@ struct RmsNorm {
   bool all_heads;    // a row is all heads of a token
 };
 
-// q and k normalised, then rotated.
+// q and k normalised, then rotated. v and groups: as in RotaryQkvArgs; without v, v.heads is 0.
 struct RmsNormRotaryArgs {
   RotaryArgs rotary;
   RmsNorm norm;
+  RotatedHeads v;
+  int64_t groups = 1;  // 1 with `all_heads`
 };
 
 // Its gradients. Those to the weights are sums over tokens, and over heads where these share a
@@ -164,6 +175,8 @@ struct RmsNormRotaryGradArgs {
   RotaryArgs rotary;        // the way back: from the gradients of the results to those of q and k
   Heads<const void*> q, k;  // as the forward saw them
   RmsNorm norm;
+  RotatedHeads v;
+  int64_t groups = 1;
   int64_t chunks, chunk_tokens;
   void* partial;               // [chunks, columns] of the dtype of the arithmetic, a workspace
   int64_t q_columns, columns;  // those of q's weight come first; 0: it has no gradient

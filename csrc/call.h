@@ -47,6 +47,8 @@ class Call {
   virtual Tensor empty_like(const TensorView& x) = 0;
   virtual Tensor empty(const TensorView& x, TensorView::Sizes sizes,
                        std::optional<ScalarType> dtype) = 0;
+  // A view of x with its first two dimensions swapped.
+  virtual Tensor transposed(Tensor x) = 0;
   virtual Tensor contiguous(const TensorView& x) = 0;
   virtual Tensor on_host(const TensorView& x) = 0;
   virtual void fill_zero(const TensorView& x) = 0;

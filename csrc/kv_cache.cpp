@@ -142,7 +142,7 @@ void rms_norm_rotary_qk_append_kv_(const TokenTensor& q, const TokenTensor& k, c
   check_device_supported(op, in.rotary.q);
   RmsNormAppendArgs args{};
   args.append = check(in);
-  args.norm = check_norm(in.rotary, weights.q_weight, weights.k_weight, norm, args.append.rotary);
+  args.norm = check_norm(in.rotary, weights.q_weight, &weights.k_weight, norm, args.append.rotary);
   check_memory(in);
   set_written(args.append, q, k, k_cache, v_cache, float8_q);
   args.append.v.in.data = v.mutable_data_ptr();

@@ -8,6 +8,7 @@
 namespace rope {
 
 std::vector<Operator> rotation_operators();            // rotation.cpp
+std::vector<Operator> qkv_operators();                 // qkv.cpp
 std::vector<Operator> table_grad_operators();          // table_grad.cpp
 std::vector<Operator> angles_operators();              // angles.cpp
 std::vector<Operator> rotation_by_angles_operators();  // rotation_by_angles.cpp

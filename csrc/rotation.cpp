@@ -1,9 +1,8 @@
 // apply_rotary and apply_rotary_qk: new, in place, and into given tensors.
 #include "check/rotation.h"
 
-#include "check/written.h"
+#include "host/destinations.h"
 #include "host/device.h"
-#include "host/outputs.h"
 #include "registration.h"
 
 namespace rope {
@@ -29,31 +28,20 @@ struct Rotating {
 
 void rotate_in_place(Rotating call) {
   const RotaryInputs& in = call.in;
-  check_order_stays(in.op, in.rotation);
-  const Named written[] = {{in.q_name, in.q}, {"k", in.k}};
   const Named read[] = {{"cos", in.cos}, {"sin", in.sin}, {"position_ids", in.position_ids}};
-  check_written(in.op, written, read);
-  set_in_place(call.args, call.args.q, in.q);
-  if (in.k) set_in_place(call.args, call.args.k, *in.k);
+  write_in_place(in, call.args, read);
   call.run();
 }
 
 // out_k is null for the operator on one tensor.
-void rotate_into(Rotating call, const TensorView& q_result, const TensorView* out_k) {
+void rotate_into(Rotating call, const TensorView& out_q, const TensorView* out_k) {
   const RotaryInputs& in = call.in;
-  const auto k_result = out_k ? std::optional<TensorView>(*out_k) : std::nullopt;
-  const char* const q_result_name = in.k ? "out_q" : "out";
-  check_like(in.op, q_result_name, q_result, in.q_name, in.q);
-  if (in.k) check_like(in.op, "out_k", *k_result, "k", *in.k);
-  const Named written[] = {{q_result_name, q_result}, {"out_k", k_result}};
   const Named read[] = {{in.q_name, in.q},
                         {"k", in.k},
                         {"cos", in.cos},
                         {"sin", in.sin},
                         {"position_ids", in.position_ids}};
-  check_written(in.op, written, read);
-  set_output(call.args, call.args.q, q_result);
-  if (out_k != nullptr) set_output(call.args, call.args.k, *out_k);
+  write_into(out_q, out_k, in, call.args, read);
   call.run();
 }
 

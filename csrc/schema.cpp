@@ -52,6 +52,13 @@ constexpr const char* kSchemas[] = {
     // group_size channels, which scale_out, float32 [.., H, D / group_size], receives
     "apply_rotary_quantize(Tensor x, {rows}, *, int group_size=128, float eps=1e-10, "
     "bool power_of_two_scales=False, {rotation}, Tensor(a!) out, Tensor(b!) scale_out) -> ()",
+    // qkv [.., Hq + 2 Hk, D] with kv_heads, Hk; or by group, [.., Hk, Hq / Hk + 2, D] -> q and k
+    // rotated and v, [.., Hq, D] and [.., Hk, D], dense
+    "apply_rotary_qkv(Tensor qkv, {rows}, *, int? kv_heads=None, {rotation}) -> (Tensor, Tensor, "
+    "Tensor)",
+    // -> grad of qkv, from the gradients of q, k and v; zeros for what is None
+    "apply_rotary_qkv_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, {rows}, *, "
+    "int q_heads, int kv_heads, bool by_group=False, {rotation}) -> Tensor",
 
     // Rotates q and k in place, and writes the rotated k and v [.., Hk, D] to the caches; float8:
     // divided by a scale, float32 of one element or [Hk]
@@ -96,13 +103,29 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk_at_(Tensor(a!) q, Tensor(b!) k, {angles}, *, float attention_scaling=1.0, "
     "{rotation_by_angles}) -> ()",
 
-    // -> q and k normalised by RMSNorm, then rotated
+    // -> x, or q and k, normalised by RMSNorm, then rotated; weight: [D] or [H, D]
+    "rms_norm_rotary(Tensor x, Tensor weight, {rows}, *, {norm}, {rotation}) -> Tensor",
     "rms_norm_rotary_qk(Tensor q, Tensor k, {weights}, {rows}, *, {norm}, {rotation}) -> (Tensor, "
     "Tensor)",
+    "rms_norm_rotary_(Tensor(a!) x, Tensor weight, {rows}, *, {norm}, {rotation}) -> ()",
+    "rms_norm_rotary_qk_(Tensor(a!) q, Tensor(b!) k, {weights}, {rows}, *, {norm}, {rotation}) -> "
+    "()",
+    "rms_norm_rotary.out(Tensor x, Tensor weight, {rows}, *, {norm}, {rotation}, Tensor(a!) out) "
+    "-> ()",
+    "rms_norm_rotary_qk.out(Tensor q, Tensor k, {weights}, {rows}, *, {norm}, {rotation}, "
+    "Tensor(a!) out_q, Tensor(b!) out_k) -> ()",
+    // -> grad of x and weight, from the gradient of the result
+    "rms_norm_rotary_backward(Tensor grad_x, Tensor x, Tensor weight, {rows}, *, {norm}, "
+    "{rotation}) -> (Tensor, Tensor)",
     // -> grad of q, k, q_weight and k_weight, from the gradients of the two results; if one of
     // these is None, zeros for its tensor and weight
     "rms_norm_rotary_qk_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, {weights}, "
     "{rows}, *, {norm}, {rotation}) -> (Tensor, Tensor, Tensor, Tensor)",
+    // The same out of qkv, and back: as apply_rotary_qkv; by group, weights are [D]
+    "rms_norm_rotary_qkv(Tensor qkv, {weights}, {rows}, *, int? kv_heads=None, {norm}, "
+    "{rotation}) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_rotary_qkv_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, Tensor qkv, "
+    "{weights}, {rows}, *, int? kv_heads=None, {norm}, {rotation}) -> (Tensor, Tensor, Tensor)",
 };
 
 // The schema with the text of packs.h in place of the braces.
@@ -153,9 +176,9 @@ const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = [] {
     std::vector<Operator> out;
     for (const auto family :
-         {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
-          kv_cache_operators, latent_cache_operators, cached_keys_operators, quantize_operators,
-          rms_norm_operators}) {
+         {rotation_operators, qkv_operators, table_grad_operators, angles_operators,
+          rotation_by_angles_operators, kv_cache_operators, latent_cache_operators,
+          cached_keys_operators, quantize_operators, rms_norm_operators}) {
       const std::vector<Operator> its = family();
       out.insert(out.end(), its.begin(), its.end());
     }

@@ -71,8 +71,13 @@ from rope_ext.kv_cache import (  # noqa: E402
 )
 from rope_ext.lowering import lowering  # noqa: E402
 from rope_ext.module import RotaryEmbedding  # noqa: E402
+from rope_ext.qkv import apply_rotary_qkv  # noqa: E402
 from rope_ext.quantize import apply_rotary_quantize  # noqa: E402
-from rope_ext.rms_norm import rms_norm_rotary_qk  # noqa: E402
+from rope_ext.rms_norm import (  # noqa: E402
+    rms_norm_rotary,
+    rms_norm_rotary_qk,
+    rms_norm_rotary_qkv,
+)
 from rope_ext.rotation import apply_rotary, apply_rotary_qk  # noqa: E402
 from rope_ext.rotation_by_angles import apply_rotary_qk_at  # noqa: E402
 
@@ -87,6 +92,7 @@ __all__ = [
     "apply_rotary_qk",
     "apply_rotary_qk_append_kv_",
     "apply_rotary_qk_at",
+    "apply_rotary_qkv",
     "apply_rotary_quantize",
     "cos_sin",
     "cos_sin_cache",
@@ -94,8 +100,10 @@ __all__ = [
     "lowering",
     "positions",
     "reference",
+    "rms_norm_rotary",
     "rms_norm_rotary_qk",
     "rms_norm_rotary_qk_append_kv_",
+    "rms_norm_rotary_qkv",
     "shift_cached_k_",
 ]
 

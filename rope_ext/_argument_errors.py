@@ -149,8 +149,8 @@ def _words_of(kind: Any) -> str:
 def _check_layout(function: str, given: dict[str, Any]) -> None:
     """Raises if the shape of x or q contradicts `layout` but fits the other layout."""
     name = "x" if "x" in given else "q"
-    x, k, cos = given[name], given.get("k"), given.get("cos")
-    if x.dim() != 4:
+    x, k, cos = given.get(name), given.get("k"), given.get("cos")
+    if x is None or x.dim() != 4:
         return
     layout, other = given["layout"], "bhsd" if given["layout"] == "bshd" else "bshd"
     seq, heads = (1, 2) if layout == "bshd" else (2, 1)

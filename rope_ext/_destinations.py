@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from rope_ext._engine.calls import call, is_differentiated, is_transformed
-from rope_ext._in_place import check_differentiable_in_place, in_place_rotation
+from rope_ext._in_place import (
+    check_differentiable_in_place,
+    check_needs_no_grad,
+    in_place_rotation,
+)
 from rope_ext.lowering import decomposes
 from rope_ext.options import as_bshd, check_order_stays, from_bshd
 
@@ -24,7 +28,8 @@ class Rotation(NamedTuple):
     in_place: Any  # the operator that writes into the tensors
     into: Any  # the operator that writes into `out`, or None
     decomposed: Callable[..., Any] | None  # `new` in plain PyTorch, or None
-    one: Callable[..., Tensor]  # (x, *rows, layout=, **options): rotates one of the tensors
+    # (x, *rows, layout=, **options): rotates one of the tensors; None: the function can't be undone
+    one: Callable[..., Tensor] | None
     check_rows: Callable[..., None]  # (function, *rows): raises if rows need a gradient
 
 
@@ -93,6 +98,8 @@ def _rotate_in_place(
     """Rotates in place under autograd, in a transform of torch.func or in a graph."""
     rotation.check_rows(rotation.function, *rows)
     named = dict(zip(rotation.names, tensors, strict=True))
+    if rotation.one is None:
+        check_needs_no_grad(rotation.function, named)
     check_differentiable_in_place(rotation.function, named)
     if is_transformed():
         new = rotate(rotation, tensors, rows, options, layout)

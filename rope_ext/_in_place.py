@@ -1,6 +1,6 @@
 """Rotations in place under autograd: the errors for what is not possible, and the node."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,17 @@ def check_tables_need_no_grad(function: str, cos: Tensor, sin: Tensor, *_: Tenso
             "takes x as it was before), got tables that require grad: rotate with inplace=False, "
             "or detach() them"
         )
+
+
+def check_needs_no_grad(function: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """For functions that can't be undone."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"rope_ext.{function}: expected {name} to need no gradient when inplace=True (it "
+                "takes the tensors as they were before), got one that requires grad: call it with "
+                "inplace=False"
+            )
 
 
 def check_differentiable_in_place(function: str, written: dict[str, Tensor]) -> None:

@@ -57,10 +57,30 @@ def apply_rotary_qk(
     return apply_rotary(q, *rows, **options), apply_rotary(k, *rows, **options)
 
 
+def apply_rotary_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.rope.apply_rotary_qkv in plain PyTorch."""
+    heads = qkv.shape[-2]
+    groups, of_q = (1, heads - 2) if kv_heads is None else (kv_heads, heads - 2 * kv_heads)
+    if groups < 1 or of_q < 1 or of_q % groups != 0:
+        _refuse("qkv of Hq + 2 Hk heads, with Hq a multiple of Hk", f"{heads} and Hk = {groups}")
+    q, k, v = reference.split_qkv(qkv, kv_heads)
+    q, k = apply_rotary_qk(q, k, cos, sin, position_ids, **options)
+    return q, k, v.clone(memory_format=torch.contiguous_format)
+
+
 # For torch.export's run_decompositions, or a backend that has no custom operators.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.rope.apply_rotary.default: apply_rotary,
     torch.ops.rope.apply_rotary_qk.default: apply_rotary_qk,
+    torch.ops.rope.apply_rotary_qkv.default: apply_rotary_qkv,
 }
 
 

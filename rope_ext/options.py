@@ -7,6 +7,7 @@ from torch import Tensor
 from rope_ext._argument_errors import describe
 
 Layout = Literal["bshd", "bhsd", "sbhd", "thd"]
+PackedLayout = Literal["bshd", "sbhd", "thd"]
 
 # The number of dimensions, and those to swap to get [B, S, H, D] or [T, H, D].
 ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {
@@ -85,6 +86,25 @@ def as_bshd(x: Tensor, layout: str, function: str, name: str = "x") -> Tensor:
             f"got {list(x.shape)}{advice}"
         )
     return x if swap is None else x.transpose(swap[0], swap[1])
+
+
+def packed_as_bshd(qkv: Tensor, layout: str, by_group: bool, function: str) -> Tensor:
+    """A view of a packed qkv with batch and sequence first, or with packed tokens first."""
+    if layout not in ("bshd", "sbhd", "thd"):
+        raise ValueError(
+            f"rope_ext.{function}: expected layout to be bshd, sbhd or thd, as a projection gives "
+            f"the heads of a token side by side, got {layout!r}"
+        )
+    rank, swap = ORDERS[layout]
+    if qkv.dim() != rank + by_group:
+        tokens = ", ".join(layout[:-2].upper())
+        heads = "Hk, Hq / Hk + 2" if by_group else "Hq + 2 Hk"
+        advice = ": [.., Hq + 2 Hk, D] needs kv_heads=Hk" if by_group and qkv.dim() == rank else ""
+        raise ValueError(
+            f"rope_ext.{function}: expected qkv to have shape [{tokens}, {heads}, D] (layout "
+            f"{layout!r}), got {list(qkv.shape)}{advice}"
+        )
+    return qkv if swap is None else qkv.transpose(swap[0], swap[1])
 
 
 def from_bshd(x: Tensor, layout: str) -> Tensor:

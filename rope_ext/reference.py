@@ -49,6 +49,49 @@ def apply_rotary(
     return torch.cat((before, y, after), -1)
 
 
+def split_qkv(qkv: Tensor, kv_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [.., H, D] of [.., Hq + 2 Hk, D] with kv_heads, Hk, or of [.., Hk, Hq / Hk + 2, D]
+    by group: views, but for q by group, whose heads do not lie at equal distances.
+    """
+    if kv_heads is not None:
+        q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), -2)
+        return q, k, v
+    *tokens, groups, heads, dim = qkv.shape
+    q, k, v = qkv.split((heads - 2, 1, 1), -2)
+    return q.reshape(*tokens, groups * (heads - 2), dim), k.squeeze(-2), v.squeeze(-2)
+
+
+def apply_rotary_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`rope_ext.apply_rotary_qkv`, with v as a view."""
+    q, k, v = split_qkv(qkv, kv_heads)
+    rows = cos, sin, position_ids
+    return apply_rotary(q, *rows, **options), apply_rotary(k, *rows, **options), v
+
+
+def rms_norm_rotary(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    **options: Any,
+) -> Tensor:
+    """As :func:`rope_ext.rms_norm_rotary` on x [B, S, H, D] or [T, H, D]."""
+    normalised = _normalised(x, weight, eps, unit_offset)
+    return apply_rotary(normalised, cos, sin, position_ids, **options)
+
+
 def rms_norm_rotary_qk(
     q: Tensor,
     k: Tensor,
@@ -57,17 +100,31 @@ def rms_norm_rotary_qk(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    unit_offset: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`rope_ext.rms_norm_rotary_qk` on q [B, S, H, D], k [B, S, Hk, D], or packed."""
     rows = cos, sin, position_ids
     return (
-        apply_rotary(_normalised(q, q_weight, eps, unit_offset), *rows, **options),
-        apply_rotary(_normalised(k, k_weight, eps, unit_offset), *rows, **options),
+        rms_norm_rotary(q, q_weight, *rows, **options),
+        rms_norm_rotary(k, k_weight, *rows, **options),
     )
+
+
+def rms_norm_rotary_qkv(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`rope_ext.rms_norm_rotary_qkv`, with v as a view."""
+    q, k, v = split_qkv(qkv, kv_heads)
+    rows = cos, sin, position_ids
+    return *rms_norm_rotary_qk(q, k, q_weight, k_weight, *rows, **options), v
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:

@@ -38,7 +38,7 @@ def calls():
     slots = torch.randperm(L)[: B * S].view(B, S)
     order = torch.randperm(B * S)
     offsets = torch.linspace(0, B * S, L + 1).long()
-    weight = torch.randn(D)
+    weight, qkv = torch.randn(D), torch.randn(B, S, H + 2 * K, D)
     inv_freq, _ = rope_ext.frequencies.default(D)
     axes, places = torch.arange(P) % 3, torch.randint(0, 5000, (3, B, S))
 
@@ -83,7 +83,12 @@ def calls():
         "latent": (append_latent, ids),
         "latent, slots": (append_latent, slots),
         "shift, slots": (shift, slots),
+        "packed": (lambda: rope_ext.apply_rotary_qkv(qkv, *rows, kv_heads=K)[:2], ids),
         "normed": (lambda: rope_ext.rms_norm_rotary_qk(*normed), ids),
+        "normed, in place": (
+            lambda: (rope_ext.rms_norm_rotary(x.clone(), weight, *rows, inplace=True),),
+            ids,
+        ),
         "normed, backward": (lambda: rope.rms_norm_rotary_qk_backward(*grads, *normed)[:2], ids),
         "gradient to the table, tokens": (table_backward, order),
         "gradient to the table, rows": (table_backward, offsets),

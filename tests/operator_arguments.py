@@ -52,7 +52,7 @@ def tensors_of(
     def drawn(*shape):
         return random(*shape, dtype=dtype, seed=next(count))
 
-    pool = {name: drawn(*tokens, H, D) for name in ("x", "q", "out", "out_q", "grad_q")}
+    pool = {name: drawn(*tokens, H, D) for name in ("x", "q", "out", "out_q", "grad_q", "grad_x")}
     pool |= {name: drawn(*tokens, K, D) for name in ("k", "v", "out_k", "grad_k")}
     pool["k_pe"], pool["kv_c"] = drawn(*tokens, D), drawn(*tokens, RANK)
     table = (1, *tokens, P)[-3:] if rows else (L, P)
@@ -64,7 +64,7 @@ def tensors_of(
     positions = (S,) if positions_for_all else (B, S)
     pool |= {"grad_cos": drawn(*positions, P), "grad_sin": drawn(*positions, P)}
     pool |= {"inv_freq": drawn(P).abs(), "length": S}
-    pool |= {"q_weight": drawn(D), "k_weight": drawn(D)}
+    pool |= {name: drawn(D) for name in ("weight", "q_weight", "k_weight")}
     order = torch.randperm(B * S, generator=torch.Generator().manual_seed(seed))
     pool |= {"token_order": order, "row_offsets": torch.arange(L + 1).clamp(max=B * S)}
     pool["row_offsets"][-1] = B * S
@@ -75,6 +75,8 @@ def tensors_of(
     if float8:
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
     pool |= {"group_size": D // 2, "scale_out": random(*tokens, H, 2, seed=next(count))}
+    pool |= {"qkv": drawn(*tokens, H + 2 * K, D), "grad_v": drawn(*tokens, K, D)}
+    pool |= {"q_heads": H, "kv_heads": K}
     blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)
     if float8:
         pool["q_out"] = random_cache(*tokens, H, D, dtype=torch.float8_e4m3fn)
@@ -96,7 +98,8 @@ def arguments_of(operator, sizes=None, *, optional=True, **how):
     taken = {}
     for argument in operator.arguments:
         may_be_none = str(argument.type).startswith("Optional")
-        if argument.name in pool and (optional or not may_be_none or argument.name == "grad_q"):
+        needed = not may_be_none or argument.name in ("grad_q", "kv_heads")
+        if argument.name in pool and (optional or needed):
             taken[argument.name] = pool[argument.name]
         elif optional and str(argument.type) in NOT_DEFAULT:
             taken[argument.name] = NOT_DEFAULT[str(argument.type)](argument.default_value)

@@ -302,7 +302,12 @@ def test_append_reads_no_v_that_is_not_stored():
 # ---- the benchmark's numbers
 
 # These write sums, which a second launch reads.
-PARTIAL_SUMS = ("cos_sin_backward", "rms_norm_rotary_qk_backward")
+PARTIAL_SUMS = (
+    "cos_sin_backward",
+    "rms_norm_rotary_backward",
+    "rms_norm_rotary_qk_backward",
+    "rms_norm_rotary_qkv_backward",
+)
 
 
 @pytest.mark.parametrize("case", operators_cuda.cases(quick=True), ids=lambda case: case.label)

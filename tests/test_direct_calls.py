@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rope_ext
-from rope_ext import _C, _destinations, angles, kv_cache, quantize, rms_norm
+from rope_ext import _C, _destinations, angles, kv_cache, qkv, quantize
 from rope_ext._operators import OPERATORS
 from rope_ext.module import rotary_embedding
 
@@ -28,7 +28,10 @@ FUNCTIONS = {
     rope_ext.apply_rotary: ("apply_rotary", "apply_rotary_"),
     rope_ext.apply_rotary_qk: ("apply_rotary_qk", "apply_rotary_qk_"),
     rope_ext.apply_rotary_qk_at: ("apply_rotary_qk_at", "apply_rotary_qk_at_"),
-    rope_ext.rms_norm_rotary_qk: ("rms_norm_rotary_qk", None),
+    rope_ext.apply_rotary_qkv: ("apply_rotary_qkv", None),
+    rope_ext.rms_norm_rotary_qkv: ("rms_norm_rotary_qkv", None),
+    rope_ext.rms_norm_rotary: ("rms_norm_rotary", "rms_norm_rotary_"),
+    rope_ext.rms_norm_rotary_qk: ("rms_norm_rotary_qk", "rms_norm_rotary_qk_"),
     rope_ext.cos_sin: ("cos_sin", None),
     rope_ext.cos_sin_cache: ("cos_sin_cache", None),
     rope_ext.apply_rotary_qk_append_kv_: (None, "apply_rotary_qk_append_kv_"),
@@ -56,7 +59,7 @@ def only_direct(monkeypatch):
     def call(operator, *args):
         raise AssertionError(f"{operator} was called by the dispatcher")
 
-    for module in (_destinations, angles, kv_cache, quantize, rms_norm):
+    for module in (_destinations, angles, kv_cache, qkv, quantize):
         monkeypatch.setattr(module, "call", call)
 
 
@@ -160,8 +163,8 @@ def test_every_layout_is_direct(
     function, operator, layout, dense, only_direct, monkeypatch, by_dispatcher
 ):
     parameters = inspect.signature(function).parameters
-    if "layout" not in parameters:
-        pytest.skip("a function without layouts")
+    if "layout" not in parameters or "qkv" in parameters:
+        pytest.skip("a function without layouts, or one that is direct in bshd and thd")
     given = arguments_for(function, operator)
     for name in given.keys() & {*IN_LAYOUT}:
         given[name] = given[name].transpose(*SWAPPED[layout]).contiguous()
@@ -271,6 +274,12 @@ def test_out_is_direct_and_written_alike_by_the_dispatcher(
         for got, x in zip((*out, one), expected, strict=True):
             assert got._version == 1
             assert_same_bits(got.transpose(1, 2) if heads_first else got, x)
+        weight = random(8)
+        normed = rope_ext.rms_norm_rotary_qk(q, k, weight, weight, **given, layout=layout)
+        assert rope_ext.rms_norm_rotary(q, weight, **given, layout=layout, out=one) is one
+        rope_ext.rms_norm_rotary_qk(q, k, weight, weight, **given, layout=layout, out=out)
+        for got, x in zip((one, *out), (normed[0], *normed), strict=True):
+            assert_same_bits(got, x)
 
     call()
     monkeypatch.undo()

@@ -27,6 +27,7 @@ import rope_ext
 from rope_ext._engine.calls import call
 from rope_ext._engine.sharding import BATCH, SEQUENCE, rotation_sharding
 from rope_ext._operators import OPERATORS
+from rope_ext.reference import split_qkv
 
 PACKAGE = Path(rope_ext.__file__).parent
 N = 3  # samples of vmap
@@ -395,7 +396,11 @@ def test_flops_are_those_of_the_channels():
         given = arguments_of(operator, optional=optional)
         with FlopCounterMode(display=False) as counter:
             operator.overload(**given)
-        xs = [given[n] for n in operator.rotates if given.get(f"grad_{n}", given[n]) is not None]
+        named, names = dict(given), operator.rotates
+        if names == ("qkv",):
+            names, parts = ("q", "k"), split_qkv(given["qkv"], given["kv_heads"])
+            named |= dict(zip(names, parts, strict=False))
+        xs = [named[n] for n in names if named.get(f"grad_{n}", named[n]) is not None]
         channels = sum(x.numel() for x in xs if x is not None)  # all of them rotate
         of_channel = operator.flops_rotated + operator.flops_channel
         assert counter.get_total_flops() == channels * of_channel, operator

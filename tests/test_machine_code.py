@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "120")
 SOURCES = "rotation", "rotation_by_angles", "table_grad", "angles", "kv_cache"
-SOURCES += "rms_norm", "rms_norm_grad", "append_rows", "quantize", "cached_keys"
+SOURCES += "rms_norm", "rms_norm_grad", "append_rows", "quantize", "cached_keys", "qkv"
 
 # The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
 #
@@ -34,7 +34,7 @@ SOURCES += "rms_norm", "rms_norm_grad", "append_rows", "quantize", "cached_keys"
 # become float8. Blocks have up to 512 threads: one block is resident with up to 104 registers (for
 # appends 128), two with 64.
 MOST_REGISTERS = (
-    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
+    (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false>", 64),
     (r"rms_norm_rotary_kernel\b", 96),
     (r"append_row_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false, false>", 64),
     (r"append_row_kernel<.*, false, false>", 112),
@@ -83,7 +83,7 @@ class Kernel:
 
     @property
     def is_rotation(self) -> bool:
-        return self.name.startswith(("apply_rotary_kernel", "apply_rotary_at_kernel"))
+        return re.match("apply_rotary_(qkv_|at_)?kernel", self.name) is not None
 
     @property
     def makes_angles(self) -> bool:
@@ -195,7 +195,7 @@ def test_channels_move_in_16_byte_instructions(kernels):
         for k in kernels
         if k.is_rotation and int(re.search(r", (\d+),", k.name)[1]) * size[k.element] == 16
     ]
-    assert len({k.name for k in wide}) == 25
+    assert len({k.name for k in wide}) == 41
     appending = [k for k in kernels if k.name.startswith("append_kernel") and ", 1, " not in k.name]
     assert len({k.name for k in appending}) == 27
     for k in wide + appending:

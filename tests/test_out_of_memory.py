@@ -24,11 +24,19 @@ def vast(*shape):
 
 X, TABLE, ROWS, INV_FREQ = vast(B, S, 1, D), vast(S, P), vast(B, S, P), torch.ones(P)
 WEIGHT = torch.ones(D)
+GROUPS = vast(B, S, 1, 3, D)
+MORE = {"apply_rotary_qkv_backward": {"q_heads": 1, "kv_heads": 1}}
 IDS = torch.zeros((), dtype=torch.int64).expand(B, S)
 ALLOCATING = {
     "apply_rotary": (X, TABLE, TABLE),
     "apply_rotary_qk": (X, X, TABLE, TABLE),
     "apply_rotary_qk_at": (X, X, INV_FREQ),
+    "apply_rotary_qkv": (GROUPS, TABLE, TABLE),
+    "apply_rotary_qkv_backward": (X, X, X, TABLE, TABLE),
+    "rms_norm_rotary_qkv": (GROUPS, WEIGHT, WEIGHT, TABLE, TABLE),
+    "rms_norm_rotary_qkv_backward": (X, X, X, GROUPS, WEIGHT, WEIGHT, TABLE, TABLE),
+    "rms_norm_rotary": (X, WEIGHT, TABLE, TABLE),
+    "rms_norm_rotary_backward": (X, X, WEIGHT, TABLE, TABLE),
     "rms_norm_rotary_qk": (X, X, WEIGHT, WEIGHT, TABLE, TABLE),
     "rms_norm_rotary_qk_backward": (X, X, X, X, WEIGHT, WEIGHT, TABLE, TABLE),
     "apply_rotary_table_backward": (X, X, None, None, ROWS),
@@ -46,7 +54,7 @@ def test_words_of_the_allocator_come_through():
         for call in calls:
             for mode in (torch.enable_grad, torch.inference_mode):
                 with mode(), pytest.raises(RuntimeError) as error:
-                    call(*arguments)
+                    call(*arguments, **MORE.get(operator, {}))
                 words = f"{error.value.args} of {operator}"
                 assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in words
 

@@ -126,6 +126,44 @@ def test_gradients_are_near_the_exact_ones(case, device):
         assert_close(got[2 + i], exact[2 + i], (n * g).sum(summed), allowed, f"{name}_weight")
 
 
+def test_one_tensor_in_place_and_into_out_have_the_bits_of_both(device):
+    """On CUDA, a norm over all heads of k has fewer lanes than beside a longer one of q: it adds in
+    another order.
+    """
+    for case in CASES:
+        q, k, q_weight, k_weight, *rows = inputs_of(case, device)
+        seeds = [random(*x.shape, dtype=case.dtype, device=device, seed=9) for x in (q, k)]
+        tensors = [q, k, q_weight, k_weight, *rows]
+        expected = rope.rms_norm_rotary_qk(*tensors, **case.options)
+        to_q, to_k, *to_weights = rope.rms_norm_rotary_qk_backward(*seeds, *tensors, **case.options)
+        options = dict(case.options)
+        may_be_in_place = options["interleaved_out"] in (None, options["interleaved"])
+        of_q, of_k = (q, q_weight, expected[0], seeds[0], (to_q, to_weights[0])), (
+            k, k_weight, expected[1], seeds[1], (to_k, to_weights[1])
+        )  # fmt: skip
+        compared = [of_q] if case.all_heads and device.type == "cuda" else [of_q, of_k]
+        with naming(case.name):
+            for x, weight, y, seed, to in compared:
+                assert_same_bits(rope.rms_norm_rotary(x, weight, *rows, **options), y)
+                one, out = x.clone(), torch.full_like(x, torch.nan)
+                rope.rms_norm_rotary.out(x, weight, *rows, **options, out=out)
+                assert_same_bits(out, y)
+                grads = rope.rms_norm_rotary_backward(seed, x, weight, *rows, **options)
+                for a, b in zip(grads, to, strict=True):
+                    assert_same_bits(a, b)
+                if may_be_in_place:
+                    rope.rms_norm_rotary_(one, weight, *rows, **options)
+                    assert_same_bits(one, y)
+            outs, both = [torch.full_like(x, torch.nan) for x in (q, k)], [q.clone(), k.clone()]
+            out_q, out_k = outs
+            rope.rms_norm_rotary_qk.out(*tensors, **options, out_q=out_q, out_k=out_k)
+            if may_be_in_place:
+                rope.rms_norm_rotary_qk_(*both, *tensors[2:], **options)
+                outs += both
+            for a, b in zip(outs, expected * 2, strict=False):
+                assert_same_bits(a, b)
+
+
 def test_vectors_have_the_bits_of_the_portable_code(vector_code):
     for case in CASES:
         tensors = inputs_of(case, "cpu")
@@ -194,9 +232,28 @@ def test_function_takes_every_layout(layout, device):
     expected = rope.rms_norm_rotary_qk(q, k, *others, **options)
     if layout != "thd":
         q, k = in_layout(q, layout), in_layout(k, layout)
-    got = rope_ext.rms_norm_rotary_qk(q, k, *others, **options, layout=layout)
-    for a, b in zip(got, expected, strict=True):
-        assert_same_bits(a, b if layout == "thd" else in_layout(b, layout))
+    expected = [b if layout == "thd" else in_layout(b, layout) for b in expected]
+    options["layout"] = layout
+    q_weight, _, *rows = others
+    out, one, in_place = (
+        (torch.empty_like(q), torch.empty_like(k)),
+        torch.empty_like(q),
+        [q.clone(), k.clone(), q.clone()],
+    )
+    for got in (
+        rope_ext.rms_norm_rotary_qk(q, k, *others, **options),
+        rope_ext.rms_norm_rotary_qk(q, k, *others, **options, out=out),
+        rope_ext.rms_norm_rotary_qk(*in_place[:2], *others, **options, inplace=True),
+        [rope_ext.rms_norm_rotary(q, q_weight, *rows, **options)],
+        [rope_ext.rms_norm_rotary(q, q_weight, *rows, **options, out=one)],
+        [rope_ext.rms_norm_rotary(in_place[2], q_weight, *rows, **options, inplace=True)],
+        out,
+        [one],
+        in_place[:2],
+        in_place[2:],
+    ):
+        for a, b in zip(got, expected, strict=False):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("all_heads", [False, True], ids=["[D]", "[H, D]"])

@@ -204,6 +204,75 @@ def test_refusals_name_what_is_wrong():
         assert_refused(rope.rms_norm_rotary_qk, message, q, k, *weights, *rows)
 
 
+OF_ONE = ("x", "weight", "cos", "sin")
+OF_BOTH = ("q", "k", "q_weight", "k_weight", "cos", "sin")
+
+
+def call_of(names):
+    """The function with tensors of these names, and its arguments."""
+    q, k, q_weight, k_weight, cos, sin, _ = inputs_of(Case("", ""), "cpu")
+    values = (q, q_weight, cos, sin) if "x" in names else (q, k, q_weight, k_weight, cos, sin)
+    function = rope_ext.rms_norm_rotary if "x" in names else rope_ext.rms_norm_rotary_qk
+    return function, dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("names", [OF_ONE, OF_BOTH], ids=["one", "both"])
+def test_in_place_nothing_may_need_a_gradient(names):
+    """A norm can't be undone: the gradient takes the tensors as they were before."""
+    for name in names:
+        function, given = call_of(names)
+        given[name] = given[name].requires_grad_() * 1
+        kept = {n: x.clone() for n, x in given.items()}
+        message = rf"^rope_ext.rms_norm_rotary\w*: expected {name} to need no gradient when inplace"
+        with pytest.raises(RuntimeError, match=message):
+            function(**given, inplace=True)
+        for n, x in given.items():
+            assert_same_bits(x.detach(), kept[n].detach())
+        with torch.no_grad():
+            function(**{**given, names[0]: kept[names[0]]}, inplace=True)
+
+
+@pytest.mark.parametrize("names", [OF_ONE, OF_BOTH], ids=["one", "both"])
+def test_in_place_in_forward_mode_and_in_graphs(names):
+    function, given = call_of(names)
+    x = given.pop(names[0])
+    tangent = random(*x.shape, seed=7)
+
+    def results(x, inplace):
+        rest = {n: t.clone() for n, t in given.items()}
+        return function(x * 2, **rest, inplace=inplace)
+
+    expected = torch.func.jvp(partial(results, inplace=False), (x,), (tangent,))
+    got = torch.func.jvp(partial(results, inplace=True), (x,), (tangent,))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(results, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, True), expected[0], rtol=0, atol=0)
+    with pytest.raises(Exception, match="to need no gradient when inplace=True"):
+        compiled(x.clone().requires_grad_(), True)
+
+
+def test_what_is_written_shares_no_memory_with_what_is_read():
+    for operator, names in ((rope.rms_norm_rotary, OF_ONE), (rope.rms_norm_rotary_qk, OF_BOTH)):
+        _, given = call_of(names)
+        first, weight = names[0], names[len(names) // 2 - 1]
+        name = operator.default._schema.name
+        shared = {**given, weight: given[first].view(-1)[:16]}
+        in_place = getattr(rope, f"{name.removeprefix('rope::')}_")
+        assert_refused(in_place, f"{weight} to share no memory with {first}, which", **shared)
+        outs = ("out",) if "x" in names else ("out_q", "out_k")
+        into = {o: torch.zeros_like(given[n]) for o, n in zip(outs, names, strict=False)}
+        for change, message in (
+            ({outs[0]: given[first]}, f"{first} to share no memory with {outs[0]}, which"),
+            ({weight: into[outs[0]].view(-1)[:16]}, f"{weight} to share no memory with {outs[0]}"),
+            ({outs[0]: into[outs[0]][:1]}, f"{outs[0]} of {first}'s shape"),
+            ({weight: given[weight][:8]}, f"{weight} to have shape [16] or"),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{name}.out: expected {re.escape(message)}"):
+                operator.out(**{**given, **into, **change})
+        assert not any(x.any() for x in into.values())
+
+
 def test_backward_refuses_gradients_that_do_not_fit():
     for change, message in (
         (lambda g: None, "grad_q or grad_k, got neither"),

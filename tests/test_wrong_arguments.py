@@ -304,6 +304,7 @@ def in_place(**given):
         (rope_ext.apply_rotary, ("x",)),
         (in_place, ("x",)),
         (rope_ext.apply_rotary_qk, QK),
+        (rope_ext.rms_norm_rotary, ("x", "weight")),
         (rope_ext.rms_norm_rotary_qk, (*QK, *WEIGHTS)),
         (rope_ext.apply_rotary_qk_append_kv_, (*QK, *CACHES)),
         (rope_ext.apply_rotary_mla_append_, ("q", "k_pe", "kv_c", "kv_cache", "slot_mapping")),

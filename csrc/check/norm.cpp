@@ -37,24 +37,24 @@ const void* check_weight(const char* op, const char* name, const TensorView& wei
 
 }  // namespace
 
-RmsNorm check_norm(const RotaryInputs& in, const TensorView& q_weight, const TensorView& k_weight,
+RmsNorm check_norm(const RotaryInputs& in, const TensorView& q_weight, const TensorView* k_weight,
                    const NormOptions& options, const RotaryArgs& rotary) {
   const char* const op = in.op;
-  const TensorView &q = in.q, &k = *in.k;
   RmsNorm norm{};
-  norm.q_weight = check_weight(op, "q_weight", q_weight, "q", q, rotary, norm.dtype);
-  norm.k_weight = check_weight(op, "k_weight", k_weight, "k", k, rotary, norm.dtype);
-  check_dtype_like(op, "k_weight", k_weight, "q_weight", q_weight);
+  norm.q_weight = check_weight(op, k_weight ? "q_weight" : "weight", q_weight, in.q_name, in.q,
+                               rotary, norm.dtype);
   norm.all_heads = q_weight.dim() == 2;
-  if (k_weight.dim() != q_weight.dim()) {
-    refuse(op,
-           text("k_weight to have ", q_weight.dim(), " dimension", norm.all_heads ? "s" : "",
-                ", as q_weight has"),
-           shape_text(k_weight));
-  }
-  if (norm.all_heads) {
-    norm.q_stride_h = q_weight.stride(0);
-    norm.k_stride_h = k_weight.stride(0);
+  if (norm.all_heads) norm.q_stride_h = q_weight.stride(0);
+  if (k_weight) {
+    norm.k_weight = check_weight(op, "k_weight", *k_weight, "k", *in.k, rotary, norm.dtype);
+    check_dtype_like(op, "k_weight", *k_weight, "q_weight", q_weight);
+    if (k_weight->dim() != q_weight.dim()) {
+      refuse(op,
+             text("k_weight to have ", q_weight.dim(), " dimension", norm.all_heads ? "s" : "",
+                  ", as q_weight has"),
+             shape_text(*k_weight));
+    }
+    if (norm.all_heads) norm.k_stride_h = k_weight->stride(0);
   }
   norm.eps = options.eps;
   norm.unit_offset = options.unit_offset;

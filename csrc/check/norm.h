@@ -6,8 +6,9 @@
 
 namespace rope {
 
-// q_weight, k_weight: [D], or [H, D] and [Hk, D]. rotary: from the checks of `in`.
-RmsNorm check_norm(const RotaryInputs& in, const TensorView& q_weight, const TensorView& k_weight,
+// q_weight, k_weight: [D], or [H, D] and [Hk, D]; k_weight is null where there is one tensor, whose
+// weight is called weight. rotary: from the checks of `in`.
+RmsNorm check_norm(const RotaryInputs& in, const TensorView& q_weight, const TensorView* k_weight,
                    const NormOptions& options, const RotaryArgs& rotary);
 
 }  // namespace rope

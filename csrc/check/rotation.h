@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "args.h"
 #include "call.h"
@@ -52,6 +53,13 @@ inline void set_flags(RotationFlags& flags, const Rotation& rotation) {
   flags.interleaved = rotation.interleaved;
   flags.interleaved_out = rotation.result_interleaved();
   flags.inverse = rotation.inverse;
+}
+
+// Makes it the transposed rotation, for gradients: this reads the pairs in the order of the result.
+// The columns of the table keep their order.
+inline void transpose(RotaryArgs& rotary) {
+  std::swap(rotary.interleaved, rotary.interleaved_out);
+  rotary.inverse = !rotary.inverse;
 }
 
 // Before a rotation in place: the pairs of x keep their order.

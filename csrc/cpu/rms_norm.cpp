@@ -8,21 +8,23 @@ namespace rope::cpu {
 
 namespace {
 
-int64_t token_channels(const RotaryArgs& args) {
-  return (args.q.heads + args.k.heads) * args.head_dim;
+template <class Args>
+int64_t token_channels(const Args& args) {
+  const RotaryArgs& rotary = args.rotary;
+  return args.groups * (rotary.q.heads + rotary.k.heads + args.v.heads) * rotary.head_dim;
 }
 
 }  // namespace
 
 void rms_norm_rotary(const RmsNormRotaryArgs& args) {
   const auto& kernel = isa().kernels.rms_norm_rotary;
-  parallel_for(args.rotary.batch * args.rotary.seq, grain_of(token_channels(args.rotary)),
+  parallel_for(args.rotary.batch * args.rotary.seq, grain_of(token_channels(args)),
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args) {
   const auto& kernel = isa().kernels.rms_norm_rotary_grad;
-  parallel_for(args.chunks, grain_of(args.chunk_tokens * token_channels(args.rotary)),
+  parallel_for(args.chunks, grain_of(args.chunk_tokens * token_channels(args)),
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   const auto& sum = isa().kernels.rms_norm_rotary_grad_sum;
   parallel_for(args.columns, grain_of(args.chunks),

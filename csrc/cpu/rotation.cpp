@@ -1,5 +1,5 @@
-// apply_rotary, apply_rotary_at and the gradient to the table on the CPU: how the work is divided
-// among threads.
+// apply_rotary, apply_rotary_at, apply_rotary_qkv and the gradient to the table on the CPU: how the
+// work is divided among threads.
 #include <algorithm>
 
 #include "cpu/isa/isa.h"
@@ -71,6 +71,13 @@ void apply_rotary(const RotaryArgs& args) {
 void apply_rotary_at(const RotaryAtArgs& args) {
   const Isa& in_use = isa();
   rotate(args, in_use, in_use.kernels.apply_rotary_at);
+}
+
+void apply_rotary_qkv(const RotaryQkvArgs& args) {
+  const int64_t heads = args.groups * (args.q.heads + args.k.heads + args.v.heads);
+  const auto& kernel = isa().kernels.apply_rotary_qkv;
+  parallel_for(args.batch * args.seq, grain_of(heads * args.head_dim),
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // One thread sums a row, in one order, so that the result does not depend on the number of threads.

@@ -11,18 +11,40 @@ namespace {
 // A block has at most kMostLanes threads. A launch bound of more is how the registers of a thread
 // are bounded: to 64 for few channels (in float64 of any order 72), to 80, or to 104 in float64 or
 // with four table values a pair. The kernel then needs no local memory.
-template <class Traits>
+template <class Traits, bool kPacked>
 constexpr int bound_threads() {
   using F = typename Traits::F;
   constexpr bool kDouble = sizeof(typename F::C) == 8;
+  if (kPacked) return kMostLanes;
   if (kDouble && F::kOrder == Order::Any) return 896;
   if (F::kChannels <= (kDouble ? 2 : 4)) return 1024;
   return kDouble || Traits::kFullWidth ? 608 : 768;
 }
 
-// A block has the norm rows of q or of k of one chunk of tokens.
-template <class Traits>
-__global__ void __launch_bounds__(bound_threads<Traits>(), 1)
+// Moves the heads of x of one chunk of tokens.
+template <class F>
+__device__ __forceinline__ void move_chunk(const RotatedHeads& x, const RmsNormRotaryGradArgs& args,
+                                           const NormPlan& plan, int64_t chunk) {
+  const uint32_t seq = static_cast<uint32_t>(args.rotary.seq);
+  const uint32_t heads = static_cast<uint32_t>(x.heads);
+  const uint32_t of_token = static_cast<uint32_t>(args.groups) * heads;
+  const int64_t first_token = chunk * args.chunk_tokens;
+  const int64_t tokens = min(args.chunk_tokens, args.rotary.batch * args.rotary.seq - first_token);
+  const uint32_t rows = static_cast<uint32_t>(tokens) * of_token;
+  const uint32_t first = threadIdx.x / plan.lanes, lane = threadIdx.x - first * plan.lanes;
+#pragma unroll 1
+  for (uint32_t row = first; row < rows; row += plan.groups) {
+    const uint32_t token_of_chunk = row / of_token, index = row - token_of_chunk * of_token;
+    const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
+    const uint32_t group = index / heads, b = token / seq;
+    move_head<F>(x, args.rotary, plan, b, token - b * seq, index - group * heads, group, lane);
+  }
+}
+
+// A block has the norm rows of q or of k of one chunk of tokens, or moves its heads of v. kPacked:
+// q, k and v are parts of one tensor, in which what has no gradient becomes zeros.
+template <class Traits, bool kPacked>
+__global__ void __launch_bounds__(bound_threads<Traits, kPacked>(), 1)
     rms_norm_rotary_grad_kernel(const RmsNormRotaryGradArgs args, const NormPlan plan) {
   using F = typename Traits::F;
   using E = typename F::E;
@@ -34,10 +56,18 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
 
   const RotaryArgs& rotary = args.rotary;
   const bool all_heads = args.norm.all_heads;
-  const int64_t chunk = block_index() / 2;
-  const bool is_q = block_index() % 2 == 0;
+  constexpr uint32_t kParts = kPacked ? 3 : 2;
+  const int64_t chunk = block_index() / kParts;
+  const uint32_t part = static_cast<uint32_t>(block_index() - chunk * kParts);
+  if (chunk >= args.chunks) return;
+  if (kPacked && part == 2) return move_chunk<F>(args.v, args, plan, chunk);
+  const bool is_q = part == 0;
   const uint32_t heads = static_cast<uint32_t>(is_q ? rotary.q.heads : rotary.k.heads);
-  if (chunk >= args.chunks || (is_q ? args.q_columns : args.columns - args.q_columns) == 0) return;
+  if ((is_q ? args.q_columns : args.columns - args.q_columns) == 0) {  // it has no gradient
+    if (!kPacked) return;
+    return is_q ? move_chunk<F>(rotary.q, args, plan, chunk)
+                : move_chunk<F>(rotary.k, args, plan, chunk);
+  }
   C* const partial = static_cast<C*>(args.partial) + chunk * args.columns +
                      (is_q ? 0 : args.q_columns) + rotary.rotary_offset;
   const uint32_t group = threadIdx.x / plan.lanes;
@@ -45,7 +75,9 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   const uint32_t fragments = plan.fragments * (all_heads ? heads : 1);
   const int64_t first_token = chunk * args.chunk_tokens;
   const int64_t tokens = min(args.chunk_tokens, rotary.batch * rotary.seq - first_token);
-  const uint32_t rows = static_cast<uint32_t>(tokens) * (all_heads ? min(heads, 1u) : heads);
+  const uint32_t groups = kPacked ? static_cast<uint32_t>(args.groups) : 1;
+  const uint32_t of_token = groups * (all_heads ? min(heads, 1u) : heads);
+  const uint32_t rows = static_cast<uint32_t>(tokens) * of_token;
   const RotatedHeads &q = rotary.q, &k = rotary.k;
 
   // Where fragment `index` of a norm row is: its head, and among the channels of grad and of x.
@@ -72,8 +104,10 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
   for (uint32_t first = 0; first < rows; first += plan.groups) {
     const bool inside = first + group < rows;
     const uint32_t row = inside ? first + group : 0;
-    const uint32_t token_of_chunk = all_heads ? row : row / heads;
-    const uint32_t first_head = all_heads ? 0 : row - token_of_chunk * heads;
+    const uint32_t token_of_chunk = all_heads ? row : row / of_token;
+    const uint32_t head_of_token = all_heads ? 0 : row - token_of_chunk * of_token;
+    const uint32_t head_group = groups == 1 ? 0 : head_of_token / heads;
+    const uint32_t first_head = head_of_token - head_group * heads;
     const uint32_t token = static_cast<uint32_t>(first_token) + token_of_chunk;
     const uint32_t b = token / static_cast<uint32_t>(rotary.seq);
     const uint32_t s = token - b * static_cast<uint32_t>(rotary.seq);
@@ -88,8 +122,9 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
       // g: the gradient to the rotation, rotated back, in x's order.
       C x[kChannels], g[kChannels], w[kChannels];
       if (active) {
-        load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0), at.x);
-        load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0), at.grad);
+        load_channels<F>(x, channel_of<E>(is_q, args.q, args.k, b, s, at.head, 0, head_group),
+                         at.x);
+        load_channels<F>(g, channel_of<E>(is_q, q.in, k.in, b, s, at.head, 0, head_group), at.grad);
         if (at.grad.rotates) {
           TableValues<F, Traits::kFullWidth> values;
           load_table(values, rotary, plan.rotary.table, b, s, at.in_head);
@@ -118,7 +153,7 @@ __global__ void __launch_bounds__(bound_threads<Traits>(), 1)
         x[i] = (g[i] * w[i] - n * mean) * inverse_rms;
         g[i] *= n;
       }
-      store_channels<F>(x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0), at.x);
+      store_channels<F>(x, channel_of<E>(is_q, q.out, k.out, b, s, at.head, 0, head_group), at.x);
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) sums[i][threadIdx.x] += g[i];
@@ -188,8 +223,11 @@ void launch_kernel(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   const int64_t heads = max_of(max_of(rotary.q.heads, rotary.k.heads), 1);
   const NormPlan plan = norm_plan<typename Traits::F>(rotary, args.norm, heads);
-  launch(rotary.op, rms_norm_rotary_grad_kernel<Traits>, grid_of(2 * args.chunks),
-         plan.groups * plan.lanes, stream, args, plan);
+  const bool is_packed = args.v.heads > 0;
+  const auto kernel = is_packed ? rms_norm_rotary_grad_kernel<Traits, true>
+                                : rms_norm_rotary_grad_kernel<Traits, false>;
+  launch(rotary.op, kernel, grid_of((is_packed ? 3 : 2) * args.chunks), plan.groups * plan.lanes,
+         stream, args, plan);
 }
 
 template <class E>
@@ -202,6 +240,7 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
     alignment.add(x.out, rotary.batch, rotary.seq, x.heads);
     alignment.add(forward, rotary.batch, rotary.seq, x.heads);
   };
+  add(args.v, {});
   add(rotary.q, args.q);
   add(rotary.k, args.k);
   dispatch_traits<E>(rotary, args.norm, alignment,
@@ -213,7 +252,7 @@ void launch_element(const RmsNormRotaryGradArgs& args, void* stream) {
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream) {
   const RotaryArgs& rotary = args.rotary;
   if (args.chunks > 0) {
-    check_rows(rotary, rotary.q.heads + rotary.k.heads);
+    check_rows(rotary, args.groups * (rotary.q.heads + rotary.k.heads + args.v.heads));
     dispatch(rotary.dtype, [&](auto storage) { launch_element<decltype(storage)>(args, stream); });
   }
   if (args.columns == 0) return;

@@ -240,6 +240,7 @@ class DirectCall final : public Call {
     return made(order == nullptr ? like : transposed(checked(like), *order), order);
   }
 
+  Tensor transposed(Tensor) override { throw NotDirect(); }
   Tensor contiguous(const TensorView&) override { throw NotDirect(); }
   Tensor on_host(const TensorView&) override { throw NotDirect(); }
   void fill_zero(const TensorView&) override { throw NotDirect(); }

@@ -74,6 +74,12 @@ Tensor DispatcherCall::empty(const TensorView& x, TensorView::Sizes sizes,
   return own(allocate(handle_of(x), sizes, dtype));
 }
 
+Tensor DispatcherCall::transposed(Tensor x) {
+  const torch::stable::Tensor view =
+      torch::stable::transpose(torch::stable::Tensor(new_handle(handle_of(x))), 0, 1);
+  return own(new_handle(view.get()));
+}
+
 Tensor DispatcherCall::contiguous(const TensorView& x) {
   return own(allocate_contiguous(handle_of(x)));
 }

@@ -29,6 +29,7 @@ class DispatcherCall final : public Call {
   Tensor empty_like(const TensorView& x) override;
   Tensor empty(const TensorView& x, TensorView::Sizes sizes,
                std::optional<ScalarType> dtype) override;
+  Tensor transposed(Tensor x) override;
   Tensor contiguous(const TensorView& x) override;
   Tensor on_host(const TensorView& x) override;
   void fill_zero(const TensorView& x) override;

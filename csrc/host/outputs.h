@@ -1,6 +1,10 @@
 // The tensors that results are written to: new ones, given ones, or the inputs themselves.
 #pragma once
 
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
 #include "call.h"
 #include "check/parts.h"
 
@@ -17,6 +21,18 @@ inline Tensor dense_like(const TensorView& x) {
   const int64_t last = x.dim() - 1;
   if (x.size(last) > 1 && out.stride(last) != 1) return new_like(x, x.sizes());
   return out;
+}
+
+// Dense, [B, S, *of_token] or [T, *of_token], with the tokens in memory in the order of those of x.
+inline Tensor new_tokens(const TensorView& x, int64_t token_dims,
+                         std::initializer_list<int64_t> of_token) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().begin() + token_dims);
+  const bool sequence_first =
+      token_dims == 2 && x.size(0) > 1 && x.size(1) > 1 && x.stride(0) < x.stride(1);
+  if (sequence_first) std::swap(sizes[0], sizes[1]);
+  sizes.insert(sizes.end(), of_token);
+  Tensor out = new_like(x, sizes);
+  return sequence_first ? x.call().transposed(std::move(out)) : std::move(out);
 }
 
 // The result for `heads`, q or k of checked arguments, goes to `out`, a tensor of its shape.

@@ -32,13 +32,14 @@ def _fake(operator: Operator) -> Callable[..., Any]:
 
 def _check_device(operator: Operator, given: Given) -> None:
     """PyTorch passes a call with a meta tensor among real ones to the fake, not to the operator."""
-    device = given[operator.leading].device
+    leading = next((n for n in operator.rotates if given[n] is not None), operator.pairs)
+    device = given[leading].device
     for name in operator.tensors:
         other = given[name]
         if other is not None and other.device != device:
             raise RuntimeError(
-                f"{operator.op}: expected {name} on the device of {operator.leading}, {device}, "
-                f"got {other.device}"
+                f"{operator.op}: expected {name} on the device of {leading}, {device}, got "
+                f"{other.device}"
             )
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from rope_ext._engine.record import Operator
+from rope_ext._engine.record import Given, Operator
 
 
 def register_flops(operators: Sequence[Operator]) -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for operator in operators:
-        rotates = operator.rotates or operator.rotated
+        rotates = operator.rotates or operator.rotated_shapes
         if rotates and "." not in operator.name:  # one formula for all overloads
             register_flop_formula(getattr(torch.ops.rope, operator.name))(_formula(operator))
 
@@ -21,16 +21,16 @@ def register_flops(operators: Sequence[Operator]) -> None:
 def _formula(operator: Operator) -> Callable[..., int]:
     def flops(*args: Any, out_shape: Any = None, **options: Any) -> int:
         given = operator.given(args, options)
-        if operator.rotated is not None:
-            return operator.flops_rotated * operator.rotated(given)
         total = 0
-        for name in operator.rotates:
-            shape = given[name]
-            if shape is None or given.get(f"grad_{name}", shape) is None:
-                continue
+        for shape in (operator.rotated_shapes or shapes_of)(given):
             rotary_dim = given.get("rotary_dim") or 2 * given[operator.pairs][-1]
             rotated = math.prod(shape[:-1]) * rotary_dim
             total += operator.flops_rotated * rotated + operator.flops_channel * math.prod(shape)
         return total
+
+    def shapes_of(given: Given) -> list[tuple[int, ...]]:
+        """Those that are there, and have a gradient."""
+        names = [n for n in operator.rotates if given.get(f"grad_{n}", given[n]) is not None]
+        return [given[n] for n in names if given[n] is not None]
 
     return flops

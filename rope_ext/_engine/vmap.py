@@ -79,11 +79,18 @@ def by_sequences(operator: Operator, count: int, dims: Dims, given: Given) -> An
     outs = (outs,) if isinstance(outs, Tensor) else outs
     outs = tuple(out.unflatten(0, x.shape[: x.dim() - 3])
                  for out, x in zip(outs, samples.values(), strict=True))  # fmt: skip
-    if operator.written:
-        for x, out in zip(samples.values(), outs, strict=True):
-            x.copy_(out)
-        return None, None
-    return (outs, (0,) * len(outs)) if len(outs) > 1 else (outs[0], 0)
+    return _written_or_returned(operator, dims, given, outs)
+
+
+def _written_or_returned(
+    operator: Operator, dims: Dims, given: Given, outs: tuple[Tensor, ...]
+) -> Any:
+    """Results [N, ..] that an operator writes in place, or returns."""
+    if not operator.written:
+        return (outs, (0,) * len(outs)) if len(outs) > 1 else (outs[0], 0)
+    for name, out in zip(operator.rotates, outs, strict=True):
+        given[name].movedim(dims[name], 0).copy_(out)
+    return None, None
 
 
 def one_by_one(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
@@ -96,11 +103,11 @@ def one_by_one(operator: Operator, count: int, dims: Dims, given: Given) -> Any:
         of_sample = x.select(dim, i)
         return last_stride_one(of_sample) if of_sample.dim() > 0 else of_sample
 
-    results = [operator.overload(**{name: sample(name, i) for name in given}) for i in range(count)]
-    if operator.result_count == 1:
-        return torch.stack(results), 0
-    stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
+    function = operator.functional
+    results = [function(**{name: sample(name, i) for name in given}) for i in range(count)]
+    of_samples = [(out,) if isinstance(out, Tensor) else out for out in results]
+    stacked = tuple(torch.stack(each) for each in zip(*of_samples, strict=True))
+    return _written_or_returned(operator, dims, given, stacked)
 
 
 def samples_of(x: Tensor, dim: int | None, count: int) -> Tensor:

@@ -83,5 +83,5 @@ def _instead(operator: Operator) -> str:
     if operator.outs:
         return "rotate without out"
     if {*operator.written} <= {*operator.rotates}:
-        return "the functions of rope_ext differentiate in place"
+        return f"{name_of(operator.functional)} is differentiable"
     return "what a cache keeps has none"

@@ -69,8 +69,8 @@ def _shift_sharding(operator: Operator, given: Given) -> Sharding:
     return Sharding(axes | {"k_cache": (None, None, HEADS, None)}, tokens_stay_whole=_WHY_WHOLE)
 
 
-def _shifted_channels(shapes: Given) -> int:
-    return shapes["slot_mapping"][0] * shapes["k_cache"][2] * 2 * shapes["inv_freq"][0]
+def _shifted(shapes: Given) -> list[tuple[int, ...]]:
+    return [(*shapes["slot_mapping"], *shapes["k_cache"][2:])]
 
 
 KV_CACHE = (
@@ -80,6 +80,6 @@ KV_CACHE = (
     ),
     Operator("apply_rotary_mla_append_", ("q", "k_pe"), sharding=_mla_append_sharding),
     Operator(
-        "shift_cached_k_", pairs="inv_freq", rotated=_shifted_channels, sharding=_shift_sharding
+        "shift_cached_k_", pairs="inv_freq", rotated_shapes=_shifted, sharding=_shift_sharding
     ),
 )

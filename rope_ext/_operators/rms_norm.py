@@ -1,9 +1,10 @@
-"""RMSNorm of q and k and their rotation, and its backward.
+"""RMSNorm and rotation of x, or of q and k (new results, in place, into out), and their backward.
 
-The gradients to q, k and the weights are an operator with kernels. All else is composed of the
+The gradients to these and to the weights are operators with kernels. All else is composed of the
 rotation and PyTorch's operators: gradients to cos and sin, tangents, and the second derivative.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,22 @@ from rope_ext._engine.autograd import last_stride_one, save_all
 from rope_ext._engine.record import Composed, Derivative, Given, Grads, Operator
 from rope_ext._engine.sharding import HEADS_OF, Result, Sharding, rotation_sharding
 from rope_ext._engine.vmap import one_by_one
-from rope_ext._operators.rotation import TWO, inverted, rotary_tangent, table_grad
+from rope_ext._operators.qkv import (
+    GRADS,
+    packed,
+    rotated_shapes,
+    split_like,
+    split_sharding,
+)
+from rope_ext._operators.rotation import (
+    ONE,
+    TWO,
+    in_place_by_sequences,
+    inverted,
+    rotary_tangent,
+    table_grad,
+)
+from rope_ext.reference import split_qkv
 
 rope = torch.ops.rope
 
@@ -58,44 +74,98 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> Grads:
-    q, k, q_weight, k_weight, cos, sin, position_ids = ctx.saved_tensors
-    grads = [None if grad is None else last_stride_one(grad) for grad in (grad_q, grad_k)]
-    eps, unit_offset, rotary = _split(ctx.options)
-    result: list[Tensor | None] = [None] * 7
-    if any(ctx.needs_input_grad[:4]):
-        rows = cos, sin, position_ids
-        result[:4] = rope.rms_norm_rotary_qk_backward(
-            *grads, q, k, q_weight, k_weight, *rows, **ctx.options
-        )
-    if any(ctx.needs_input_grad[4:6]):
-        terms: list[Tensor | None] = []
-        for grad, x, weight in zip(grads, (q, k), (q_weight, k_weight), strict=True):
-            if grad is not None:
-                norm = _Norm(x, weight, eps, unit_offset)
-                terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
-        result[4:6] = table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
-    return tuple(result)
+def _parts(args: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """x and weight, or q, k and their weights; then cos, sin and position_ids."""
+    count = len(args) // 2 - 1
+    return args[:count], args[count : 2 * count], args[2 * count :]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> Grads:
+    xs, weights, rows = _parts(ctx.saved_tensors)
+    grads = tuple(None if grad is None else last_stride_one(grad) for grad in grads)
+    to_xs_and_weights: Grads = (None,) * len((*xs, *weights))
+    to_table: Grads = None, None
+    *needed, cos_needed, sin_needed, _ = ctx.needs_input_grad[: len(to_xs_and_weights) + 3]
+    if any(needed):
+        to_xs_and_weights = (
+            rope.rms_norm_rotary_backward if len(xs) == 1 else rope.rms_norm_rotary_qk_backward
+        )(*grads, *xs, *weights, *rows, **ctx.options)
+    if cos_needed or sin_needed:
+        to_table = _to_table(grads, xs, weights, rows, ctx.options)
+    return *to_xs_and_weights, *to_table, None
+
+
+def _to_table(
+    grads: Grads,
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    options: dict[str, Any],
+) -> Grads:
+    """The gradients to cos and sin, from those that are given."""
+    cos, _, position_ids = rows
+    eps, unit_offset, rotary = _split(options)
+    terms: list[Any] = []
+    for grad, x, weight in zip(grads, xs, weights, strict=True):
+        if grad is not None:
+            norm = _Norm(x, weight, eps, unit_offset)
+            terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
+    if not terms:
+        return None, None
+    return table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
 
 
 def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
-    *tensors, cos, sin, position_ids = inputs
+    xs, weights, rows = _parts(inputs)
+    of_xs, of_weights, of_rows = _parts(tangents)
     eps, unit_offset, rotary = _split(options)
     results = []
-    for x, weight, i in zip(tensors[:2], tensors[2:], (0, 1), strict=True):
+    for x, weight, of_x, of_weight in zip(xs, weights, of_xs, of_weights, strict=True):
         norm = _Norm(x, weight, eps, unit_offset)
         tangent = rotary_tangent(
             norm.n * norm.factor,
-            norm.tangent(tangents[i], tangents[2 + i]),
-            (cos, sin, position_ids),
-            tangents[4:6],
+            norm.tangent(of_x, of_weight),
+            tuple(rows),
+            of_rows[:2],
             rotary,
         )
         results.append(None if tangent is None else tangent.to(x.dtype))
-    return tuple(results)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _composed_backward(
+    grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The gradients to x and to its weight."""
+    if grad is None:
+        return torch.zeros_like(x), torch.zeros_like(weight)
+    eps, unit_offset, rotary = _split(options)
+    norm = _Norm(x, weight, eps, unit_offset)
+    back = rope.apply_rotary(last_stride_one(_wide(grad)), *rows, **inverted(rotary))
+    weighted = back * norm.factor
+    along = (weighted * norm.n).mean(norm.row, keepdim=True)
+    to_x = ((weighted - norm.n * along) * norm.inverse_rms).to(x.dtype)
+    others = tuple(range(x.dim() - weight.dim()))
+    return to_x, (back * norm.n).sum(others).to(weight.dtype)
+
+
+def _composed_backward_of_one(
+    grad_x: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return _composed_backward(grad_x, x, weight, (cos, sin, position_ids), options)
+
+
+def _composed_backward_of_two(
     grad_q: Tensor | None,
     grad_k: Tensor | None,
     q: Tensor,
@@ -107,22 +177,61 @@ def _composed_backward(
     position_ids: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    eps, unit_offset, rotary = _split(options)
-    to_xs, to_weights = [], []
-    for grad, x, weight in ((grad_q, q, q_weight), (grad_k, k, k_weight)):
-        if grad is None:
-            to_xs.append(torch.zeros_like(x))
-            to_weights.append(torch.zeros_like(weight))
-            continue
-        norm = _Norm(x, weight, eps, unit_offset)
-        grad = last_stride_one(_wide(grad))
-        back = rope.apply_rotary(grad, cos, sin, position_ids, **inverted(rotary))
-        weighted = back * norm.factor
-        along = (weighted * norm.n).mean(norm.row, keepdim=True)
-        to_xs.append(((weighted - norm.n * along) * norm.inverse_rms).to(x.dtype))
-        others = tuple(range(x.dim() - weight.dim()))
-        to_weights.append((back * norm.n).sum(others).to(weight.dtype))
-    return *to_xs, *to_weights
+    rows = cos, sin, position_ids
+    to_q, to_q_weight = _composed_backward(grad_q, q, q_weight, rows, options)
+    to_k, to_k_weight = _composed_backward(grad_k, k, k_weight, rows, options)
+    return to_q, to_k, to_q_weight, to_k_weight
+
+
+# Packed qkv
+
+
+def _backward_of_qkv(ctx: Any, *grads: Tensor | None) -> Grads:
+    qkv, q_weight, k_weight, *rows = ctx.saved_tensors
+    grads = tuple(None if grad is None else last_stride_one(grad) for grad in grads)
+    to_qkv_and_weights: Grads = None, None, None
+    to_table: Grads = None, None
+    if any(ctx.needs_input_grad[:3]):
+        to_qkv_and_weights = rope.rms_norm_rotary_qkv_backward(
+            *grads, qkv, q_weight, k_weight, *rows, **ctx.options
+        )
+    if any(ctx.needs_input_grad[3:5]):
+        options = dict(ctx.options)
+        xs = split_qkv(qkv, options.pop("kv_heads"))[:2]
+        to_table = _to_table(grads[:2], xs, (q_weight, k_weight), rows, options)
+    return *to_qkv_and_weights, *to_table, None
+
+
+def _tangent_of_qkv(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
+    qkv, *others = inputs
+    of_qkv, *of_others = tangents
+    rotary = dict(options)
+    kv_heads = rotary.pop("kv_heads")
+    q, k, _ = split_qkv(qkv, kv_heads)
+    of_q, of_k, of_v = (None,) * 3 if of_qkv is None else split_qkv(of_qkv, kv_heads)
+    results = _tangent([q, k, *others], (of_q, of_k, *of_others), rotary)
+    return *results, None if of_v is None else of_v.clone()
+
+
+def _composed_backward_of_qkv(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    kv_heads: int | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = cos, sin, position_ids
+    q, k, v = split_qkv(qkv, kv_heads)
+    to_q, to_q_weight = _composed_backward(grad_q, q, q_weight, rows, options)
+    to_k, to_k_weight = _composed_backward(grad_k, k, k_weight, rows, options)
+    to_v = torch.zeros_like(v) if grad_v is None else grad_v
+    return packed(to_q, to_k, to_v, kv_heads is None), to_q_weight, to_k_weight
 
 
 # DTensors: batch and sequence may be sharded, and heads where each is normalised by itself
@@ -130,39 +239,86 @@ def _composed_backward(
 
 def _sharding(operator: Operator, given: Given) -> Sharding:
     """With a weight [H, D] a row is all heads of a token, so the heads must not be sharded."""
-    heads = HEADS_OF if given["q_weight"].dim() == 1 else (None, None)
+    of_each_head = given[WEIGHTS[operator.rotates][0]].dim() == 1
+    heads = HEADS_OF if of_each_head else (None, None)
     return rotation_sharding(operator, given, heads, is_linear=False)
 
 
 def _backward_sharding(operator: Operator, given: Given) -> Sharding:
-    """Gradients to q and k are placed as q and k. Those to the weights are sums over tokens and
-    heads: Partial where these are sharded.
+    """Gradients to x, or to q and k, are placed as these. Those to the weights are sums over tokens
+    and heads: Partial where these are sharded.
     """
-    sharding = _sharding(operator, given)
-    sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in TWO}
+    sharding, names = _sharding(operator, given), operator.rotates
+    sharding.axes |= {f"grad_{name}": sharding.axes[name] for name in names}
     sharding.results += tuple(
-        Result((), given[f"{name}_weight"].shape, summed=sharding.axes[name]) for name in TWO
+        Result((), given[weight].shape, summed=sharding.axes[name])
+        for name, weight in zip(names, WEIGHTS[names], strict=True)
+    )
+    return sharding
+
+
+def _split_sharding(operator: Operator, given: Given) -> Sharding:
+    """By group, the groups may be sharded too."""
+    return split_sharding(operator, given, is_linear=False)
+
+
+def _split_backward_sharding(operator: Operator, given: Given) -> Sharding:
+    sharding, qkv = _split_sharding(operator, given), given["qkv"]
+    part, axes = sharding.results[0].axes, sharding.axes["qkv"]
+    sharding.axes |= {name: part for name in GRADS if given[name] is not None}
+    sharding.results = (
+        Result(axes, qkv.shape, qkv),
+        *(Result((), given[name].shape, summed=axes) for name in WEIGHTS[TWO]),
     )
     return sharding
 
 
 # RMSNorm takes 4 operations a channel (a square, its sum, two products), its backward 12: the sums
 # of x x and of g w x (5), n (1), the gradient to x (4) and that to the weight (2).
+NORM: dict[str, Any] = {"flops_channel": 4, "sharding": _sharding}
+BACKWARD: dict[str, Any] = {"flops_channel": 12, "vmap": one_by_one, "sharding": _backward_sharding}
+WEIGHTS = {ONE: ("weight",), TWO: ("q_weight", "k_weight")}
+DERIVATIVE = Derivative(save_all, _backward, _tangent)
+
 RMS_NORM = (
+    Operator("rms_norm_rotary", ONE, derivative=DERIVATIVE, **NORM),
+    Operator("rms_norm_rotary_qk", TWO, derivative=DERIVATIVE, **NORM),
+    Operator("rms_norm_rotary_", ONE, vmap=in_place_by_sequences, **NORM),
+    Operator("rms_norm_rotary_qk_", TWO, vmap=in_place_by_sequences, **NORM),
+    Operator("rms_norm_rotary.out", ONE, **NORM),
+    Operator("rms_norm_rotary_qk.out", TWO, **NORM),
     Operator(
-        "rms_norm_rotary_qk",
-        TWO,
-        derivative=Derivative(save_all, _backward, _tangent),
-        flops_channel=4,
-        sharding=_sharding,
+        "rms_norm_rotary_backward",
+        ONE,
+        results=(*ONE, *WEIGHTS[ONE]),
+        derivative=Composed(_composed_backward_of_one),
+        **BACKWARD,
     ),
     Operator(
         "rms_norm_rotary_qk_backward",
         TWO,
-        results=("q", "k", "q_weight", "k_weight"),
-        derivative=Composed(_composed_backward),
-        flops_channel=12,
+        results=(*TWO, *WEIGHTS[TWO]),
+        derivative=Composed(_composed_backward_of_two),
+        **BACKWARD,
+    ),
+    Operator(
+        "rms_norm_rotary_qkv",
+        ("qkv",),
+        results=split_like,
+        derivative=Derivative(save_all, _backward_of_qkv, _tangent_of_qkv),
+        flops_channel=4,
+        rotated_shapes=rotated_shapes,
         vmap=one_by_one,
-        sharding=_backward_sharding,
+        sharding=_split_sharding,
+    ),
+    Operator(
+        "rms_norm_rotary_qkv_backward",
+        ("qkv",),
+        results=("qkv", *WEIGHTS[TWO]),
+        derivative=Composed(_composed_backward_of_qkv),
+        flops_channel=12,
+        rotated_shapes=rotated_shapes,
+        vmap=one_by_one,
+        sharding=_split_backward_sharding,
     ),
 )

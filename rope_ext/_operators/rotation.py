@@ -279,7 +279,7 @@ def check_order_stays(operator: Operator, given: Given) -> None:
         )
 
 
-def _in_place_by_sequences(
+def in_place_by_sequences(
     operator: Operator, count: int, dims: dict[str, int | None], given: Given
 ) -> Any:
     check_order_stays(operator, given)
@@ -292,7 +292,7 @@ ROTATE_QK = Operator(
     TWO,
     derivative=Derivative(_save_two, _apply_rotary_qk_backward, _apply_rotary_qk_tangent),
 )
-ROTATE_QK_IN_PLACE = Operator("apply_rotary_qk_", TWO, vmap=_in_place_by_sequences)
+ROTATE_QK_IN_PLACE = Operator("apply_rotary_qk_", TWO, vmap=in_place_by_sequences)
 
 ROTATION = (
     Operator(
@@ -300,7 +300,7 @@ ROTATION = (
         ONE,
         derivative=Derivative(_save_one, _apply_rotary_backward, _apply_rotary_tangent),
     ),
-    Operator("apply_rotary_", ONE, vmap=_in_place_by_sequences),
+    Operator("apply_rotary_", ONE, vmap=in_place_by_sequences),
     Operator("apply_rotary.out", ONE),
     ROTATE_QK,
     ROTATE_QK_IN_PLACE,

@@ -21,6 +21,7 @@ from random_arguments import (
 from support import DTYPES, FLOAT8
 
 from rope_ext._operators import OPERATORS
+from rope_ext.reference import split_qkv
 
 rope = torch.ops.rope
 
@@ -38,10 +39,9 @@ def apply_rotary(d: Draw, *names: str, reorders: bool = True) -> Arguments:
     return {**xs, **rows(d, x, pairs), **options(d, x, pairs, reorders=reorders)}
 
 
-def into_out(d: Draw, *names: str) -> Arguments:
-    out = apply_rotary(d, *names)
+def into_out(d: Draw, call: Arguments, *names: str) -> Arguments:
     outs = ("out",) if len(names) == 1 else ("out_q", "out_k")
-    return {**out, **{o: d.tensor(*out[x].shape).to(out[x]) for o, x in zip(outs, names)}}  # noqa: B905
+    return {**call, **{o: d.tensor(*call[x].shape).to(call[x]) for o, x in zip(outs, names)}}  # noqa: B905
 
 
 def quantize(d: Draw) -> Arguments:
@@ -94,7 +94,7 @@ def append_kv(d: Draw) -> Arguments:
 
 def normed_append(d: Draw) -> Arguments:
     call = append_kv(d)
-    return {**call, **norm(d, call), "norm_v": d.choice((False, True))}
+    return {**call, **norm(d, call, "q", "k"), "norm_v": d.choice((False, True))}
 
 
 def mla_append(d: Draw) -> Arguments:
@@ -188,25 +188,66 @@ def rotary_at(d: Draw, *, reorders: bool) -> Arguments:
     }
 
 
-def norm(d: Draw, call: Arguments) -> Arguments:
-    """Weights and options for q and k of a call."""
-    dtype = d.choice((call["q"].dtype, torch.float32))
-    all_heads = d.chance(0.3)
-    shapes = {x: call[x].shape[-2 if all_heads else -1 :] for x in "qk"}
-    weights = {f"{x}_weight": d.tensor(*shape, dtype=dtype) for x, shape in shapes.items()}
+def norm(d: Draw, call: Arguments, *names: str) -> Arguments:
+    """Weights and options for the tensors of a call."""
+    dtype = d.choice((call[names[0]].dtype, torch.float32))
+    last = 2 if d.chance(0.3) else 1  # all heads together, or each by itself
+    shapes = {"weight" if x == "x" else f"{x}_weight": call[x].shape[-last:] for x in names}
+    weights = {name: d.tensor(*shape, dtype=dtype) for name, shape in shapes.items()}
     return {**weights, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
 
 
-def rms_norm(d: Draw) -> Arguments:
-    call = apply_rotary(d, "q", "k")
-    return {**call, **norm(d, call)}
+def packed(d: Draw) -> Arguments:
+    """qkv in place of x, flat or by group."""
+    call = apply_rotary(d, "x")
+    x, kv_heads, of_k = call.pop("x"), d.choice((1, 2, 3)), d.choice((1, 2, 4))
+    by_group = d.chance(0.5)
+    heads = (kv_heads, of_k + 2) if by_group else (kv_heads * (of_k + 2),)
+    qkv = d.tensor(*x.shape[:-2], *heads, x.shape[-1], dtype=x.dtype)
+    return {"qkv": qkv, **call, "kv_heads": None if by_group else kv_heads}
 
 
-def rms_norm_backward(d: Draw) -> Arguments:
-    call = rms_norm(d)
+def gradients_of_parts(d: Draw, qkv: torch.Tensor, kv_heads: int | None) -> Arguments:
+    """Of q, k and v; two of them may be None."""
+    missing = d.sample(("q", "k", "v"), d.choice((0, 0, 1, 2)))
+    parts = zip("qkv", split_qkv(qkv, kv_heads), strict=True)
+    return {f"grad_{name}": None if name in missing else d.tensor(*x.shape).to(x)
+            for name, x in parts}  # fmt: skip
+
+
+def qkv_backward(d: Draw) -> Arguments:
+    call = packed(d)
+    qkv, kv_heads = call.pop("qkv"), call.pop("kv_heads")
+    q, k, _ = split_qkv(qkv, kv_heads)
+    heads = {"q_heads": q.shape[-2], "kv_heads": k.shape[-2], "by_group": kv_heads is None}
+    return {**gradients_of_parts(d, qkv, kv_heads), **call, **heads}
+
+
+def packed_rms_norm(d: Draw) -> Arguments:
+    call = packed(d)
+    qkv, by_group = call["qkv"], call["kv_heads"] is None
+    dtype, all_heads = d.choice((qkv.dtype, torch.float32)), not by_group and d.chance(0.3)
+    for name, x in zip("qk", split_qkv(qkv, call["kv_heads"]), strict=False):
+        shape = x.shape[-2:] if all_heads else x.shape[-1:]
+        call[f"{name}_weight"] = d.tensor(*shape, dtype=dtype)
+    return {**call, "eps": d.choice((1e-6, 1e-5, 0.5)), "unit_offset": d.choice((False, True))}
+
+
+def packed_rms_norm_backward(d: Draw) -> Arguments:
+    call = packed_rms_norm(d)
+    return {**gradients_of_parts(d, call["qkv"], call["kv_heads"]), **call}
+
+
+def rms_norm(d: Draw, *names: str, reorders: bool = True) -> Arguments:
+    call = apply_rotary(d, *names, reorders=reorders)
+    return {**call, **norm(d, call, *names)}
+
+
+def rms_norm_backward(d: Draw, *names: str) -> Arguments:
+    call = rms_norm(d, *names)
     missing = d.choice((None, None, "q", "k"))
     grads = {f"grad_{x}": None if x == missing else d.tensor(*call[x].shape).to(call[x])
-             for x in "qk"}  # fmt: skip
+             for x in names}  # fmt: skip
     return {**grads, **call}
 
 
@@ -233,11 +274,13 @@ def shift_cached_k(d: Draw) -> Arguments:
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary": lambda d: apply_rotary(d, "x"),
     "rope::apply_rotary_": lambda d: apply_rotary(d, "x", reorders=False),
-    "rope::apply_rotary.out": lambda d: into_out(d, "x"),
+    "rope::apply_rotary.out": lambda d: into_out(d, apply_rotary(d, "x"), "x"),
     "rope::apply_rotary_qk": lambda d: apply_rotary(d, "q", "k"),
     "rope::apply_rotary_qk_": lambda d: apply_rotary(d, "q", "k", reorders=False),
-    "rope::apply_rotary_qk.out": lambda d: into_out(d, "q", "k"),
+    "rope::apply_rotary_qk.out": lambda d: into_out(d, apply_rotary(d, "q", "k"), "q", "k"),
     "rope::apply_rotary_quantize": quantize,
+    "rope::apply_rotary_qkv": packed,
+    "rope::apply_rotary_qkv_backward": qkv_backward,
     "rope::apply_rotary_qk_append_kv_": append_kv,
     "rope::rms_norm_rotary_qk_append_kv_": normed_append,
     "rope::apply_rotary_mla_append_": mla_append,
@@ -248,8 +291,16 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_table_backward": table_backward,
     "rope::apply_rotary_qk_at": lambda d: rotary_at(d, reorders=True),
     "rope::apply_rotary_qk_at_": lambda d: rotary_at(d, reorders=False),
-    "rope::rms_norm_rotary_qk": rms_norm,
-    "rope::rms_norm_rotary_qk_backward": rms_norm_backward,
+    "rope::rms_norm_rotary": lambda d: rms_norm(d, "x"),
+    "rope::rms_norm_rotary_": lambda d: rms_norm(d, "x", reorders=False),
+    "rope::rms_norm_rotary.out": lambda d: into_out(d, rms_norm(d, "x"), "x"),
+    "rope::rms_norm_rotary_backward": lambda d: rms_norm_backward(d, "x"),
+    "rope::rms_norm_rotary_qk": lambda d: rms_norm(d, "q", "k"),
+    "rope::rms_norm_rotary_qk_": lambda d: rms_norm(d, "q", "k", reorders=False),
+    "rope::rms_norm_rotary_qk.out": lambda d: into_out(d, rms_norm(d, "q", "k"), "q", "k"),
+    "rope::rms_norm_rotary_qk_backward": lambda d: rms_norm_backward(d, "q", "k"),
+    "rope::rms_norm_rotary_qkv": packed_rms_norm,
+    "rope::rms_norm_rotary_qkv_backward": packed_rms_norm_backward,
 }
 RECORDS = {operator.op: operator for operator in OPERATORS}
 

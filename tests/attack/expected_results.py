@@ -12,9 +12,11 @@ from appending import norm_then_append
 from calls import RECORDS, rope
 from normed_inputs import normalised, roundings, sizes_of
 from random_arguments import ROTATION_DEFAULTS, Arguments
-from support import assert_same_bits, rounded_once, ulp
+from support import assert_same_bits, inverse_of, rounded_once, ulp
 
 from rope_ext import reference
+from rope_ext._operators.qkv import packed
+from rope_ext.reference import split_qkv
 
 F64 = torch.float64
 FLOAT8_Q = "q_out", "q_scale", "q_scale_out"
@@ -52,13 +54,21 @@ def expected_results(name: str, arguments: Arguments) -> list[Expected]:
     if RECORDS[name].written:
         operator = operator.removesuffix("_")
     arguments = dict(arguments)
-    x, ids = arguments.get("x", arguments.get("q")), arguments.get("position_ids")
+    x, ids = _of_tokens(arguments), arguments.get("position_ids")
     assert not (unfit := _unfit(arguments)), f"taken: {unfit}"
     if "cos" in arguments and ids is not None and x.shape[:-2].numel() == 0:
         # No token has a position, so the positions of other sequences' tokens are arbitrary.
         arguments["position_ids"] = ids.new_zeros(1).expand(ids.shape)
         arguments |= {t: arguments[t].new_zeros(1, arguments[t].shape[-1]) for t in ("cos", "sin")}
     return RESULTS_OF[operator](arguments)
+
+
+def _of_tokens(a: Arguments) -> torch.Tensor:
+    """A tensor [*tokens, heads, D]."""
+    if a.get("qkv") is not None:
+        return split_qkv(a["qkv"], a["kv_heads"])[2]
+    names = ("x", "q", "grad_q", "grad_k", "grad_v")
+    return next((a[name] for name in names if a.get(name) is not None), None)
 
 
 def _unfit(a: Arguments) -> list[str]:
@@ -90,6 +100,36 @@ def _quantize(a: Arguments) -> list[Expected]:
     if a["x"].shape[-2] == 0 or a["x"].shape[:-2].numel() == 0:
         return [Expected(a[name].clone()) for name in ("out", "scale_out")]
     return [Expected(x) for x in reference.apply_rotary_quantize(**a)]
+
+
+def _qkv(a: Arguments) -> list[Expected]:
+    q, k, v = split_qkv(a["qkv"], a["kv_heads"])
+    return [*_rotate({**a, "q": q, "k": k}), Expected(v)]
+
+
+def _grads_of_parts(a: Arguments) -> list[torch.Tensor]:
+    """Zeros for what is None."""
+    names = ("grad_q", "grad_k", "grad_v")
+    like = next(a[name] for name in names if a[name] is not None)
+    if "qkv" in a:
+        q_heads, kv_heads, _ = (x.shape[-2] for x in split_qkv(a["qkv"], a["kv_heads"]))
+    else:
+        q_heads, kv_heads = a["q_heads"], a["kv_heads"]
+    return [
+        like.new_zeros(*like.shape[:-2], heads, like.shape[-1]) if a[name] is None else a[name]
+        for name, heads in zip(names, (q_heads, kv_heads, kv_heads), strict=True)
+    ]
+
+
+def _qkv_backward(a: Arguments) -> list[Expected]:
+    q, k, v = _grads_of_parts(a)
+    rows = a["cos"], a["sin"], a.get("position_ids")
+    how = inverse_of({**ROTATION_DEFAULTS, **rotation_of(a)})
+    q, k = (
+        torch.zeros_like(x) if a[name] is None else rounded_once(x, *rows, **how)
+        for name, x in (("grad_q", q), ("grad_k", k))
+    )
+    return [Expected(packed(q, k, v, a.get("by_group", False)))]
 
 
 def _append(a: Arguments) -> list[Expected]:
@@ -230,50 +270,65 @@ def _cos_sin_backward(a: Arguments) -> list[Expected]:
 
 def _normed(a: Arguments) -> tuple[Arguments, SimpleNamespace]:
     """The arguments in float64 as the arithmetic reads them, and the case of normed_inputs."""
-    dtype = a["q"].dtype
+    names = ("x",) if "x" in a else ("q", "k")
+    weights = ("weight",) if "x" in a else ("q_weight", "k_weight")
+    dtype = a[names[0]].dtype
     for name in ("cos", "sin") if dtype != F64 else ():
         a[name] = a[name].float()
     a = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
          for n, x in a.items()}  # fmt: skip
     how = {"eps": a.get("eps", 1e-6), "unit_offset": a.get("unit_offset", False)}
     case = SimpleNamespace(
-        **how, dtype=dtype, all_heads=a["q_weight"].dim() == 2, options={**how, **rotation_of(a)}
+        **how,
+        names=names,
+        dtype=dtype,
+        all_heads=a[weights[0]].dim() == 2,
+        options={**how, **rotation_of(a)},
+        rows=(a["cos"], a["sin"], a.get("position_ids")),
+        tensors=[a[n] for n in names],
+        weights=[a[n] for n in weights],
     )
     return a, case
 
 
+def _norm_and_rotate(case: SimpleNamespace, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The reference, on the tensors and then their weights."""
+    count = len(tensors) // 2
+    return [
+        reference.rms_norm_rotary(x, weight, *case.rows, **case.options)
+        for x, weight in zip(tensors[:count], tensors[count:], strict=True)
+    ]
+
+
 def _rms_norm(a: Arguments) -> list[Expected]:
     a, case = _normed(a)
-    rows = a["cos"], a["sin"], a.get("position_ids")
-    weights = a["q_weight"], a["k_weight"]
-    exact = reference.rms_norm_rotary_qk(a["q"], a["k"], *weights, *rows, **case.options)
+    exact = _norm_and_rotate(case, [*case.tensors, *case.weights])
     out = []
-    for value, x, weight in zip(exact, (a["q"], a["k"]), weights, strict=True):
+    for value, x, weight in zip(exact, case.tensors, case.weights, strict=True):
         n, _, factor = normalised(x, weight, case)
-        size = sizes_of(n * factor, weight, rows, case)
+        size = sizes_of(n * factor, weight, case.rows, case)
         out.append(Expected(value, roundings(case, x) * size, case.dtype))
     return out
 
 
 def _rms_norm_backward(a: Arguments) -> list[Expected]:
     """Bounds as in test_rms_norm_rotary.py."""
-    weight_dtype = a["q_weight"].dtype
+    weight_dtype = a["weight" if "x" in a else "q_weight"].dtype
     a, case = _normed(a)
-    rows = a["cos"], a["sin"], a.get("position_ids")
-    leaves = [a[n].detach().requires_grad_() for n in ("q", "k", "q_weight", "k_weight")]
-    results = reference.rms_norm_rotary_qk(*leaves, *rows, **case.options)
+    leaves = [t.detach().requires_grad_() for t in (*case.tensors, *case.weights)]
+    results = _norm_and_rotate(case, leaves)
     seeds = [torch.zeros_like(y) if a.get(f"grad_{x}") is None else a[f"grad_{x}"]
-             for x, y in zip("qk", results, strict=True)]  # fmt: skip
+             for x, y in zip(case.names, results, strict=True)]  # fmt: skip
     exact = torch.autograd.grad(results, leaves, seeds, materialize_grads=True)
     how = {**ROTATION_DEFAULTS, **rotation_of(a)}
     order = how["interleaved"] if how["interleaved_out"] is None else how["interleaved_out"]
     how |= {"inverse": not how["inverse"]}
     how |= {"interleaved": order, "interleaved_out": how["interleaved"]}
+    cos, sin, ids = case.rows
     out: list[list[Expected]] = [[], []]
-    for i in range(2):
-        x, weight, seed = leaves[i].detach(), leaves[2 + i].detach(), seeds[i].abs()
+    for i, (x, weight) in enumerate(zip(case.tensors, case.weights, strict=True)):
+        seed = seeds[i].abs()
         n, inverse_rms, factor = (t.abs() for t in normalised(x, weight, case))
-        cos, sin, ids = rows
         both = [reference.apply_rotary(seed, cos.abs(), sign * sin.abs(), ids, **how).abs()
                 for sign in (1, -1)]  # fmt: skip
         g = torch.maximum(*both)
@@ -285,14 +340,35 @@ def _rms_norm_backward(a: Arguments) -> list[Expected]:
         unit = 2.0**-24 if case.dtype != F64 else 2.0**-52
         summed = tuple(range(x.dim() - weight.dim()))
         allowed = (rounding + terms * unit) * (n * g).sum(summed)
-        out[1].append(Expected(exact[2 + i], allowed, weight_dtype))
+        out[1].append(Expected(exact[len(seeds) + i], allowed, weight_dtype))
     return [*out[0], *out[1]]
+
+
+def _of_parts(a: Arguments) -> Arguments:
+    """The same call with q and k."""
+    q, k, _ = split_qkv(a["qkv"], a["kv_heads"])
+    return {**{n: x for n, x in a.items() if n not in ("qkv", "kv_heads")}, "q": q, "k": k}
+
+
+def _rms_norm_qkv(a: Arguments) -> list[Expected]:
+    return [*_rms_norm(_of_parts(a)), Expected(split_qkv(a["qkv"], a["kv_heads"])[2])]
+
+
+def _rms_norm_qkv_backward(a: Arguments) -> list[Expected]:
+    dtype, by_group = a["qkv"].dtype, a["kv_heads"] is None
+    v = _grads_of_parts(a)[2].double()
+    to_q, to_k, *to_weights = _rms_norm_backward(_of_parts(a))
+    value = packed(to_q.value, to_k.value, v, by_group)
+    allowed = packed(to_q.allowed, to_k.allowed, torch.zeros_like(v), by_group)
+    return [Expected(value, allowed, dtype), *to_weights]
 
 
 RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "apply_rotary": _rotate,
     "apply_rotary_qk": _rotate,
     "apply_rotary_quantize": _quantize,
+    "apply_rotary_qkv": _qkv,
+    "apply_rotary_qkv_backward": _qkv_backward,
     "apply_rotary_qk_append_kv": _append,
     "rms_norm_rotary_qk_append_kv": _normed_append,
     "apply_rotary_mla_append": _mla_append,
@@ -302,6 +378,10 @@ RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "cos_sin": _table,
     "cos_sin_backward": _cos_sin_backward,
     "apply_rotary_table_backward": _table_backward,
+    "rms_norm_rotary": _rms_norm,
+    "rms_norm_rotary_backward": _rms_norm_backward,
     "rms_norm_rotary_qk": _rms_norm,
     "rms_norm_rotary_qk_backward": _rms_norm_backward,
+    "rms_norm_rotary_qkv": _rms_norm_qkv,
+    "rms_norm_rotary_qkv_backward": _rms_norm_qkv_backward,
 }

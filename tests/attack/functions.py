@@ -23,7 +23,7 @@ FUNCTIONS = {name: function for name in CALLS if (function := function_of(name))
 ENTRIES = [(name, function) for name, (function, _) in FUNCTIONS.items()]
 
 SWAPS = {"bshd": None, "thd": None, "bhsd": (1, 2), "sbhd": (0, 1)}
-IN_LAYOUT = ("x", "q", "k", "v", "q_out", "out", "scale_out", "out_q", "out_k")
+IN_LAYOUT = ("x", "q", "k", "v", "qkv", "q_out", "out", "scale_out", "out_q", "out_k")
 CACHES = ("k_cache", "v_cache")
 
 
@@ -32,8 +32,11 @@ def arguments_of(d: Draw, name: str, function: str, call: Arguments) -> Argument
     takes = inspect.signature(getattr(rope_ext, function)).parameters
     call = {**call, **FUNCTIONS[name][1]}
     if "layout" in takes:
-        packed = call.get("x", call.get("q")).dim() == 3
-        call["layout"] = "thd" if packed else d.choice(("bshd", "bhsd", "sbhd"))
+        of_qkv = "qkv" in call
+        x = next(call[name] for name in ("x", "q", "qkv") if name in call)
+        packed = x.dim() - (of_qkv and call["kv_heads"] is None) == 3
+        layouts = ("bshd", "sbhd") if of_qkv else ("bshd", "bhsd", "sbhd")
+        call["layout"] = "thd" if packed else d.choice(layouts)
     if "cache_layout" in takes:
         call["cache_layout"] = d.choice(("NHD", "HND"))
     return in_layout(call)

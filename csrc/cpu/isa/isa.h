@@ -42,6 +42,7 @@ inline int64_t heads_in_scratch(const RotaryArgs& args) {
 struct Kernels {
   void (*apply_rotary)(const RotaryArgs&, const RotaryBlocks&, int64_t begin, int64_t end);
   void (*apply_rotary_at)(const RotaryAtArgs&, const RotaryBlocks&, int64_t begin, int64_t end);
+  void (*apply_rotary_qkv)(const RotaryQkvArgs&, int64_t begin, int64_t end);
   void (*rotary_table_grad)(const RotaryTableGradArgs&, int64_t begin, int64_t end);  // rows
   void (*cos_sin)(const CosSinArgs&, int64_t begin, int64_t end);
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);  // chunks

@@ -9,6 +9,7 @@
 #include "cpu/isa/table_rows.inl"
 
 #include "cpu/isa/rotation.inl"
+#include "cpu/isa/qkv.inl"
 #include "cpu/isa/table_grad.inl"
 #include "cpu/isa/angles.inl"
 #include "cpu/isa/kv_cache.inl"
@@ -22,6 +23,7 @@
 
 constexpr Kernels kKernels{apply_rotary,
                            apply_rotary_at,
+                           apply_rotary_qkv,
                            rotary_table_grad,
                            cos_sin,
                            cos_sin_grad,

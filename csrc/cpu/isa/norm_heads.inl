@@ -292,7 +292,7 @@ ROPE_HOST_DEVICE NormGroup group_at(const RmsNorm& norm, int64_t heads, int64_t 
   return norm.all_heads ? NormGroup{0, heads} : NormGroup{index, 1};
 }
 
-// The heads of q or k of one token, and their weight.
+// The heads of q or k of one token, and of one group, and their weight.
 template <class T>
 struct NormedHeads {
   const T *x, *in;  // in: what rotates: x itself, or the gradient of the result
@@ -304,8 +304,10 @@ struct NormedHeads {
 
 template <class T>
 NormedHeads<T> normed_heads(const RotatedHeads& rotated, const Heads<const void*>& x, int64_t b,
-                            int64_t s, const void* weight, int64_t weight_stride_h) {
-  const auto at = [&](const auto& heads) { return b * heads.stride_b + s * heads.stride_s; };
+                            int64_t s, const void* weight, int64_t weight_stride_h, int64_t g = 0) {
+  const auto at = [&](const auto& heads) {
+    return b * heads.stride_b + s * heads.stride_s + g * heads.stride_g;
+  };
   return {static_cast<const T*>(x.data) + at(x),
           static_cast<const T*>(rotated.in.data) + at(rotated.in),
           static_cast<T*>(rotated.out.data) + at(rotated.out),

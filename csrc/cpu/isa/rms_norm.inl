@@ -1,4 +1,4 @@
-// rms_norm_rotary: RMSNorm and rotation of q and k.
+// rms_norm_rotary: RMSNorm and rotation of q and k, beside which v may be moved.
 
 // Normalises and rotates one group of heads, and calls written(head) after each.
 template <class T, class Written>
@@ -55,12 +55,15 @@ void rms_norm_rotary_range(const RmsNormRotaryArgs& args, int64_t begin, int64_t
   NormScratch<T> scratch(rotary, norm);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
-    const NormedHeads<T> tensors[] = {
-        normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h),
-        normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h)};
-    for (const NormedHeads<T>& each : tensors) {
-      norm_and_rotate(rotary, norm, each, b, s, scratch, kNothing);
+    for (int64_t g = 0; g < args.groups; ++g) {
+      const NormedHeads<T> tensors[] = {
+          normed_heads<T>(rotary.q, rotary.q.in, b, s, norm.q_weight, norm.q_stride_h, g),
+          normed_heads<T>(rotary.k, rotary.k.in, b, s, norm.k_weight, norm.k_stride_h, g)};
+      for (const NormedHeads<T>& each : tensors) {
+        norm_and_rotate(rotary, norm, each, b, s, scratch, kNothing);
+      }
     }
+    move_heads<T>(rotary, args.v, args.groups, b, s);
   }
 }
 

@@ -92,16 +92,23 @@ void rms_norm_rotary_grad_range(const RmsNormRotaryGradArgs& args, int64_t begin
     const int64_t past = std::min(first + args.chunk_tokens, tokens);
     for (int64_t token = first; token < past; ++token) {
       const int64_t b = token / rotary.seq, s = token - b * rotary.seq;
-      const NormedHeads<T> tensors[] = {
-          normed_heads<T>(rotary.q, args.q, b, s, norm.q_weight, norm.q_stride_h),
-          normed_heads<T>(rotary.k, args.k, b, s, norm.k_weight, norm.k_stride_h)};
-      for (int which = 0; which < 2; ++which) {
-        const NormedHeads<T>& each = tensors[which];
-        for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
-          norm_grad(rotary, each, group_at(norm, each.heads, i), b, s,
-                    sums + (which == 0 ? 0 : args.q_columns), scratch);
+      for (int64_t g = 0; g < args.groups; ++g) {
+        const NormedHeads<T> tensors[] = {
+            normed_heads<T>(rotary.q, args.q, b, s, norm.q_weight, norm.q_stride_h, g),
+            normed_heads<T>(rotary.k, args.k, b, s, norm.k_weight, norm.k_stride_h, g)};
+        for (int which = 0; which < 2; ++which) {
+          if ((which == 0 ? rotary.q : rotary.k).in.data == nullptr) continue;
+          const NormedHeads<T>& each = tensors[which];
+          for (int64_t i = 0; i < group_count(norm, each.heads); ++i) {
+            norm_grad(rotary, each, group_at(norm, each.heads, i), b, s,
+                      sums + (which == 0 ? 0 : args.q_columns), scratch);
+          }
         }
       }
+      for (const RotatedHeads* x : {&rotary.q, &rotary.k}) {
+        if (x->in.data == nullptr) move_heads<T>(rotary, *x, args.groups, b, s);
+      }
+      move_heads<T>(rotary, args.v, args.groups, b, s);
     }
   }
 }

@@ -20,6 +20,7 @@ class Alignment {
   template <class Pointer>
   void add(const Heads<Pointer>& x, int64_t batch, int64_t seq, int64_t heads) {
     add_address(x.data);
+    add_elements(x.stride_g);
     if (batch > 1) add_elements(x.stride_b);
     if (seq > 1) add_elements(x.stride_s);
     if (heads > 1) add_elements(x.stride_h);

@@ -14,16 +14,17 @@ template <class Pointer>
 __device__ __forceinline__ Heads<Pointer> choose(bool first, const Heads<Pointer>& a,
                                                  const Heads<Pointer>& b) {
   return {first ? a.data : b.data, first ? a.stride_b : b.stride_b, first ? a.stride_s : b.stride_s,
-          first ? a.stride_h : b.stride_h};
+          first ? a.stride_h : b.stride_h, first ? a.stride_g : b.stride_g};
 }
 
-// A channel of head `head` of token s of sequence b, counted from the first that rotates.
+// A channel of head `head` of token s of sequence b, counted from the first that rotates; group: of
+// the heads.
 template <class E, class Pointer>
 __device__ __forceinline__ auto* channel_at(const Heads<Pointer>& x, uint32_t b, uint32_t s,
-                                            uint32_t head, int32_t channel) {
+                                            uint32_t head, int32_t channel, uint32_t group = 0) {
   using Element = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const E, E>;
   return static_cast<Element*>(x.data) +
-         (b * x.stride_b + s * x.stride_s + head * x.stride_h + channel);
+         (b * x.stride_b + s * x.stride_s + group * x.stride_g + head * x.stride_h + channel);
 }
 
 // Of q or of k. Computed again for each head from the kernel's arguments: pointers kept for q and k
@@ -31,8 +32,8 @@ __device__ __forceinline__ auto* channel_at(const Heads<Pointer>& x, uint32_t b,
 template <class E, class Pointer>
 __device__ __forceinline__ auto* channel_of(bool is_q, const Heads<Pointer>& q,
                                             const Heads<Pointer>& k, uint32_t b, uint32_t s,
-                                            uint32_t head, int32_t channel) {
-  return channel_at<E>(choose(is_q, q, k), b, s, head, channel);
+                                            uint32_t head, int32_t channel, uint32_t group = 0) {
+  return channel_at<E>(choose(is_q, q, k), b, s, head, channel, group);
 }
 
 // k with its pointer moved back by q_heads heads, so that one head index serves q and k: k's first

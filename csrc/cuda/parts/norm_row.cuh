@@ -118,6 +118,28 @@ __device__ __forceinline__ void store_channels(const typename F::C (&x)[F::kChan
   store_fragment(f, to, fragment);
 }
 
+// Moves the fragments of a head of x that a thread has, or zeros where there is nothing to read.
+template <class F>
+__device__ __forceinline__ void move_head(const RotatedHeads& x, const RotaryArgs& args,
+                                          const NormPlan& plan, uint32_t b, uint32_t s,
+                                          uint32_t head, uint32_t group, uint32_t lane) {
+  using E = typename F::E;
+  const E* const from = channel_at<E>(x.in, b, s, head, 0, group);
+  E* const to = channel_at<E>(x.out, b, s, head, 0, group);
+#pragma unroll 1
+  for (uint32_t index = lane; index < plan.fragments; index += plan.lanes) {
+    const NormFragment at = norm_fragment<F>(args, plan.rotary, plan.rotary.in, index);
+    const bool two = F::kVectors == 2 && at.rotates;
+    F f{};
+    if (x.in.data != nullptr) {
+      load(f.vectors[0], from + at.at.first);
+      if (two) load(f.vectors[F::kVectors - 1], from + at.at.first + at.at.second);
+    }
+    store(f.vectors[0], to + at.at.first);
+    if (two) store(f.vectors[F::kVectors - 1], to + at.at.first + at.at.second);
+  }
+}
+
 // The factors on the channels of a fragment: its weights, plus 1 if the norm says so.
 template <class F>
 __device__ __forceinline__ void load_factors(typename F::C (&w)[F::kChannels], const RmsNorm& norm,
@@ -156,9 +178,10 @@ struct NormTraits {
 
 // Blocks that a multiprocessor should hold at a time, which bounds the registers of a thread: 64
 // where the kernel then needs no local memory.
-template <class Traits>
+template <class Traits, bool kPacked = false>
 constexpr int resident_blocks() {
-  return sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth ? 1024 / kMostLanes : 1;
+  const bool two = sizeof(typename Traits::F::E) == 2 && !Traits::kFullWidth && !kPacked;
+  return two ? 1024 / kMostLanes : 1;
 }
 
 inline bool weights_allow(const RmsNorm& norm, int n) {

@@ -47,6 +47,14 @@ inline RotaryAtArgs slice_of(RotaryAtArgs args, int64_t first, int64_t seq) {
   return args;
 }
 
+inline RotaryQkvArgs slice_of(RotaryQkvArgs args, int64_t first, int64_t seq) {
+  const int64_t element_bytes = size_of(args.dtype);
+  advance(args.v.in.data, first * args.v.in.stride_s * element_bytes);
+  advance(args.v.out.data, first * args.v.out.stride_s * element_bytes);
+  static_cast<RotaryArgs&>(args) = slice_of(static_cast<const RotaryArgs&>(args), first, seq);
+  return args;
+}
+
 inline AppendArgs slice_of(AppendArgs args, int64_t first, int64_t seq) {
   const int64_t element_bytes = size_of(args.rotary.dtype);
   for (StoredHeads* x : {&args.k, &args.v}) {
@@ -80,6 +88,13 @@ inline RotaryAtArgs batch_as_sequence(RotaryAtArgs args) {
   static_cast<RotaryArgs&>(args) = batch_as_sequence(static_cast<const RotaryArgs&>(args));
   TokenPositions& positions = args.angles.positions;
   positions.stride_s = positions.stride_b;  // without data 0: all have the first token's position
+  return args;
+}
+
+inline RotaryQkvArgs batch_as_sequence(RotaryQkvArgs args) {
+  static_cast<RotaryArgs&>(args) = batch_as_sequence(static_cast<const RotaryArgs&>(args));
+  args.v.in.stride_s = args.v.in.stride_b;
+  args.v.out.stride_s = args.v.out.stride_b;
   return args;
 }
 

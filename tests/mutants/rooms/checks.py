@@ -97,17 +97,41 @@ MUTANTS = [
         ("offset-in-a-block-by-the-stride-of-blocks",
          "stride_offset = in.kv_cache.stride(1);", "stride_offset = in.kv_cache.stride(0);"),
     ),
-    # NaN passes for an eps, any heads for those of a weight.
+    # The gradient of an inverse rotation is rotated the wrong way.
+    *mutants(
+        "csrc/check/rotation.h", "test_rms_norm_rotary test_rms_norm_rotary_transforms test_qkv",
+        ("gradient-of-an-inverse-is-inverse", "rotary.inverse = !rotary.inverse;",
+         "rotary.inverse = true;"),
+    ),
+    # Heads of q, k and v that don't add up; groups from elsewhere; gradients of other sizes.
+    *mutants(
+        "csrc/check/packed.cpp", "test_qkv",
+        ("any-number-of-heads-of-q-passes", "|| of_q % *kv_heads != 0)", ")"),
+        ("group-without-q-passes", "groups < 1 || heads < 3", "groups < 1 || heads < 2"),
+        ("part-of-other-heads-passes", "part.size(token_dims) == heads &&", ""),
+    ),
+    *mutants(
+        "csrc/check/packed.h", "test_qkv",
+        ("groups-of-a-part-lie-together", "out.stride_g = heads * out.stride_h;",
+         "out.stride_g = out.stride_h;"),
+    ),
+    # The gradient is packed in another order, or a missing one is read.
+    *mutants(
+        "csrc/qkv.cpp", "test_qkv",
+        ("parts-all-at-the-first-head", "before += part->heads;", "before += 0;"),
+        ("missing-gradients-are-those-of-the-first", "parts[i]->in = {};", ""),
+    ),
+    # Weights may be what is written.
+    *mutants(
+        "csrc/rms_norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms test_qkv",
+        ("weight-may-overlap-what-is-written",
+         "{{call.in.q_weight_name, call.in.q_weight},", '{{"cos", in.cos},'),
+    ),
+    # NaN passes for an eps, and a weight for fewer heads.
     *mutants(
         "csrc/check/norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("eps-of-nan-passes", "if (!(options.eps >= 0))", "if (options.eps < 0)"),
         ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
-    ),
-    # The gradient of an inverse rotation is rotated the wrong way.
-    *mutants(
-        "csrc/rms_norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
-        ("gradient-of-the-norm-always-inverse", "rotary.inverse = !rotary.inverse;",
-         "rotary.inverse = true;"),
     ),
     # Sequences of several axes begin elsewhere.
     *mutants(

@@ -95,6 +95,14 @@ MUTANTS = [
         ("q-to-float8-beside-its-scratch-memory", "q.out = head + rotary.rotary_offset;",
          "q.out = head;"),
     ),
+    # v of another token or group, or rotated channels that are left out.
+    *mutants(
+        "csrc/cpu/isa/qkv.inl", "test_qkv",
+        ("moved-heads-all-of-the-first-group", "g * heads.stride_g + h", "h"),
+        ("moved-heads-lose-channels", "static_cast<size_t>(args.head_dim) * sizeof(T)",
+         "static_cast<size_t>(args.rotary_dim) * sizeof(T)"),
+        ("all-groups-are-the-first", "from.in.data) + g * from.in.stride_g;", "from.in.data);"),
+    ),
     # A norm over other channels or with another weight, row or eps.
     *mutants(
         "csrc/cpu/isa/norm_heads.inl", "test_rms_norm_rotary",

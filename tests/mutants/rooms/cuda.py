@@ -66,6 +66,14 @@ MUTANTS = [
          "group * plan.scaled_heads;"),
         ("v-that-has-no-norm-is-not-read", "if (!writes) load_fragment(x, data, in);", ""),
     ),
+    # v is rotated, or moved to where a rotated head goes; a group is left out.
+    *mutants(
+        "csrc/cuda/qkv.cu", "test_qkv",
+        ("v-in-the-order-of-the-result", "is_v ? place.in : place.out", "place.out"),
+        ("v-is-rotated", "if (rotates && !is_v) x =", "if (rotates) x ="),
+        ("groups-never-change", "group += step.groups + (passed ? 1 : 0);",
+         "group += step.groups + 1;"),
+    ),
     # Heads and means of other rows.
     *mutants(
         "csrc/cuda/rms_norm.cu", "test_rms_norm_rotary",

@@ -54,6 +54,8 @@ MUTANTS = [
         ("positions-reach-into-the-next-table", "(ids < 0) | (ids >= length)", "(ids < 0)"),
         ("one-tensor-is-written-for-all-samples",
          "            _check_written_are_batched(operator, dims)", "            pass"),
+        ("samples-in-place-are-not-written",
+         "given[name].movedim(dims[name], 0).copy_(out)", "pass"),
         ("all-samples-by-the-first-table", "ids = torch.where(outside, -1, ids + first)",
          "ids = torch.where(outside, -1, ids)"),
     ),
@@ -116,14 +118,24 @@ MUTANTS = [
         ("gradient-of-a-cache-begins-at-0", 'for name in ("start", "attention_scaling")',
          'for name in ("attention_scaling",)'),
     ),
+    # A gradient is packed in another order, q is kept, or heads of a rank are those of all.
+    *mutants(
+        "rope_ext/_operators/qkv.py", "test_qkv",
+        ("gradient-of-a-group-is-flat", 'packing["by_group"] = kv_heads is None',
+         'packing["by_group"] = False'),
+        ("forward-keeps-qkv", "qkv if ctx.table_needs_grad else None", "qkv"),
+        ("heads-of-all-ranks", "given[name] * count // of_first", "given[name]"),
+        ("tokens-always-by-sequence", "dims == 2 and min(sizes) > 1 and x.stride(0) < x.stride(1)",
+         "False"),
+    ),
     # Tangents, FLOPs and shards of a norm over all heads.
     *mutants(
         "rope_ext/_operators/rms_norm.py", "test_rms_norm_rotary_transforms",
         ("tangent-of-the-norm-of-one-head", "along = (self.n * x).mean(self.row, keepdim=True)",
          "along = (self.n * x).mean(-1, keepdim=True)"),
-        ("forward-of-the-norm-counts-3", "flops_channel=4", "flops_channel=3"),
+        ("forward-of-the-norm-counts-3", '"flops_channel": 4', '"flops_channel": 3'),
         ("heads-of-one-norm-are-sharded",
-         'HEADS_OF if given["q_weight"].dim() == 1 else (None, None)', "HEADS_OF"),
+         "HEADS_OF if of_each_head else (None, None)", "HEADS_OF"),
     ),
     # A row of the table gets the gradients of the next one.
     *mutants(

@@ -22,8 +22,10 @@ MUTANTS = [
     ),
     # Autograd is not told, or does not raise before data are written.
     *mutants(
-        "rope_ext/_in_place.py", "test_in_place",
+        "rope_ext/_in_place.py", "test_in_place test_rms_norm_rotary_transforms",
         ("not-marked-as-dirty", "ctx.mark_dirty(x)", "pass"),
+        ("what-can-not-be-undone-may-need-a-gradient",
+         "x is not None and x.requires_grad and torch.is_grad_enabled()", "False"),
         ("sin-may-need-a-gradient", "if cos.requires_grad or sin.requires_grad:",
          "if cos.requires_grad:"),
         ("view-of-a-leaf-is-written", "for leaf in (x, base_of(x))", "for leaf in (x,)"),
@@ -50,6 +52,7 @@ MUTANTS = [
     *mutants(
         "rope_ext/options.py", "test_direct_calls test_rms_norm_rotary",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
+        ("gradient-to-sin-is-lost-in-place", '(*names, "cos", "sin")', '(*names, "cos")'),
     ),
     # The same.
     *mutants(
