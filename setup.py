@@ -293,9 +293,10 @@ class BuildRope(BuildExtension):
 
     def host_flags(self) -> list[str]:
         # No contraction: two products and a sum must round as they do in PyTorch (rotation.h).
+        # No traps: else GCC makes no vectors of loops whose operations might raise one.
         # psabi: a note that the ABI of vectors depends on the target; no vector crosses a library.
         # The prefix map: __FILE__ in messages is csrc/..., not the folder of the build.
-        flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+        flags = ["-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]
         flags += [f"-fmacro-prefix-map={os.getcwd()}/="]
         flags += [f"-fmacro-prefix-map={Path(torch.__file__).parent / 'include'}/="]
         flags += [f"-fmacro-prefix-map={pybind11.get_include()}/="]

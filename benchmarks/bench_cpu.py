@@ -9,6 +9,7 @@ from benchmark import CpuCase, Options
 from cases_cpu import CPU_CASES
 from common import matching
 from measuring import machine, measure, settle_allocator
+from other_libraries_cpu import versions
 from tqdm import tqdm
 from verify import WrongResult
 
@@ -36,7 +37,7 @@ def time_case(case: CpuCase, options: Options, rounds: int, bar: tqdm) -> report
 
 def run(cases: list[CpuCase], options: Options, rounds: int, out: Path | None) -> None:
     settle_allocator()
-    setting = machine()
+    setting = f"{machine()}; {versions()}"
     results = []
     with tqdm(total=len(cases) * rounds, dynamic_ncols=True) as bar:
         for case in cases:

@@ -1,140 +1,27 @@
 """The overhead of a call at decode sizes: boxing, checks, allocations, Python.
 
-    python benchmarks/bench_overhead.py [--quick] [--out DIR]
+    python benchmarks/bench_overhead.py [CALL ...] [--quick] [--out DIR]
 
-q [1, 1, 32, 128] and k [1, 1, 8, 128] in bfloat16, one thread; in inference mode, in no_grad, and
-in grad mode (with q and k that require grad or not). Differences are taken round by round. The
-goal: a function of rope_ext adds at most a microsecond to the same call by torch.ops. For bhsd that
-call includes the views that a caller makes for it; for the module it is made in a module that does
-nothing else.
+The calls of decode_calls.py, one token on one thread; in inference mode, in no_grad, and in grad
+mode (with q and k that require grad or not). Each is compared, round by round, with the call that
+is named beside it.
 """
 
 import argparse
 import contextlib
 import csv
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import floors
 import torch
-from common import FIRST_POSITION
-from measuring import Summary, machine, measure, summary
-from torch import Tensor, nn
+from common import matching
+from decode_calls import KERNEL, ROWS, Call, Goal, all_calls, kernel_alone, one_rank
+from measuring import Summary, machine, measure, ratio, summary
 from tqdm import tqdm
 
-import rope_ext
-
-HEADS, KEY_HEADS, HEAD_DIM, CONTEXT = 32, 8, 128, 4096
 ROUNDS, QUICK_ROUNDS, ROUND_SECONDS = 41, 5, 0.004
-GOAL = 1e-6  # most seconds that a Python function may add to torch.ops
 
-OPS, FUNCTION = "torch.ops.rope.apply_rotary_qk", "rope_ext.apply_rotary_qk"
-MODULE, LEAST_MODULE = "RotaryEmbedding", f"{OPS} in a module"
-EMPTY, LEAST_FUNCTION = f"{OPS}_, no tokens", f"{OPS} in a function of 13 parameters"
-NULL_ONE, NULL = "null(x)", "null_qk_(q, k, cos, sin, ...)"
-NULL_OUT, ROWS = "null_qk, two outputs", "torch.ops.rope.cos_sin"
-IN_PLACE, HEADS_FIRST = ", in place", ", bhsd"
-
-# description -> (way, the way that it adds to); the report marks those that have a goal
-DIFFERENCES = {
-    "seven more arguments to box": (NULL, NULL_ONE),
-    "checks and dispatch of the kernel": (EMPTY, NULL),
-    "rotation of a token in place": (f"{OPS}_", EMPTY),
-    "two allocations": (NULL_OUT, NULL),
-    "torch.ops by overload": (f"{OPS}_.default", f"{OPS}_"),
-    "those 13 parameters alone": (LEAST_FUNCTION, OPS),
-    FUNCTION: (FUNCTION, OPS),
-    FUNCTION + HEADS_FIRST: (FUNCTION + HEADS_FIRST, OPS + HEADS_FIRST),
-    FUNCTION + IN_PLACE: (FUNCTION + IN_PLACE, f"{OPS}_"),
-    FUNCTION + IN_PLACE + HEADS_FIRST: (
-        FUNCTION + IN_PLACE + HEADS_FIRST,
-        f"{OPS}_" + HEADS_FIRST,
-    ),
-    MODULE: (MODULE, LEAST_MODULE),
-    MODULE + IN_PLACE: (MODULE + IN_PLACE, LEAST_MODULE + IN_PLACE),
-}
-WITH_GOAL = (FUNCTION, MODULE)
-
-
-def of_13_parameters(operator: Callable[..., object]) -> Callable[..., object]:
-    """The operator in a function with the parameters of rope_ext.apply_rotary_qk."""
-
-    def call(
-        q, k, cos, sin, position_ids=None, *, rotary_dim=None, rotary_offset=0, interleaved=False,
-        interleaved_out=None, inverse=False, layout="bshd", inplace=False, out=None,
-    ):  # fmt: skip
-        return operator(q, k, cos, sin, position_ids)
-
-    return call
-
-
-class LeastModule(nn.Module):
-    """An operator with its table in a module without anything else."""
-
-    def __init__(self, operator: Callable[..., object], table: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.operator, self.table = operator, table
-
-    def forward(self, q: Tensor, k: Tensor) -> object:
-        return self.operator(q, k, *self.table)
-
-
-def heads_first(operator: Callable[..., Any], q: Tensor, k: Tensor, *table: Tensor) -> object:
-    """The operator on q and k [B, H, S, D], with the views that a caller makes."""
-    rotated = operator(q.transpose(1, 2), k.transpose(1, 2), *table)
-    return rotated and (rotated[0].transpose(1, 2), rotated[1].transpose(1, 2))
-
-
-def ways(requires_grad: bool) -> dict[str, Callable[[], object]]:
-    """Functions by name; in-place ones only if nothing requires grad."""
-
-    def heads(count: int, seq: int = 1) -> Tensor:
-        x = torch.randn(1, seq, count, HEAD_DIM, dtype=torch.bfloat16)
-        return x.requires_grad_(requires_grad)
-
-    q, k, none = heads(HEADS), heads(KEY_HEADS), (heads(HEADS, 0), heads(KEY_HEADS, 0))
-    q_bhsd, k_bhsd = q.transpose(1, 2), k.transpose(1, 2)
-    module = rope_ext.RotaryEmbedding(HEAD_DIM, max_position_embeddings=CONTEXT)
-    positions = torch.full((1, 1), FIRST_POSITION)
-    table = module.table(CONTEXT)  # not inference tensors, even in inference mode
-    no_rows = tuple(rows[:0] for rows in table)
-    rope, null = torch.ops.rope, floors.load()
-    partial = functools.partial
-    found = {
-        NULL_ONE: partial(null.null_one_, q),
-        NULL: partial(null.null_qk_, q, k, *table),
-        NULL_OUT: partial(null.null_qk, q, k, *table),
-        OPS: partial(rope.apply_rotary_qk, q, k, *table),
-        LEAST_FUNCTION: partial(of_13_parameters(rope.apply_rotary_qk), q, k, *table),
-        OPS + HEADS_FIRST: partial(heads_first, rope.apply_rotary_qk, q_bhsd, k_bhsd, *table),
-        FUNCTION: partial(rope_ext.apply_rotary_qk, q, k, *table),
-        FUNCTION + HEADS_FIRST: partial(
-            rope_ext.apply_rotary_qk, q_bhsd, k_bhsd, *table, layout="bhsd"
-        ),
-        LEAST_MODULE: partial(LeastModule(rope.apply_rotary_qk, table), q, k),
-        MODULE: partial(module, q, k),
-        f"{MODULE}, position_ids": partial(module, q, k, positions),
-        ROWS: partial(rope.cos_sin, module.inv_freq, positions),
-    }
-    if not requires_grad:
-        found |= {
-            EMPTY: partial(rope.apply_rotary_qk_, *none, *no_rows),
-            f"{OPS}_": partial(rope.apply_rotary_qk_, q, k, *table),
-            f"{OPS}_.default": partial(rope.apply_rotary_qk_.default, q, k, *table),
-            f"{OPS}_" + HEADS_FIRST: partial(
-                heads_first, rope.apply_rotary_qk_, q_bhsd, k_bhsd, *table
-            ),
-            LEAST_MODULE + IN_PLACE: partial(LeastModule(rope.apply_rotary_qk_, table), q, k),
-            FUNCTION + IN_PLACE: partial(rope_ext.apply_rotary_qk, q, k, *table, inplace=True),
-            FUNCTION + IN_PLACE + HEADS_FIRST: partial(
-                rope_ext.apply_rotary_qk, q_bhsd, k_bhsd, *table, layout="bhsd", inplace=True
-            ),
-            MODULE + IN_PLACE: partial(module, q, k, inplace=True),
-        }
-    return found
-
+Times = dict[str, list[float]]
 
 MODES: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], bool]] = {
     "inference_mode": (torch.inference_mode, False),
@@ -153,49 +40,75 @@ def allocations(function: Callable[[], object]) -> int:
     return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
 
 
-def spread(of: Summary) -> str:
-    return f"{1e6 * of.median:.2f} ({1e6 * of.low:.2f}-{1e6 * of.high:.2f})"
+def spread(of: Summary, unit: float = 1e6) -> str:
+    return f"{unit * of.median:.2f} ({unit * of.low:.2f}-{unit * of.high:.2f})"
 
 
-def report(times: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> str:
-    """A Markdown report of the times by mode and way."""
+def compared(goal: Goal | None, times: list[float], floor: list[float]) -> tuple[str, float]:
+    """What a goal is about, or the ratio to the floor: with its spread, and its median."""
+    if goal is None or goal.unit == "times":
+        of = ratio(times, floor)
+        return spread(of, 1), of.median
+    if goal.unit == "us":
+        of = summary(times)
+    else:
+        of = summary([a - b for a, b in zip(times, floor, strict=True)])
+    return spread(of), 1e6 * of.median
+
+
+def report(calls: dict[str, Call], times: dict[str, Times], counts: dict[str, int]) -> str:
+    """A Markdown report of the times by mode and call."""
     modes = list(times)
     rule = "|---" * len(modes) + "|"
     lines = ["Microseconds: median (10th-90th percentile).", ""]
     lines += [f"| call | allocations | {' | '.join(modes)} |", f"|---|---{rule}"]
-    for way, count in counts.items():
-        cells = [spread(summary(times[m][way])) if way in times[m] else "" for m in modes]
-        lines.append(f"| {way} | {count} | {' | '.join(cells)} |")
-    lines += ["", f"| what it adds | goal | {' | '.join(modes)} |", f"|---|---{rule}"]
-    for what, (way, base) in DIFFERENCES.items():
-        goal = what.startswith(WITH_GOAL)
+    for name, count in counts.items():
+        cells = [spread(summary(times[m][name])) if name in times[m] else "" for m in modes]
+        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Times the call beside it, or what the goal is about; goals are without gradients.",
+        "",
+    ]
+    lines += [f"| call | beside | goal | {' | '.join(modes)} |", f"|---|---|---{rule}"]
+    for name, call in calls.items():
+        if not call.floor:
+            continue
         cells = []
         for mode in modes:
-            if way not in times[mode] or base not in times[mode]:
+            if name not in times[mode] or call.floor not in times[mode]:
                 cells.append("")
                 continue
-            both = zip(times[mode][way], times[mode][base], strict=True)
-            added = summary([a - b for a, b in both])
-            verdict = (": reached" if added.median <= GOAL else ": **missed**") if goal else ""
-            cells.append(spread(added) + verdict)
-        meant = f"<= {1e6 * GOAL:.3g}" if goal else ""
-        lines.append(f"| {what} | {meant} | {' | '.join(cells)} |")
+            text, value = compared(call.goal, times[mode][name], times[mode][call.floor])
+            if call.goal is not None and not MODES[mode][1]:
+                text += ": reached" if value <= call.goal.most else ": **missed**"
+            cells.append(text)
+        goal = "" if call.goal is None else str(call.goal)
+        lines.append(f"| {name} | {call.floor} | {goal} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def write_csv(path: Path, times: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> None:
+def write_csv(path: Path, times: dict[str, Times], counts: dict[str, int]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["mode", "call", "allocations", "rounds", "median_us", "p10_us", "p90_us"])
         for mode, of_mode in times.items():
-            for way, values in of_mode.items():
+            for name, values in of_mode.items():
                 of = summary(values)
                 figures = (f"{1e6 * x:.4f}" for x in (of.median, of.low, of.high))
-                writer.writerow([mode, way, counts[way], len(values), *figures])
+                writer.writerow([mode, name, counts[name], len(values), *figures])
+
+
+def chosen(calls: dict[str, Call], patterns: list[str]) -> dict[str, Call]:
+    """The calls that contain one of the patterns, and those that they are compared with."""
+    names = {*matching(list(calls), patterns)}
+    names |= {calls[name].floor for name in names}
+    return {name: call for name, call in calls.items() if name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("calls", nargs="*", metavar="CALL", help="a part of the calls' names")
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="seconds: does everything run?")
     parser.add_argument("--out", type=Path, help="folder for bench_overhead.md and .csv")
@@ -204,16 +117,22 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     setting = machine()
+    calls: dict[str, Call] = {}
     times, counts = {}, {}
-    with tqdm(total=rounds * len(MODES), dynamic_ncols=True) as bar:
+    with one_rank(), tqdm(total=rounds * len(MODES), dynamic_ncols=True) as bar:
         for name, (mode, requires_grad) in MODES.items():
             bar.set_description(name)
             with mode():
-                functions = ways(requires_grad)
+                found = chosen(all_calls(requires_grad), arguments.calls)
+                calls |= found
+                functions = {name: call.function for name, call in found.items()}
                 if not requires_grad:
-                    counts = {way: allocations(function) for way, function in functions.items()}
-                times[name] = measure(functions, rounds, bar.update, round_seconds=ROUND_SECONDS)
-    text = f"{setting}.\n\n{report(times, counts)}"
+                    counts = {name: allocations(function) for name, function in functions.items()}
+                of_mode = measure(functions, rounds, bar.update, round_seconds=ROUND_SECONDS)
+            if KERNEL in of_mode:
+                of_mode[KERNEL] = kernel_alone(of_mode[ROWS], of_mode[KERNEL])
+            times[name] = of_mode
+    text = f"{setting}.\n\n{report(calls, times, counts)}"
     print("\n" + text)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,9 @@
 Every result is verified against float64 before it is timed. On the CPU, each case has a goal: a
 ratio to a floor, which is comparable between machines, unlike times. cases_cpu.py lists cases and
 goals, floors.cpp has the floors, and other_libraries_cpu.py has the other libraries; those that are
-not installed are left out (pip install 'rope_ext[bench]' installs them). --out writes Markdown, CSV
-and a chart. Stop other programs first: a goal is judged by medians.
+not installed are left out (pip install 'rope_ext[bench]' installs most of them, and
+other_libraries_cpu.py says how to install the rest). --out writes Markdown, CSV and a chart. Stop
+other programs first: a goal is judged by medians.
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="about a minute: does everything run?")
     parser.add_argument("--case", action="append", default=[], help="cases with this in their name")
+    parser.add_argument("--peer", action="append", default=[], help="CPU: libraries, as --case")
     parser.add_argument("--out", type=Path, help="folder for bench_rope.md or GPU.md, .csv, .png")
     parser.add_argument("--max-tokens", type=int, help="CPU: of a case; for tests")
     arguments = parser.parse_args()
@@ -42,7 +44,7 @@ def main() -> None:
 
     bench_cpu.run(
         bench_cpu.chosen(arguments.case),
-        Options(arguments.quick, arguments.max_tokens),
+        Options(arguments.quick, arguments.max_tokens, arguments.peer),
         rounds,
         arguments.out,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 OURS, FLOOR, PEER = "rope_ext", "floor", "peer"
 PEER_GIVEN_OUTPUTS = "peer, given outputs"  # writes into existing memory
+PEER_IN_PLACE = "peer, in place"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Benchmark:
 class Options:
     quick: bool = False
     max_tokens: int | None = None  # limit for a case, for tests
+    peers: list[str] = field(default_factory=list)  # parts of their names; empty: all
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Case
+from common import FIRST_POSITION, Case
 from norms_cuda import EPS, MODEL, torch_norm, weights_of, without_eps
 from operator_case import (
     EAGER,
     POSITION_BYTES,
+    TABLE_BYTES,
     Arguments,
     OperatorCase,
     Way,
@@ -20,6 +21,7 @@ from rotations_cuda import (
     eager_arguments,
     eager_rotation,
     heads_of,
+    inv_freq_of,
     llama,
     moved_bytes,
     row_bytes,
@@ -27,6 +29,7 @@ from rotations_cuda import (
 )
 from torch import Tensor
 
+import rope_ext
 from rope_ext import reference
 
 rope = torch.ops.rope
@@ -208,6 +211,62 @@ def normed_append(
             EAGER: Way(eager_normed_append, eager_normed_arguments),
         },
         roundings=16,
+    )
+
+
+# ---- keys that move
+
+
+def shift_arguments(arguments: Arguments) -> Arguments:
+    a = dict(arguments)
+    distance = a.pop("new_position_ids").cpu() - a.pop("old_position_ids").cpu()
+    cos, sin = rope_ext.cos_sin(a.pop("inv_freq"), distance.cuda())
+    return {**a, "cos": cos, "sin": sin}
+
+
+def take_and_store(rotate: Callable[..., Tensor]) -> Callable[..., None]:
+    def steps(k_cache: Tensor, slot_mapping: Tensor, cos: Tensor, sin: Tensor) -> None:
+        keys = k_cache.flatten(0, 1).view(torch.uint8)[slot_mapping].view(k_cache.dtype)
+        of_float8 = k_cache.dtype.itemsize == 1
+        keys = rotate(keys.float() if of_float8 else keys, cos, sin)
+        store(k_cache, keys, slot_mapping, torch.ones_like(cos[0, 0]) if of_float8 else None)
+
+    return steps
+
+
+def rotate_keys(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rope.apply_rotary_(keys, cos, sin)
+    return keys
+
+
+def shift(form: str, step: str, tokens: int, dtype: torch.dtype) -> OperatorCase:
+    """A case of Llama-3-8B's keys in a cache of dtype, each from a position to another one."""
+    shape = llama(step, tokens)
+
+    def arguments() -> Arguments:
+        old = FIRST_POSITION + torch.arange(shape.tokens)
+        return {
+            "k_cache": cache_of(shape, dtype, shape.k_heads, shape.head_dim),
+            "slot_mapping": slots_of(shape).flatten(),
+            "old_position_ids": old.cuda(),
+            "new_position_ids": (old // 2).cuda(),
+            "inv_freq": inv_freq_of(shape.head_dim, shape.rotary_dim),
+        }
+
+    frequencies = shape.rotary_dim // 2 * TABLE_BYTES
+    return OperatorCase(
+        rope.shift_cached_k_.default,
+        form,
+        shape,
+        arguments,
+        lambda a: (reference.shift_cached_k(**in_float64(a)),),
+        moved_bytes(shape, shape.k_heads, dtype.itemsize, in_place=True)
+        + 3 * slot_bytes(shape)
+        + frequencies,
+        {
+            "index, apply_rotary_, index_copy_": Way(take_and_store(rotate_keys), shift_arguments),
+            EAGER: Way(take_and_store(reference.apply_rotary), shift_arguments),
+        },
     )
 
 

@@ -51,10 +51,10 @@ GPU_CASES = [
 ]
 
 
-def matching(names: list[str], patterns: list[str]) -> list[str]:
+def matching(names: list[str], patterns: list[str], of: str = "case") -> list[str]:
     """The names that contain one of the patterns; all, if there are none."""
     found = [name for name in names if not patterns or any(part in name for part in patterns)]
     if not found:
         listed = "\n  ".join(names)
-        raise SystemExit(f"no case has {' or '.join(patterns)} in its name:\n  {listed}")
+        raise SystemExit(f"no {of} has {' or '.join(patterns)} in its name:\n  {listed}")
     return found

@@ -4,10 +4,12 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ import rope_ext
 
 ROUND_SECONDS = 0.005
 LARGEST_HEAP_BLOCK = 32 << 20  # bytes; glibc's own limit
+INSTRUCTION_SETS = re.compile(r"avx2|avx512(f|bw|dq|vl|_bf16|_fp16)|amx_\w+|asimdhp|bf16|sve2?")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -118,12 +121,21 @@ def machine() -> str:
     )
 
 
-def processor() -> str:
+@functools.cache
+def cpuinfo() -> dict[str, str]:
+    """The first processor in /proc/cpuinfo, if there is one."""
     try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def processor() -> str:
+    """Its name, its family and model, and those of its instruction sets that kernels are for."""
+    name = cpuinfo().get("model name") or platform.processor() or platform.machine()
+    known = [f"{key} {cpuinfo()[key]}" for key in ("cpu family", "model") if key in cpuinfo()]
+    flags = cpuinfo().get("flags", cpuinfo().get("Features", "")).split()  # x86, arm64
+    known += filter(INSTRUCTION_SETS.fullmatch, flags)
+    return f"{name} ({', '.join(known)})" if known else name

@@ -15,6 +15,7 @@ SECTOR = 32  # bytes: the least that memory moves
 POSITION_BYTES = 8  # of an int64 position or slot
 TABLE_BYTES = 4  # of a float32 cos or sin
 EAGER = "eager PyTorch"  # the name of a way that each case has
+FUNCTION = "rope_ext.apply_rotary_qk"  # a way: what Python users call, past the dispatcher
 
 Arguments = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...] | Tensor | None]

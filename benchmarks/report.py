@@ -4,10 +4,16 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Goal
+from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, PEER_IN_PLACE, Goal
 from measuring import Summary, ratio, summary
 
-COLORS = {OURS: "#2a78b5", FLOOR: "#9a9a9a", PEER: "#d9822b", PEER_GIVEN_OUTPUTS: "#e8b27a"}
+COLORS = {
+    OURS: "#2a78b5",
+    FLOOR: "#9a9a9a",
+    PEER: "#d9822b",
+    PEER_GIVEN_OUTPUTS: "#e8b27a",
+    PEER_IN_PLACE: "#c0504d",
+}
 REACHED, MISSED, NOT_MEASURED = "reached", "**missed**", "not measured"
 CSV_COLUMNS = (
     *("case", "way", "kind", "rounds", "median_us", "p10_us", "p90_us", "best_us"),
@@ -30,7 +36,7 @@ class Result:
         """The fastest of those that write into new or into existing memory as `way` does."""
         goal = self.goal_of(way)
         new_memory = goal is not None and (goal.floor or "").startswith("clone")
-        kinds = (PEER,) if new_memory else (PEER, PEER_GIVEN_OUTPUTS)
+        kinds = (PEER,) if new_memory else (PEER, PEER_GIVEN_OUTPUTS, PEER_IN_PLACE)
         peers = [name for name, kind in self.kinds.items() if kind in kinds]
         return min(peers, key=lambda name: summary(self.times[name]).median, default=None)
 
@@ -91,7 +97,8 @@ def goal_line(result: Result, goal: Goal) -> str:
 
 FLOORS = (
     "Floors: `rmw` reads, modifies and writes the same bytes, called as an operator with the same "
-    "arguments; `null` is such an operator that does nothing; `clone` copies into new memory; "
+    "arguments; `null` is such an operator that does nothing; `mul_` multiplies q and k by 1 in "
+    "place; `neg_` negates the same bytes as int32; `clone` copies into new memory; "
     "`copy` copies into memory in use, past the caches; `fill` writes a new table."
 )
 
@@ -204,7 +211,7 @@ def chart(path: Path, results: list[Result], setting: str) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("microseconds; dashed: the goal")
-    figure.suptitle(setting, fontsize=7)
+    figure.suptitle(setting, fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmark import FLOOR, OURS, PEER
 from measuring import Summary, ratio, summary
 from measuring_cuda import Times
-from operator_case import OperatorCase, operator_name
+from operator_case import FUNCTION, OperatorCase, operator_name
 from report import COLORS, MISSED, REACHED, number, row, times_cell
 
 COPY = "copy"  # the floor of each case: a device copy of as many bytes
@@ -49,7 +49,7 @@ class Measured:
         return MISSED if self.over_expected(OURS).median > ALLOWED else REACHED
 
     def kind(self, way: str) -> str:
-        return {OURS: OURS, COPY: FLOOR}.get(way, PEER)
+        return {OURS: OURS, FUNCTION: OURS, COPY: FLOOR}.get(way, PEER)
 
 
 def over_expected_cell(result: Measured, way: str) -> str:
@@ -118,6 +118,11 @@ def markdown(results: list[Measured], setting: str, problems: list[str]) -> str:
     if missed := [result for result in timed if result.verdict == MISSED]:
         lines += ["", "Missed:", ""]
         lines += [f"- {r.case.label}: {r.over_expected(OURS).median:.2f}" for r in missed]
+    if by_function := [result for result in timed if FUNCTION in result.ways]:
+        lines += ["", f"Host time of `{FUNCTION}` / of the copy (goal in place: at most 1):", ""]
+    for result in by_function:
+        host = ratio(result.ways[FUNCTION].host, result.ways[COPY].host)
+        lines.append(f"- {result.case.label}: {host.median:.2f} ({host.low:.2f}-{host.high:.2f})")
     if left_out := left_out_lines(results):
         lines += ["", "Left out:", "", *left_out]
     return "\n".join(lines) + "\n"

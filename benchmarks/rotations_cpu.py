@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import floors
 import torch
-from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, Benchmark, Goal, Options
-from common import DECODE_STRIDE, FIRST_POSITION, Case
+from benchmark import FLOOR, OURS, PEER_IN_PLACE, Benchmark, Goal, Options
+from common import DECODE_STRIDE, FIRST_POSITION, Case, matching
 from other_libraries import Skip, reason
 from other_libraries_cpu import OTHER_LIBRARIES, SLOW_TO_MAKE, Peer, Problem, angle_slack
 from torch import Tensor
@@ -71,27 +71,39 @@ def add_peers(
     step: Callable[..., Callable[[], object]],
 ) -> None:
     many = problem.shape.tokens > QUICK_TOKENS
-    for name, make in OTHER_LIBRARIES.items():
+    for name in matching(list(OTHER_LIBRARIES), options.peers, "library"):
         slow = name in SLOW_TO_MAKE or (name != "transformers" and many)
         if options.quick and slow:
             benchmark.left_out[name] = "--quick"
             continue
         try:
-            peer = make(problem)
+            peer = OTHER_LIBRARIES[name](problem)
             function = step(problem, peer)
         except Exception as error:  # a failure must not stop the other peers
             benchmark.left_out[name] = reason(error)
         else:
             other = peer.interleaved != problem.shape.interleaved
-            kind = PEER_GIVEN_OUTPUTS if peer.given_outputs else PEER
-            benchmark.add(kind, name + ", interleaved" * other, function)
+            benchmark.add(peer.kind(problem), name + ", interleaved" * other, function)
 
 
 def forward(problem: Problem, peer: Peer) -> Callable[[], object]:
-    q, k = (peer.layout(x) for x in (problem.q, problem.k))
-    got = tuple(peer.layout(y) for y in peer.rotate(q, k))
-    verify(problem, (problem.q, problem.k), got, peer, sample=True)
-    return functools.partial(peer.rotate, q, k)
+    x = (problem.q, problem.k)
+    if peer.results is None:
+        call = functools.partial(peer.rotate, *(peer.layout(y) for y in x))
+        got = tuple(peer.layout(y) for y in call())
+    else:
+        call, got = peer.rotate, peer.results
+        if peer.kind(problem) == PEER_IN_PLACE:
+            x = tuple(y.clone() for y in x)
+        call()
+    verify(problem, x, got, peer, sample=True)
+    return call
+
+
+def forward_to_new(problem: Problem, peer: Peer) -> Callable[[], object]:
+    if peer.kind(problem) == PEER_IN_PLACE:
+        raise Skip("in place only")
+    return forward(problem, peer)
 
 
 def training_step(problem: Problem, peer: Peer | None) -> Callable[[], object]:
@@ -102,7 +114,7 @@ def training_step(problem: Problem, peer: Peer | None) -> Callable[[], object]:
         ours = True
     else:
         ours = False
-    if not peer.trains:
+    if peer.results is not None:
         raise Skip("no gradient")
     grads = [peer.layout(x) for x in (problem.q, problem.k)]
     inputs = [x.detach().requires_grad_() for x in grads]
@@ -125,7 +137,7 @@ def in_place(
     problem = make_problem(shape, dtype, options)
     q, k, (cos, sin) = problem.q, problem.k, tables(problem)
     given = {"interleaved": shape.interleaved}
-    rotate = functools.partial(torch.ops.rope.apply_rotary_qk_, q, k, cos, sin, **given)
+    rotate = functools.partial(rope_ext.apply_rotary_qk, q, k, cos, sin, inplace=True, **given)
     before = q.clone(), k.clone()
     rotate()
     verify(problem, before, (q, k), sample=options.quick)
@@ -133,14 +145,19 @@ def in_place(
 
     benchmark = Benchmark([Goal("in place", floor, limit)])
     benchmark.add(OURS, "in place", rotate)
+    operator = torch.ops.rope.apply_rotary_qk_
+    benchmark.add(OURS, "torch.ops", functools.partial(operator, q, k, cos, sin, **given))
     moved = functools.partial(floors.load().rmw_qk_, q, k, cos, sin, **given)
     if shape.rotary_dim < shape.head_dim:
         only = functools.partial(moved, rotary_dim=shape.rotary_dim)
         benchmark.add(FLOOR, "rmw of the rotated lines", only)
     benchmark.add(FLOOR, "rmw", moved)
-    null = functools.partial(floors.load().null_qk_, q, k, cos, sin, **given)
-    if problem.shape.seq == 1:
+    if shape.seq == 1:
+        null = functools.partial(floors.load().null_qk_, q, k, cos, sin, **given)
+        words = [x.clone().view(torch.int32) for x in (q, k)]
         benchmark.add(FLOOR, "null", null)
+        benchmark.add(FLOOR, "mul_", lambda: (q.mul_(1), k.mul_(1)))
+        benchmark.add(FLOOR, "neg_", lambda: [x.neg_() for x in words])
     add_peers(benchmark, problem, options, forward)
     return benchmark
 
@@ -178,7 +195,7 @@ def out_of_place(shape: Case, dtype: torch.dtype, options: Options) -> Benchmark
             ),
         )
     benchmark.add(FLOOR, "clone", lambda: (q.clone(), k.clone()))
-    add_peers(benchmark, problem, options, forward)
+    add_peers(benchmark, problem, options, forward_to_new)
     return benchmark
 
 

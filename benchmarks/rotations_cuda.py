@@ -8,6 +8,7 @@ import torch
 from common import DECODE_STRIDE, FIRST_POSITION, Case
 from operator_case import (
     EAGER,
+    FUNCTION,
     POSITION_BYTES,
     TABLE_BYTES,
     Arguments,
@@ -122,6 +123,7 @@ def rotation(
 
     ways = {EAGER: Way(eager_rotation, eager_arguments)}
     if both and not given:
+        ways[FUNCTION] = Way(functools.partial(rope_ext.apply_rotary_qk, inplace=in_place))
         ways.update(rotations_of_other_libraries(in_place))
     return OperatorCase(
         operator,

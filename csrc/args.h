@@ -244,4 +244,15 @@ struct RmsNormAppendArgs {
   RotatedHeads v;
 };
 
+// Keys of a paged cache that are rotated in place from the angles of their old positions to
+// `angles`, those of their new ones. q: the cache; its b is a block, its s an offset in the block.
+// The tokens are one sequence; the key of each is in its slot, if the cache has one.
+struct ShiftArgs : RotaryAtArgs {
+  Angles old;
+  bool same_frequencies;
+  CacheDType cache_dtype;  // float8: dtype is that of the arithmetic
+  int64_t blocks, block_size;
+  PositionIds slots;
+};
+
 }  // namespace rope

@@ -18,10 +18,12 @@ void apply_rotary_append(const AppendArgs& args);
 void rms_norm_rotary(const RmsNormRotaryArgs& args);
 void rms_norm_rotary_append(const RmsNormAppendArgs& args);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
+void shift_cached_k(const ShiftArgs& args);
 
 constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
                               &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad};
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad,
+                              &shift_cached_k};
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -35,11 +37,13 @@ void apply_rotary_append(const AppendArgs& args, void* stream);
 void rms_norm_rotary(const RmsNormRotaryArgs& args, void* stream);
 void rms_norm_rotary_append(const RmsNormAppendArgs& args, void* stream);
 void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args, void* stream);
+void shift_cached_k(const ShiftArgs& args, void* stream);
 
 #if defined(ROPE_EXT_CUDA)
 constexpr std::tuple kKernels{&apply_rotary,    &apply_rotary_at,        &rotary_table_grad,
                               &cos_sin,         &cos_sin_grad,           &apply_rotary_append,
-                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad};
+                              &rms_norm_rotary, &rms_norm_rotary_append, &rms_norm_rotary_grad,
+                              &shift_cached_k};
 #else
 constexpr std::tuple<> kKernels;  // a build without CUDA
 #endif

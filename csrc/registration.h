@@ -13,6 +13,7 @@ std::vector<Operator> angles_operators();              // angles.cpp
 std::vector<Operator> rotation_by_angles_operators();  // rotation_by_angles.cpp
 std::vector<Operator> kv_cache_operators();            // kv_cache.cpp
 std::vector<Operator> latent_cache_operators();        // latent_cache.cpp
+std::vector<Operator> cached_keys_operators();         // cached_keys.cpp
 std::vector<Operator> rms_norm_operators();            // rms_norm.cpp
 
 // Of all families.

@@ -63,6 +63,11 @@ constexpr const char* kSchemas[] = {
     // element
     "apply_rotary_mla_append_(Tensor(a!) q, Tensor(b!) k_pe, Tensor kv_c, Tensor(c!) kv_cache, "
     "Tensor slot_mapping, {rows}, *, Tensor? scale=None, {float8_q}, {pair_order}) -> ()",
+    // Rotates the keys in the slots [N] of k_cache, in place, from old_position_ids [N] to
+    // new_position_ids [N], by position * inv_freq; new_inv_freq [P]: the frequencies change too
+    "shift_cached_k_(Tensor(a!) k_cache, Tensor slot_mapping, Tensor old_position_ids, "
+    "Tensor new_position_ids, Tensor inv_freq, *, Tensor? new_inv_freq=None, "
+    "float attention_scaling=1.0, int rotary_offset=0, bool interleaved=False) -> ()",
 
     // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
     // position_ids: floating too; with axes [A, ...], which gives [..., P]
@@ -144,7 +149,7 @@ const std::vector<Operator>& operators() {
     std::vector<Operator> out;
     for (const auto family :
          {rotation_operators, table_grad_operators, angles_operators, rotation_by_angles_operators,
-          kv_cache_operators, latent_cache_operators, rms_norm_operators}) {
+          kv_cache_operators, latent_cache_operators, cached_keys_operators, rms_norm_operators}) {
       const std::vector<Operator> its = family();
       out.insert(out.end(), its.begin(), its.end());
     }

@@ -67,6 +67,7 @@ from rope_ext.kv_cache import (  # noqa: E402
     apply_rotary_mla_append_,
     apply_rotary_qk_append_kv_,
     rms_norm_rotary_qk_append_kv_,
+    shift_cached_k_,
 )
 from rope_ext.lowering import lowering  # noqa: E402
 from rope_ext.module import RotaryEmbedding  # noqa: E402
@@ -93,6 +94,7 @@ __all__ = [
     "reference",
     "rms_norm_rotary_qk",
     "rms_norm_rotary_qk_append_kv_",
+    "shift_cached_k_",
 ]
 
 

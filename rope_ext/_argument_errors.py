@@ -49,15 +49,18 @@ class _Shown(reprlib.Repr):
 shown = _Shown().repr
 
 
-def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
+def raise_argument_error(
+    function: Callable[..., Any], name: str = "", given: dict[str, Any] | None = None
+) -> None:
     """Raises an error that names the wrong argument of the caller, if there is one.
 
     function: the caller, whose annotations are checked; name: the name in messages, by default its
-    name in rope_ext. Does nothing while a compiler traces: the caller has no frame then.
+    name in rope_ext; given: its arguments, by default the caller's variables. Does nothing while a
+    compiler traces: the caller has no frame then.
     """
     if is_compiling():
         return
-    given = sys._getframe(1).f_locals
+    given = sys._getframe(1).f_locals if given is None else given
     name = name or f"rope_ext.{function.__name__}"
     for argument, kind in function.__annotations__.items():
         if argument != "return":
@@ -69,7 +72,7 @@ def raise_argument_error(function: Callable[..., Any], name: str = "") -> None:
         _refuse(RuntimeError, name, expected, str(dtype).removeprefix("torch."))
     if given.get("layout") in ("bshd", "bhsd"):
         _check_layout(name, given)
-    if "cache_layout" in given:
+    if "cache_layout" in given and "k" in given:
         _check_cache_layout(name, given)
 
 
@@ -85,7 +88,9 @@ def describe(value: object) -> str:
         name = f"{kind.__module__}.{name}"
     if kind is value:
         return f"the class {name}"
-    return f"a {name} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {name}"
+    article = "an" if name[0] in "aeioAEIO" else "a"
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{article} {name}{size}"
 
 
 def check_type(function: str, name: str, value: object, kind: Any) -> None:

@@ -105,3 +105,13 @@ def name_of(operator: Any) -> str:
 def allows_implicit_replication(dtensor: Any) -> bool:
     """Whether torch.distributed.tensor.experimental.implicit_replication() is active."""
     return getattr(dtensor._op_dispatcher, "_allow_implicit_replication", False)
+
+
+def distribution_of(dtensor: Any) -> Any:
+    """All of a DTensor but its local tensor."""
+    return dtensor._spec
+
+
+def distributed_as(distribution: Any, local: Tensor, dtensor: Any) -> Any:
+    """A DTensor without gradient, in a tenth of the time of DTensor.from_local."""
+    return dtensor(local, distribution, requires_grad=False)

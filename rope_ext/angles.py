@@ -43,7 +43,7 @@ def cos_sin_cache(
     Source: RoFormer, arXiv 2104.09864, section 3.2.2; the angle is reduced in csrc/math/angle.h.
     """
     if not is_dynamo_compiling():
-        made = _table(None, None, inv_freq, length, start, attention_scaling, dtype)
+        made = _table(None, None, None, inv_freq, length, start, attention_scaling, dtype)
         if made is not NotImplemented:
             return made
     try:
@@ -90,7 +90,7 @@ def cos_sin(
     and so are interleaved sections (Qwen3-VL) and axial ones (images and volumes).
     """
     if not is_dynamo_compiling():
-        made = _rows(None, None, inv_freq, position_ids, axes, attention_scaling, dtype)
+        made = _rows(None, None, None, inv_freq, position_ids, axes, attention_scaling, dtype)
         if made is not NotImplemented:
             return made
     try:

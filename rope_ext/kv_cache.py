@@ -1,6 +1,5 @@
-"""Rotations that also write a paged KV cache: one pass and one launch a layer, for inference.
-
-With RMSNorm before the rotation too.
+"""Rotations that also write a paged KV cache, one pass and one launch a layer, with RMSNorm before
+the rotation too, and rotations of keys in it. All are for inference.
 """
 
 from typing import Any, Literal
@@ -15,9 +14,14 @@ from rope_ext._engine.direct import direct_call
 from rope_ext.options import CACHE_ORDERS, Layout, as_bshd, norm_options, rotation_options
 
 rope = torch.ops.rope
-_append_kv, _append_normed, _append_latent = map(
+_append_kv, _append_normed, _append_latent, _shift = map(
     direct_call,
-    ("apply_rotary_qk_append_kv_", "rms_norm_rotary_qk_append_kv_", "apply_rotary_mla_append_"),
+    (
+        "apply_rotary_qk_append_kv_",
+        "rms_norm_rotary_qk_append_kv_",
+        "apply_rotary_mla_append_",
+        "shift_cached_k_",
+    ),
 )
 
 CacheLayout = Literal["NHD", "HND"]
@@ -96,9 +100,9 @@ def apply_rotary_qk_append_kv_(
     """
     if not is_dynamo_compiling():
         done = _append_kv(
-            layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, cos, sin, position_ids,
-            k_scale, v_scale, q_out, q_scale, q_scale_out, rotary_dim, rotary_offset, interleaved,
-            inverse,
+            layout, cache_layout, None, q, k, v, k_cache, v_cache, slot_mapping, cos, sin,
+            position_ids, k_scale, v_scale, q_out, q_scale, q_scale_out, rotary_dim, rotary_offset,
+            interleaved, inverse,
         )  # fmt: skip
         if done is None:
             return
@@ -169,8 +173,8 @@ def rms_norm_rotary_qk_append_kv_(
     """
     if not is_dynamo_compiling():
         done = _append_normed(
-            layout, cache_layout, q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight, cos,
-            sin, position_ids, eps, unit_offset, norm_v, k_scale, v_scale, q_out, q_scale,
+            layout, cache_layout, None, q, k, v, k_cache, v_cache, slot_mapping, q_weight, k_weight,
+            cos, sin, position_ids, eps, unit_offset, norm_v, k_scale, v_scale, q_out, q_scale,
             q_scale_out, rotary_dim, rotary_offset, interleaved, inverse,
         )  # fmt: skip
         if done is None:
@@ -242,8 +246,8 @@ def apply_rotary_mla_append_(
     """
     if not is_dynamo_compiling():
         done = _append_latent(
-            None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale, q_out,
-            q_scale, q_scale_out, interleaved, interleaved_out,
+            None, None, None, q, k_pe, kv_c, kv_cache, slot_mapping, cos, sin, position_ids, scale,
+            q_out, q_scale, q_scale_out, interleaved, interleaved_out,
         )  # fmt: skip
         if done is None:
             return
@@ -255,6 +259,76 @@ def apply_rotary_mla_append_(
         call(rope.apply_rotary_mla_append_, args, options, (q, k_pe, kv_cache, *outs.values()))
     except Exception:
         raise_argument_error(apply_rotary_mla_append_)
+        raise
+
+
+def shift_cached_k_(
+    k_cache: Tensor,
+    slot_mapping: Tensor,
+    old_position_ids: Tensor,
+    new_position_ids: Tensor,
+    inv_freq: Tensor,
+    *,
+    new_inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    cache_layout: CacheLayout = "NHD",
+) -> None:
+    """Gives keys of a paged KV cache new positions: rotates them, in place, by the difference.
+
+    For tokens that are dropped from the middle of a context (context shift), cached chunks that are
+    used at another place (prefix and chunk reuse), and frequencies that change while keys are
+    cached (dynamic NTK, LongRoPE). A key rotated at position p and moved to position q is the key
+    rotated at q, but for the rounding of the cache's dtype, one more for each move: the angle is
+    exact at any distance. This is for inference: nothing may need a gradient.
+
+    Args:
+        k_cache: [blocks, block_size, Hk, D] (cache_layout "NHD") or [blocks, Hk, block_size, D]
+            ("HND"), or the rows of latent attention [blocks, block_size, rank + R], whose last
+            R = 2P channels rotate. Any strides with the last one 1; float64, float32, float16,
+            bfloat16, float8_e4m3fn or float8_e5m2. A scale of a float8 cache stays as it is: a
+            rotation keeps it.
+        slot_mapping: the slots of the keys, block * block_size + offset: int32 or int64 [N], none
+            twice. Nothing is done for a negative slot.
+        old_position_ids: [N], where the keys are now, in tokens: int32, int64 or floating, of any
+            value.
+        new_position_ids: [N], where they go.
+        inv_freq: [P], radians per token. The first R = 2P channels from rotary_offset on rotate, or
+            of a latent cache the last.
+        new_inv_freq: [P], of the new angles: they are new_position_ids * new_inv_freq. None:
+            inv_freq.
+        attention_scaling: factor on the channels that rotate: where the frequencies change, that of
+            the new ones divided by that of the old ones.
+        rotary_offset: the first channel that rotates, 0 <= rotary_offset <= D - R. 0 for a latent
+            cache.
+        interleaved: the order of the pairs, as for :func:`rope_ext.apply_rotary`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as :func:`rope_ext.apply_rotary_qk_append_kv_`.
+
+    Source: RoFormer, arXiv 2104.09864, equation 34: rotations of one pair add up. llama.cpp's
+    llama_memory_seq_add does the same for a shift of all keys.
+    """
+    if not is_dynamo_compiling():
+        done = _shift(
+            None, cache_layout, None, k_cache, slot_mapping, old_position_ids, new_position_ids,
+            inv_freq, new_inv_freq, attention_scaling, rotary_offset, interleaved,
+        )  # fmt: skip
+        if done is None:
+            return
+    try:
+        if k_cache.dim() == 3:
+            cache = k_cache.unsqueeze(2)
+            rotary_offset += k_cache.shape[2] - 2 * inv_freq.numel()
+        else:
+            cache = _as_nhd(k_cache, cache_layout, "shift_cached_k_", "k_cache")
+        args = (cache, slot_mapping, old_position_ids, new_position_ids, inv_freq)
+        options = rotation_options(rotary_offset=rotary_offset, interleaved=interleaved)
+        options |= {"new_inv_freq": new_inv_freq, "attention_scaling": attention_scaling}
+        call(rope.shift_cached_k_, args, options, (k_cache,))
+    except Exception:
+        raise_argument_error(shift_cached_k_)
         raise
 
 

@@ -17,8 +17,6 @@ ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {
 }
 # For caches, the dimensions to swap to get [blocks, block_size, Hk, D].
 CACHE_ORDERS: dict[str, tuple[int, tuple[int, int] | None]] = {"NHD": (4, None), "HND": (4, (1, 2))}
-# The dimension that counts the tokens of a sequence.
-SEQUENCE = {"bshd": 1, "bhsd": 2, "sbhd": 0, "thd": 0}
 
 
 def rotation_options(

@@ -239,6 +239,34 @@ def _rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     return x.to(dtype)
 
 
+def shift_cached_k(
+    k_cache: Tensor,
+    slot_mapping: Tensor,
+    old_position_ids: Tensor,
+    new_position_ids: Tensor,
+    inv_freq: Tensor,
+    *,
+    new_inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """As :func:`rope_ext.shift_cached_k_` on a cache [blocks, block_size, Hk, D], by angles in
+    float64, but nothing is written.
+
+    Returns:
+        What k_cache becomes.
+    """
+    by_frequencies = new_inv_freq is not None
+    to = new_position_ids if by_frequencies else new_position_ids - old_position_ids
+    turns = cos_sin(new_inv_freq if by_frequencies else inv_freq, to)
+    if by_frequencies:
+        (c, s), (old_c, old_s) = turns, cos_sin(inv_freq, old_position_ids)
+        turns = c * old_c + s * old_s, s * old_c - c * old_s
+    keys = k_cache.flatten(0, 1)[slot_mapping.clamp(min=0)]
+    rotated = apply_rotary(keys.double(), *(t * attention_scaling for t in turns), **options)
+    return _stored(k_cache, rotated, slot_mapping, None)
+
+
 def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
     """A copy of the cache with the heads [.., Hk, D] of each token in its slot."""
     slots = slots.flatten()

@@ -66,7 +66,7 @@ def rms_norm_rotary_qk(
     """
     if not is_dynamo_compiling():
         rotated = _norm_and_rotate(
-            layout, None, q, k, q_weight, k_weight, cos, sin, position_ids, eps, unit_offset,
+            layout, None, None, q, k, q_weight, k_weight, cos, sin, position_ids, eps, unit_offset,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if rotated is not NotImplemented:

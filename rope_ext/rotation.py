@@ -77,16 +77,19 @@ def apply_rotary(
     Source: RoFormer, arXiv 2104.09864, equation 34. In float32 the bits are those of
     ``x * cos + rotate_half(x) * sin`` as transformers computes it.
     """
-    if type(inplace) is bool and not is_dynamo_compiling():
-        args = (
-            layout, None, x, cos, sin, position_ids,
+    if out is None and type(inplace) is bool and not is_dynamo_compiling():
+        rotated = (_rotate_in_place if inplace else _rotate)(
+            layout, None, None, x, cos, sin, position_ids,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
-        if out is None:
-            rotated = (_rotate_in_place if inplace else _rotate)(*args)
-            if rotated is not NotImplemented:
-                return x if rotated is None else rotated
-        elif not inplace and _rotate_into(*args, out) is None:
+        if rotated is not NotImplemented:
+            return x if rotated is None else rotated
+    elif out is not None and inplace is False and not is_dynamo_compiling():
+        rotated = _rotate_into(
+            layout, None, None, x, cos, sin, position_ids,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse, out,
+        )  # fmt: skip
+        if rotated is None:
             return out
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
@@ -130,21 +133,19 @@ def apply_rotary_qk(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
     """
-    if type(inplace) is bool and not is_dynamo_compiling():
-        args = (
-            layout, None, q, k, cos, sin, position_ids,
+    if out is None and type(inplace) is bool and not is_dynamo_compiling():
+        rotated = (_rotate_in_place_qk if inplace else _rotate_qk)(
+            layout, None, None, q, k, cos, sin, position_ids,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
-        if out is None:
-            rotated = (_rotate_in_place_qk if inplace else _rotate_qk)(*args)
-            if rotated is not NotImplemented:
-                return (q, k) if rotated is None else rotated
-        elif (
-            not inplace
-            and type(out) is tuple
-            and len(out) == 2
-            and _rotate_into_qk(*args, *out) is None
-        ):
+        if rotated is not NotImplemented:
+            return (q, k) if rotated is None else rotated
+    elif type(out) is tuple and len(out) == 2 and inplace is False and not is_dynamo_compiling():
+        rotated = _rotate_into_qk(
+            layout, None, None, q, k, cos, sin, position_ids,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse, *out,
+        )  # fmt: skip
+        if rotated is None:
             return out
     try:
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)

@@ -60,7 +60,7 @@ def apply_rotary_qk_at(
     """
     if type(inplace) is bool and not is_dynamo_compiling():
         rotated = (_rotate_in_place if inplace else _rotate)(
-            layout, None, q, k, inv_freq, position_ids, axes, attention_scaling,
+            layout, None, None, q, k, inv_freq, position_ids, axes, attention_scaling,
             rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if rotated is not NotImplemented:

@@ -53,6 +53,12 @@ def calls():
         rope_ext.apply_rotary_mla_append_(*arguments, interleaved=True, interleaved_out=False)
         return own_q, k_pe, cache
 
+    def shift():
+        cache = torch.ones(L // BLOCK + 1, BLOCK, K, D)
+        flat = slots.view(-1)
+        rope_ext.shift_cached_k_(cache, flat, flat * 0, flat * 0 + 7, inv_freq)
+        return (cache - 1,)  # 0 for a key that was not moved
+
     def table_backward():
         rope.apply_rotary_table_backward(grads[0], q, grads[1], k, cos, order, offsets)
         return ()
@@ -75,6 +81,7 @@ def calls():
         "append, slots": (append, slots),
         "latent": (append_latent, ids),
         "latent, slots": (append_latent, slots),
+        "shift, slots": (shift, slots),
         "normed": (lambda: rope_ext.rms_norm_rotary_qk(*normed), ids),
         "normed, backward": (lambda: rope.rms_norm_rotary_qk_backward(*grads, *normed)[:2], ids),
         "gradient to the table, tokens": (table_backward, order),

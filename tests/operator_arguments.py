@@ -69,6 +69,9 @@ def tensors_of(
     pool |= {"token_order": order, "row_offsets": torch.arange(L + 1).clamp(max=B * S)}
     pool["row_offsets"][-1] = B * S
     pool["slot_mapping"] = random_slots(*tokens, capacity=capacity, seed=seed)
+    for name in ("old_position_ids", "new_position_ids"):
+        pool[name] = drawn(B * S)
+    pool["new_inv_freq"] = drawn(P).abs()
     if float8:
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
     blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)
@@ -102,6 +105,8 @@ def arguments_of(operator, sizes=None, *, optional=True, **how):
             )
             if not argument.has_default_value():
                 taken[argument.name] = None
+    if "old_position_ids" in taken:  # beside slots [N]
+        taken["slot_mapping"] = taken["slot_mapping"].flatten()
     return taken
 
 

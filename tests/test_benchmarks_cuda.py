@@ -20,7 +20,7 @@ import report_cuda
 import verify
 from benchmark import OURS
 from measuring_cuda import Times
-from operator_case import EAGER
+from operator_case import EAGER, FUNCTION
 
 CASES = {case.label: case for case in operators_cuda.cases(quick=False)}
 # ---- cases
@@ -106,19 +106,21 @@ def test_the_time_in_a_graph_is_held_against_that_of_a_copy():
 def test_the_report_has_the_figures_of_every_way_and_what_was_missed_and_left_out(tmp_path):
     pytest.importorskip("matplotlib", reason="pip install 'rope_ext[test]'")
     results = [measured(PREFILL, 40.0), measured(DECODE, 2.5, graph=False)]
+    results[1].ways[FUNCTION] = Times([], [1e-5] * 3, [4e-6, 4e-6, 6e-6])
     text = report_cuda.markdown(results, "a GPU", ["the first: x is wrong"])
     ours = f"| {PREFILL} | rope_ext | 40 (36-44) | 2,150 | 50% | 21.5 | 1.86 | **missed** |"
     assert f"{ours} 80 (72-88) | 5 | 1.00 |" in text
     assert f"|  | {EAGER} | 400 (360-440) | 215 | 5% |  | 18.61 |  |" in text
     for part in (
         f"{PREFILL}: 1.86",
+        f"{DECODE}: 0.80 (0.80-1.20)",
         "Liger, 2 cases: not importable (no)",
         "the first: x is wrong",
     ):
         assert f"- {part}\n" in text
     _, table = report_cuda.write_tables(tmp_path, "a-gpu", results, "a GPU", [])
     rows = rows_of(table)
-    assert [row["way"] for row in rows] == 2 * [OURS, "copy", EAGER]
+    assert [row["way"] for row in rows] == [*2 * [OURS, "copy", EAGER], FUNCTION]
     assert (rows[0]["copy_share"], rows[3]["graph_median_us"]) == ("0.5000", "")
     (chart,) = bench_cuda.chart_in(tmp_path, "a-gpu", results, "a GPU")
     assert chart.read_bytes().startswith(b"\x89PNG")

@@ -10,12 +10,15 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import rope_ext
+from rope_ext import _C
+from rope_ext._operators import OPERATORS
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -29,6 +32,7 @@ def calls():
     table = [t.to(cuda) for t in rope_ext.cos_sin_cache(inv_freq.cpu(), 16)]
     q, k, v = (torch.randn(2, 16, heads, 64).to(cuda) for heads in (4, 2, 2))
     ids, slots = torch.arange(16).to(cuda), torch.arange(32).to(cuda)
+    later = torch.arange(9, 41).to(cuda)
     caches = torch.zeros(2, 2, 16, 2, 64).to(cuda)
     latent, compressed = torch.zeros(2, 16, 40 + 64).to(cuda), torch.randn(2, 16, 40).to(cuda)
     by_axis = torch.arange(48).view(3, 16).to(cuda), (torch.arange(32) % 3).to(cuda)
@@ -40,6 +44,7 @@ def calls():
         "apply_rotary_qk_ with position_ids": (0, 1, q, k, *table, ids),
         "apply_rotary_qk_append_kv_": (0, 1, q, k, v, *caches, slots, *table),
         "apply_rotary_mla_append_": (0, 1, q, k[:, :, :1], compressed, latent, slots, *table),
+        "shift_cached_k_": (0, 1, caches[0], slots, slots, later, inv_freq),
         "apply_rotary_table_backward": (2, 1, q, q, k, k, table[0]),
         "cos_sin_cache": (2, 1, inv_freq, 16),
         "cos_sin": (2, 1, inv_freq, ids),
@@ -50,30 +55,42 @@ def calls():
     }
 
 
+def ways(name, arguments):
+    """The operator by the dispatcher, and as the functions of rope_ext call it."""
+    record = next(operator for operator in OPERATORS if operator.name == name.split()[0])
+    every = record.given(tuple(arguments), {}).values()
+    direct = partial(_C.direct_calls[record.name], "bshd", "NHD", None, *every)
+    return {name: partial(record.overload, *arguments), f"{name} directly": direct}
+
+
 def count(library):
     """Makes each call, and prints what the library has counted."""
     counter = ctypes.CDLL(library)
     counter.calls_last_stream.restype = ctypes.c_void_p
     stream = torch.cuda.Stream()
     found = {}
-    for name, (allocations, launches, *arguments) in calls().items():
-        operator = getattr(torch.ops.rope, name.split()[0])
-        operator(*arguments)  # what is set up once is set up now
-        with torch.cuda.stream(stream):
-            counter.calls_reset()
-            _kept = operator(*arguments)
-            found[name] = {
-                "on the current stream": (counter.calls_last_stream() == stream.cuda_stream, True),
-                "launches": (counter.calls_launches(), launches),
-                "allocations": (counter.calls_allocations(), allocations),
-                "synchronisations": (counter.calls_synchronisations(), 0),
-            }
-        counter.calls_report_error(LAUNCH_FAILURE)
-        try:
-            operator(*arguments)
-        except RuntimeError as error:
-            found[name]["failed launch"] = str(error)
-        counter.calls_report_error(0)
+    for called, (allocations, launches, *arguments) in calls().items():
+        for name, call in ways(called, arguments).items():
+            call()  # what is set up once is set up now
+            with torch.cuda.stream(stream):
+                counter.calls_reset()
+                kept = call()
+                found[name] = {
+                    "taken": (kept is not NotImplemented, True),
+                    "on the current stream": (
+                        counter.calls_last_stream() == stream.cuda_stream,
+                        True,
+                    ),
+                    "launches": (counter.calls_launches(), launches),
+                    "allocations": (counter.calls_allocations(), allocations),
+                    "synchronisations": (counter.calls_synchronisations(), 0),
+                }
+            counter.calls_report_error(LAUNCH_FAILURE)
+            try:
+                call()
+            except RuntimeError as error:
+                found[name]["failed launch"] = str(error)
+            counter.calls_report_error(0)
     print(json.dumps(found))
 
 
@@ -96,7 +113,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.cuda
 def test_operators_can_be_captured_and_their_failed_launches_raise(found):
-    assert len(found) == 14
+    assert len(found) == 2 * 15
     for name, counts in found.items():
         operator = name.split()[0].removesuffix("_")  # the kernel is that of the functional form
         error = counts.pop("failed launch", "not noticed")

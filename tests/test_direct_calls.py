@@ -34,6 +34,7 @@ FUNCTIONS = {
     rope_ext.apply_rotary_qk_append_kv_: (None, "apply_rotary_qk_append_kv_"),
     rope_ext.rms_norm_rotary_qk_append_kv_: (None, "rms_norm_rotary_qk_append_kv_"),
     rope_ext.apply_rotary_mla_append_: (None, "apply_rotary_mla_append_"),
+    rope_ext.shift_cached_k_: (None, "shift_cached_k_"),
 }
 WAYS = [
     pytest.param(function, BY_NAME[name], id=name)

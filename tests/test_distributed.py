@@ -6,6 +6,7 @@ distributed_training.py run in separate processes.
 
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 
 import rope_ext
+from rope_ext._engine import dtensor
 
 rope = torch.ops.rope
 
@@ -150,6 +152,22 @@ def test_sizes_that_the_ranks_do_not_divide_and_orders_in_memory():
         rotate = partial(rope_ext.apply_rotary, layout=layout)
         (got,) = on_ranks(lambda *args: (rotate(*args),), [x], table, placement)  # noqa: B023
         assert torch.equal(got, rotate(x, *table)), (layout, placement)
+
+
+def test_what_is_kept_of_a_call_decides_the_next_one_and_holds_no_tensor(mesh, monkeypatch):
+    dtensor._decided.cache_clear()
+    given = [place(q.clone(), mesh, Shard(1)), *(place(t, mesh) for t in table)]
+    first = rope.apply_rotary(*given)
+    monkeypatch.setattr(dtensor, "plan_for", None)
+    second = rope.apply_rotary(*given)
+    assert second.device_mesh is mesh
+    for name in ("placements", "shape", "dtype", "requires_grad"):
+        assert getattr(second, name) == getattr(first, name)
+    assert second.stride() == first.stride() == q.stride()
+    torch.testing.assert_close(second.to_local(), first.to_local(), **EQUAL)
+    held = [weakref.ref(x) for x in (*given, *(x.to_local() for x in (*given, first, second)))]
+    del given, first, second
+    assert not any(x() is not None for x in held)
 
 
 def test_in_place_differentiates():

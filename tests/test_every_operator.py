@@ -492,7 +492,7 @@ def is_alone(sharding, name):
 @of(o for o in OPERATORS if len(o.tensors) > 1)
 def test_plain_tensors_beside_dtensors_are_refused(operator):
     given = arguments_of(operator, SHARDED)
-    first, second, *_ = [n for n in sharding_of(operator, given).axes if given.get(n) is not None]
+    first, second, *_ = [n for n in operator.tensors if given.get(n) is not None]
     assert_refused(
         f"{operator.op}: expected {second} to be a DTensor",
         lambda mesh: results_of(operator, given | {first: place(given[first], mesh, Replicate())}),

@@ -57,6 +57,27 @@ def test_a_program_over_its_limit_is_interrupted_and_then_killed_with_its_childr
             time.sleep(0.01)
 
 
+def checks_in(folder):
+    (folder / "logs").mkdir()
+    return gpu.Checks(out=folder, tree=folder, work=folder, emulated=False)
+
+
+def test_the_device_is_asked_for_its_name_for_as_long_as_the_stage_may_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(limited, "GRACE", 1)
+    checks = checks_in(tmp_path)
+    for program, seconds, found in (
+        ("echo a warning; echo device: 9.0 NVIDIA H200; echo more", 60, ("9.0", "nvidia-h200")),
+        ("exit 1", 60, (None, "no-device")),
+        ("trap '' INT; while true; do sleep 0.05; done", 3, (None, "no-device")),  # as if it hung
+    ):
+        command = ["bash", "-c", program]
+        monkeypatch.setattr(gpu.Checks, "python", lambda *_, command=command: command)
+        start = time.monotonic()
+        checks.device, checks.deadline = "no-device", start + seconds
+        assert (checks.find_device(), checks.device) == found, program
+        assert time.monotonic() - start < 20  # the loop never ends
+
+
 def test_the_limits_on_a_gpu_are_nine_minutes_and_the_longest_is_last():
     seconds = [on_gpu for on_gpu, _ in gpu.LIMITS.values()]
     assert sum(seconds) <= 540
@@ -68,8 +89,8 @@ def test_a_stage_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch
         raise gpu.Failed("out of luck\n\nits log")
 
     passing = dict.fromkeys(gpu.LIMITS, lambda checks: "good")
-    checks = gpu.Checks(out=tmp_path, tree=tmp_path, work=tmp_path, emulated=False)
-    monkeypatch.setattr(gpu.Checks, "torch", lambda *_: "NVIDIA H200")
+    checks = checks_in(tmp_path)
+    checks.device = "nvidia-h200"
     for failing in gpu.LIMITS:
         monkeypatch.setattr(gpu, "STAGES", {**passing, failing: fails})
         assert gpu.run_stages(checks)

@@ -130,3 +130,14 @@ for mode in (torch.enable_grad, torch.inference_mode):
     result = run_python(code)
     words = ["CUDA out of memory. Tried to allocate 2.00 GiB."]
     assert result.stdout.splitlines() == 8 * words, result.stderr
+
+
+@pytest.mark.cuda
+def test_exception_of_a_device_comes_through():
+    """For 2^60 bytes, which PyTorch refuses before it asks the device."""
+    x = torch.ones(D, device="cuda").expand(B, S, 2**15, D)
+    table = torch.ones(P, device="cuda").expand(S, P)
+    for call in (rope.apply_rotary, rope_ext.apply_rotary):
+        for mode in (torch.enable_grad, torch.inference_mode):
+            with mode(), pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"):
+                call(x, table, table)

@@ -281,6 +281,8 @@ REFUSALS = {
         ((2.0, 1), {"padding": 0}, r"offsets to be an integer, got 2.0$"),
         ((T([2]), 1), {}, r"offsets to have shape \[B\], got \[1, 1\]"),
         ((2, -1), {}, "seq_len to be an integer of at least 0, got -1"),
+        ((2**63, 1), {}, "offsets to be an integer of at most 63 bits, got 9223372036854775808"),
+        ((0, -(10**5000)), {}, "seq_len to be an integer of .*, got an integer of 16610 bits"),
     ],
     "from_attention_mask": [
         ((T([0.0]),), {}, "attention_mask of dtype bool, int32 or int64, got torch.float32"),
@@ -289,6 +291,7 @@ REFUSALS = {
     ],
     "slot_mapping": [
         ((T([1]), T([0]), 0), {}, "block_size to be an integer of at least 1, got 0"),
+        ((T([1]), T([0]), 2**64), {}, "block_size to be an integer of at most 63 bits, got 184467"),
         ((T(1), T([0]), 4), {}, r"block_table to have shape \[B, .*, got \[1\]"),
         ((T([1], [1]), T([0], [0], [0]), 4), {}, r"positions .*, \[2, 1\], got \[3, 1\]"),
         ((T([1]), T(0), 4), {}, r"positions to have shape \[1\|B, S\], got \[1\]"),

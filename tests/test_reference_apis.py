@@ -3,6 +3,7 @@ to its documented formula. flash-attention, Transformer Engine and torchtune hav
 own; all of them are in the last section here.
 """
 
+import inspect
 from functools import partial
 from itertools import product
 
@@ -449,3 +450,21 @@ def test_refusals_name_function_argument_expected_and_got():
         expected = message if "expected" in message else f"expected {message}"
         with naming(message), pytest.raises(ValueError, match=f"^rope_ext .*{expected}"):
             function(*args, **options)
+
+
+def test_argument_of_another_type_is_named():
+    for name, (function, args, options) in CALLS.items():
+        parameters = list(inspect.signature(function).parameters)
+        if isinstance(function, torch.nn.Module):
+            parameters = list(inspect.signature(function.forward).parameters)
+        for place, parameter in enumerate(parameters[: len(args)]):
+            for other, shown in ((None, "None"), ([1.0], "a list of 1.*"), (2.5, "2.5")):
+                given = [*args[:place], other, *args[place + 1 :]]
+                if other is None and parameter in ("cos_k", "sin_k", "position_ids"):
+                    continue
+                kind = r"a Tensor( or None)?, got "
+                expected = rf"rope_ext \w+\.\w+: expected {parameter} to be {kind}{shown}$"
+                with naming((name, parameter, other)), pytest.raises(TypeError, match=expected):
+                    function(*given, **options)
+    with pytest.raises(TypeError, match=r"apply_rotary_emb\(\) missing 1 .* argument: 'sin'"):
+        flash(X, TABLE[0])

@@ -30,7 +30,8 @@ MODULE = RotaryEmbedding(D, max_position_embeddings=64)
 
 def tensors():
     """A tensor for each argument name of the functions and operators."""
-    return tensors_of(SIZES)
+    given = tensors_of(SIZES)
+    return {**given, "slot_mapping": given["slot_mapping"].flatten()}  # taken by all
 
 
 # By their names in errors; and the arguments that a good call omits.
@@ -98,6 +99,7 @@ def test_argument_of_another_type_is_named_and_nothing_written(name):
     [
         ({"cos": np.ones(3)}, "expected cos to be a Tensor, got a numpy.ndarray: torch.as_tensor "
          "makes one of it"),
+        ({"cos": ...}, "expected cos to be a Tensor, got an ellipsis"),
         ({"rotary_offset": 2**63}, f"expected rotary_offset to be an int, got {2**63}, "
          "which 64 bits do not hold"),
         ({"layout": None}, "expected layout to be one of bshd, bhsd, sbhd, thd, got None"),
@@ -208,7 +210,7 @@ def test_tensors_are_released_where_a_dtype_can_not_be_passed_on():
 # ---- positions, frequencies, models
 
 
-IDS = torch.tensor([0, 2])
+IDS, OF_AXES = torch.tensor([0, 2]), torch.ones(3, 1, 2)
 POSITIONS = [  # the argument that is no tensor, and the call
     ("cu_seqlens", positions.from_cu_seqlens),
     ("cu_seqlens", positions.sequence_of_tokens),
@@ -219,6 +221,12 @@ POSITIONS = [  # the argument that is no tensor, and the call
     ("positions", lambda bad: positions.slot_mapping(IDS[None], bad, 4)),
     ("sequence", lambda bad: positions.slot_mapping(IDS[None], IDS, 4, bad)),
     ("mask", lambda bad: positions.slot_mapping(IDS[None], IDS[None], 4, mask=bad)),
+    ("kv_indptr", lambda bad: positions.slot_mapping(IDS, IDS[None], 4, kv_indptr=bad)),
+    ("kv_indptr", lambda bad: positions.seq_lens(bad, IDS, 4)),
+    ("kv_last_page_len", lambda bad: positions.seq_lens(IDS, bad, 4)),
+    ("cos", lambda bad: positions.mrope_rows(bad, OF_AXES, IDS)),
+    ("sin", lambda bad: positions.mrope_rows(OF_AXES, bad, IDS)),
+    ("axes", lambda bad: positions.mrope_rows(OF_AXES, OF_AXES, bad)),
 ]
 
 

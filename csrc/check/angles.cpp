@@ -6,7 +6,7 @@ namespace rope {
 
 namespace {
 
-PositionType check_position_type(const char* op, const TensorView& ids) {
+PositionType check_position_type(const char* op, const char* name, const TensorView& ids) {
   switch (ids.scalar_type()) {
     case ScalarType::Int: return PositionType::Int32;
     case ScalarType::Long: return PositionType::Int64;
@@ -15,7 +15,7 @@ PositionType check_position_type(const char* op, const TensorView& ids) {
     case ScalarType::Half: return PositionType::Float16;
     case ScalarType::BFloat16: return PositionType::BFloat16;
     default:
-      refuse(op, "position_ids to be int32, int64, float64, float32, float16 or bfloat16",
+      refuse(op, text(name, " to be int32, int64, float64, float32, float16 or bfloat16"),
              dtype_text(ids.scalar_type()));
   }
 }
@@ -54,16 +54,17 @@ Angles check_angles(const AngleInputs& in) {
   Angles angles{};
   angles.op = in.op;
   if (in.inv_freq.dim() != 1) {
-    refuse(in.op, "inv_freq to have shape [P]", shape_text(in.inv_freq));
+    refuse(in.op, text(in.inv_freq_name, " to have shape [P]"), shape_text(in.inv_freq));
   }
-  angles.inv_freq_dtype = check_floating(in.op, "inv_freq", in.inv_freq);
+  angles.inv_freq_dtype = check_floating(in.op, in.inv_freq_name, in.inv_freq);
   angles.pairs = in.inv_freq.size(0);
   angles.attention_scaling = in.attention_scaling;
   angles.positions.axes = 1;
   angles.positions.start = in.start;
   if (in.position_ids) {
-    angles.positions.type = check_position_type(in.op, *in.position_ids);
-    check_device(in.op, "position_ids", *in.position_ids, "inv_freq", in.inv_freq);
+    const char* const name = in.position_ids_name;
+    angles.positions.type = check_position_type(in.op, name, *in.position_ids);
+    check_device(in.op, name, *in.position_ids, in.inv_freq_name, in.inv_freq);
   }
   if (in.axes) {
     angles.positions.axes = check_axes(in);

@@ -17,6 +17,8 @@ struct AngleInputs {
   std::optional<TensorView> axes;          // [P]
   int64_t start;
   double attention_scaling;
+  const char* inv_freq_name = "inv_freq";  // in messages
+  const char* position_ids_name = "position_ids";
 };
 
 inline AngleInputs angle_inputs(const char* op, const AngleSource& angles, int64_t start,

@@ -10,16 +10,15 @@ namespace rope {
 
 using torch::headeronly::ScalarType;
 
-namespace {
-
-// Of the model, if it is not one of float8.
-CacheDType dtype_in_cache(const TensorView& cache) {
-  switch (cache.scalar_type()) {
+CacheDType cache_dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float8_e4m3fn: return CacheDType::Float8E4M3;
     case ScalarType::Float8_e5m2: return CacheDType::Float8E5M2;
     default: return CacheDType::OfModel;
   }
 }
+
+namespace {
 
 struct Scale {
   const float* data;
@@ -56,15 +55,14 @@ Scale check_scale(const char* op, const char* name, const TensorView& scale, con
 
 CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
                              const TensorView& q) {
-  const CacheDType dtype = dtype_in_cache(cache);
-  if (dtype != CacheDType::OfModel) return dtype;
-  if (cache.scalar_type() != q.scalar_type()) {
+  const CacheDType dtype = cache_dtype_of(cache.scalar_type());
+  if (dtype == CacheDType::OfModel && cache.scalar_type() != q.scalar_type()) {
     refuse(op,
            text(name, " of q's dtype ", dtype_text(q.scalar_type()),
                 ", or float8_e4m3fn or float8_e5m2"),
            dtype_text(cache.scalar_type()));
   }
-  return CacheDType::OfModel;
+  return dtype;
 }
 
 void check_cache(const char* op, const char* name, const TensorView& cache, const TensorView& q,
@@ -106,7 +104,7 @@ void check_float8_q(const char* op, const std::optional<TensorView>& out,
     return;
   }
   Float8Heads& to = args.float8_q;
-  to.dtype = dtype_in_cache(*out);
+  to.dtype = cache_dtype_of(out->scalar_type());
   if (to.dtype == CacheDType::OfModel) {
     refuse(op, "q_out of float8_e4m3fn or float8_e5m2", dtype_text(out->scalar_type()));
   }
@@ -136,10 +134,8 @@ void check_float8_q(const char* op, const std::optional<TensorView>& out,
 namespace {
 
 // No slot is past the end of the cache, and none is there twice; `slots` are in host memory.
-void check_slot_values(const char* op, const PositionIds& slots, const AppendArgs& args,
-                       bool one_dim) {
-  const int64_t capacity = args.blocks * args.block_size, seq = args.rotary.seq;
-  const int64_t tokens = args.slot_count;
+void check_slot_values(const char* op, const PositionIds& slots, int64_t capacity, int64_t seq,
+                       int64_t tokens, bool one_dim) {
   const auto index = [&](int64_t token) {
     return one_dim ? text("[", token, "]") : text("[", token / seq, ", ", token % seq, "]");
   };
@@ -171,6 +167,21 @@ void check_slot_values(const char* op, const PositionIds& slots, const AppendArg
 
 }  // namespace
 
+PositionIds check_slots(const char* op, const TensorView& slots, const TensorView& cache,
+                        int64_t capacity) {
+  check_int(op, "slot_mapping", slots);
+  check_device(op, "slot_mapping", slots, "k_cache", cache);
+  if (slots.dim() != 1) refuse(op, "slot_mapping to have shape [N]", shape_text(slots));
+  const int64_t tokens = slots.size(0);
+  const auto entries_of = [&](const TensorView& t) {
+    return PositionIds{t.const_data_ptr(), t.scalar_type() == ScalarType::Long, 0, t.stride(0)};
+  };
+  look_at_values(slots, [&](const TensorView& on_host) {
+    check_slot_values(op, entries_of(on_host), capacity, tokens, tokens, true);
+  });
+  return entries_of(slots);
+}
+
 void check_slots(const char* op, const TensorView& slots, const TensorView& q, AppendArgs& args) {
   check_int(op, "slot_mapping", slots);
   check_device(op, "slot_mapping", slots, "q", q);
@@ -194,7 +205,8 @@ void check_slots(const char* op, const TensorView& slots, const TensorView& q, A
                        one_dim ? seq * stride_s : t.stride(0), stride_s};
   };
   look_at_values(slots, [&](const TensorView& on_host) {
-    check_slot_values(op, entries_of(on_host), args, one_dim);
+    check_slot_values(op, entries_of(on_host), args.blocks * args.block_size, seq, args.slot_count,
+                      one_dim);
   });
   args.slots = entries_of(slots);
 }

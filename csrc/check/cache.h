@@ -9,6 +9,9 @@
 
 namespace rope {
 
+// OfModel for all that is not float8.
+CacheDType cache_dtype_of(ScalarType type);
+
 // q's dtype, or float8.
 CacheDType check_cache_dtype(const char* op, const char* name, const TensorView& cache,
                              const TensorView& q);
@@ -28,6 +31,10 @@ void check_float8_q(const char* op, const std::optional<TensorView>& out,
                     const std::optional<TensorView>& scale,
                     const std::optional<TensorView>& scale_out, const TensorView& q,
                     AppendArgs& args);
+
+// slots [N]: each one of the `capacity` slots of a cache or negative, none twice.
+PositionIds check_slots(const char* op, const TensorView& slots, const TensorView& cache,
+                        int64_t capacity);
 
 // Sets the slots of args, which has everything else. slots: [B, S], [B * S] or [T], the last two
 // may be shorter.

@@ -75,7 +75,7 @@ struct PyTorch {
   std::vector<Question> unless;
   Question is_negative, is_inference_mode, requires_grad, version;
   PyObject *forward_ad, *forward_level;  // a module's dictionary, and a name in it
-  PyObject *increment_version, *empty_like, *new_empty, *transpose;
+  PyObject *increment_version, *empty_like, *new_empty_strided, *transpose;
   std::vector<Order> layouts, cache_layouts;
 };
 PyTorch pytorch;
@@ -107,6 +107,14 @@ bool is_tensor(PyObject* object) {
 bool is_plain(PyObject* object) {
   return object == Py_None || PyBool_Check(object) || PyLong_CheckExact(object) ||
          PyFloat_CheckExact(object) || Py_TYPE(object) == Py_TYPE(pytorch.dtypes[0]);
+}
+
+int64_t integer(PyObject* object) {
+  int overflow = 0;
+  if (!PyLong_CheckExact(object)) throw NotDirect();
+  const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (overflow != 0) throw NotDirect();
+  return value;
 }
 
 // Whether the call is one that the operators' C++ functions can take without the dispatcher.
@@ -160,8 +168,10 @@ bool is_dense(const TensorView& x) {
 
 class DirectCall final : public Call {
  public:
-  DirectCall(PyObject* const* args, const Order* of_tokens, const Order* of_caches)
-      : args_(args), of_tokens_(of_tokens), of_caches_(of_caches) {}
+  // head_dim: of each x, q, k and v; -1: any.
+  DirectCall(PyObject* const* args, const Order* of_tokens, const Order* of_caches,
+             int64_t head_dim)
+      : args_(args), of_tokens_(of_tokens), of_caches_(of_caches), head_dim_(head_dim) {}
   ~DirectCall() {
     for (PyObject* const result : results_) Py_XDECREF(result);
   }
@@ -199,19 +209,22 @@ class DirectCall final : public Call {
   Tensor empty(const TensorView& x, TensorView::Sizes sizes,
                std::optional<ScalarType> dtype) override {
     const Order* const order = order_of(x);
-    const auto count = static_cast<Py_ssize_t>(sizes.size());
-    PyObject* const shape = checked(PyTuple_New(count));
-    for (Py_ssize_t d = 0; d < count; ++d) {
-      PyTuple_SET_ITEM(shape, d, PyLong_FromLongLong(sizes[d]));
-    }
     PyObject* of = Py_None;
     for (size_t i = 0; i < 4; ++i) {
       if (dtype == kDTypes[i]) of = pytorch.dtypes[i];
     }
+    std::vector<int64_t> strides(sizes.size());
+    int64_t step = 1;
+    for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(sizes[d], 1))
+      strides[d] = step;
+    // PyTorch takes strides, and no dtype, in less time than it takes to find them.
     static PyObject* const names = Py_BuildValue("(s)", "dtype");
-    PyObject* const args[] = {object_of(x), shape, of};
-    PyObject* const like = PyObject_Vectorcall(pytorch.new_empty, args, 2, names);
-    Py_DECREF(shape);
+    PyObject* const args[] = {object_of(x), tuple_of(sizes), tuple_of(strides), of};
+    const bool same = !dtype || *dtype == x.scalar_type();
+    PyObject* const like =
+        PyObject_Vectorcall(pytorch.new_empty_strided, args, 3, same ? nullptr : names);
+    Py_DECREF(args[1]);
+    Py_DECREF(args[2]);
     return made(order == nullptr ? like : transposed(checked(like), *order), order);
   }
 
@@ -245,12 +258,24 @@ class DirectCall final : public Call {
  private:
   static PyObject* object_of(const TensorView& x) { return static_cast<PyObject*>(x.handle()); }
 
+  // A new reference.
+  static PyObject* tuple_of(TensorView::Sizes values) {
+    PyObject* const all = checked(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
+    for (size_t i = 0; i < values.size(); ++i) {
+      PyTuple_SET_ITEM(all, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(values[i]));
+    }
+    return all;
+  }
+
   void take(size_t i, Tensor& out, Dims dims) override {
     const Order* const order = dims == Dims::OfTokens  ? of_tokens_
                                : dims == Dims::OfCache ? of_caches_
                                                        : nullptr;
     if (!is_tensor(args_[i]) || (order == nullptr && dims != Dims::AsInSchema)) throw NotDirect();
     out = read(Py_NewRef(args_[i]), order);
+    if (dims == Dims::OfTokens && head_dim_ >= 0 && out.size(out.dim() - 1) != head_dim_) {
+      throw NotDirect();
+    }
   }
   void take(size_t i, OptionalTensor& out, Dims dims) override {
     if (args_[i] != Py_None) take(i, out.emplace(), dims);
@@ -262,12 +287,7 @@ class DirectCall final : public Call {
   void take(size_t i, std::optional<bool>& out) override {
     if (args_[i] != Py_None) take(i, out.emplace());
   }
-  void take(size_t i, int64_t& out) override {
-    int overflow = 0;
-    if (!PyLong_CheckExact(args_[i])) throw NotDirect();
-    out = PyLong_AsLongLongAndOverflow(args_[i], &overflow);
-    if (overflow != 0) throw NotDirect();
-  }
+  void take(size_t i, int64_t& out) override { out = integer(args_[i]); }
   void take(size_t i, std::optional<int64_t>& out) override {
     if (args_[i] != Py_None) take(i, out.emplace());
   }
@@ -370,6 +390,7 @@ class DirectCall final : public Call {
 
   PyObject* const* args_;
   const Order *of_tokens_, *of_caches_;
+  int64_t head_dim_;
   std::array<Swapped, 8> swapped_;
   std::array<PyObject*, 8> written_;
   std::array<PyObject*, 8> made_;
@@ -387,21 +408,23 @@ const Order* find(const std::vector<Order>& orders, PyObject* name) {
   return nullptr;
 }
 
-// (layout, cache_layout, *all arguments of the operator) -> its results, or NotImplemented.
+// (layout, cache_layout, head_dim, *all arguments of the operator) -> its results, or
+// NotImplemented
 PyObject* call_directly(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto& op = *static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
-  constexpr size_t kOrders = 2;
-  const size_t arguments = static_cast<size_t>(count) - kOrders;
-  if (count < 2 || arguments != op.arguments) {
-    PyErr_Format(PyExc_TypeError, "%s: expected %zu arguments, got %zd", op.name,
-                 op.arguments + kOrders, count);
+  constexpr Py_ssize_t kBefore = 3;
+  const auto arguments = static_cast<Py_ssize_t>(op.arguments);
+  if (count != kBefore + arguments) {
+    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", op.name,
+                 kBefore + arguments, count);
     return nullptr;
   }
   bool has_begun = false;
   try {
-    if (can_be_direct(args + kOrders, arguments)) {
-      DirectCall call(args + kOrders, find(pytorch.layouts, args[0]),
-                      find(pytorch.cache_layouts, args[1]));
+    if (can_be_direct(args + kBefore, op.arguments)) {
+      DirectCall call(args + kBefore, find(pytorch.layouts, args[0]),
+                      find(pytorch.cache_layouts, args[1]),
+                      args[2] == Py_None ? -1 : integer(args[2]));
       try {
         op.run(call);
       } catch (...) {
@@ -460,7 +483,7 @@ void set_pytorch(const py::dict& of) {
       std::pair(kept(of["forward_level"][py::int_(0)]), kept(of["forward_level"][py::int_(1)]));
   pytorch.increment_version = object("increment_version");
   pytorch.empty_like = object("empty_like");
-  pytorch.new_empty = object("new_empty");
+  pytorch.new_empty_strided = object("new_empty_strided");
   pytorch.transpose = object("transpose");
   pytorch.layouts = orders_of(of["layouts"]);
   pytorch.cache_layouts = orders_of(of["cache_layouts"]);
@@ -472,11 +495,11 @@ void add_direct_calls(py::module_& m) {
   static std::deque<PyMethodDef> methods;
   py::dict calls;
   for (const Operator& op : operators()) {
-    methods.push_back({op.name,
-                       reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_directly)),
-                       METH_FASTCALL,
-                       "(layout, cache_layout, *all arguments of the operator) -> its results, or "
-                       "NotImplemented, before anything is written: call the operator."});
+    methods.push_back(
+        {op.name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_directly)),
+         METH_FASTCALL,
+         "(layout, cache_layout, head_dim, *all arguments of the operator) -> its "
+         "results, or NotImplemented, before anything is written: call the operator."});
     const auto self = py::reinterpret_steal<py::object>(
         PyCapsule_New(const_cast<Operator*>(&op), nullptr, nullptr));
     calls[op.name] =

@@ -24,6 +24,15 @@ struct SinCos {
   double sin, cos;
 };
 
+ROPE_HOST_DEVICE SinCos scaled(const SinCos& value, double scale) {
+  return {value.sin * scale, value.cos * scale};
+}
+
+// Of angle a less angle b.
+ROPE_HOST_DEVICE SinCos difference(const SinCos& a, const SinCos& b) {
+  return {a.sin * b.cos - a.cos * b.sin, a.cos * b.cos + a.sin * b.sin};
+}
+
 namespace angle {
 
 constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;

@@ -1,6 +1,6 @@
-// Converts float32 to the eight-bit floats of KV caches: rounded once, to nearest, ties to even,
-// and saturating: values too large, infinity included, become the largest finite value. NaN stays
-// NaN.
+// Converts float32 to the eight-bit floats of KV caches and back: rounded once, to nearest, ties to
+// even, and saturating: values too large, infinity included, become the largest finite value. NaN
+// stays NaN.
 //
 // Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0, of which PyTorch's
 // float8_e4m3fn and float8_e5m2 are the two formats.
@@ -13,7 +13,7 @@
 
 namespace rope {
 
-// What rounding to a format needs, as bits of float32.
+// What conversions need, as bits of float32.
 struct Float8Format {
   int dropped_bits;          // of the mantissa
   uint32_t rebias, largest;  // added to the exponent; the largest finite value
@@ -34,11 +34,13 @@ struct Float8Format {
 // 4 bits of exponent, 3 of mantissa, no infinity: up to 448.
 struct Float8E4M3 {
   static constexpr Float8Format kFormat = Float8Format::of(3, 7, 0x7e, 0x7f);
+  static constexpr uint32_t kInfinity = 0x80;  // none
 };
 
 // 5 bits of exponent, 2 of mantissa, laid out as in IEEE 754: up to 57344.
 struct Float8E5M2 {
   static constexpr Float8Format kFormat = Float8Format::of(2, 15, 0x7b, 0x7f);
+  static constexpr uint32_t kInfinity = 0x7c;
 };
 
 namespace float8_detail {
@@ -83,6 +85,22 @@ ROPE_HOST_DEVICE uint8_t float8_of(float value) {
 ROPE_HOST_DEVICE float own_scale(float largest_magnitude, bool e4m3) {
   const float scale = largest_magnitude / (e4m3 ? 448.0f : 57344.0f);
   return scale == 0 ? 1.0f : scale;
+}
+
+// Exact, and without subnormals of float32, which a processor may be told to take as zero.
+template <class Format>
+ROPE_HOST_DEVICE float float8_value(uint8_t code) {
+  using namespace float8_detail;
+  constexpr Float8Format format = Format::kFormat;
+  const uint32_t given = code & 0x7fu, shifted = given << format.dropped_bits;
+  const uint32_t normal = shifted + format.rebias;
+  const uint32_t subnormal =
+      bits_of(float_of(format.subnormal_unit + given) - float_of(format.subnormal_unit));
+  const uint32_t finite = shifted < (1u << 23) ? subnormal : normal;
+  // The codes above the largest: infinity, where the format has it, then NaN.
+  const uint32_t above = given == Format::kInfinity ? 0x7f800000u : 0x7fc00000u;
+  const uint32_t magnitude = normal > format.largest ? above : finite;
+  return float_of(magnitude | (code & 0x80u) << 24);
 }
 
 }  // namespace rope

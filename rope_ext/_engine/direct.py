@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rope_ext import _C
+from rope_ext._engine.record import Given, Operator
 from rope_ext._torch_private import (
     count_versions,
     exchange_api_of,
@@ -22,12 +23,20 @@ ENVIRONMENT_VARIABLE = "ROPE_EXT_DIRECT"
 
 
 def direct_call(operator: str) -> Callable[..., Any]:
-    """The operator as a function of (layout, cache_layout, *all its arguments), by their place.
+    """The operator as a function of (layout, cache_layout, head_dim, *all its arguments), by their
+    place. head_dim: that which x, q, k and v have to have, or None.
 
     It returns NotImplemented, before anything is written, where the operator has to be called:
     also for all that it refuses. Not to be called while a compiler traces.
     """
     return _C.direct_calls[operator]
+
+
+def call_directly(operator: Operator, arguments: Given) -> Any:
+    """The operator with all its arguments, in the order of its schema."""
+    layout = "thd" if arguments[operator.leading].dim() == 3 else "bshd"
+    results = _C.direct_calls[operator.name](layout, "NHD", None, *arguments.values())
+    return operator.overload(**arguments) if results is NotImplemented else results
 
 
 def why_off() -> str:
@@ -55,7 +64,7 @@ def _start() -> None:
             "is_inference_mode": torch.is_inference_mode_enabled,
             "increment_version": count_versions,
             "empty_like": torch.empty_like,
-            "new_empty": Tensor.new_empty,
+            "new_empty_strided": Tensor.new_empty_strided,
             "transpose": Tensor.transpose,
             "layouts": ORDERS,
             "cache_layouts": CACHE_ORDERS,

@@ -13,13 +13,16 @@ def register_flops(operators: Sequence[Operator]) -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for operator in operators:
-        if operator.rotates and "." not in operator.name:  # one formula for all overloads
+        rotates = operator.rotates or operator.rotated
+        if rotates and "." not in operator.name:  # one formula for all overloads
             register_flop_formula(getattr(torch.ops.rope, operator.name))(_formula(operator))
 
 
 def _formula(operator: Operator) -> Callable[..., int]:
     def flops(*args: Any, out_shape: Any = None, **options: Any) -> int:
         given = operator.given(args, options)
+        if operator.rotated is not None:
+            return operator.flops_rotated * operator.rotated(given)
         total = 0
         for name in operator.rotates:
             shape = given[name]

@@ -1,4 +1,4 @@
-"""Placements of the DTensors of a call, and the local tensors that follow from them.
+"""Placements of the DTensors of a call, and what each rank has of a range.
 
 Axes have names, and operands with a common axis are sharded along it together. If an operand is
 sharded along an axis and another one is replicated, each rank takes its part of the replicated one.
@@ -8,17 +8,14 @@ A call that needs a collective raises an error: only the caller knows where it i
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 
-from rope_ext._engine.sharding import BATCH, HEADS_OF, SEQUENCE, Axes, Result
-from rope_ext._torch_private import allows_implicit_replication
+from rope_ext._engine.sharding import BATCH, HEADS_OF, SEQUENCE, Axes, Placed, Result
 
 
 class Operand(NamedTuple):
     name: str
-    tensor: Any  # a DTensor
+    tensor: Placed
     axes: Axes
     linear: bool = False  # the result is linear in it, so it may be a pending sum
     written: bool = False
@@ -29,6 +26,16 @@ class Plan(NamedTuple):
 
     placements: list[tuple[Any, ...]]
     sharded: list[list[str]]
+
+    def part(self, mesh: Any, length: int, axis: str) -> tuple[int, int] | None:
+        """What this rank has of `length` along an axis, begin and end; None: it is not sharded."""
+        begin, end = 0, length
+        for mesh_dim, on in enumerate(self.sharded):
+            if axis in on:
+                each = -(-(end - begin) // mesh.size(mesh_dim))
+                begin = min(begin + each * mesh.get_local_rank(mesh_dim), end)
+                end = min(begin + each, end)
+        return (begin, end) if any(axis in on for on in self.sharded) else None
 
     def place(self, axes: Axes, summed: Sequence[str | None] = ()) -> list[Any]:
         """Placements of a tensor that has these axes and is a sum over the summed ones."""
@@ -42,39 +49,24 @@ def _placement(axes: Axes, summed: Sequence[str | None], sharded: list[str]) -> 
     return Partial() if any(axis in summed for axis in sharded) else Replicate()
 
 
-def checked(op: str, *operands: Operand) -> list[Operand]:
-    """The operands that are not None, as DTensors of one mesh. Plain tensors raise an error, as in
-    PyTorch's own operators, unless torch.distributed.tensor.experimental.implicit_replication()
-    allows them.
-    """
-    operands = tuple(operand for operand in operands if operand.tensor is not None)
-    mesh = next(o.tensor.device_mesh for o in operands if isinstance(o.tensor, DTensor))
-    result, sizes = [], {}
-    for operand in operands:
-        name, tensor = operand.name, operand.tensor
-        if not isinstance(tensor, DTensor):
-            if not allows_implicit_replication(DTensor):
-                raise RuntimeError(
-                    f"{op}: expected {name} to be a DTensor, as others are, got a plain tensor: "
-                    f"distribute_tensor({name}, mesh, [Replicate()]) makes it one"
-                )
-            tensor = DTensor.from_local(tensor, mesh, run_check=False)
-        if tensor.device_mesh != mesh:
+def check_operands(op: str, operands: list[Operand]) -> None:
+    """Raises unless they are on one mesh and have the same number of sequences and tokens."""
+    mesh, sizes = operands[0].tensor.mesh, {}
+    for name, tensor, axes, *_ in operands:
+        if tensor.mesh != mesh:
             raise RuntimeError(
-                f"{op}: expected {name} on the mesh of the others, {mesh}, got {tensor.device_mesh}"
+                f"{op}: expected {name} on the mesh of the others, {mesh}, got {tensor.mesh}"
             )
-        for axis, size in zip(operand.axes, tensor.shape, strict=False):
+        for axis, size in zip(axes, tensor.shape, strict=False):
             if axis in (BATCH, SEQUENCE) and size != sizes.setdefault(axis, size):
                 raise RuntimeError(
                     f"{op}: expected {name} to have {axis} {sizes[axis]}, as "
                     f"{operands[0].name} has, got {size}"
                 )
-        result.append(operand._replace(tensor=tensor))
-    return result
 
 
 def plan_for(op: str, operands: list[Operand]) -> Plan:
-    mesh = operands[0].tensor.device_mesh
+    mesh = operands[0].tensor.mesh
     columns = [_plan_on(op, operands, mesh_dim) for mesh_dim in range(mesh.ndim)]
     placements = [tuple(column[0][i] for column in columns) for i in range(len(operands))]
     return Plan(placements, [column[1] for column in columns])
@@ -135,30 +127,13 @@ def result_placements(op: str, result: Result, operands: list[Operand], plan: Pl
     return placements
 
 
-# From DTensors to local tensors, and back
-
-
-def parts_of(operands: list[Operand], plan: Plan) -> dict[str, Tensor]:
-    """The local tensor of each operand. A replicated one is cut without communication."""
-    parts = {}
-    for operand, placements in zip(operands, plan.placements, strict=True):
-        tensor = operand.tensor
-        if tensor.placements != placements:
-            tensor = tensor.detach().redistribute(placements=placements)
-        parts[operand.name] = tensor.to_local()
-    return parts
-
-
-def distributed(
-    local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], like: Any = None
-) -> Any:
-    """A DTensor of this shape; its dimensions are in memory in the order of `like`, if given."""
+def contiguous_strides(result: Result) -> tuple[int, ...]:
+    """Those of the whole result, with its dimensions in the order of `like` in memory."""
+    shape, like = result.shape, result.like
     order = list(range(len(shape)))
-    if like is not None and like.stride(-1) == 1:
-        order.sort(key=like.stride, reverse=True)
+    if like is not None and like.strides[-1] == 1:
+        order.sort(key=like.strides.__getitem__, reverse=True)
     strides, step = [1] * len(shape), 1
     for dim in reversed(order):
         strides[dim], step = step, step * max(shape[dim], 1)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
-    )
+    return tuple(strides)

@@ -43,6 +43,7 @@ class Operator:
     derivative     None for operators that write, which raise for tensors that require grad
     flops_rotated  operations for each channel that rotates
     flops_channel  further operations for each channel of the tensors that rotate
+    rotated        how many channels rotate, from the shapes of a call; None: those of rotates
     vmap           None: by_sequences of vmap.py
     sharding       None: rotation_sharding of sharding.py
     """
@@ -54,6 +55,7 @@ class Operator:
     derivative: Derivative | Composed | None = None
     flops_rotated: int = 3
     flops_channel: int = 0
+    rotated: Callable[[Given], int] | None = None
     vmap: VmapRule | None = None
     sharding: ShardingRule | None = None
 

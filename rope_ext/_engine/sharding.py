@@ -1,8 +1,8 @@
 """How an operator may be sharded: the axes of its tensors, by name.
 
-Tensors with a common axis are sharded along it together. A rule takes an operator and its arguments
-and returns a Sharding, which placements.py and dtensor.py apply. Nothing here imports
-torch.distributed.tensor.
+Tensors with a common axis are sharded along it together. A rule takes an operator and its
+arguments, with a Placed for each tensor, and returns a Sharding, which placements.py and dtensor.py
+apply. Nothing here imports torch.distributed.tensor.
 """
 
 from __future__ import annotations
@@ -21,6 +21,21 @@ BATCH, SEQUENCE, HEADS, PAIRS = "batch", "sequence", "heads", "pairs"
 HEADS_OF = ("heads of q", "heads of k")
 
 Axes = tuple[str | None, ...]  # the axis of each dimension; None: it is not sharded
+
+
+class Placed(NamedTuple):
+    """A DTensor without its elements: what a rule may read, so that its Sharding can be kept."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
 # (start, length, axis) -> the rank's part of start, start + 1, ...; None if axis is not sharded
 PartOfRange = Callable[[int, int, str], Tensor | None]
 
@@ -30,14 +45,14 @@ class Result(NamedTuple):
 
     axes: Axes
     shape: tuple[int, ...]
-    like: Any = None  # a DTensor with the same order of dimensions in memory
+    like: Placed | None = None  # its dimensions have the same order in memory
     summed: tuple[str | None, ...] = ()  # axes that it is a sum over
     terms: tuple[frozenset[str], ...] = ()  # its terms: each is linear in the tensors named
 
 
 @dataclass
 class Sharding:
-    """The description of one call: the axes of its tensors, and its results."""
+    """The description of a call: the axes of its tensors, and its results."""
 
     axes: dict[str, Axes]
     results: tuple[Result, ...] = ()
@@ -53,13 +68,13 @@ class Sharding:
 ShardingRule = Callable[["Operator", dict[str, Any]], Sharding]
 
 
-def axes_of_x(x: Tensor, heads: str | None) -> Axes:
+def axes_of_x(x: Placed, heads: str | None) -> Axes:
     """The axes of x [B, S, H, D] or [T, H, D]."""
     known: dict[int, Axes] = {4: (BATCH, SEQUENCE, heads, None), 3: (SEQUENCE, heads, None)}
     return known.get(x.dim(), (None,) * x.dim())
 
 
-def axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> Axes:
+def axes_of_rows(cos: Placed, x: Placed, position_ids: Placed | None) -> Axes:
     """The axes of rows [1|B, S, W] or [T, W]. A table [L, W] is not sharded: a rank may need every
     row.
     """
@@ -70,7 +85,7 @@ def axes_of_rows(cos: Tensor, x: Tensor, position_ids: Tensor | None) -> Axes:
     return (None,) * cos.dim()
 
 
-def axes_of_positions(position_ids: Tensor | None, of_pairs: Tensor | None = None) -> Axes:
+def axes_of_positions(position_ids: Placed | None, of_pairs: Placed | None = None) -> Axes:
     """The axes of position_ids [S], [1|B, S] or [T]; with of_pairs, the argument axes, [A, ..]."""
     lead = () if of_pairs is None else (None,)
     shape = () if position_ids is None else position_ids.shape[len(lead) :]
@@ -81,7 +96,7 @@ def axes_of_positions(position_ids: Tensor | None, of_pairs: Tensor | None = Non
 
 
 def positions_in_table(
-    op: str, x: Tensor, cos: Tensor, part_of_range: PartOfRange
+    op: str, x: Placed, cos: Placed, part_of_range: PartOfRange
 ) -> Tensor | None:
     """The positions of a rank's tokens, for a call without position_ids and with a table that has a
     row for each token of the whole sequence. None if each rank has the rows of its own tokens.

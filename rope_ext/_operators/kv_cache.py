@@ -1,4 +1,4 @@
-"""Rotations that also write a paged KV cache: for inference, without derivatives.
+"""Rotations that also write a paged KV cache, and of keys in it: without derivatives.
 
 DTensors: tokens must not be sharded; each rank has heads of all tokens (tensor parallel).
 """
@@ -63,10 +63,23 @@ def _mla_append_sharding(operator: Operator, given: Given) -> Sharding:
     return Sharding(axes, tokens_stay_whole=_WHY_WHOLE)
 
 
+def _shift_sharding(operator: Operator, given: Given) -> Sharding:
+    """Each rank moves its heads."""
+    axes: dict[str, Axes] = dict.fromkeys(operator.tensors, ())
+    return Sharding(axes | {"k_cache": (None, None, HEADS, None)}, tokens_stay_whole=_WHY_WHOLE)
+
+
+def _shifted_channels(shapes: Given) -> int:
+    return shapes["slot_mapping"][0] * shapes["k_cache"][2] * 2 * shapes["inv_freq"][0]
+
+
 KV_CACHE = (
     Operator("apply_rotary_qk_append_kv_", TWO, sharding=_append_sharding),
     Operator(
         "rms_norm_rotary_qk_append_kv_", TWO, flops_channel=4, sharding=_normed_append_sharding
     ),
     Operator("apply_rotary_mla_append_", ("q", "k_pe"), sharding=_mla_append_sharding),
+    Operator(
+        "shift_cached_k_", pairs="inv_freq", rotated=_shifted_channels, sharding=_shift_sharding
+    ),
 )

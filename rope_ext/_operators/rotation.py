@@ -254,7 +254,7 @@ def _table_backward_sharding(operator: Operator, given: Given) -> Sharding:
     def complete(arguments: Given, part_of_range: PartOfRange) -> None:
         if token_order is not None:
             for name in ("token_order", "row_offsets"):
-                arguments[name] = given[name].to_local()
+                arguments[name] = arguments[name].to_local()
             return
         positions = positions_in_table(operator.op, q, cos, part_of_range)
         if positions is not None:

@@ -30,6 +30,7 @@ class _Table(NamedTuple):
     version: int
     cos: Tensor
     sin: Tensor
+    is_cuda: bool
 
 
 class TableCache:
@@ -40,19 +41,20 @@ class TableCache:
     def __init__(self) -> None:
         self.made: dict[str, _Table] = {}
 
-    def kept(self, name: str, inv_freq: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-        """cos, sin [L, P] with L >= length, if :meth:`get` would return what has been made."""
+    def kept(self, name: str, inv_freq: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """cos, sin of any length, if :meth:`get` would use what has been made."""
         made = self.made.get(name)
+        if made is None:
+            return None
+        of, version, cos, sin, is_cuda = made  # faster than names
         if (
-            made is None
-            or made.inv_freq is not inv_freq
-            or made.version != inv_freq._version
-            or made.cos.shape[0] < length
-            or inv_freq.requires_grad
-            or (inv_freq.is_cuda and _is_captured(inv_freq))
+            of is not inv_freq
+            or of._version != version
+            or of.requires_grad
+            or (is_cuda and _is_captured(of))
         ):
             return None
-        return made.cos, made.sin
+        return cos, sin
 
     def get(
         self, name: str, inv_freq: Tensor, attention_scaling: float, length: int, first_rows: int
@@ -76,5 +78,5 @@ class TableCache:
                     cos, sin = torch.cat((made.cos, cos)), torch.cat((made.sin, sin))
             if type(cos) is not Tensor or is_of_a_transform(cos):  # without values, or only in it
                 return cos, sin
-            made = self.made[name] = _Table(inv_freq, version, cos, sin)
+            made = self.made[name] = _Table(inv_freq, version, cos, sin, inv_freq.is_cuda)
         return made.cos, made.sin

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rope_ext._argument_errors import check_type
+from rope_ext._argument_errors import check_type, shown
 from rope_ext._torch_private import transforms_active
 
 Device = torch.device | str | None
@@ -29,11 +29,15 @@ def values_known(*tensors: Tensor | None) -> bool:
 
 
 def check_size(function: str, name: str, value: Any, least: int | None = 0, hint: str = "") -> None:
-    """Raises unless value is an integer of at least `least` (None: any). hint: for smaller ones."""
+    """Raises unless value is an integer of at least `least` (None: any) that PyTorch's integers
+    hold. hint: for smaller ones.
+    """
     integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     if not integer or (least is not None and value < least):
         expected = "an integer" if least is None else f"an integer of at least {least}"
-        refuse(function, f"{name} to be {expected}", repr(value) + (hint if integer else ""))
+        refuse(function, f"{name} to be {expected}", shown(value) + (hint if integer else ""))
+    if type(value) is int and values_known() and value.bit_length() > 63:
+        refuse(function, f"{name} to be an integer of at most 63 bits", shown(value))
 
 
 def check_tensor(function: str, name: str, value: Any) -> None:

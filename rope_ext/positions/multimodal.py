@@ -200,6 +200,7 @@ def mrope_rows(cos: Tensor, sin: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
     function = "mrope_rows"
     check_integers(function, "axes", axes, "[W]")
     for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(function, name, table)
         if table.dim() < 2 or table.shape[0] == 0 or table.shape[-1] != axes.shape[0]:
             got = list(table.shape)
             refuse(function, f"{name} to have shape [A, ..., {axes.shape[0]}], as axes has", got)

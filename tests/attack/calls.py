@@ -11,6 +11,7 @@ from random_arguments import (
     cache,
     frequencies,
     options,
+    positions,
     rotated,
     rows,
     scales,
@@ -25,8 +26,9 @@ rope = torch.ops.rope
 
 # Arguments with any strides, and those that have to be contiguous. All others have a last stride of
 # 1.
-ANY_STRIDES = {"inv_freq", "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
-               "q_scale", "q_scale_out",               "grad_cos", "grad_sin"}  # fmt: skip
+ANY_STRIDES = {"inv_freq", "new_inv_freq", "old_position_ids", "new_position_ids",
+               "position_ids", "axes", "slot_mapping", "k_scale", "v_scale", "scale",
+               "q_scale", "q_scale_out", "grad_cos", "grad_sin"}  # fmt: skip
 CONTIGUOUS = {"token_order", "row_offsets"}
 
 
@@ -194,6 +196,26 @@ def rms_norm_backward(d: Draw) -> Arguments:
     return {**grads, **call}
 
 
+def shift_cached_k(d: Draw) -> Arguments:
+    """If the frequencies change, from position 0: then the bits are those of the new angle."""
+    keys, pairs = rotated(d, "q")
+    k = keys["q"]
+    pages, slot_mapping = slots(d, k)
+    count = slot_mapping.numel()
+    how = options(d, k, pairs, reorders=False)
+    old, changes = positions(d, (count,)), d.chance(0.5)
+    return {
+        "k_cache": cache(d, *pages, *k.shape[-2:], dtype=k.dtype),
+        "slot_mapping": slot_mapping.flatten(),
+        "old_position_ids": torch.zeros_like(old) if changes else old,
+        "new_position_ids": positions(d, (count,)),
+        "inv_freq": frequencies(d, pairs),
+        "new_inv_freq": frequencies(d, pairs) if changes else None,
+        "attention_scaling": d.choice((1.0, 1.0, 0.707)),
+        **{name: how[name] for name in ("rotary_offset", "interleaved")},
+    }
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary": lambda d: apply_rotary(d, "x"),
     "rope::apply_rotary_": lambda d: apply_rotary(d, "x", reorders=False),
@@ -204,6 +226,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
     "rope::apply_rotary_qk_append_kv_": append_kv,
     "rope::rms_norm_rotary_qk_append_kv_": normed_append,
     "rope::apply_rotary_mla_append_": mla_append,
+    "rope::shift_cached_k_": shift_cached_k,
     "rope::cos_sin_cache": cos_sin_cache,
     "rope::cos_sin": cos_sin,
     "rope::cos_sin_backward": cos_sin_backward,

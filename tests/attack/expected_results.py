@@ -121,6 +121,25 @@ def _at(a: Arguments) -> list[Expected]:
     return _rotate({**xs, "cos": rows[0], "sin": rows[1], **rotation_of(a)})
 
 
+def _shift(a: Arguments) -> list[Expected]:
+    """The keys, read and rotated by the rows of their distances, or of their new positions where
+    the old ones are 0.
+    """
+    cache, new = a["k_cache"], a.get("new_inv_freq")
+    wide = F64 if cache.dtype == F64 else torch.float32
+    distance = a["new_position_ids"].double() - a["old_position_ids"].double()
+    rows = rope.cos_sin(
+        a["inv_freq"] if new is None else new,
+        distance,
+        attention_scaling=a.get("attention_scaling", 1.0),
+        dtype=wide,
+    )
+    slots = a["slot_mapping"].long()
+    keys = cache.flatten(0, 1).to(wide)[slots.clamp(min=0)]
+    keys = reference.apply_rotary(keys, *rows, **rotation_of(a))
+    return [Expected(reference._stored(cache, keys, slots, None))]
+
+
 def _angles(a: Arguments, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions [.., 1|P] and angles [.., P] in float64; NaN for angles out of range."""
     ids, axes = a.get("position_ids"), a.get("axes")
@@ -268,6 +287,7 @@ RESULTS_OF: dict[str, Callable[[Arguments], list[Expected]]] = {
     "rms_norm_rotary_qk_append_kv": _normed_append,
     "apply_rotary_mla_append": _mla_append,
     "apply_rotary_qk_at": _at,
+    "shift_cached_k": _shift,
     "cos_sin_cache": _table,
     "cos_sin": _table,
     "cos_sin_backward": _cos_sin_backward,

@@ -47,6 +47,7 @@ struct Kernels {
   void (*cos_sin_grad)(const CosSinGradArgs&, int64_t begin, int64_t end);  // chunks
   void (*cos_sin_grad_sum)(const CosSinGradArgs&);
   void (*apply_rotary_append)(const AppendArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*shift_cached_k)(const ShiftArgs&, int64_t begin, int64_t end);
   void (*rms_norm_rotary)(const RmsNormRotaryArgs&, int64_t begin, int64_t end);
   void (*rms_norm_rotary_append)(const RmsNormAppendArgs&, int64_t begin, int64_t end,
                                  void* scratch);

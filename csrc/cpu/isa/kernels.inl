@@ -12,6 +12,7 @@
 #include "cpu/isa/table_grad.inl"
 #include "cpu/isa/angles.inl"
 #include "cpu/isa/kv_cache.inl"
+#include "cpu/isa/cached_keys.inl"
 #include "cpu/isa/norm_heads.inl"
 #include "cpu/isa/rms_norm.inl"
 #include "cpu/isa/rms_norm_append.inl"
@@ -19,6 +20,6 @@
 // clang-format on
 
 constexpr Kernels kKernels{
-    apply_rotary,           apply_rotary_at,      rotary_table_grad,       cos_sin,
-    cos_sin_grad,           cos_sin_grad_sum,     apply_rotary_append,     rms_norm_rotary,
-    rms_norm_rotary_append, rms_norm_rotary_grad, rms_norm_rotary_grad_sum};
+    apply_rotary,    apply_rotary_at,        rotary_table_grad,    cos_sin,
+    cos_sin_grad,    cos_sin_grad_sum,       apply_rotary_append,  shift_cached_k,
+    rms_norm_rotary, rms_norm_rotary_append, rms_norm_rotary_grad, rms_norm_rotary_grad_sum};

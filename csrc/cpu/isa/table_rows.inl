@@ -59,17 +59,18 @@ struct TableRows {
   }
 
   // Computes them from angles: the bits of a table made of these.
-  __attribute__((noinline)) void fill(const RotaryAtArgs& args, int64_t b, int64_t s,
-                                      int64_t tokens, int64_t first, int64_t pairs) {
+  template <class Args>
+  __attribute__((noinline)) void fill(const Args& args, int64_t b, int64_t s, int64_t tokens,
+                                      int64_t first, int64_t pairs) {
     static_assert(!kFullWidth, "one angle a pair");
     const int64_t whole = lay_out(pairs);
     if (whole == 0) {
       for (int64_t i = 0; i < tokens * stride(); ++i) entries[i] = 0;
     }
     for (int64_t done = 0; done < pairs; done += kAnglePairs) {
-      TokenAngles angles(args.angles, first + done, std::min(pairs - done, kAnglePairs));
+      auto angles = angles_of(args, first + done, std::min(pairs - done, kAnglePairs));
       for (int64_t t = 0; t < tokens; ++t) {
-        angles.compute<std::is_same_v<A, double>>(b, s + t);
+        angles.template compute<std::is_same_v<A, double>>(b, s + t);
         const TableRow<A> to = row_at(entries + t * stride()).plus(done);
         for (int64_t i = 0; i < angles.pairs; ++i) to.c1[i] = static_cast<A>(angles.cos[i]);
         for (int64_t i = 0; i < angles.pairs; ++i) to.s1[i] = static_cast<A>(angles.sin[i]);

@@ -86,3 +86,36 @@ struct TokenAngles {
     sin_cos_of<kDouble>(each, inv_freq, pairs, scale_of_each, sin, cos);
   }
 };
+
+// What cached keys turn by: the angles of their new positions less those of the old ones.
+struct ShiftAngles : TokenAngles {
+  const ShiftArgs& args;
+  TokenAngles old;
+
+  ROPE_HOST_DEVICE ShiftAngles(const ShiftArgs& of, int64_t first, int64_t count)
+      : TokenAngles(of.angles, first, count), args(of), old(of.old, first, count) {}
+
+  template <bool kDouble>
+  ROPE_HOST_DEVICE void compute(int64_t b, int64_t s) {
+    if (args.same_frequencies) {
+      const TokenPositions &from = old.angles.positions, &to = angles.positions;
+      const double distance =
+          position_at(to, s * to.stride_s) - position_at(from, s * from.stride_s);
+      sin_cos_of<kDouble>(distance, inv_freq, pairs, angles.attention_scaling, sin, cos);
+      return;
+    }
+    TokenAngles::compute<kDouble>(b, s);
+    old.compute<kDouble>(b, s);
+    for (int64_t i = 0; i < pairs; ++i) {
+      const SinCos turn = difference({sin[i], cos[i]}, {old.sin[i], old.cos[i]});
+      sin[i] = turn.sin, cos[i] = turn.cos;
+    }
+  }
+};
+
+ROPE_HOST_DEVICE TokenAngles angles_of(const RotaryAtArgs& args, int64_t first, int64_t count) {
+  return TokenAngles(args.angles, first, count);
+}
+ROPE_HOST_DEVICE ShiftAngles angles_of(const ShiftArgs& args, int64_t first, int64_t count) {
+  return ShiftAngles(args, first, count);
+}

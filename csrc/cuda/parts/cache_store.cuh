@@ -15,10 +15,9 @@ struct Slot {
   bool exists;  // else the token is not stored
 };
 
-__device__ __forceinline__ Slot slot_of(const AppendArgs& args, uint32_t b, uint32_t s) {
-  const int64_t token = int64_t{b} * args.slots_seq + s;
-  if (token >= args.slot_count) return {0, 0, false};
-  const int64_t slot = entry_of(args.slots, b, s);
+// args: of a paged cache.
+template <class Args>
+__device__ __forceinline__ Slot slot_at(const Args& args, int64_t slot) {
   const uint64_t index = static_cast<uint64_t>(slot), size = static_cast<uint64_t>(args.block_size);
   if (index >= static_cast<uint64_t>(args.blocks) * size) return {0, 0, false};
   // A division of 64 bits takes several times as long as one of 32.
@@ -26,6 +25,12 @@ __device__ __forceinline__ Slot slot_of(const AppendArgs& args, uint32_t b, uint
                              ? index / size
                              : static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
   return {static_cast<int64_t>(block), static_cast<int64_t>(index - block * size), true};
+}
+
+__device__ __forceinline__ Slot slot_of(const AppendArgs& args, uint32_t b, uint32_t s) {
+  const int64_t token = int64_t{b} * args.slots_seq + s;
+  if (token >= args.slot_count) return {0, 0, false};
+  return slot_at(args, entry_of(args.slots, b, s));
 }
 
 // k or v, field by field: a choice between whole structs would put them into local memory.

@@ -15,6 +15,14 @@ inline void advance_tokens(PositionIds& ids, int64_t count) {
   advance(ids.data, count * ids.stride_s * (ids.int64 ? int64_t{8} : int64_t{4}));
 }
 
+inline void advance_tokens(TokenPositions& positions, int64_t count) {
+  if (positions.data) {
+    advance(positions.data, count * positions.stride_s * size_of(positions.type));
+  } else {
+    positions.start += count * positions.stride_s;
+  }
+}
+
 // Tokens [first, first + seq) of the sequence.
 inline RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
   const int64_t element_bytes = size_of(args.dtype), table_bytes = size_of(args.table.dtype);
@@ -35,12 +43,7 @@ inline RotaryArgs slice_of(RotaryArgs args, int64_t first, int64_t seq) {
 
 inline RotaryAtArgs slice_of(RotaryAtArgs args, int64_t first, int64_t seq) {
   static_cast<RotaryArgs&>(args) = slice_of(static_cast<const RotaryArgs&>(args), first, seq);
-  TokenPositions& positions = args.angles.positions;
-  if (positions.data) {
-    advance(positions.data, first * positions.stride_s * size_of(positions.type));
-  } else {
-    positions.start += first * positions.stride_s;
-  }
+  advance_tokens(args.angles.positions, first);
   return args;
 }
 

@@ -10,8 +10,16 @@
 #include <type_traits>
 
 #include "args.h"
+#include "math/float8.h"
 
 namespace rope::cuda {
+
+// An element of a float8 cache.
+template <class Format_>
+struct Float8 {
+  using Format = Format_;
+  uint8_t code;
+};
 
 // Arithmetic is in float32, for float64 in float64.
 template <class E>
@@ -69,6 +77,8 @@ __device__ __forceinline__ float to_float(E value) {
     return __half2float(value);
   } else if constexpr (std::is_same_v<E, __nv_bfloat16>) {
     return __bfloat162float(value);
+  } else if constexpr (sizeof(E) == 1) {
+    return float8_value<typename E::Format>(value.code);
   } else {
     return static_cast<float>(value);
   }
@@ -96,6 +106,8 @@ template <class E, class C>
 __device__ __forceinline__ E narrow(C value) {
   if constexpr (sizeof(E) >= 4) {
     return static_cast<E>(value);
+  } else if constexpr (sizeof(E) == 1) {
+    return {float8_of<typename E::Format>(value)};
   } else if constexpr (std::is_same_v<C, double>) {
     return narrow<E>(round_to_odd(value));
   } else if constexpr (std::is_same_v<E, __half>) {

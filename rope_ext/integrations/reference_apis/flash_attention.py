@@ -18,10 +18,11 @@ from rope_ext._in_place import (
     check_tables_need_no_grad,
     in_place_rotation,
 )
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary, apply_rotary_qk
 
 
+@names_arguments
 def apply_rotary_emb(
     x: Tensor,
     cos: Tensor,
@@ -79,6 +80,7 @@ def apply_rotary_emb(
     )
 
 
+@names_arguments
 def apply_rotary_emb_qkv_(
     qkv: Tensor,
     cos: Tensor,
@@ -142,6 +144,7 @@ def apply_rotary_emb_qkv_(
     return _written(function, {"qkv": qkv}, write, options, positions, *tables)
 
 
+@names_arguments
 def apply_rotary_emb_kv_(
     kv: Tensor,
     cos: Tensor,

@@ -7,10 +7,11 @@ Meta pair neighbouring channels.
 import torch
 from torch import Tensor
 
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary_qk
 
 
+@names_arguments
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys by complex numbers, as ``llama.model.apply_rotary_emb``.
 

@@ -5,10 +5,11 @@ Source: onnx.ai/onnx/operators/onnx__RotaryEmbedding.html, opset 23.
 
 from torch import Tensor
 
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary
 
 
+@names_arguments
 def rotary_embedding(
     X: Tensor,
     cos_cache: Tensor,

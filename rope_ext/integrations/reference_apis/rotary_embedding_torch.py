@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_ext.angles import cos_sin_cache
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary
 
 
@@ -82,6 +82,7 @@ class RotaryEmbedding(nn.Module):
         self.use_xpos = use_xpos
         self.scale_base = xpos_scale_base
 
+    @names_arguments
     def rotate_queries_or_keys(
         self,
         t: Tensor,
@@ -108,6 +109,7 @@ class RotaryEmbedding(nn.Module):
             )
         return self._rotate("rotate_queries_or_keys", "t", t, seq_dim, offset, scale)
 
+    @names_arguments
     def rotate_queries_and_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -132,6 +134,7 @@ class RotaryEmbedding(nn.Module):
             self._rotate(function, "k", k, seq_dim, 0, scale**-1),
         )
 
+    @names_arguments
     def rotate_queries_with_cached_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -156,6 +159,7 @@ class RotaryEmbedding(nn.Module):
             self._rotate(function, "k", k, seq_dim, 0, None),
         )
 
+    @names_arguments
     def get_scale(self, t: Tensor) -> Tensor:
         """The factors of xPos for the positions t [S], float32: [S, R], each pair's twice."""
         channel = torch.arange(0, self.dim, 2, dtype=torch.float32, device=t.device)

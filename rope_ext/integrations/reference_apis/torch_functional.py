@@ -7,10 +7,11 @@ PyTorch has no such function yet; names and shapes may change there.
 
 from torch import Tensor
 
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary
 
 
+@names_arguments
 def rotary_embedding(
     x: Tensor,
     cos: Tensor,

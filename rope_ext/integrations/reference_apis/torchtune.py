@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rope_ext import frequencies
 from rope_ext.angles import cos_sin
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.module import RotaryEmbedding
 from rope_ext.rotation import apply_rotary
 
@@ -34,6 +34,7 @@ class RotaryPositionalEmbeddings(RotaryEmbedding):
         """Renews the frequencies on the default device, for torchtune's recipes."""
         self.inv_freq, _ = frequencies.default(self.dim, base=self.base)
 
+    @names_arguments
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Returns x, rotated.
 

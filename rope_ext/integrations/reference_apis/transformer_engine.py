@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from rope_ext import positions
-from rope_ext.integrations.reference_apis._refusals import refuse
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.positions.checks import values_known
 from rope_ext.rotation import apply_rotary
 
 _FUNCTION = "transformer_engine.apply_rotary_pos_emb"
 
 
+@names_arguments
 def apply_rotary_pos_emb(
     t: Tensor,
     freqs: Tensor,

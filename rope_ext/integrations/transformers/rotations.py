@@ -127,7 +127,7 @@ def rotate_both(
         layout = "bhsd" if heads_axis == -3 else "bshd"
         rotary_dim, offset = pairs.channels(cos, q.shape[-1])
         rotated = _rotate_both(
-            layout, None, q, k, cos, sin, position_ids,
+            layout, None, None, q, k, cos, sin, position_ids,
             rotary_dim, offset, pairs.interleaved, pairs.interleaved_out, False,
         )  # fmt: skip
         if rotated is not NotImplemented:
