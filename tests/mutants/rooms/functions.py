@@ -35,12 +35,18 @@ MUTANTS = [
          '(2, 1) if layout == "bshd" else (1, 2)'),
         ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
     ),
-    # Autograd does not see a write; values are stored as they are.
+    # Autograd does not see a write; scales and the order of k_pe are lost.
     *mutants(
         "rope_ext/kv_cache.py", "test_direct_calls test_appends",
         ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
         ("latent-cache-counts-no-version", "(q, k_pe, kv_cache))", "(q, k_pe))"),
         ("scales-are-lost", "if scale is not None})", "if scale is None})"),
+        ("order-in-the-latent-cache-is-lost", ", interleaved_out=interleaved_out)", ")"),
+    ),
+    # A table that begins later has the angles from 0 on.
+    *mutants(
+        "rope_ext/angles.py", "test_direct_calls test_cos_sin",
+        ("later-tables-begin-at-0", '{"start": start,', '{"start": 0,'),
     ),
     # Heads are taken for tokens of a block.
     *mutants(
