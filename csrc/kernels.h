@@ -22,18 +22,10 @@ void rms_norm_rotary_grad(const RmsNormRotaryGradArgs& args);
 void shift_cached_k(const ShiftArgs& args);
 void apply_rotary_quantize(const QuantizeArgs& args);
 
-constexpr std::tuple kKernels{&apply_rotary,
-                              &apply_rotary_at,
-                              &apply_rotary_qkv,
-                              &rotary_table_grad,
-                              &cos_sin,
-                              &cos_sin_grad,
-                              &apply_rotary_append,
-                              &rms_norm_rotary,
-                              &rms_norm_rotary_append,
-                              &rms_norm_rotary_grad,
-                              &shift_cached_k,
-                              &apply_rotary_quantize};
+constexpr std::tuple kKernels{&apply_rotary,         &apply_rotary_at, &apply_rotary_qkv,
+                              &rotary_table_grad,    &cos_sin,         &cos_sin_grad,
+                              &apply_rotary_append,  &rms_norm_rotary, &rms_norm_rotary_append,
+                              &rms_norm_rotary_grad, &shift_cached_k,  &apply_rotary_quantize};
 }  // namespace cpu
 
 // Launched on `stream` (a cudaStream_t) of the current device, without synchronising.
@@ -52,18 +44,10 @@ void shift_cached_k(const ShiftArgs& args, void* stream);
 void apply_rotary_quantize(const QuantizeArgs& args, void* stream);
 
 #if defined(ROPE_EXT_CUDA)
-constexpr std::tuple kKernels{&apply_rotary,
-                              &apply_rotary_at,
-                              &apply_rotary_qkv,
-                              &rotary_table_grad,
-                              &cos_sin,
-                              &cos_sin_grad,
-                              &apply_rotary_append,
-                              &rms_norm_rotary,
-                              &rms_norm_rotary_append,
-                              &rms_norm_rotary_grad,
-                              &shift_cached_k,
-                              &apply_rotary_quantize};
+constexpr std::tuple kKernels{&apply_rotary,         &apply_rotary_at, &apply_rotary_qkv,
+                              &rotary_table_grad,    &cos_sin,         &cos_sin_grad,
+                              &apply_rotary_append,  &rms_norm_rotary, &rms_norm_rotary_append,
+                              &rms_norm_rotary_grad, &shift_cached_k,  &apply_rotary_quantize};
 #else
 constexpr std::tuple<> kKernels;  // a build without CUDA
 #endif

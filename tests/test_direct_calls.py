@@ -46,6 +46,7 @@ WAYS = [
     for name in filter(None, names)
 ]
 SWAPPED = {"bshd": None, "bhsd": (1, 2), "sbhd": (0, 1), "HND": (1, 2)}
+NOT_DEFAULT = {"start": 7, "interleaved_out": False, "dtype": torch.float64}
 IN_LAYOUT = "x", "q", "k", "v", "q_out", "out", "scale_out"
 CACHES = "k_cache", "v_cache"
 
@@ -80,6 +81,9 @@ def by_dispatcher():
 def arguments_for(function, operator, **variant):
     """Those of the operator, for the function."""
     given = arguments_of(operator, **variant)
+    if variant.get("optional", True):
+        names = {argument.name for argument in operator.arguments}
+        given |= {name: value for name, value in NOT_DEFAULT.items() if name in names}
     parameters = inspect.signature(function).parameters
     if "inplace" in parameters and operator.written:
         given["inplace"] = True

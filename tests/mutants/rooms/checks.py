@@ -70,7 +70,7 @@ MUTANTS = [
         ("one-slot-too-many-passes", "slots.size(0) <= batch * seq",
          "slots.size(0) <= batch * seq + 1"),
         ("neighbours-of-one-slot-pass", "rising && last < slot;", "rising && last <= slot;"),
-        ("q-out-of-the-model's-dtype-passes", "if (to.dtype == CacheDType::OfModel) {",
+        ("q-out-of-the-model's-dtype-passes", "if (dtype == CacheDType::OfModel) {",
          "if (false) {"),
         ("two-kinds-of-scales-pass", "if (scale && scale_out) refuse", "if (false) refuse"),
         ("scale-of-0-passes", "(each) && each > 0", "(each) && each >= 0"),

@@ -22,9 +22,11 @@ MUTANTS = [
     ),
     # A factor is lost; groups of threads overwrite the angles of each other.
     *mutants(
-        "csrc/cuda/rotation_by_angles.cu", "test_rotary_at",
-        ("cosine-by-angles-without-scaling", "narrow<C>(value.cos * angles.attention_scaling)",
-         "narrow<C>(value.cos)"),
+        "csrc/math/angle.h", "test_rotary_at",
+        ("cosine-by-angles-without-scaling", "value.cos * scale}", "value.cos}"),
+    ),
+    *mutants(
+        "csrc/cuda/parts/rotate_by_angles.cuh", "test_rotary_at test_shift_cached_k",
         ("groups-share-their-angles", "(group * g.fragment_lanes + fragment_lane) * kPairs",
          "fragment_lane * kPairs"),
     ),

@@ -37,11 +37,20 @@ MUTANTS = [
          '(2, 1) if layout == "bshd" else (1, 2)'),
         ("integers-of-65-bits-pass", "-(2**63) <= number < 2**63", "-(2**64) <= number < 2**64"),
     ),
-    # Autograd does not see a write; values are stored as they are.
+    # Autograd does not see a write; scales and the order of k_pe are lost.
     *mutants(
-        "rope_ext/kv_cache.py", "test_appends test_append_kv",
+        "rope_ext/kv_cache.py", "test_direct_calls test_appends test_append_kv",
         ("v-cache-counts-no-version", "written = (q, k, k_cache, v_cache, *outs.values())",
          "written = (q, k, k_cache, *outs.values())"),
+        ("latent-cache-counts-no-version", "(q, k_pe, kv_cache, *outs.values())",
+         "(q, k_pe, *outs.values())"),
+        ("scales-are-lost", "if t is not None}", "if t is None}"),
+        ("order-in-the-latent-cache-is-lost", ", interleaved_out=interleaved_out)", ")"),
+    ),
+    # A table that begins later has the angles from 0 on.
+    *mutants(
+        "rope_ext/angles.py", "test_direct_calls test_cos_sin",
+        ("later-tables-begin-at-0", '{"start": start,', '{"start": 0,'),
     ),
     # Heads are taken for tokens of a block.
     *mutants(
@@ -52,6 +61,10 @@ MUTANTS = [
     *mutants(
         "rope_ext/options.py", "test_direct_calls test_rms_norm_rotary",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
+    ),
+    # sin may need a gradient in place.
+    *mutants(
+        "rope_ext/rms_norm.py", "test_rms_norm_rotary_transforms test_in_place",
         ("gradient-to-sin-is-lost-in-place", '(*names, "cos", "sin")', '(*names, "cos")'),
     ),
     # The same.
