@@ -104,10 +104,9 @@ struct PartialSums {
 
   ROPE_HOST_DEVICE A total() const {
     A sums[kPartialSums<A>];
-    unroll<kChains>([&](auto i) ROPE_ALWAYS_INLINE {
-      const V sum = chain[i];  // a copy: GCC would keep what is read in parts in memory
-      write(sums + i * kLanesOf<V>, sum);
-    });
+    unroll<kChains>([&](auto i) ROPE_ALWAYS_INLINE { write(sums + i * kLanesOf<V>, chain[i]); });
+    // GCC would else keep chains that are wider than a quarter in memory, from the first addition.
+    asm volatile("" : : "r"(sums) : "memory");
     const auto quarter = [&](int i) ROPE_ALWAYS_INLINE {
       return read<Vec<A, kQuarter>>(sums + i * kQuarter);
     };
