@@ -90,8 +90,10 @@ class OperatorCase:
 
     @property
     def written(self) -> list[str]:
+        """Without those that may be absent."""
         schema = self.operator._schema.arguments
-        return [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        return [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write
+                and not a.has_default_value()]  # fmt: skip
 
     @property
     def result_names(self) -> list[str]:

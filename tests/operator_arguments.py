@@ -39,7 +39,7 @@ def tensors_of(
     """Values for the arguments of all operators, by name.
 
     seed: of the values. rows: cos and sin have a row for each token instead of a table. packed:
-    tensors have no batch, and rows are [1, T, P]. float8: of caches, with scales.
+    tensors have no batch, and rows are [1, T, P]. float8: of caches, with scales, and of q.
     positions_for_all: gradients of angles are those of one sequence. angles: positions are float
     numbers, along several axes.
     """
@@ -76,6 +76,9 @@ def tensors_of(
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
     pool |= {"group_size": D // 2, "scale_out": random(*tokens, H, 2, seed=next(count))}
     blocks = (capacity // BLOCK_SIZE, BLOCK_SIZE)
+    if float8:
+        pool["q_out"] = random_cache(*tokens, H, D, dtype=torch.float8_e4m3fn)
+        pool["q_scale_out"] = torch.zeros(*tokens, H)
     in_cache = torch.float8_e4m3fn if float8 else dtype
     pool |= {name: random_cache(*blocks, K, D, dtype=in_cache) for name in ("k_cache", "v_cache")}
     pool["kv_cache"] = random_cache(*blocks, RANK + D, dtype=in_cache)
@@ -128,4 +131,5 @@ def results_of(function, given, written):
     """The results of a call, then the tensors that it has written."""
     returned = function(**given)
     returned = returned if isinstance(returned, tuple | list) else (returned,)
-    return [x for x in (*returned, *(given[n] for n in written)) if isinstance(x, torch.Tensor)]
+    tensors = (*returned, *(given.get(n) for n in written))
+    return [x for x in tensors if isinstance(x, torch.Tensor)]

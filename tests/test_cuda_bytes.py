@@ -250,6 +250,47 @@ def test_append_moves_what_rotates_and_what_is_stored_once(shape, step, dtype, c
         assert moved.store_sectors == written
 
 
+@pytest.mark.parametrize(
+    ("shape", "step", "norm", "own_scales"),
+    pairwise(
+        shape=by_name(KEEPING_ORDER[:4]),
+        step=STEPS,
+        norm={"no norm": False, "norm": True},
+        own_scales={"one scale": False, "own scales": True},
+    ),
+)
+def test_append_with_a_float8_q_reads_q_once_and_writes_a_byte_a_channel(
+    shape, step, norm, own_scales
+):
+    """Without a norm, k is written back only where it rotates."""
+    batch, seq = step
+    tokens = batch * seq
+    q, k, cos, sin = tensors(shape, batch, seq, torch.bfloat16)
+    blocks = -(-2 * tokens // BLOCK_SIZE)
+    caches = torch.zeros(2, blocks, BLOCK_SIZE, *k.shape[2:]).bfloat16().cuda()
+    slots = torch.randperm(blocks * BLOCK_SIZE)[:tokens].view(batch, seq).cuda()
+    options = {"interleaved": shape.interleaved}
+    options["q_out"] = torch.zeros(q.shape).to(torch.float8_e4m3fn).cuda()
+    if own_scales:
+        options["q_scale_out"] = torch.zeros(q.shape[:-1]).cuda()
+    else:
+        options["q_scale"] = torch.ones(1).cuda()
+    weights = torch.ones(2, shape.head_dim).bfloat16().cuda() if norm else ()
+    operator = "rms_norm_rotary_qk_append_kv_" if norm else "apply_rotary_qk_append_kv_"
+    append = getattr(torch.ops.rope, operator)
+    moved = moved_by(lambda: append(q, k, k.clone(), *caches, slots, *weights, cos, sin, **options))
+    scales = -(-tokens * shape.q_heads * 4 // SECTOR) if own_scales else 1
+    of_weights = sectors(2 * shape.head_dim * 2) if norm else 0
+    of_slots = -(-tokens * 8 // SECTOR)
+    assert moved.launches == 1
+    assert moved.load_unique_sectors == of_slots + of_weights + (not own_scales) + sectors(
+        2 * (q.numel() + 2 * k.numel()) + 2 * cos.numel() * cos.itemsize
+    )
+    k_written = tokens * shape.k_heads * (shape.head_dim if norm else shape.rotary_dim)
+    written = sectors(q.numel() + 2 * (k_written + 2 * k.numel()))
+    assert moved.store_unique_sectors == written + (scales if own_scales else 0)
+
+
 def test_append_reads_no_v_that_is_not_stored():
     moved, rotated, _, table, of_slots = appended(
         LLAMA, STEPS["prefill"], torch.bfloat16, torch.bfloat16, stored=False

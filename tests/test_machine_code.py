@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ("80", "90", "120")
 SOURCES = "rotation", "rotation_by_angles", "table_grad", "angles", "kv_cache"
-SOURCES += "rms_norm", "rms_norm_append", "rms_norm_grad", "quantize"
+SOURCES += "rms_norm", "rms_norm_grad", "append_rows", "quantize"
 
 # The most registers a thread, by "architecture kernel<arguments>": the first that matches counts.
 #
@@ -30,13 +30,15 @@ SOURCES += "rms_norm", "rms_norm_append", "rms_norm_grad", "quantize"
 # need more.
 #
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
-# factors and rotations, and for gradients as many values of the gradient. Blocks have up to 512
-# threads: one block is resident with up to 128 registers, two with 64.
+# factors and rotations, and for gradients as many values of the gradient. So do the heads of q that
+# become float8. Blocks have up to 512 threads: one block is resident with up to 128 registers, two
+# with 64.
 MOST_REGISTERS = (
     (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
-    (r"rms_norm_append_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
-    (r"rms_norm_append_kernel<double", 104),
-    (r"rms_norm_(rotary|append)_kernel\b", 96),
+    (r"rms_norm_rotary_kernel\b", 96),
+    (r"append_row_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false, false>", 64),
+    (r"append_row_kernel<.*, false, false>", 112),
+    (r"append_row_kernel\b", 128),
     (r"rms_norm_rotary_grad_kernel\b", 128),
     (r"quantize_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
     (r"quantize_kernel", 96),

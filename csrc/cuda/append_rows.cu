@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMostLanes, Traits::kFloat8Q ? 1 : resident_bl
       }
       continue;
     }
-    if (writes) store_fragment(x, data, out);
+    if (is_normed || (!row.is_v && in.rotates)) store_fragment(x, data, out);  // else as before
     const Slot slot = row.is_q ? Slot{} : slot_of(args.append, row.b, row.s);
     if (!slot.exists) continue;
     if (!writes) load_fragment(x, data, in);

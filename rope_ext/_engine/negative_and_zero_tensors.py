@@ -36,9 +36,8 @@ def _copying_kernel(operator: Operator, key: str) -> Callable[..., Any]:
         return x.clone() if isinstance(x, Tensor) and is_other(x) else x
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
-        given = operator.named(args, options)
-        for name in operator.written:
-            if is_other(given[name]):
+        for name, x in operator.named(args, options).items():
+            if name in operator.written and x is not None and is_other(x):
                 raise RuntimeError(
                     f"{operator.op}: expected {name}, which is written, to be no {expected}, got "
                     f"one: pass {name}.{plain}(), a copy"

@@ -23,7 +23,7 @@ FUNCTIONS = {name: function for name in CALLS if (function := function_of(name))
 ENTRIES = [(name, function) for name, (function, _) in FUNCTIONS.items()]
 
 SWAPS = {"bshd": None, "thd": None, "bhsd": (1, 2), "sbhd": (0, 1)}
-IN_LAYOUT = ("x", "q", "k", "v", "out", "scale_out", "out_q", "out_k")
+IN_LAYOUT = ("x", "q", "k", "v", "q_out", "out", "scale_out", "out_q", "out_k")
 CACHES = ("k_cache", "v_cache")
 
 

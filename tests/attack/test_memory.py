@@ -31,7 +31,7 @@ def run_case(number, note):
     elements = max((t.numel() for t in call.values() if isinstance(t, torch.Tensor)), default=0)
     torch.set_num_threads(2 if elements > 2**15 else 1)
     ARENA.reset()
-    outputs = RECORDS[name].written
+    outputs = written_by(name, call)
     for argument, t in call.items():
         if isinstance(t, torch.Tensor):
             call[argument] = placed(ARENA, d, t, argument, is_written=argument in outputs)
@@ -63,10 +63,14 @@ def contiguous(call: Arguments) -> Arguments:
             for name, t in call.items()}  # fmt: skip
 
 
+def written_by(name: str, call: Arguments) -> list[str]:
+    return [argument for argument in RECORDS[name].written if call.get(argument) is not None]
+
+
 def results_of(name: str, call: Arguments) -> list[torch.Tensor]:
     result = call_operator(name, call)
     if RECORDS[name].written:
-        return [call[argument] for argument in RECORDS[name].written]
+        return [call[argument] for argument in written_by(name, call)]
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 

@@ -65,18 +65,24 @@ MUTANTS = [
     ),
     # Slots and scales that store wrong values are accepted; scales are read from elsewhere.
     *mutants(
-        "csrc/check/cache.cpp", "test_appends test_append_kv test_append_mla",
+        "csrc/check/cache.cpp",
+        "test_appends test_append_kv test_append_mla test_append_float8_q",
         ("one-slot-too-many-passes", "slots.size(0) <= batch * seq",
          "slots.size(0) <= batch * seq + 1"),
         ("neighbours-of-one-slot-pass", "rising && last < slot;", "rising && last <= slot;"),
+        ("q-out-of-the-model's-dtype-passes", "if (to.dtype == CacheDType::OfModel) {",
+         "if (false) {"),
+        ("two-kinds-of-scales-pass", "if (scale && scale_out) refuse", "if (false) refuse"),
         ("scale-of-0-passes", "(each) && each > 0", "(each) && each >= 0"),
-        ("scales-of-heads-are-dense", "a_head ? scale->stride(0) : 0;", "a_head ? 1 : 0;"),
+        ("scales-of-heads-are-dense", "a_head ? scale.stride(0) : 0}", "a_head ? 1 : 0}"),
         ("slot-at-the-end-of-the-cache-passes", "if (slot >= capacity) {",
          "if (slot > capacity) {"),
     ),
     # v is stored with the scale, or by the strides, of k.
     *mutants(
-        "csrc/kv_cache.cpp", "test_append_kv test_appends",
+        "csrc/kv_cache.cpp", "test_append_kv test_append_normed test_appends",
+        ("v-may-be-k-where-it-is-normalised", '{"v", writes_v ? &in.v : nullptr},',
+         '{"v", nullptr},'),
         ("v-by-the-scale-of-k", '"v_scale", in.v_scale,', '"v_scale", in.k_scale,'),
         ("v-cache-by-the-strides-of-k-cache", "stored(in.v, in.v_cache);",
          "stored(in.v, in.k_cache);"),
@@ -91,13 +97,17 @@ MUTANTS = [
         ("offset-in-a-block-by-the-stride-of-blocks",
          "stride_offset = in.kv_cache.stride(1);", "stride_offset = in.kv_cache.stride(0);"),
     ),
-    # The gradient of an inverse rotation is rotated the wrong way; NaN passes for an eps.
+    # NaN passes for an eps, any heads for those of a weight.
+    *mutants(
+        "csrc/check/norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
+        ("eps-of-nan-passes", "if (!(options.eps >= 0))", "if (options.eps < 0)"),
+        ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
+    ),
+    # The gradient of an inverse rotation is rotated the wrong way.
     *mutants(
         "csrc/rms_norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("gradient-of-the-norm-always-inverse", "rotary.inverse = !rotary.inverse;",
          "rotary.inverse = true;"),
-        ("eps-of-nan-passes", "if (!(in.norm.eps >= 0))", "if (in.norm.eps < 0)"),
-        ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
     ),
     # Sequences of several axes begin elsewhere.
     *mutants(

@@ -69,9 +69,15 @@ MUTANTS = [
     # A slot of -1 is written before the cache; heads go to other places, by other scales.
     *mutants(
         "csrc/cpu/isa/kv_cache.inl",
-        "test_append_kv test_append_mla test_appends attack/test_memory",
-        ("slot-of-minus-1-is-stored", "if (!is_inside(slot, capacity)) continue;",
-         "if (slot >= capacity) continue;"),
+        "test_append_kv test_append_mla test_append_float8_q test_appends attack/test_memory",
+        ("slot-of-minus-1-is-stored",
+         "if (!is_inside(slot, args.blocks * args.block_size)) return;",
+         "if (slot >= args.blocks * args.block_size) return;"),
+        ("q-after-the-first-chunk-of-heads-from-the-first-one",
+         "part.q.in = {from + head * q.in.stride_h, 0, 0, q.in.stride_h};",
+         "part.q.in = {from, 0, 0, q.in.stride_h};"),
+        ("own-scales-of-all-heads-in-one-place", "q.own_scale.data[at(q.own_scale)] = scale;",
+         "q.own_scale.data[0] = scale;"),
         ("heads-of-the-cache-by-the-stride-of-k", "const int64_t at = to + head * x.stride_h;",
          "const int64_t at = to + head * x.in.stride_h;"),
         ("one-scale-for-all-heads", "x.scale[head * x.scale_stride_h]", "x.scale[0]"),
@@ -79,6 +85,13 @@ MUTANTS = [
          "static_cast<T*>(x->out.data) + head * x->out.stride_h;", "static_cast<T*>(x->out.data);"),
         ("tokens-without-a-slot-are-not-rotated", "} else if (heads > 0) {",
          "} else if (heads > 0 && token < args.slot_count) {"),
+    ),
+    # v is rotated too; the heads of q on their way to float8 keep no place.
+    *mutants(
+        "csrc/cpu/isa/rms_norm_append.inl", "test_append_normed test_append_float8_q",
+        ("v-rotates", "of_v.rotary_dim = 0;", ""),
+        ("q-to-float8-beside-its-scratch-memory", "q.out = head + rotary.rotary_offset;",
+         "q.out = head;"),
     ),
     # A norm over other channels or with another weight, row or eps.
     *mutants(

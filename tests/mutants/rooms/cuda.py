@@ -52,10 +52,19 @@ MUTANTS = [
         ("tail-of-the-latent-by-its-first-vector", "channel + place.in.second < args.v.channels",
          "channel < args.v.channels"),
         ("k-is-stored-in-the-order-of-x", "is_v ? place.in : place.out;", "place.in;"),
-        ("offset-of-a-float8-cache-in-elements", "rotary.rotary_offset * cache_bytes",
-         "rotary.rotary_offset * element_bytes"),
         ("tokens-without-a-slot-in-slot-0", "if (is_q || !slot.exists) continue;",
          "if (is_q) continue;"),
+    ),
+    # Rows of other tensors, scales before the last channels are seen, channels read after written.
+    *mutants(
+        "csrc/cuda/append_rows.cu", "test_append_normed test_append_float8_q test_appends",
+        ("rows-of-v-are-those-of-k", "row -= is_q ? 0 : is_v ? plan.q_rows + plan.k_rows :",
+         "row -= is_q ? 0 : is_v ? plan.q_rows :"),
+        ("largest-magnitude-of-the-first-vector-alone", "if (i < F::N || both) largest",
+         "if (i < F::N) largest"),
+        ("scale-of-the-first-head-for-all", "group * plan.scaled_heads + head_of_row;",
+         "group * plan.scaled_heads;"),
+        ("v-that-has-no-norm-is-not-read", "if (!writes) load_fragment(x, data, in);", ""),
     ),
     # Heads and means of other rows.
     *mutants(
@@ -105,6 +114,8 @@ MUTANTS = [
         "csrc/cuda/parts/cache_store.cuh", "test_append_kv test_append_mla test_appends",
         ("slot-one-past-the-cache", "if (index >= static_cast<uint64_t>(args.blocks) * size)",
          "if (index > static_cast<uint64_t>(args.blocks) * size)"),
+        ("offset-of-a-float8-cache-in-elements", "rotary.rotary_offset * cache_bytes",
+         "rotary.rotary_offset * element_bytes"),
         ("all-heads-by-the-first-scale", "heads.scale + head * heads.scale_stride_h",
          "heads.scale"),
     ),

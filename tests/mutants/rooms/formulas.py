@@ -23,7 +23,8 @@ MUTANTS = [
     ),
     # Rounding to float8: no saturation, another largest value, ties to the lower one.
     *mutants(
-        "csrc/math/float8.h", "test_append_kv",
+        "csrc/math/float8.h", "test_append_kv test_append_float8_q",
+        ("scale-of-a-head-of-zeros", "scale == 0 ? 1.0f : scale", "scale"),
         ("float8-does-not-saturate", "given < format.largest ? given : format.largest;", "given;"),
         ("largest-float8-is-416", "of(3, 7, 0x7e, 0x7f)", "of(3, 7, 0x7d, 0x7f)"),
         ("ties-of-float8-down", "below_half + ((magnitude >> format.dropped_bits) & 1u);",

@@ -38,7 +38,8 @@ MUTANTS = [
     # Autograd does not see a write; heads are taken for tokens of a block.
     *mutants(
         "rope_ext/kv_cache.py", "test_appends test_append_kv",
-        ("v-cache-counts-no-version", "(q, k, k_cache, v_cache))", "(q, k, k_cache))"),
+        ("v-cache-counts-no-version", "written = (q, k, k_cache, v_cache, *outs.values())",
+         "written = (q, k, k_cache, *outs.values())"),
     ),
     # The same.
     *mutants(
@@ -47,7 +48,7 @@ MUTANTS = [
     ),
     # Values below the default are ignored.
     *mutants(
-        "rope_ext/rms_norm.py", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
+        "rope_ext/options.py", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("smaller-eps-is-ignored", "if eps != 1e-6:", "if eps > 1e-6:"),
     ),
     # The same.
