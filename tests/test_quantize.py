@@ -281,6 +281,13 @@ def test_bad_argument_is_refused_and_nothing_written(device):
         QUANTIZE.assert_refused({**given, **change(given)}, expected)
 
 
+def test_groups_have_to_fit_into_shared_memory(device):
+    sizes = {"tokens": (1, 1), "heads": 1, "width": 1, "group_size": 1}
+    assert_quantises(some_heads(device, dim=8192, **sizes))
+    expected = "group_size to divide x's channels, 8193, into at most 8192 groups, got 1"
+    QUANTIZE.assert_refused(some_heads(device, dim=8193, **sizes), expected)
+
+
 def test_position_past_the_table_is_refused():
     given = some_heads("cpu")
     given["position_ids"][1, 2] = L

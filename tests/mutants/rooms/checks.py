@@ -70,7 +70,7 @@ MUTANTS = [
         ("one-slot-too-many-passes", "slots.size(0) <= batch * seq",
          "slots.size(0) <= batch * seq + 1"),
         ("neighbours-of-one-slot-pass", "rising && last < slot;", "rising && last <= slot;"),
-        ("q-out-of-the-model's-dtype-passes", "if (to.dtype == CacheDType::OfModel) {",
+        ("q-out-of-the-model's-dtype-passes", "if (dtype == CacheDType::OfModel) {",
          "if (false) {"),
         ("two-kinds-of-scales-pass", "if (scale && scale_out) refuse", "if (false) refuse"),
         ("scale-of-0-passes", "(each) && each > 0", "(each) && each >= 0"),
@@ -102,6 +102,14 @@ MUTANTS = [
         "csrc/check/norm.cpp", "test_rms_norm_rotary test_rms_norm_rotary_transforms",
         ("eps-of-nan-passes", "if (!(options.eps >= 0))", "if (options.eps < 0)"),
         ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
+    ),
+    # Scales that are subnormal, or that are written over the result.
+    *mutants(
+        "csrc/quantize.cpp", "test_quantize",
+        ("eps-that-makes-subnormal-scales-passes", "eps >= kLeastEps &&", "eps > 0 &&"),
+        ("scales-may-lie-in-out", """{{"out", out}, {"scale_out", scale_out}}""",
+         """{{"out", out}}"""),
+        ("more-groups-than-shared-memory-holds", "head_dim / group_size > kMostGroups", "false"),
     ),
     # The gradient of an inverse rotation is rotated the wrong way.
     *mutants(

@@ -93,13 +93,21 @@ MUTANTS = [
         ("q-to-float8-beside-its-scratch-memory", "q.out = head + rotary.rotary_offset;",
          "q.out = head;"),
     ),
+    # Scales lie elsewhere; pairs after the first piece go to other channels; a part of a group.
+    *mutants(
+        "csrc/cpu/isa/quantize.inl", "test_quantize attack/test_memory",
+        ("scales-of-a-head-are-neighbours", "scale += args_.scales_stride_group;", "scale += 1;"),
+        ("pieces-of-halves-as-of-neighbours", "(args_.interleaved_out ? 2 : 1) * piece.first;",
+         "2 * piece.first;"),
+        ("channels-before-the-rotation-are-lost", "rotating + piece.channel[0]);",
+         "rotating + std::max<int64_t>(piece.channel[0], 0));"),
+    ),
     # A norm over other channels or with another weight, row or eps.
     *mutants(
         "csrc/cpu/isa/norm_heads.inl", "test_rms_norm_rotary",
         ("weight-of-the-first-head-for-all", "weight != weight_ || at != weight_at_ ||",
          "weight != weight_ ||"),
-        ("row-of-the-first-sequence-for-one-token-each", "b != row_b_ || s != row_s_ ||",
-         "s != row_s_ ||"),
+        ("row-of-the-first-sequence-for-one-token-each", "b != b_ || s != s_ ||", "s != s_ ||"),
         ("mean-from-the-offset-on", "x + h * stride_h - rotary_.rotary_offset;",
          "x + h * stride_h;"),
         ("eps-beside-the-root",

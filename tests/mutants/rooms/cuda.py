@@ -66,6 +66,14 @@ MUTANTS = [
          "group * plan.scaled_heads;"),
         ("v-that-has-no-norm-is-not-read", "if (!writes) load_fragment(x, data, in);", ""),
     ),
+    # Magnitudes of other groups.
+    *mutants(
+        "csrc/cuda/quantize.cu", "test_quantize",
+        ("vectors-across-groups", "  alignment.add_elements(args.group_size);\n", ""),
+        ("second-vector-in-the-group-of-the-first",
+         "const uint32_t second = channel + out.at.second;", "const uint32_t second = channel;"),
+        ("groups-of-another-head-of-the-block", "largest + head_of_block * groups;", "largest;"),
+    ),
     # Heads and means of other rows.
     *mutants(
         "csrc/cuda/rms_norm.cu", "test_rms_norm_rotary",
