@@ -149,12 +149,12 @@ def attention_output(step: str, tokens: int) -> Case:
 
 
 def rotate_then_quantize(
-    x: Tensor, out: Tensor, scale_out: Tensor, group_size: int, **rotation: Any
+    x: Tensor, x_out: Tensor, scale_out: Tensor, group_size: int, **rotation: Any
 ) -> None:
     groups = rope.apply_rotary(x.float(), **rotation).unflatten(-1, (-1, group_size))
-    limit = torch.finfo(out.dtype).max
+    limit = torch.finfo(x_out.dtype).max
     torch.div(groups.abs().amax(-1).clamp(min=1e-10), limit, out=scale_out)
-    out.copy_((groups / scale_out[..., None]).clamp(-limit, limit).flatten(-2))
+    x_out.copy_((groups / scale_out[..., None]).clamp(-limit, limit).flatten(-2))
 
 
 def quantize(form: str, step: str, tokens: int) -> OperatorCase:
@@ -169,7 +169,7 @@ def quantize(form: str, step: str, tokens: int) -> OperatorCase:
             "interleaved": True,
             "inverse": True,
             "group_size": GROUP,
-            "out": torch.empty_like(x, dtype=torch.float8_e4m3fn),
+            "x_out": torch.empty_like(x, dtype=torch.float8_e4m3fn),
             "scale_out": x.new_empty(*x.shape[:-1], shape.head_dim // GROUP, dtype=torch.float32),
         }
 

@@ -43,7 +43,7 @@ WAYS = [
     for name in filter(None, names)
 ]
 SWAPPED = {"bshd": None, "bhsd": (1, 2), "sbhd": (0, 1), "HND": (1, 2)}
-IN_LAYOUT = "x", "q", "k", "v", "q_out", "out", "scale_out"
+IN_LAYOUT = "x", "q", "k", "v", "q_out", "x_out", "scale_out"
 CACHES = "k_cache", "v_cache"
 
 every_way = pytest.mark.parametrize(("function", "operator"), WAYS)

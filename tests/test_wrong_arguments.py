@@ -1,6 +1,5 @@
 """Arguments of another type, dtype or layout: the error names them, and the remedy."""
 
-import inspect
 import re
 import traceback
 import types
@@ -75,12 +74,7 @@ def test_argument_of_another_type_is_named_and_nothing_written(name):
     annotations = {n: kind for n, kind in function.__annotations__.items() if n != "return"}
     by = f"({name}|rope_ext.apply_rotary_qk)" if name == "RotaryEmbedding" else name
     for inplace in (False, True) if "inplace" in annotations else (False,):
-        required = {n for n, p in inspect.signature(function).parameters.items()
-                    if p.default is p.empty}  # fmt: skip
-        given = {n: t for n, t in tensors().items()
-                 if n in annotations and (n not in OMITTED or n in required)}  # fmt: skip
-        if "scale_out" in given:
-            given["out"] = given["out"].to(F8)
+        given = {n: t for n, t in tensors().items() if n in annotations and n not in OMITTED}
         if inplace:
             given["inplace"] = True
         kept = {n: (t.clone(), t._version) for n, t in given.items() if isinstance(t, Tensor)}

@@ -107,8 +107,8 @@ MUTANTS = [
     *mutants(
         "csrc/quantize.cpp", "test_quantize",
         ("eps-that-makes-subnormal-scales-passes", "eps >= kLeastEps &&", "eps > 0 &&"),
-        ("scales-may-lie-in-out", """{{"out", out}, {"scale_out", scale_out}}""",
-         """{{"out", out}}"""),
+        ("scales-may-lie-in-the-result", """{{"x_out", x_out}, {"scale_out", scale_out}}""",
+         """{{"x_out", x_out}}"""),
         ("more-groups-than-shared-memory-holds", "head_dim / group_size > kMostGroups", "false"),
     ),
     # The gradient of an inverse rotation is rotated the wrong way.
