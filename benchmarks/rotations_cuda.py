@@ -149,13 +149,12 @@ def attention_output(step: str, tokens: int) -> Case:
 
 
 def rotate_then_quantize(
-    x: Tensor, out: Tensor, scale_out: Tensor, group_size: int, **rotation: Any
+    x: Tensor, x_out: Tensor, scale_out: Tensor, group_size: int, **rotation: Any
 ) -> None:
-    """Rounded to x's dtype between the two."""
-    groups = rope.apply_rotary(x, **rotation).float().unflatten(-1, (-1, group_size))
-    limit = torch.finfo(out.dtype).max
+    groups = rope.apply_rotary(x.float(), **rotation).unflatten(-1, (-1, group_size))
+    limit = torch.finfo(x_out.dtype).max
     torch.div(groups.abs().amax(-1).clamp(min=1e-10), limit, out=scale_out)
-    out.copy_((groups / scale_out[..., None]).clamp(-limit, limit).flatten(-2))
+    x_out.copy_((groups / scale_out[..., None]).clamp(-limit, limit).flatten(-2))
 
 
 def quantize(form: str, step: str, tokens: int) -> OperatorCase:
@@ -170,7 +169,7 @@ def quantize(form: str, step: str, tokens: int) -> OperatorCase:
             "interleaved": True,
             "inverse": True,
             "group_size": GROUP,
-            "out": torch.empty_like(x, dtype=torch.float8_e4m3fn),
+            "x_out": torch.empty_like(x, dtype=torch.float8_e4m3fn),
             "scale_out": x.new_empty(*x.shape[:-1], shape.head_dim // GROUP, dtype=torch.float32),
         }
 
@@ -183,7 +182,7 @@ def quantize(form: str, step: str, tokens: int) -> OperatorCase:
         lambda a: reference.apply_rotary_quantize(**in_float64(a)),
         channels * (2 + 1) + channels // GROUP * 4 + row_bytes(shape),
         {
-            "apply_rotary, then a scale a group": Way(rotate_then_quantize),
+            "apply_rotary of float32, then groups": Way(rotate_then_quantize),
             EAGER: Way(reference.apply_rotary_quantize),
         },
     )

@@ -18,13 +18,13 @@ constexpr double kLeastEps = 1e-30;
 
 void apply_rotary_quantize(const TokenTensor& x, const Rows& rows, int64_t group_size, double eps,
                            bool power_of_two_scales, const AnyRotation& rotation,
-                           const TokenTensor& out, const TokenTensor& scale_out) {
+                           const TokenTensor& x_out, const TokenTensor& scale_out) {
   const char* const op = "apply_rotary_quantize";
   const RotaryInputs in(op, x, nullptr, rows, rotation);
   check_device_supported(op, in.q);
   QuantizeArgs args{};
   static_cast<RotaryArgs&>(args) = check_apply_rotary(in);
-  args.float8_dtype = check_float8_out(op, "out", out, "x", in.q);
+  args.float8_dtype = check_float8_out(op, "x_out", x_out, "x", in.q);
   const int64_t head_dim = args.head_dim;
   if (group_size < 1 || head_dim % group_size != 0 || head_dim / group_size > kMostGroups) {
     refuse(op,
@@ -39,7 +39,7 @@ void apply_rotary_quantize(const TokenTensor& x, const Rows& rows, int64_t group
   of_scales.back() = head_dim / group_size;
   check_scale_out(op, "scale_out", scale_out, {of_scales.data(), of_scales.size()},
                   "one for each group of x's channels", "x", in.q);
-  const Named written[] = {{"out", out}, {"scale_out", scale_out}};
+  const Named written[] = {{"x_out", x_out}, {"scale_out", scale_out}};
   const Named read[] = {
       {"x", in.q}, {"cos", in.cos}, {"sin", in.sin}, {"position_ids", in.position_ids}};
   check_written(op, written, read);
@@ -47,7 +47,7 @@ void apply_rotary_quantize(const TokenTensor& x, const Rows& rows, int64_t group
   args.group_size = group_size;
   args.eps = static_cast<float>(eps);
   args.power_of_two_scales = power_of_two_scales;
-  args.float8 = heads_of(out.strides(), out.mutable_data_ptr(), args.dtype, 0);
+  args.float8 = heads_of(x_out.strides(), x_out.mutable_data_ptr(), args.dtype, 0);
   float* const scales = static_cast<float*>(scale_out.mutable_data_ptr());
   const Heads<void*> at = heads_of(scale_out.strides(), static_cast<void*>(scales), args.dtype, 0);
   args.scales = {scales, at.stride_b, at.stride_s, at.stride_h};

@@ -48,10 +48,10 @@ constexpr const char* kSchemas[] = {
     "apply_rotary_qk.out(Tensor q, Tensor k, {rows}, *, {rotation}, Tensor(a!) out_q, "
     "Tensor(b!) out_k) -> ()",
 
-    // Rotates x, and writes it to out, like x, of float8: divided by a scale of each group of
+    // Rotates x, and writes it to x_out, like x, of float8: divided by a scale of each group of
     // group_size channels, which scale_out, float32 [.., H, D / group_size], receives
     "apply_rotary_quantize(Tensor x, {rows}, *, int group_size=128, float eps=1e-10, "
-    "bool power_of_two_scales=False, {rotation}, Tensor(a!) out, Tensor(b!) scale_out) -> ()",
+    "bool power_of_two_scales=False, {rotation}, Tensor(a!) x_out, Tensor(b!) scale_out) -> ()",
     // qkv [.., Hq + 2 Hk, D] with kv_heads, Hk; or by group, [.., Hk, Hq / Hk + 2, D] -> q and k
     // rotated and v, [.., Hq, D] and [.., Hk, D], dense
     "apply_rotary_qkv(Tensor qkv, {rows}, *, int? kv_heads=None, {rotation}) -> (Tensor, Tensor, "

@@ -19,7 +19,7 @@ def apply_rotary_quantize(
     sin: Tensor,
     position_ids: Tensor | None = None,
     *,
-    out: Tensor,
+    x_out: Tensor,
     scale_out: Tensor,
     group_size: int = 128,
     eps: float = 1e-10,
@@ -43,7 +43,7 @@ def apply_rotary_quantize(
 
     Args:
         x, cos, sin, position_ids, layout: as for :func:`apply_rotary`.
-        out: of x's shape, in the same layout, float8_e4m3fn or float8_e5m2. Any strides with the
+        x_out: of x's shape, in the same layout, float8_e4m3fn or float8_e5m2. Any strides with the
             last one 1.
         scale_out: float32, of x's shape with D / group_size in the place of D, in the same layout.
             Any strides. It receives max(largest magnitude, eps) divided by the largest value of the
@@ -56,7 +56,7 @@ def apply_rotary_quantize(
             :func:`apply_rotary`.
 
     Returns:
-        out and scale_out.
+        x_out and scale_out.
 
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
@@ -67,18 +67,18 @@ def apply_rotary_quantize(
     if not is_dynamo_compiling():
         done = _quantize(
             layout, None, None, x, cos, sin, position_ids, group_size, eps, power_of_two_scales,
-            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse, out, scale_out,
+            rotary_dim, rotary_offset, interleaved, interleaved_out, inverse, x_out, scale_out,
         )  # fmt: skip
         if done is None:
-            return out, scale_out
+            return x_out, scale_out
     try:
         function = "apply_rotary_quantize"
-        given = (("x", x), ("out", out), ("scale_out", scale_out))
+        given = (("x", x), ("x_out", x_out), ("scale_out", scale_out))
         view, to, scales = (as_bshd(t, layout, function, name) for name, t in given)
         options = rotation_options(rotary_dim, rotary_offset, interleaved, interleaved_out, inverse)
-        options |= {"group_size": group_size, "eps": eps, "out": to, "scale_out": scales}
+        options |= {"group_size": group_size, "eps": eps, "x_out": to, "scale_out": scales}
         options["power_of_two_scales"] = power_of_two_scales
-        written = out, scale_out
+        written = x_out, scale_out
         call(rope.apply_rotary_quantize, (view, cos, sin, position_ids), options, written)
         return written
     except Exception:

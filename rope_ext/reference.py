@@ -278,7 +278,7 @@ def apply_rotary_quantize(
     sin: Tensor,
     position_ids: Tensor | None = None,
     *,
-    out: Tensor,
+    x_out: Tensor,
     scale_out: Tensor,
     group_size: int = 128,
     eps: float = 1e-10,
@@ -289,17 +289,17 @@ def apply_rotary_quantize(
     written.
 
     Returns:
-        What out and scale_out become.
+        What x_out and scale_out become.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rotated = apply_rotary(wide, cos, sin, position_ids, **options)
     groups = rotated.unflatten(-1, (-1, group_size))
-    scale = groups.abs().amax(-1).float().clamp(min=eps) / torch.finfo(out.dtype).max
+    scale = groups.abs().amax(-1).float().clamp(min=eps) / torch.finfo(x_out.dtype).max
     if power_of_two_scales:
         mantissa, exponent = torch.frexp(scale)  # of [0.5, 1)
         rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = torch.where(scale.isfinite(), rounded, scale)
-    return _rounded(groups, out.dtype, scale).flatten(-2), scale
+    return _rounded(groups, x_out.dtype, scale).flatten(-2), scale
 
 
 def _as_float8(

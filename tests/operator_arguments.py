@@ -74,6 +74,7 @@ def tensors_of(
     pool["new_inv_freq"] = drawn(P).abs()
     if float8:
         pool |= {name: torch.full((1,), 0.5 + seed) for name in ("k_scale", "v_scale", "scale")}
+    pool["x_out"] = random_cache(*tokens, H, D, dtype=torch.float8_e4m3fn, seed=next(count))
     pool |= {"group_size": D // 2, "scale_out": random(*tokens, H, 2, seed=next(count))}
     pool |= {"qkv": drawn(*tokens, H + 2 * K, D), "grad_v": drawn(*tokens, K, D)}
     pool |= {"q_heads": H, "kv_heads": K}
@@ -111,8 +112,6 @@ def arguments_of(operator, sizes=None, *, optional=True, **how):
                 taken[argument.name] = None
     if "old_position_ids" in taken:  # beside slots [N]
         taken["slot_mapping"] = taken["slot_mapping"].flatten()
-    if "scale_out" in taken:
-        taken["out"] = taken["out"].to(torch.float8_e4m3fn)
     return taken
 
 

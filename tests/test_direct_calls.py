@@ -47,7 +47,7 @@ WAYS = [
 ]
 SWAPPED = {"bshd": None, "bhsd": (1, 2), "sbhd": (0, 1), "HND": (1, 2)}
 NOT_DEFAULT = {"start": 7, "interleaved_out": False, "dtype": torch.float64}
-IN_LAYOUT = "x", "q", "k", "v", "q_out", "out", "scale_out"
+IN_LAYOUT = "x", "q", "k", "v", "q_out", "x_out", "scale_out"
 CACHES = "k_cache", "v_cache"
 
 every_way = pytest.mark.parametrize(("function", "operator"), WAYS)

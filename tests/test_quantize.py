@@ -43,7 +43,7 @@ def some_heads(
         "cos": cos,
         "sin": sin,
         "position_ids": random_positions(*tokens, rows=L, device=device),
-        "out": random_cache(*tokens, heads, dim, dtype=out_dtype, device=device),
+        "x_out": random_cache(*tokens, heads, dim, dtype=out_dtype, device=device),
         "scale_out": torch.full((*tokens, heads, dim // group_size), math.nan).to(device),
         "group_size": group_size,
     }
@@ -54,7 +54,7 @@ QUANTIZE = Appending(
     rope_ext.apply_rotary_quantize,
     reference.apply_rotary_quantize,
     some_heads,
-    ("out", "scale_out"),
+    ("x_out", "scale_out"),
 )
 
 
@@ -170,11 +170,11 @@ def test_groups_of_heads_side_by_side(device):
     given = {
         **plain,
         "x": plain["x"].unflatten(1, (groups, heads)),  # [T, G, heads, D]
-        "out": out.view(groups, tokens, heads, dim).transpose(0, 1),
+        "x_out": out.view(groups, tokens, heads, dim).transpose(0, 1),
         "scale_out": scales.unflatten(2, (heads, 4)).transpose(0, 1),
     }
     rope_ext.apply_rotary_quantize(**given, **DEEPSEEK, layout="sbhd")
-    for got, name in ((out, "out"), (scales, "scale_out")):
+    for got, name in ((out, "x_out"), (scales, "scale_out")):
         wanted = expected[name].flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)
         assert_same_bits(got, wanted, name)
 
@@ -189,15 +189,15 @@ def test_only_the_elements_of_a_view_are_written(view, device):
         wholes.append(whole)
         return inner
 
-    given["out"] = VIEWS[view](base, B, S, H, D)
+    given["x_out"] = VIEWS[view](base, B, S, H, D)
     given["scale_out"] = (
         torch.full((2, H, S, B, 2), math.nan).to(device)[..., 1].permute(3, 2, 1, 0)
     )
     expected = QUANTIZE.expected_of(given)
     whole = wholes[0].cpu().clone()
-    part = given["out"]
+    part = given["x_out"]
     whole.view(torch.uint8).as_strided(part.shape, part.stride(), part.storage_offset()).copy_(
-        expected["out"].view(torch.uint8)
+        expected["x_out"].view(torch.uint8)
     )
     QUANTIZE.append(given)
     assert_same_bits(wholes[0], whole)
@@ -209,9 +209,9 @@ def test_function_takes_every_layout(layout, device):
     given = some_heads(device, tokens=(B * S,) if layout == "thd" else (B, S))
     expected = QUANTIZE.expected_of(given)
     call = {n: in_layout(t.cpu(), layout).contiguous().to(device)
-            if n in ("x", "out", "scale_out") else t for n, t in given.items()}  # fmt: skip
+            if n in ("x", "x_out", "scale_out") else t for n, t in given.items()}  # fmt: skip
     results = rope_ext.apply_rotary_quantize(**call, layout=layout)
-    for name, result in zip(("out", "scale_out"), results, strict=True):
+    for name, result in zip(("x_out", "scale_out"), results, strict=True):
         assert result is call[name]
         assert_same_bits(result, in_layout(expected[name], layout))
 
@@ -230,7 +230,7 @@ def test_in_a_graph():
         return rope_ext.apply_rotary_quantize(**given)[1] * 1
 
     assert_same_bits(step(given), expected["scale_out"])
-    assert_same_bits(given["out"], expected["out"])
+    assert_same_bits(given["x_out"], expected["x_out"])
     assert len(graphs) == 1
 
 
@@ -252,21 +252,21 @@ def test_heads_are_sharded_together():
 # ---- refusals
 
 REFUSALS = [
-    (changed("out", lambda t: t.half()), "out of float8_e4m3fn or float8_e5m2, got float16"),
-    (changed("out", lambda t: t[:, 1:]), "out of x's shape [2, 5, 4, 32], got [2, 4, 4, 32]"),
-    (changed("out", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)), "out to have "
+    (changed("x_out", lambda t: t.half()), "x_out of float8_e4m3fn or float8_e5m2, got float16"),
+    (changed("x_out", lambda t: t[:, 1:]), "x_out of x's shape [2, 5, 4, 32], got [2, 4, 4, 32]"),
+    (changed("x_out", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)), "x_out to have "
      "stride 1 in its last dimension, got strides"),
-    (changed("out", lambda t: t[:1].expand(B, -1, -1, -1)), "out to have no two elements in one "
-     "place, as it is written, got strides"),
-    (lambda g: {"out": g["x"].view(E4M3)[..., :D]}, "x to share no memory with out, which is "
+    (changed("x_out", lambda t: t[:1].expand(B, -1, -1, -1)), "x_out to have no two elements in "
+     "one place, as it is written, got strides"),
+    (lambda g: {"x_out": g["x"].view(E4M3)[..., :D]}, "x to share no memory with x_out, which is "
      "written, got overlapping tensors"),
     (changed("scale_out", lambda t: t.double()), "scale_out to be float32, got float64"),
     (changed("scale_out", lambda t: t[..., :1]), "scale_out to have shape [2, 5, 4, 2], one for "
      "each group of x's channels, got [2, 5, 4, 1]"),
     (changed("scale_out", lambda t: t[..., :1].expand(-1, -1, -1, 2)), "scale_out to have no two "
      "elements in one place, as it is written, got strides"),
-    (lambda g: {"scale_out": g["out"].view(F32)[..., :2]}, "out and scale_out to share no memory, "
-     "as both are written, got overlapping tensors"),
+    (lambda g: {"scale_out": g["x_out"].view(F32)[..., :2]}, "x_out and scale_out to share no "
+     "memory, as both are written, got overlapping tensors"),
     *((lambda g, n=n: {"group_size": n}, "group_size to divide x's channels, 32, into at most 8192 "
        f"groups, got {n}") for n in (0, -16, 12, 64)),
     *((lambda g, e=e: {"eps": e}, f"eps to be between 1e-30 and 1e30, got {e:f}")
@@ -279,6 +279,13 @@ def test_bad_argument_is_refused_and_nothing_written(device):
     for change, expected in REFUSALS:
         given = some_heads(device)
         QUANTIZE.assert_refused({**given, **change(given)}, expected)
+
+
+def test_groups_have_to_fit_into_shared_memory(device):
+    sizes = {"tokens": (1, 1), "heads": 1, "width": 1, "group_size": 1}
+    assert_quantises(some_heads(device, dim=8192, **sizes))
+    expected = "group_size to divide x's channels, 8193, into at most 8192 groups, got 1"
+    QUANTIZE.assert_refused(some_heads(device, dim=8193, **sizes), expected)
 
 
 def test_position_past_the_table_is_refused():

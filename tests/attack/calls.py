@@ -53,7 +53,7 @@ def quantize(d: Draw) -> Arguments:
         "group_size": group_size,
         "eps": d.choice((1e-10, 1e-4, 2.0)),
         "power_of_two_scales": d.choice((False, True)),
-        "out": d.tensor(*heads, channels).to(d.choice(FLOAT8)),
+        "x_out": d.tensor(*heads, channels).to(d.choice(FLOAT8)),
         "scale_out": d.tensor(*heads, channels // group_size),
     }
 

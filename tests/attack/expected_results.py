@@ -98,7 +98,7 @@ def _quantize(a: Arguments) -> list[Expected]:
     wide = F64 if a["x"].dtype == F64 else torch.float32
     a |= {name: a[name].to(wide) for name in ("cos", "sin")}
     if a["x"].shape[-2] == 0 or a["x"].shape[:-2].numel() == 0:
-        return [Expected(a[name].clone()) for name in ("out", "scale_out")]
+        return [Expected(a[name].clone()) for name in ("x_out", "scale_out")]
     return [Expected(x) for x in reference.apply_rotary_quantize(**a)]
 
 

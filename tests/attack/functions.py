@@ -23,7 +23,7 @@ FUNCTIONS = {name: function for name in CALLS if (function := function_of(name))
 ENTRIES = [(name, function) for name, (function, _) in FUNCTIONS.items()]
 
 SWAPS = {"bshd": None, "thd": None, "bhsd": (1, 2), "sbhd": (0, 1)}
-IN_LAYOUT = ("x", "q", "k", "v", "qkv", "q_out", "out", "scale_out", "out_q", "out_k")
+IN_LAYOUT = ("x", "q", "k", "v", "qkv", "q_out", "x_out", "scale_out", "out", "out_q", "out_k")
 CACHES = ("k_cache", "v_cache")
 
 
@@ -60,11 +60,9 @@ def call_function(function: str, call: Arguments) -> object:
 
 def operator_of(function: str, call: Arguments) -> str:
     """The operator that a call of the function has to equal."""
-    name = f"rope::{function}"
-    into = call.get("out") is not None or call.get("out_q") is not None
-    if into and f"{name}.out" in CALLS:
-        return f"{name}.out"
-    return f"{name}_" if call.get("inplace") else name
+    if call.get("out") is not None or call.get("out_q") is not None:
+        return f"rope::{function}.out"
+    return f"rope::{function}_" if call.get("inplace") else f"rope::{function}"
 
 
 def of_operator(call: Arguments) -> Arguments:

@@ -133,6 +133,14 @@ MUTANTS = [
         ("eps-of-nan-passes", "if (!(options.eps >= 0))", "if (options.eps < 0)"),
         ("shape-of-the-weight-half-checked", "rank == 2 && weight.size(0) == heads", "rank == 2"),
     ),
+    # Scales that are subnormal, or that are written over the result.
+    *mutants(
+        "csrc/quantize.cpp", "test_quantize",
+        ("eps-that-makes-subnormal-scales-passes", "eps >= kLeastEps &&", "eps > 0 &&"),
+        ("scales-may-lie-in-the-result", """{{"x_out", x_out}, {"scale_out", scale_out}}""",
+         """{{"x_out", x_out}}"""),
+        ("more-groups-than-shared-memory-holds", "head_dim / group_size > kMostGroups", "false"),
+    ),
     # Sequences of several axes begin elsewhere.
     *mutants(
         "csrc/rotation_by_angles.cpp", "test_rotary_at",

@@ -103,6 +103,15 @@ MUTANTS = [
          "static_cast<size_t>(args.rotary_dim) * sizeof(T)"),
         ("all-groups-are-the-first", "from.in.data) + g * from.in.stride_g;", "from.in.data);"),
     ),
+    # Scales lie elsewhere; pairs after the first piece go to other channels; a part of a group.
+    *mutants(
+        "csrc/cpu/isa/quantize.inl", "test_quantize attack/test_memory",
+        ("scales-of-a-head-are-neighbours", "scale += args_.scales_stride_group;", "scale += 1;"),
+        ("pieces-of-halves-as-of-neighbours", "(args_.interleaved_out ? 2 : 1) * piece.first;",
+         "2 * piece.first;"),
+        ("channels-before-the-rotation-are-lost", "rotating + piece.channel[0]);",
+         "rotating + std::max<int64_t>(piece.channel[0], 0));"),
+    ),
     # A norm over other channels or with another weight, row or eps.
     *mutants(
         "csrc/cpu/isa/norm_heads.inl", "test_rms_norm_rotary",

@@ -76,6 +76,14 @@ MUTANTS = [
         ("groups-never-change", "group += step.groups + (passed ? 1 : 0);",
          "group += step.groups + 1;"),
     ),
+    # Magnitudes of other groups.
+    *mutants(
+        "csrc/cuda/quantize.cu", "test_quantize",
+        ("vectors-across-groups", "  alignment.add_elements(args.group_size);\n", ""),
+        ("second-vector-in-the-group-of-the-first",
+         "const uint32_t second = channel + out.at.second;", "const uint32_t second = channel;"),
+        ("groups-of-another-head-of-the-block", "largest + head_of_block * groups;", "largest;"),
+    ),
     # Heads and means of other rows.
     *mutants(
         "csrc/cuda/rms_norm.cu", "test_rms_norm_rotary",

@@ -30,4 +30,11 @@ MUTANTS = [
         ("ties-of-float8-down", "below_half + ((magnitude >> format.dropped_bits) & 1u);",
          "below_half;"),
     ),
+    # Scales of groups: rounded down, without a least one, infinity as a power of two.
+    *mutants(
+        "csrc/math/float8.h", "test_quantize",
+        ("scale-of-a-group-rounded-down", "(bits + 0x7fffffu) & 0xff800000u", "bits & 0xff800000u"),
+        ("eps-of-a-group-without-effect", "float_of(largest_bits) < eps ? eps", "false ? eps"),
+        ("scale-of-nan-as-a-power-of-two", "power_of_two && bits < 0x7f800000u", "power_of_two"),
+    ),
 ]
