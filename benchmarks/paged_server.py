@@ -1,18 +1,20 @@
-"""A small server of a Llama model: continuous batching of requests over a paged KV cache.
+"""A small server of models of transformers: continuous batching over a paged KV cache.
 
 Requests arrive and end between steps. A step takes the next token of every decoding sequence and,
 within its budget of tokens, parts of prompts, all packed into one batch [T]. Positions, slots and
-the rows of cos and sin are computed once a step, for all layers.
+the rows of cos and sin are computed once a step, for all layers. A system prompt is read once, at
+the first positions; where it stands in a prompt, its cached keys are copied and moved there.
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from paged_attention import FAMILIES, Cache, Heads, Move, Step
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,6 +28,7 @@ class Request:
     prompt: list[int]
     new_tokens: int  # at most; fewer with an end-of-text token
     arrival: int  # the step before which it arrives
+    system_at: int | None = None  # where the system prompt is in the prompt: after whole blocks
     generated: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
@@ -37,6 +40,12 @@ class Request:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.generated
+
+    @property
+    def unread(self) -> int:
+        """The next tokens that the model can read: none of the system prompt, which is cached."""
+        ahead = self.system_at is not None and self.cached < self.system_at
+        return (self.system_at if ahead else len(self.tokens)) - self.cached
 
     @property
     def most_cached(self) -> int:
@@ -63,47 +72,6 @@ class BlockAllocator:
         request.blocks = []
 
 
-@dataclass
-class Step:
-    """The inputs of a step for all layers: T packed tokens, a part of each of n sequences."""
-
-    tokens: Tensor  # int64 [T]
-    bounds: list[int]  # n + 1: the start of each sequence's part, and T
-    cached: list[int]  # n: earlier tokens of each sequence
-    block_table: Tensor  # int64 [n, most blocks], -1 for no block
-    slots: Tensor  # int64 [T]
-    cos: Tensor  # float32 [T, P]
-    sin: Tensor  # float32 [T, P]
-
-    def last_tokens(self) -> Tensor:
-        return torch.tensor(self.bounds[1:], device=self.tokens.device) - 1
-
-
-# Rotates q and k [T, H, D] in place and stores k and v in the caches [blocks, block_size, Hk, D]:
-# (q, k, v, k_cache, v_cache, slots, cos, sin).
-Append = Callable[..., object]
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> None:
-    rope_ext.apply_rotary_qk_append_kv_(q, k, v, *rest, layout="thd")
-
-
-def apart(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    """The same in three operators."""
-    rope_ext.apply_rotary_qk(q, k, cos, sin, layout="thd", inplace=True)
-    k_cache.flatten(0, 1)[slots] = k
-    v_cache.flatten(0, 1)[slots] = v
-
-
 class Clock:
     """Sums up the seconds during which it runs."""
 
@@ -123,21 +91,27 @@ class Clock:
         self.seconds += self.now() - start
 
 
-class PagedLlama:
-    """The layers of a Llama of transformers, with our attention over a paged cache."""
+class PagedModel:
+    """The layers of a model of transformers, with our attention over a paged cache.
 
-    def __init__(self, model: nn.Module, blocks: int, block_size: int, append: Append) -> None:
-        self.model, self.append, self.block_size = model, append, block_size
+    way: "fused" or "apart" (paged_attention.py). cache: its dtype, if not that of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: int, block_size: int, way: str, cache: torch.dtype | None
+    ) -> None:
+        self.model, self.block_size, self.way = model, block_size, way
         self.layers = model.model.layers
-        self.head_dim = self.layers[0].self_attn.head_dim
         weight = model.lm_head.weight
         self.device = weight.device
         frequencies = rope_ext.frequencies.from_config(model.config, device=self.device)
         self.inv_freq, self.attention_scaling = frequencies
-        shape = (blocks, block_size, model.config.num_key_value_heads, self.head_dim)
-        self.caches = [
-            (weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(len(self.layers))
-        ]
+
+        def new_cache(*row: int) -> Cache:
+            return Cache(weight.new_zeros(blocks, block_size, *row), cache or weight.dtype)
+
+        family = FAMILIES[model.config.model_type]
+        self.attentions = [family(layer.self_attn, new_cache) for layer in self.layers]
         self.clock = Clock(self.device)  # of rotation and append
 
     def prepare(self, parts: list[tuple[Request, int]]) -> Step:
@@ -164,37 +138,43 @@ class PagedLlama:
     def __call__(self, step: Step) -> Tensor:
         """The logits after the last token of each sequence's part, [n, vocabulary]."""
         x = self.model.model.embed_tokens(step.tokens)  # [T, hidden]
-        for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
-            attention, normed = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                project(normed).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+        for layer, attention in zip(self.layers, self.attentions, strict=True):
+            projected = attention.project(layer.input_layernorm(x))
             with self.clock.running():
-                self.append(q, k, v, k_cache, v_cache, step.slots, step.cos, step.sin)
-            x = x + attention.o_proj(self.attend(q, k_cache, v_cache, step).flatten(1))
+                q = getattr(attention, f"append_{self.way}")(step, *projected)
+            x = x + layer.self_attn.o_proj(self.attend(attention, q, step).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.model.lm_head(self.model.model.norm(x[step.last_tokens()]))
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
-        """Attention of each sequence's part of q [T, H, D] to all of its tokens: [T, H, D]."""
-        out = torch.empty_like(q)
+    def attend(self, attention: Heads, q: Tensor, step: Step) -> Tensor:
+        """Attention of each sequence's part of q [T, H, D] to all of its tokens: [T, H, D of v]."""
+        parts = []
         for i, cached in enumerate(step.cached):
             begin, end = step.bounds[i : i + 2]
             length = cached + end - begin
             blocks = step.block_table[i, : math.ceil(length / self.block_size)]
-            keys, values = (
-                cache[blocks].flatten(0, 1)[:length].transpose(0, 1)[None]  # [1, Hk, length, D]
-                for cache in (k_cache, v_cache)
-            )
+            keys, values = (x[:length].transpose(0, 1)[None] for x in attention.read(blocks))
             part = q[begin:end].transpose(0, 1)[None]  # [1, H, tokens, D]
             mask = None
             if end - begin > 1:  # each token attends to itself and to earlier tokens
                 order = torch.arange(length, device=q.device)
                 mask = order <= order[cached:, None]
-            seen = scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)
-            out[begin:end] = seen[0].transpose(0, 1)
-        return out
+            options = {"scale": attention.module.scaling, "enable_gqa": True}
+            seen = scaled_dot_product_attention(part, keys, values, mask, **options)
+            parts.append(seen[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    def copy(self, source: Request, target: list[int], position: int) -> None:
+        """Copies all cached tokens of a request to other blocks, and moves them to a position."""
+        blocks, copies = (torch.tensor(x, device=self.device) for x in (source.blocks, target))
+        with self.clock.running():
+            old = torch.arange(source.cached, device=self.device)
+            slots = positions.slot_mapping(copies[None], old[None], self.block_size)[0]
+            move = Move(slots, old, old + position, self.inv_freq)
+            for attention in self.attentions:
+                for cache in attention.caches:
+                    cache.rows[copies] = cache.rows[blocks]
+                getattr(attention, f"move_{self.way}")(move)
 
 
 class Server:
@@ -202,20 +182,23 @@ class Server:
 
     def __init__(
         self,
-        llama: PagedLlama,
+        model: PagedModel,
         blocks: int,
         *,
         budget: int,  # tokens of a step
         most_running: int,  # sequences at the same time
         ends: frozenset[int],  # tokens that end a text
+        system: list[int],  # the system prompt
     ) -> None:
-        self.llama, self.budget, self.most_running, self.ends = llama, budget, most_running, ends
+        self.model, self.budget, self.most_running, self.ends = model, budget, most_running, ends
         self.allocator = BlockAllocator(blocks)
+        self.system = Request(-1, system, 1, 0)
+        self.read([(self.system, len(system))])
         self.running: list[Request] = []
         self.mixed_steps = 0  # steps with both parts of prompts and decoding
 
     def blocks_of(self, tokens: int) -> int:
-        return math.ceil(tokens / self.llama.block_size)
+        return math.ceil(tokens / self.model.block_size)
 
     def admit(self, waiting: deque[Request], step: int) -> None:
         """Admits requests in the order of arrival, while there are blocks for all their tokens."""
@@ -231,25 +214,43 @@ class Server:
         """The tokens of each request in a step: decoding first, then prompts within the budget."""
         left, parts = self.budget, []
         for request in sorted(self.running, key=lambda r: r.first_token is None):
-            count = min(len(request.tokens) - request.cached, left)
+            count = min(request.unread, left)
             if count > 0:
                 parts.append((request, count))
                 left -= count
         return parts
 
+    def take_blocks(self, request: Request, tokens: int) -> None:
+        """Blocks for the next tokens of a request."""
+        while len(request.blocks) < self.blocks_of(request.cached + tokens):
+            self.allocator.take(request)
+
     @torch.inference_mode()
+    def read(self, parts: list[tuple[Request, int]]) -> Tensor:
+        """Reads the next tokens of each request. Returns the logits after them."""
+        for request, count in parts:
+            self.take_blocks(request, count)
+        logits = self.model(self.model.prepare(parts))
+        for request, count in parts:
+            request.cached += count
+            if request.cached == request.system_at:
+                self.reuse_system_prompt(request)
+        return logits
+
+    def reuse_system_prompt(self, request: Request) -> None:
+        have, count = len(request.blocks), self.system.cached
+        self.take_blocks(request, count)
+        self.model.copy(self.system, request.blocks[have:], request.cached)
+        request.cached += count
+
     def step(self, number: int) -> int:
         """Runs one batch through the model. Returns the number of generated tokens."""
         parts = self.parts()
         decoding = sum(request.first_token is not None for request, _ in parts)
         self.mixed_steps += 0 < decoding < len(parts)
-        for request, count in parts:
-            while len(request.blocks) < self.blocks_of(request.cached + count):
-                self.allocator.take(request)
-        following = self.llama(self.llama.prepare(parts)).argmax(-1).tolist()
+        following = self.read(parts).argmax(-1).tolist()
         made = 0
-        for (request, count), token in zip(parts, following, strict=True):
-            request.cached += count
+        for (request, _), token in zip(parts, following, strict=True):
             if request.cached < len(request.tokens):
                 continue  # the prompt continues in the next step
             request.generated.append(token)
