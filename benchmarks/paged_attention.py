@@ -168,12 +168,10 @@ class Latent(Heads):
         return q
 
     def append_apart(self, step: Step, q: Tensor, k_pe: Tensor, kv_c: Tensor) -> Tensor:
-        k_pe = k_pe.unsqueeze(1)
-        for x, first in ((q, self.module.qk_nope_head_dim), (k_pe, 0)):
-            rope_ext.apply_rotary(
-                x, step.cos, step.sin, rotary_offset=first, interleaved=True,
-                interleaved_out=False, layout="thd", inplace=True,
-            )  # fmt: skip
+        rows, first = (step.cos, step.sin), self.module.qk_nope_head_dim
+        order = {"layout": "thd", "interleaved": True, "interleaved_out": False}
+        q = rope_ext.apply_rotary(q, *rows, rotary_offset=first, **order)
+        k_pe = rope_ext.apply_rotary(k_pe.unsqueeze(1), *rows, **order)
         self.keys.store(torch.cat((kv_c.unsqueeze(1), k_pe), -1), step.slots)
         return q
 
