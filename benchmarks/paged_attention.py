@@ -61,6 +61,7 @@ class Cache:
         self.put(x, slots)
 
     def put(self, x: Tensor, slots: Tensor) -> None:
+        """Stores x in units of the scale."""
         if self.scale is not None:
             largest = torch.finfo(self.rows.dtype).max
             x = x.clamp(-largest, largest)
@@ -108,10 +109,11 @@ class Heads:
         return self.keys.read(blocks), self.values.read(blocks)
 
     def move_fused(self, move: Move) -> None:
+        """Rotates cached keys to their new positions."""
         rope_ext.shift_cached_k_(self.keys.rows, move.slots, move.old, move.new, move.inv_freq)
 
     def move_apart(self, move: Move) -> None:
-        """Reads the keys, rotates their last channels by the distance, and stores them."""
+        """Reads them, rotates their last channels by the distance, and stores them."""
         keys = self.keys.rows.flatten(0, 1)[move.slots].to(self.keys.dtype)
         last = keys.shape[-1] - 2 * len(move.inv_freq)
         distance, none = move.new - move.old, keys[:, :0]

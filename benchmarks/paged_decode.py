@@ -8,7 +8,7 @@ prompts and lengths start and end at different steps. The cache is too small for
 blocks are reused. Positions and slots come from rope_ext.positions, cos and sin are computed once a
 step for all layers, and one operator normalises and rotates q and k and stores k and v (compared
 with the same in separate operators). The last request has a system prompt, which is read once at
-the first positions, behind another text: its cached keys are moved there. Every request must get
+the first positions, behind another text: copies of its keys are moved there. Every request must get
 the same tokens as from transformers for this request alone; with a float8 cache, the same as by the
 separate operators. Otherwise the run ends with an error. SmolLM2 is that of `python -m rope_ext
 demo`, from its cache; if it can't be downloaded, it has random weights.
@@ -16,6 +16,7 @@ demo`, from its cache; if it can't be downloaded, it has random weights.
 
 import argparse
 import functools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ SYSTEM_PROMPT = 40  # tokens
 SEED = 0
 WAYS = {"fused": OURS, "apart": PEER}
 CACHES = {"float32 cache": None, "float8 cache": torch.float8_e4m3fn}
+
 Tick = Callable[[int], object]
 
 
@@ -60,9 +62,9 @@ def make_requests(text: list[int], count: int, most: int | None) -> list[Request
         arrival = 0 if name < count // 3 else draw.randint(1, last)
         begin = draw.randrange(len(text) - prompt)
         requests.append(Request(name, text[begin : begin + prompt], new, arrival))
-    last = requests[-1]
-    last.system_at = BLOCK_SIZE
-    last.prompt = text[-BLOCK_SIZE:] + system_prompt(text, most) + last.prompt
+    behind = requests[-1]
+    behind.system_at = BLOCK_SIZE
+    behind.prompt = text[-BLOCK_SIZE:] + system_prompt(text, most) + behind.prompt
     return requests
 
 
@@ -70,8 +72,8 @@ def blocks_for(requests: list[Request], system: list[int]) -> int:
     """Half of the blocks that all requests need together, but at least those of the largest; and
     those of the system prompt.
     """
-    needs = [-(-request.most_cached // BLOCK_SIZE) for request in requests]
-    return max(max(needs), sum(needs) // 2) - (-len(system) // BLOCK_SIZE)
+    needs = [math.ceil(request.most_cached / BLOCK_SIZE) for request in requests]
+    return max(max(needs), sum(needs) // 2) + math.ceil(len(system) / BLOCK_SIZE)
 
 
 @dataclass

@@ -80,7 +80,6 @@ def ends_of(model: nn.Module) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-@torch.inference_mode()
 def generated_alone(model: nn.Module, request: Request, system: int) -> list[int]:
     """The tokens from transformers, with its own rotation and cache."""
     if request.system_at is not None:
@@ -110,6 +109,7 @@ def generated_with_mask(model: nn.Module, request: Request, system: int) -> list
     return tokens[len(request.prompt) :]
 
 
+@torch.inference_mode()
 def logits_with_mask(model: nn.Module, tokens: list[int], system_at: int, system: int) -> Tensor:
     """The logits after the last token, [vocabulary]: of a model that reads all tokens at once."""
     hidden = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)

@@ -77,6 +77,9 @@ def test_a_quick_run_of_each_benchmark_writes_its_report(name, tmp_path, monkeyp
         assert {row["case"] for row in rows if row["goal"]} == {case.name for case in CPU_CASES}
         assert any(row["way"] == "transformers" for row in rows)
         assert f"transformers {transformers_version}, " in written
+    if name == "paged_decode":  # each of three models with each cache
+        served = {row["case"].split(":")[0] for row in rows}
+        assert len(served) == 3 * len(paged_decode.CACHES)
 
 
 # ---- they verify
