@@ -124,7 +124,8 @@ def test_a_moved_system_prompt_gives_the_logits_of_the_whole(model, way, device)
     """Of a model that reads all at once, the system prompt not seeing the text before it."""
     request, logits = chat(make_server(copy.deepcopy(model).to(device), way))
     whole = logits_with_mask(model, request.prompt, request.system_at, len(SYSTEM))
-    torch.testing.assert_close(logits.cpu(), whole, rtol=0, atol=1e-4 * whole.abs().max().item())
+    # float32 through two layers, summed in another order: ten times what is seen
+    torch.testing.assert_close(logits.cpu(), whole, rtol=0, atol=1e-5 * whole.abs().max().item())
 
 
 def stays(attention, move):
