@@ -2,8 +2,8 @@
 // gradients.
 #include "check/packed.h"
 #include "check/rotation.h"
+#include "host/destinations.h"
 #include "host/device.h"
-#include "host/outputs.h"
 #include "registration.h"
 
 namespace rope {
@@ -23,20 +23,9 @@ std::tuple<Tensor, Tensor, Tensor> apply_rotary_qkv(const TokenTensor& qkv, cons
   RotaryQkvArgs args{};
   static_cast<RotaryArgs&>(args) = check_apply_rotary(in);
   args.groups = packing.groups;
-  int64_t first = 0;
-  const auto split = [&](RotatedHeads& x, int64_t heads) {
-    x.heads = heads;
-    x.in = packed_heads(qkv, qkv.const_data_ptr(), packing, first, args);
-    first += heads;
-    Tensor out = new_tokens(qkv, packing.token_dims, {packing.groups * heads, args.head_dim});
-    x.out = heads_by_group(out, out.mutable_data_ptr(), heads, args);
-    return out;
-  };
-  Tensor out_q = split(args.q, packing.q_heads);
-  Tensor out_k = split(args.k, packing.kv_heads);
-  Tensor out_v = split(args.v, packing.kv_heads);
+  auto results = new_parts(qkv, packing, args, args.v);
   run(qkv, args);
-  return {std::move(out_q), std::move(out_k), std::move(out_v)};
+  return results;
 }
 
 Tensor apply_rotary_qkv_backward(const OptionalTensor& grad_q, const OptionalTensor& grad_k,

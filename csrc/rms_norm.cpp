@@ -262,21 +262,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_rotary_qkv(const TokenTensor& qkv,
   args.rotary = check_apply_rotary(packed.in.rotary);
   args.norm = norm_of(packed.in, args.rotary);
   args.groups = packing.groups;
-  int64_t first = 0;
-  const auto split = [&](RotatedHeads& x, int64_t heads) {
-    x.heads = heads;
-    x.in = packed_heads(qkv, qkv.const_data_ptr(), packing, first, args.rotary);
-    first += heads;
-    Tensor out =
-        new_tokens(qkv, packing.token_dims, {packing.groups * heads, args.rotary.head_dim});
-    x.out = heads_by_group(out, out.mutable_data_ptr(), heads, args.rotary);
-    return out;
-  };
-  Tensor out_q = split(args.rotary.q, packing.q_heads);
-  Tensor out_k = split(args.rotary.k, packing.kv_heads);
-  Tensor out_v = split(args.v, packing.kv_heads);
+  auto results = new_parts(qkv, packing, args.rotary, args.v);
   run(qkv, args);
-  return {std::move(out_q), std::move(out_k), std::move(out_v)};
+  return results;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_rotary_qkv_backward(

@@ -56,8 +56,9 @@ def split_qkv(qkv: Tensor, kv_heads: int | None = None) -> tuple[Tensor, Tensor,
     if kv_heads is not None:
         q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), -2)
         return q, k, v
-    q, k, v = qkv.split((qkv.shape[-2] - 2, 1, 1), -2)
-    return q.reshape(*q.shape[:-3], -1, q.shape[-1]), k.squeeze(-2), v.squeeze(-2)
+    *tokens, groups, heads, dim = qkv.shape
+    q, k, v = qkv.split((heads - 2, 1, 1), -2)
+    return q.reshape(*tokens, groups * (heads - 2), dim), k.squeeze(-2), v.squeeze(-2)
 
 
 def apply_rotary_qkv(

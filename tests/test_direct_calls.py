@@ -156,8 +156,8 @@ def test_every_layout_is_direct(
     function, operator, layout, dense, only_direct, monkeypatch, by_dispatcher
 ):
     parameters = inspect.signature(function).parameters
-    if "layout" not in parameters:
-        pytest.skip("a function without layouts")
+    if "layout" not in parameters or "qkv" in parameters:
+        pytest.skip("a function without layouts, or one that is direct in bshd and thd")
     given = arguments_for(function, operator)
     for name in given.keys() & {*IN_LAYOUT}:
         given[name] = given[name].transpose(*SWAPPED[layout]).contiguous()

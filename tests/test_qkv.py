@@ -424,7 +424,7 @@ def test_backward_refuses_gradients_that_do_not_fit():
         ):
             with pytest.raises(RuntimeError, match=f"^{name}: expected {re.escape(message)}"):
                 operator(**{**grads, **rows, **more, **change})
-    for change in ({"q_heads": 5}, {"kv_heads": 0}, {"kv_heads": 3}):
+    for change in ({"q_heads": 5}, {"kv_heads": 0}, {"kv_heads": 3}, {"q_heads": 2**62}):
         with pytest.raises(RuntimeError, match="expected q_heads to be a multiple of kv_heads"):
             rope.apply_rotary_qkv_backward(**grads, **rows, **{**heads, **change})
 

@@ -22,8 +22,9 @@ Packing check_packing(const char* op, const TensorView& qkv, std::optional<int64
     }
     return {true, token_dims, groups, heads - 2, 1};
   }
-  const int64_t of_q = heads - 2 * *kv_heads;
-  if (*kv_heads < 1 || *kv_heads > heads || of_q < 1 || of_q % *kv_heads != 0) {
+  const bool in_range = *kv_heads >= 1 && *kv_heads <= heads;
+  const int64_t of_q = in_range ? heads - 2 * *kv_heads : 0;
+  if (of_q < 1 || of_q % *kv_heads != 0) {
     refuse(op,
            text("kv_heads Hk, at least 1, so that qkv has Hq + 2 Hk = ", heads,
                 " heads, with Hq a multiple of Hk"),
@@ -34,8 +35,9 @@ Packing check_packing(const char* op, const TensorView& qkv, std::optional<int64
 
 Packing check_packing(const char* op, int64_t q_heads, int64_t kv_heads, bool by_group,
                       int64_t token_dims) {
-  if (kv_heads < 1 || q_heads < 1 || q_heads % kv_heads != 0) {
-    refuse(op, "q_heads to be a multiple of kv_heads, both at least 1",
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (kv_heads < 1 || q_heads < 1 || q_heads > kMost || q_heads % kv_heads != 0) {
+    refuse(op, "q_heads to be a multiple of kv_heads, both at least 1 and at most 2^30",
            text(q_heads, " and ", kv_heads));
   }
   if (by_group) return {true, token_dims, kv_heads, q_heads / kv_heads, 1};

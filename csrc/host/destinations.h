@@ -1,7 +1,10 @@
-// Where the results of a rotation by rows go, besides new tensors: into what rotates, or into given
-// tensors. `read` is what the operator reads and must not write.
+// Where the results of a rotation by rows go: into what rotates, into given tensors, or, out of a
+// packed one, into new tensors. `read` is what the operator reads and must not write.
 #pragma once
 
+#include <tuple>
+
+#include "check/packed.h"
 #include "check/rotation.h"
 #include "check/written.h"
 #include "host/outputs.h"
@@ -28,6 +31,23 @@ void write_into(const TensorView& q_result, const TensorView* k_result, const Ro
   check_written(in.op, written, read);
   set_output(args, args.q, q_result);
   if (in.k) set_output(args, args.k, *k_result);
+}
+
+// q, k and v of qkv in new tensors; args has everything else, and v is that of its struct.
+inline std::tuple<Tensor, Tensor, Tensor> new_parts(const TensorView& qkv, const Packing& packing,
+                                                    RotaryArgs& args, RotatedHeads& v) {
+  int64_t first = 0;
+  const auto split = [&](RotatedHeads& x, int64_t heads) {
+    x.heads = heads;
+    x.in = packed_heads(qkv, qkv.const_data_ptr(), packing, first, args);
+    first += heads;
+    Tensor out = new_tokens(qkv, packing.token_dims, {packing.groups * heads, args.head_dim});
+    x.out = heads_by_group(out, out.mutable_data_ptr(), heads, args);
+    return out;
+  };
+  Tensor out_q = split(args.q, packing.q_heads);
+  Tensor out_k = split(args.k, packing.kv_heads);
+  return {std::move(out_q), std::move(out_k), split(v, packing.kv_heads)};
 }
 
 }  // namespace rope

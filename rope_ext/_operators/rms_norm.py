@@ -74,7 +74,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _parts(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+def _parts(args: Sequence[Any]) -> tuple[Any, Any, Any]:
     """x and weight, or q, k and their weights; then cos, sin and position_ids."""
     count = len(args) // 2 - 1
     return args[:count], args[count : 2 * count], args[2 * count :]
@@ -99,20 +99,21 @@ def _to_table(
     grads: Grads,
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
+    rows: Sequence[Any],
     options: dict[str, Any],
 ) -> Grads:
     """The gradients to cos and sin, from those that are given."""
     cos, _, position_ids = rows
     eps, unit_offset, rotary = _split(options)
-    terms: list[Tensor | None] = []
+    terms: list[Any] = []
     for grad, x, weight in zip(grads, xs, weights, strict=True):
         if grad is not None:
             norm = _Norm(x, weight, eps, unit_offset)
             terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
     if not terms:
         return None, None
-    return table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
+    grad_q, q, grad_k, k = (*terms, None, None)[:4]
+    return table_grad(grad_q, q, grad_k, k, cos, position_ids, rotary)
 
 
 def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:

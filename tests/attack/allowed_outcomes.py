@@ -94,7 +94,8 @@ def check_numbers(name, function, call, meanings, result):
         if want.allowed is None or not wild:
             want.check(got, "result")
     for argument, want in zip(RECORDS[name].written, expected, strict=False):
-        want.check(plain(after[argument]), argument)
+        if want.allowed is None or not wild:
+            want.check(plain(after[argument]), argument)
         with torch.inference_mode():
             after[argument].copy_(meanings[argument])
 

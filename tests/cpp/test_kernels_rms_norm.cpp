@@ -158,7 +158,9 @@ std::string text_of(const Case& c, const Inputs& in) {
 void test_forward(const Case& c, Random& random) {
   ++cases;
   Inputs in(c, random);
-  RmsNormRotaryArgs args{in.rotation.args(c), in.norm};
+  RmsNormRotaryArgs args{};
+  args.rotary = in.rotation.args(c);
+  args.norm = in.norm;
   std::vector<Tensor> out;
   std::vector<Bounds> bounds;
   for (int which = 0; which < 2; ++which) {
