@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_ext._engine.autograd import last_stride_one, sum_of
+from rope_ext._engine.autograd import last_stride_one, sum_of, zero_unless_given
 from rope_ext._engine.record import Composed, Derivative, Given, Grads, Operator
 from rope_ext._engine.sharding import (
     BATCH,
@@ -93,11 +93,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> Grads:
         packing["by_group"] = kv_heads is None
         to_qkv = rope.apply_rotary_qkv_backward(*grads, *rows, **packing, **options)
     if ctx.table_needs_grad:
-        of_qk = zip(grads, split_qkv(qkv, kv_heads)[:2], strict=False)
+        of_qk: Any = zip(grads, split_qkv(qkv, kv_heads)[:2], strict=False)
         terms = [pair for pair in of_qk if pair[0] is not None]
         if terms:
-            first, second = (*terms, (None, None))[:2]
-            to_cos, to_sin = table_grad(*first, *second, rows[0], rows[2], options)
+            (grad_q, q), (grad_k, k) = (*terms, (None, None))[:2]
+            to_cos, to_sin = table_grad(grad_q, q, grad_k, k, rows[0], rows[2], options)
     return to_qkv, to_cos, to_sin, None
 
 
@@ -108,11 +108,12 @@ def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any
     if tangents[0] is not None:
         of_qkv = rope.apply_rotary_qkv(last_stride_one(tangents[0]), *rows, **options)
     if tangents[1] is not None or tangents[2] is not None:
-        table = [torch.zeros_like(x) if t is None else last_stride_one(t)
-                 for t, x in zip(tangents[1:3], rows, strict=False)]  # fmt: skip
+        of_cos, of_sin = (
+            zero_unless_given(t, x) for t, x in zip(tangents[1:3], rows, strict=False)
+        )
         rotary = dict(options)
         parts = split_qkv(qkv, rotary.pop("kv_heads"))
-        of_table = tuple(rotated_alone(x, *table, rows[2], rotary) for x in parts[:2])
+        of_table = tuple(rotated_alone(x, of_cos, of_sin, rows[2], rotary) for x in parts[:2])
     return *map(sum_of, of_qkv, of_table), of_qkv[2]
 
 

@@ -99,7 +99,7 @@ def _to_table(
     grads: Grads,
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
+    rows: Sequence[Any],
     options: dict[str, Any],
 ) -> Grads:
     """The gradients to cos and sin, from those that are given."""
@@ -112,7 +112,8 @@ def _to_table(
             terms += [_wide(grad), last_stride_one(norm.n * norm.factor)]
     if not terms:
         return None, None
-    return table_grad(*(*terms, None, None)[:4], cos, position_ids, rotary)
+    grad_q, q, grad_k, k = (*terms, None, None)[:4]
+    return table_grad(grad_q, q, grad_k, k, cos, position_ids, rotary)
 
 
 def _tangent(inputs: list[Any], tangents: Grads, options: dict[str, Any]) -> Any:
