@@ -56,7 +56,7 @@ def apply_rotary_qkv(
     """
     if kv_heads is not None and layout != "bhsd" and not is_dynamo_compiling():
         split = _split_and_rotate(
-            layout, None, qkv, cos, sin, position_ids, kv_heads,
+            layout, None, None, qkv, cos, sin, position_ids, kv_heads,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if split is not NotImplemented:

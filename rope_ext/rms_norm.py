@@ -57,7 +57,7 @@ def rms_norm_rotary(
     """
     if type(inplace) is bool and not is_dynamo_compiling():
         args = (
-            layout, None, x, weight, cos, sin, position_ids, eps, unit_offset,
+            layout, None, None, x, weight, cos, sin, position_ids, eps, unit_offset,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if out is None:
@@ -135,7 +135,7 @@ def rms_norm_rotary_qk(
     """
     if type(inplace) is bool and not is_dynamo_compiling():
         args = (
-            layout, None, q, k, q_weight, k_weight, cos, sin, position_ids, eps, unit_offset,
+            layout, None, None, q, k, q_weight, k_weight, cos, sin, position_ids, eps, unit_offset,
             rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if out is None:
@@ -197,7 +197,7 @@ def rms_norm_rotary_qkv(
     """
     if kv_heads is not None and layout != "bhsd" and not is_dynamo_compiling():
         split = _normalise_qkv(
-            layout, None, qkv, q_weight, k_weight, cos, sin, position_ids, kv_heads, eps,
+            layout, None, None, qkv, q_weight, k_weight, cos, sin, position_ids, kv_heads, eps,
             unit_offset, rotary_dim, rotary_offset, interleaved, interleaved_out, inverse,
         )  # fmt: skip
         if split is not NotImplemented:
