@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kMostLanes, Traits::kFloat8Q ? 1 : resident_bl
     uint32_t head = row.first_head + head_of_row;
     NormFragment in = norm_fragment<F>(rotary, plan.rotary, plan.rotary.in, in_head);
     NormFragment out = in;
-    if (kLatent && !F::kOneOrder)
+    if (kLatent && !F::kOneOrder) {
       out = norm_fragment<F>(rotary, plan.rotary, plan.rotary.out, in_head);
+    }
     if (kLatent && row.is_v) {
       in = out = {{static_cast<int32_t>((row.first_head * plan.fragments + index) * F::N), 0},
                   false};
