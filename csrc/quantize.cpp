@@ -1,5 +1,4 @@
 // apply_rotary_quantize: rotated, and rounded to float8 by a scale of each group of channels.
-#include <cmath>
 #include <vector>
 
 #include "check/cache.h"

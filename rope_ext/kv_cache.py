@@ -1,6 +1,5 @@
-"""Rotations that also write a paged KV cache, one pass and one launch a layer, and of keys in it.
-
-With RMSNorm before the rotation too. All are for inference.
+"""Rotations that also write a paged KV cache, one pass and one launch a layer, with RMSNorm before
+the rotation too, and rotations of keys in it. All are for inference.
 """
 
 from typing import Any, Literal

@@ -61,8 +61,9 @@ def apply_rotary_quantize(
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`apply_rotary`.
 
-    Source: the attention output of DeepSeek-V4, as vLLM's fused_inv_rope_fp8_quant computes it. It
-    multiplies by 1 / 448 where this divides by 448, so the last bit of a scale may differ.
+    Source: vLLM's fused_inv_rope_fp8_quant, which does this with powers of two for DeepSeek-V4.
+    That kernel multiplies by 1 / 448 instead of dividing by 448: a scale within a rounding of a
+    power of two may become another one.
     """
     if not is_dynamo_compiling():
         done = _quantize(

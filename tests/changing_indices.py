@@ -54,6 +54,12 @@ def calls():
         rope_ext.apply_rotary_mla_append_(*arguments, interleaved=True, interleaved_out=False)
         return own_q, k_pe, cache
 
+    def quantize():
+        result = torch.empty(q.shape, dtype=torch.float8_e4m3fn), torch.empty(B, S, H, 1)
+        how = {"x_out": result[0], "scale_out": result[1], "group_size": D}
+        rope_ext.apply_rotary_quantize(q, cos, sin, ids, **how)
+        return result[0].float(), result[1]
+
     def shift():
         cache = torch.ones(L // BLOCK + 1, BLOCK, K, D)
         flat = slots.view(-1)
@@ -82,6 +88,7 @@ def calls():
         "append, slots": (append, slots),
         "latent": (append_latent, ids),
         "latent, slots": (append_latent, slots),
+        "quantize": (quantize, ids),
         "shift, slots": (shift, slots),
         "packed": (lambda: rope_ext.apply_rotary_qkv(qkv, *rows, kv_heads=K)[:2], ids),
         "normed": (lambda: rope_ext.rms_norm_rotary_qk(*normed), ids),

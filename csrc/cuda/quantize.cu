@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kMostLanes, resident_blocks<Traits>())
     quantize_kernel(const QuantizeArgs args, const NormPlan plan, const Float8Format format) {
   using F = typename Traits::F;
   using C = typename F::C;
-  extern __shared__ uint32_t
-      largest[];  // of each group of each head of the block, as bits of float
+  extern __shared__ uint32_t largest[];  // of the groups of each head, as bits of float
   const uint32_t group_size = static_cast<uint32_t>(args.group_size);
   const uint32_t groups = static_cast<uint32_t>(args.head_dim) / group_size;
   const uint32_t head_of_block = threadIdx.x / plan.lanes;

@@ -8,7 +8,7 @@ from rope_ext._operators.rotation import ONE
 
 
 def _quantize_sharding(operator: Operator, given: Given) -> Sharding:
-    """`out` and its scales are placed as x."""
+    """`x_out` and its scales are placed as x."""
     return rotation_sharding(operator, given, heads=(HEADS, HEADS), is_linear=False)
 
 
