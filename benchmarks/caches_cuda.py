@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from common import FIRST_POSITION, Case
-from norms_cuda import EPS, MODEL, torch_norm, weights_of, without_eps
+from norms_cuda import EPS, LEAVES, MODEL, leaves, torch_norm, without_eps
 from operator_case import (
     EAGER,
     POSITION_BYTES,
@@ -194,8 +194,8 @@ def normed_append(
     shape = llama(step, tokens)
 
     def arguments() -> Arguments:
-        weights = dict(zip(("q_weight", "k_weight"), weights_of(shape, False), strict=True))
-        made = {**kv_arguments(shape, dtype), **weights, "eps": EPS}
+        normed = leaves(shape, LEAVES["q"], all_heads=False)
+        made = {**kv_arguments(shape, dtype), **normed, "eps": EPS}
         return {**made, "norm_v": True} if norm_v else made
 
     of_v = shape.tokens * shape.k_heads * shape.head_dim * MODEL.itemsize  # written

@@ -157,9 +157,9 @@ def rms_norm_rotary_qk_append_kv_(
     gradient.
 
     Args:
-        q, k, k_cache, v_cache, slot_mapping, cos, sin, position_ids, k_scale, v_scale, q_out,
-            q_scale, q_scale_out, layout, cache_layout: as for
-            :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        q, k, k_cache, v_cache, slot_mapping: as for :func:`rope_ext.apply_rotary_qk_append_kv_`.
+        cos, sin, position_ids, layout, cache_layout: as there.
+        k_scale, v_scale, q_out, q_scale, q_scale_out: as there.
         v: of k's shape and dtype, in the same layout; it may share memory with nothing else.
         q_weight, k_weight, eps, unit_offset: as for :func:`rope_ext.rms_norm_rotary_qk`.
         norm_v: v is normalised too, in place, without a weight (Gemma 4): a row is a head, or with

@@ -271,10 +271,10 @@ def test_runs_and_numbers_of_threads_have_the_same_bits(device, threads):
                     assert_same_bits(a, b)
 
 
-def test_portable_kernels_have_the_bits_of_avx2(avx2):
+def test_vectors_have_the_bits_of_the_portable_code(vector_code):
     for norm in (False, True):
         results = []
-        for kernels in ("avx2", "portable"):
+        for kernels in (vector_code, "portable"):
             rope_ext._C.set_cpu_capability(kernels)
             qkv, kv_heads = packed_tensor("by group", (4, 2), (B, S), 24, BF16)
             leaves = [qkv, *weights_of(norm, (4, 2), 24, dtype=BF16)]

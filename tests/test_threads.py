@@ -48,7 +48,7 @@ def calls():
             given = arguments_of(operator, SIZES, dtype=dtype, optional=optional)
 
             def of_operator(operator=operator, given=given):
-                own = {name: given[name].clone() for name in operator.written}
+                own = {name: given[name].clone() for name in operator.written if name in given}
                 return results_of(operator.overload, given | own, operator.written)
 
             every[f"{operator.name}, {dtype}"] = of_operator

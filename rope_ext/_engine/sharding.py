@@ -35,6 +35,9 @@ class Placed(NamedTuple):
     def dim(self) -> int:
         return len(self.shape)
 
+    def stride(self, dim: int) -> int:
+        return self.strides[dim]
+
 
 # (start, length, axis) -> the rank's part of start, start + 1, ...; None if axis is not sharded
 PartOfRange = Callable[[int, int, str], Tensor | None]

@@ -16,6 +16,7 @@ from rope_ext._engine.sharding import (
     HEADS,
     SEQUENCE,
     Axes,
+    Placed,
     Result,
     Sharding,
     rotation_sharding,
@@ -140,11 +141,11 @@ def _composed_backward(
     return packed(q, k, v, by_group)
 
 
-def _packed_like(given: Given) -> tuple[Tensor]:
+def _packed_like(given: Given, device: Any = None) -> tuple[Tensor]:
     like = next(given[name] for name in GRADS if given[name] is not None)
     q, k, dim = given["q_heads"], given["kv_heads"], like.shape[-1]
     of_token = (k, q // k + 2, dim) if given["by_group"] else (q + 2 * k, dim)
-    return (new_tokens(like, like.dim() - 2, *of_token),)
+    return (new_tokens(like, like.dim() - 2, *of_token, device=device),)
 
 
 # DTensors: batch and sequence may be sharded, and by group the groups
@@ -159,7 +160,13 @@ def axes_of_qkv(dims: int, by_group: bool) -> Axes:
     return (*(BATCH, SEQUENCE)[-dims:], *((HEADS,) if by_group else ()), None, None)
 
 
-def sharding_of_rows(operator: Operator, given: Given, like: Tensor, dims: int) -> Sharding:
+def result_like(axes: Axes, x: Tensor, terms: tuple[frozenset[str], ...]) -> Result:
+    """x: without memory."""
+    like = Placed(tuple(x.shape), x.stride(), x.dtype, None, ())
+    return Result(axes, like.shape, like, terms=terms)
+
+
+def sharding_of_rows(operator: Operator, given: Given, like: Placed, dims: int) -> Sharding:
     """That of everything but the tensors with heads, for tokens like those of `like`."""
     tokens = torch.empty((*like.shape[:dims], 1, 1), device="meta")
     stand_in = dict.fromkeys(operator.rotates, tokens)
@@ -173,21 +180,20 @@ def split_sharding(operator: Operator, given: Given, is_linear: bool = True) -> 
     sharding.axes["qkv"] = axes_of_qkv(dims, by_group)
     terms = (frozenset(("qkv",)),) if is_linear else ()
     sharding.results = tuple(
-        Result(axes_of_part(dims, by_group), tuple(x.shape), x, terms=terms)
-        for x in split_like(given, "meta")
+        result_like(axes_of_part(dims, by_group), x, terms) for x in split_like(given, "meta")
     )
     return sharding
 
 
 def _backward_sharding(operator: Operator, given: Given) -> Sharding:
-    (out,), by_group = _packed_like(given), given["by_group"]
+    (out,), by_group = _packed_like(given, "meta"), given["by_group"]
     names = [name for name in GRADS if given[name] is not None]
     dims = given[names[0]].dim() - 2
     sharding = sharding_of_rows(operator, given, given[names[0]], dims)
     axes = dict.fromkeys(names, axes_of_part(dims, by_group))
     others = {name: x for name, x in sharding.axes.items() if name not in GRADS}
     terms = tuple(frozenset((name,)) for name in names)
-    result = Result(axes_of_qkv(dims, by_group), tuple(out.shape), out, terms=terms)
+    result = result_like(axes_of_qkv(dims, by_group), out, terms)
 
     def complete(arguments: Given, part_of_range: Any) -> None:
         rows_of_tokens(arguments, part_of_range)
