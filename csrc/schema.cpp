@@ -16,9 +16,9 @@
 //   k_cache, ..    a paged KV cache [blocks, block_size, Hk, D], of the model's dtype or float8
 //   slot_mapping   block * block_size + offset of each token: int32 or int64 [B, S], [B * S] or
 //                  [T], the last two may be shorter; negative, or past the end: it is not stored
-//   q_out          like q, of float8: all channels of q go there, divided by q_scale (float32 of one
-//                  element or [H]) or by a scale of each head of each token, which q_scale_out
-//                  (float32 [B, S, H] or [T, H]) receives; q itself stays as it is
+//   q_out          like q, of float8: all channels of q go there, and q itself stays as it is;
+//                  divided by q_scale, float32 of one element or [H], or by a scale of each head
+//                  of each token, which q_scale_out, float32 [B, S, H] or [T, H], receives
 //   q_weight       [D]: each head is normalised by itself; or [H, D]: all heads of a token
 //                  together; k_weight [D] or [Hk, D]; of q's dtype or float32
 //
