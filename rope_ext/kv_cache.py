@@ -70,7 +70,6 @@ def apply_rotary_qk_append_kv_(
             that is shorter than q (q and k padded for a CUDA graph).
         k_scale: float32 of one element or [Hk], finite and above 0, for a float8 cache. The rotated
             k, rounded to its dtype, is divided by k_scale, rounded to nearest, ties to even, and
-            k, rounded to its dtype, is divided by k_scale, rounded to nearest, ties to even, and
             stored. Too large values become the largest finite value of the dtype; NaN stays NaN.
             None: 1.
         v_scale: as k_scale.
