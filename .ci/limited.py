@@ -37,6 +37,7 @@ def run_all(
                 stdout=stack.enter_context((logs / f"{job.name}.log").open("w")),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=interruptible,
             )
             stack.callback(kill_group, process)
             processes[job.name] = process
@@ -46,6 +47,11 @@ def run_all(
             processes[name].send_signal(signal.SIGINT)
         wait(processes.values(), deadline)
     return {n: None if n in late else p.returncode for n, p in processes.items()}
+
+
+def interruptible() -> None:
+    """Programs that a shell starts with `&` ignore SIGINT, and so do theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait(processes: Iterable[subprocess.Popen], until: float) -> None:
