@@ -99,6 +99,7 @@ def in_intermediate(x, cos, sin):
 def in_caches_that_are_graph_inputs(x, cos, sin, k_cache, v_cache, slots):
     q, k, v = (x @ x.T).unflatten(-1, (3, -1))[..., :D].split(1, dim=1)
     rope_ext.apply_rotary_qk_append_kv_(q, k, v, k_cache, v_cache, slots, cos, sin, layout="thd")
+    rope_ext.shift_cached_k_(k_cache, slots, slots, slots * 2, cos[0])
     return q * 1
 
 
@@ -117,6 +118,8 @@ def test_in_place_is_in_place_in_the_code_of_inductor(function):
     for a, b in zip(tree_leaves([got, given]), tree_leaves([expected, copies]), strict=True):
         torch.testing.assert_close(a, b, rtol=2.0**-16, atol=2.0**-16)  # sums in another order
     assert code.count("torch.ops.rope.apply_rotary") == 1
+    moves = function is in_caches_that_are_graph_inputs
+    assert code.count("torch.ops.rope.shift_cached_k_.default(") == moves
     assert "_.default(" in code.partition("torch.ops.rope.apply_rotary")[2].partition("(")[0] + "("
     assert "clone" not in code
     assert "copy" not in code.replace("async_compile", "").replace("copy_misaligned", "")
