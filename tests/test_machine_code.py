@@ -31,14 +31,15 @@ SOURCES += "rms_norm", "rms_norm_grad", "append_rows", "quantize", "cached_keys"
 #
 # A normalised row stays in registers until its sums are known: eight channels a thread, their
 # factors and rotations, and for gradients as many values of the gradient. So do the heads of q that
-# become float8. Blocks have up to 512 threads: one block is resident with up to 104 registers (for
-# appends 128), two with 64.
+# become float8, and the gradient of a packed projection moves v too. Blocks have up to 512 threads:
+# one block is resident with up to 128 registers, two with 64.
 MOST_REGISTERS = (
     (r"rms_norm_rotary_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false>", 64),
     (r"rms_norm_rotary_kernel\b", 96),
     (r"append_row_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false, false, false>", 64),
     (r"append_row_kernel<.*, false, false>", 112),
     (r"append_row_kernel\b", 128),
+    (r"rms_norm_rotary_grad_kernel<.*, true>", 128),
     (r"rms_norm_rotary_grad_kernel<double, 1, ", 72),
     (r"rms_norm_rotary_grad_kernel\b", 104),
     (r"quantize_kernel<(__half|__nv_bfloat16), 4, HalfSplit, false>", 64),
@@ -87,7 +88,7 @@ class Kernel:
 
     @property
     def makes_angles(self) -> bool:
-        return self.name.startswith(("apply_rotary_at_kernel", "cos_sin"))
+        return self.name.startswith(("apply_rotary_at_kernel", "shift_kernel", "cos_sin"))
 
     def uses(self, *opcodes: str) -> bool:
         return any(op.startswith(opcodes) for op in self.opcodes)
