@@ -68,12 +68,15 @@ struct HeadSeries {
   int64_t step_in, step_out;  // channels between neighbours
   int64_t step_row;           // entries between their rows of the table
   bool prefetch;              // lines that do not rotate lie between: the processor sees no stream
+  bool cached;                // the call reads and writes no more than kCachedBytes
 };
 
 constexpr int64_t kLineBytes = 64;  // of a cache
 
 // Whole heads that are rotated together, so that the vectors of their row are loaded once: where
-// arithmetic does not take longer, or the processor has the registers.
+// arithmetic does not take longer, or the processor has the registers. More data come from memory,
+// which is fastest head by head: each head is two streams of reads and two of writes.
+constexpr int64_t kCachedBytes = int64_t{4} << 20;
 template <class T>
 constexpr int kHeadsTogether = std::is_arithmetic_v<T> || kVectorBytes >= 64 ? 4 : 1;
 
@@ -89,7 +92,8 @@ ROPE_HOST_DEVICE void rotate_series(const HeadSeries<T>& heads, int64_t half, in
   int64_t i = 0;
   // Not with kStream: lines that are stored past the caches are written whole, one after the other.
   constexpr int kTogether = kFew || kStream ? 1 : kHeadsTogether<T>;
-  if (kTogether > 1 && heads.step_row == 0 && !heads.prefetch && pairs % P::kLanes == 0) {
+  const bool along_heads = heads.step_row == 0 && !heads.prefetch;
+  if (kTogether > 1 && heads.cached && along_heads && pairs % P::kLanes == 0) {
     for (; i + kTogether <= heads.count; i += kTogether) {
       rotate_vectors<P, kFullWidth, kStream, kTogether>(in, heads.step_in, out, heads.step_out,
                                                         half, pairs, row);
@@ -159,6 +163,9 @@ void rotate_block(const Args& args, const Block& block, int64_t first, int64_t p
     series.step_row = along_heads ? 0 : rows.stride();
     series.prefetch =
         (args.head_dim - args.rotary_dim) * static_cast<int64_t>(sizeof(T)) >= 2 * kLineBytes;
+    series.cached = args.batch * args.seq * (args.q.heads + args.k.heads) * args.head_dim *
+                        static_cast<int64_t>(sizeof(T)) <=
+                    kCachedBytes;
     const int64_t count = along_heads ? 1 : end - begin;
     for (int64_t i = 0; i < count; ++i) {
       if (copies) copy_others(args, series);
