@@ -178,6 +178,7 @@ def chart(path: Path, results: list[Result], setting: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     heights = [len(result.times) + 1.5 for result in results]
     figure, axes = plt.subplots(
@@ -214,6 +215,8 @@ def chart(path: Path, results: list[Result], setting: str) -> None:
     figure.suptitle(setting, fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    few_colors = Image.open(path).convert("RGB").quantize(64)  # a third of the bytes
+    few_colors.save(path, optimize=True)
 
 
 def write(folder: Path, stem: str, results: list[Result], setting: str) -> list[Path]:

@@ -119,7 +119,7 @@ using AnyRotation =
 using RotationByAngles = RotationWith<kRotaryOffset, kInterleaved, kInterleavedOut, kInverse>;
 // {rotation_of_kv}: in place, so the pairs keep their order
 using RotationOfKv = RotationWith<kRotaryDim, kRotaryOffset, kInterleaved, kInverse>;
-// Written out in the schema: inv_freq gives rotary_dim, and the pairs keep their order.
+// {rotation_of_cache}: inv_freq gives rotary_dim, and the pairs keep their order
 using RotationOfCache = RotationWith<kRotaryOffset, kInterleaved>;
 // {pair_order}
 using PairOrder = RotationWith<kInterleaved, kInterleavedOut>;

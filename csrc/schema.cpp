@@ -78,7 +78,7 @@ constexpr const char* kSchemas[] = {
     // new_position_ids [N], by position * inv_freq; new_inv_freq [P]: the frequencies change too
     "shift_cached_k_(Tensor(a!) k_cache, Tensor slot_mapping, Tensor old_position_ids, "
     "Tensor new_position_ids, Tensor inv_freq, *, Tensor? new_inv_freq=None, "
-    "float attention_scaling=1.0, int rotary_offset=0, bool interleaved=False) -> ()",
+    "float attention_scaling=1.0, {rotation_of_cache}) -> ()",
 
     // -> cos, sin: [length, P] and [*position_ids.shape, P]; float32 unless dtype says otherwise.
     // position_ids: floating too; with axes [A, ...], which gives [..., P]
@@ -133,6 +133,7 @@ std::string filled_in(std::string schema) {
       {"{rows}", Rows::schema()},
       {"{rotation}", AnyRotation::schema()},
       {"{rotation_of_kv}", RotationOfKv::schema()},
+      {"{rotation_of_cache}", RotationOfCache::schema()},
       {"{pair_order}", PairOrder::schema()},
       {"{rotation_by_angles}", RotationByAngles::schema()},
       {"{angles}", AngleSource::schema()},

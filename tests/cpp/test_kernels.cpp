@@ -8,10 +8,13 @@
 // RMSNorm have files of their own.
 #include <torch/csrc/stable/c/shim.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <new>
 #include <thread>
 
 #include "cpu/capability.h"
+#include "cpu/parallel.h"
 #include "kernel_cases.h"
 #include "kernels.h"
 
@@ -211,6 +214,23 @@ void test_table_grad(const Case& c, Random& random) {
   expect_same(expected_sin, grad_sin, text(c) + ", sin");
 }
 
+// ---------------------------------------------------------------------------------------- threads
+
+void test_exceptions() {
+  ++cases;
+  std::atomic<int64_t> done = 0;
+  bool thrown = false;
+  try {
+    cpu::parallel_for(90, 3, [&](int64_t begin, int64_t end) {
+      done += end - begin;
+      if (begin > 30) throw std::bad_alloc();
+    });
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  }
+  expect(thrown && done == 90, "an exception in a thread reaches the caller, after all are done");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -225,6 +245,7 @@ int main(int argc, char** argv) {
   });
   Random random(20210420);
   test_streaming(random);
+  test_exceptions();
   std::printf("%s: %" PRId64 " cases, %d failures\n", cpu::capability(), cases.load(),
               failures.load());
   return failures == 0 ? 0 : 1;

@@ -1,7 +1,7 @@
 // The CPU kernels compiled for one instruction set: what each thread executes.
 //
-// A new instruction set is a file beside avx2.cpp, a declaration below, and an
-// entry of the list in capability.cpp.
+// A new instruction set is a file beside avx2.cpp, a declaration below, and an entry of the list in
+// capability.cpp.
 #pragma once
 
 // For the kernels, and included here, before a file selects its instructions: otherwise functions

@@ -110,8 +110,7 @@ __device__ __forceinline__ void store_cached(const F& x, const StoredHeads& head
   }
 }
 
-// ---------------------------------------------------------------------------------------- on the
-// host
+// --------------------------------------------------------------------------------------- the host
 
 // Of any value for a cache of the model's dtype.
 inline Float8Format float8_format(CacheDType dtype) {

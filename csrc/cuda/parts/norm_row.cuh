@@ -129,14 +129,9 @@ __device__ __forceinline__ void move_head(const RotatedHeads& x, const RotaryArg
 #pragma unroll 1
   for (uint32_t index = lane; index < plan.fragments; index += plan.lanes) {
     const NormFragment at = norm_fragment<F>(args, plan.rotary, plan.rotary.in, index);
-    const bool two = F::kVectors == 2 && at.rotates;
     F f{};
-    if (x.in.data != nullptr) {
-      load(f.vectors[0], from + at.at.first);
-      if (two) load(f.vectors[F::kVectors - 1], from + at.at.first + at.at.second);
-    }
-    store(f.vectors[0], to + at.at.first);
-    if (two) store(f.vectors[F::kVectors - 1], to + at.at.first + at.at.second);
+    if (x.in.data != nullptr) load_fragment(f, from, at);
+    store_fragment(f, to, at);
   }
 }
 
