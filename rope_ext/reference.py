@@ -351,7 +351,15 @@ def shift_cached_k(
         turns = c * old_c + s * old_s, s * old_c - c * old_s
     keys = k_cache.flatten(0, 1)[slot_mapping.clamp(min=0)]
     rotated = apply_rotary(keys.double(), *(t * attention_scaling for t in turns), **options)
-    return _stored(k_cache, rotated, slot_mapping, None)
+    stored = _stored(k_cache, rotated, slot_mapping, None)
+    return _rotated_channels(stored, k_cache, turns[0], options.get("rotary_offset", 0))
+
+
+def _rotated_channels(x: Tensor, others: Tensor, cos: Tensor, rotary_offset: int) -> Tensor:
+    """x where a row of cos [.., P] rotates, and `others` in the channels before and after."""
+    end = rotary_offset + 2 * cos.shape[-1]
+    parts = others[..., :rotary_offset], x[..., rotary_offset:end], others[..., end:]
+    return torch.cat(parts, -1)
 
 
 def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
