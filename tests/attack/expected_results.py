@@ -177,7 +177,8 @@ def _shift(a: Arguments) -> list[Expected]:
     """
     cache, new = a["k_cache"], a.get("new_inv_freq")
     scaling = a.get("attention_scaling", 1.0)
-    if new is not None and (a["old_position_ids"].any() or not math.isfinite(scaling)):
+    ordinary = math.isfinite(scaling) and scaling != 0 and a["inv_freq"].isfinite().all()
+    if new is not None and (a["old_position_ids"].any() or not ordinary):
         return [_shift_between(a, cache)]
     wide = F64 if cache.dtype == F64 else torch.float32
     distance = a["new_position_ids"].double() - a["old_position_ids"].double()
