@@ -188,7 +188,7 @@ const std::vector<Operator>& operators() {
 }
 
 // Not by the static initializers of STABLE_TORCH_LIBRARY: an exception in one ends the process.
-bool register_operators() {
+bool register_operators(bool for_cuda) {
   static bool registered = false;
   if (registered) return false;
   check_namespace_is_free();
@@ -196,7 +196,9 @@ bool register_operators() {
   static std::deque<StableTorchLibraryInit> libraries;  // registered for as long as they live
   libraries.emplace_back(Kind::DEF, &define, "rope", nullptr, __FILE__, __LINE__);
   // Quantized tensors too, so that the check of their dtype refuses them.
-  for (const char* key : {"CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA"}) {
+  std::vector<const char*> keys{"CPU", "QuantizedCPU", "QuantizedCUDA"};
+  if (for_cuda) keys.push_back("CUDA");
+  for (const char* key : keys) {
     libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
   }
   return registered = true;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "call.h"
 
@@ -12,8 +13,12 @@ namespace rope {
 
 class DispatcherCall final : public Call {
  public:
+  // The next call of this thread runs no kernel.
+  static void skip_next_kernel() { skips_next_ = true; }
+
   // Owns the arguments on the stack, of which there are at most 64.
-  explicit DispatcherCall(StableIValue* values) : values_(values) {}
+  explicit DispatcherCall(StableIValue* values)
+      : values_(values), runs_kernel_(!std::exchange(skips_next_, false)) {}
 
   // Takes it for nobody, if nobody has taken it.
   template <class T>
@@ -35,6 +40,7 @@ class DispatcherCall final : public Call {
   void fill_zero(const TensorView& x) override;
   void* written_data(const TensorView& x) override;
   void release(void* handle) noexcept override;
+  bool runs_kernel() const override { return runs_kernel_; }
   void begin_kernel(bool) override {}
   void end_kernel() noexcept override {}
 
@@ -60,7 +66,10 @@ class DispatcherCall final : public Call {
   }
   Tensor own(AtenTensorHandle handle);
 
+  static inline thread_local bool skips_next_ = false;
+
   StableIValue* values_;
+  bool runs_kernel_;
   uint64_t taken_ = 0;  // a bit for each argument
 };
 
