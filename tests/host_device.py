@@ -1,4 +1,4 @@
-"""A device for tests without one: `privateuseone`, whose tensors are in host memory.
+"""A device for tests without one, of the key PrivateUse1, whose tensors are in host memory.
 
 Every operator of PyTorch runs as on the CPU, on the same memory. rope_ext has no kernels for it.
 `waits` lists the operators for which the host would wait for a real device. As a program it checks
@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 import rope_ext
 from rope_ext._operators import OPERATORS
 
-DEVICE = "privateuseone"
+DEVICE = "host_memory"
 CPU, EXTERNAL = 1, 12  # of DLPack
 waits = []
 
@@ -60,12 +60,24 @@ def _on_cpu(operator, *args, **options):
         return args[1]
     if any(word in name for word in ("_local_scalar_dense", "nonzero", "aten::equal")):
         waits.append(name)
-    results = operator(*tree_map(to_cpu, args), **tree_map(to_cpu, options))
+    args = [  # numbers that stand for tensors come as numbers
+        torch.tensor(x) if isinstance(x, int | float) and str(of.type) == "Tensor" else x
+        for x, of in zip(args, operator._schema.arguments, strict=False)
+    ]
+    resized = {}  # results without elements that the operator gives their size
+    for key, x in options.items():
+        if key.startswith("out") and isinstance(x, torch.Tensor) and x.numel() == 0:
+            resized[key] = x, torch.empty(0, dtype=x.dtype)
+    cpu_options = tree_map(to_cpu, options) | {key: new for key, (_, new) in resized.items()}
+    results = operator(*tree_map(to_cpu, args), **cpu_options)
+    for x, new in resized.values():
+        of_moved[id(new)] = new, x
+        x.data = _moved(new, EXTERNAL)
     return tree_map(back, results)
 
 
 def register():
-    _setup_privateuseone_for_python_backend()
+    _setup_privateuseone_for_python_backend(DEVICE)
     library = torch.library.Library("_", "IMPL")
     library.fallback(_on_cpu, "PrivateUse1")
     return library
@@ -122,5 +134,5 @@ if __name__ == "__main__":
         check_functions()
     of_us = [str(each.message) for each in said if "rope_ext" in str(each.message)]
     assert len(of_us) == 1, of_us
-    assert "no kernels for tensors on privateuseone" in of_us[0]
+    assert "no kernels for tensors on host_memory" in of_us[0]
     print("as on the CPU")
