@@ -161,6 +161,12 @@ void implement(StableLibrary& m) {
   for (const Operator& op : operators()) m.impl(op.name, op.function);
 }
 
+// The part of the operators that is the same on every device: rope_ext/_engine/fallback.py calls
+// it.
+void implement_without_kernels(StableLibrary& m) {
+  for (const Operator& op : operators()) m.impl(op.name, op.without_kernel);
+}
+
 // StableLibrary does not check that it got the namespace, and crashes if it did not.
 void check_namespace_is_free() {
   TorchLibraryHandle handle;
@@ -201,6 +207,9 @@ bool register_operators(bool for_cuda) {
   for (const char* key : keys) {
     libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
   }
+  // No tensor has this key.
+  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, "rope", "Undefined", __FILE__,
+                         __LINE__);
   return registered = true;
 }
 

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from operator_arguments import arguments_of, results_of
-from support import assert_same_bits, cpu_without_kernels, random, random_cache, random_table, ulp
+from support import (
+    assert_same_bits,
+    cpu_without_kernels,
+    naming,
+    random,
+    random_cache,
+    random_table,
+    ulp,
+)
 from torch.utils import backend_registration
 
 import rope_ext
@@ -23,7 +31,6 @@ from rope_ext._operators import OPERATORS
 from rope_ext._torch_private import keyset_of
 
 rope = torch.ops.rope
-EVERY = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 # Sums are in another order: of D = 8 channels (norm), of H = 4 heads of B S = 6 tokens (gradients).
 # Each of n terms below 16 is rounded at most n times; n <= 24.
 SUMMED = 24**2 * 16
@@ -47,29 +54,33 @@ def outcome(operator, given):
     return results, {name: x._version for name, x in tensors_of(given).items()}
 
 
-@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     "how", [{}, {"optional": False}, {"float8": False}], ids=["all", "fewest", "no float8"]
 )
-def test_results_are_those_of_the_kernels(operator, dtype, how):
+def test_results_are_those_of_the_kernels(dtype, how):
     """The same shapes, strides, dtypes and versions; the same bits, but for the order of sums."""
-    given = arguments_of(operator, dtype=dtype, **how)
-    kernel, versions = outcome(operator, given)
+    given = {operator: arguments_of(operator, dtype=dtype, **how) for operator in OPERATORS}
+    kernel = {operator: outcome(operator, given[operator]) for operator in OPERATORS}
     with cpu_without_kernels():
-        plain, plain_versions = outcome(operator, given)
-    assert plain_versions == versions
-    for a, b in zip(plain, kernel, strict=True):
+        plain = {operator: outcome(operator, given[operator]) for operator in OPERATORS}
+    for operator in OPERATORS:
+        with naming(operator.name):
+            assert_near(operator, given[operator], plain[operator], kernel[operator])
+
+
+def assert_near(operator, given, plain, kernel):
+    """Two outcomes: of plain PyTorch and of the kernel."""
+    assert plain[1] == kernel[1], "versions"
+    of_sums = "rms_norm" in operator.name or "backward" in operator.name
+    units = SUMMED if of_sums else ANGLES if "inv_freq" in given else 0
+    for a, b in zip(plain[0], kernel[0], strict=True):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        units = 0
-        if "rms_norm" in operator.name or "backward" in operator.name:
-            units = SUMMED
-        elif "inv_freq" in given and dtype == torch.float64:
-            units = ANGLES
-        if units == 0 or not b.is_floating_point():
+        double = torch.float64 in (t.dtype for t in tensors_of(given).values())
+        if units == 0 or (units == ANGLES and not double):
             assert_same_bits(a, b)
             continue
-        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        eps = torch.finfo(torch.float64 if double else torch.float32).eps
         allowed = units * eps + ulp(b.double(), b.dtype)
         error = (a.double() - b.double()).abs()
         assert (error <= allowed).all(), error.max()
@@ -86,52 +97,43 @@ without_cuda = pytest.mark.skipif(_C.build_info()["cuda"], reason="built with CU
 
 
 @without_cuda
-@EVERY
-def test_no_value_is_waited_for(operator):
-    results = on_a_cuda_device(operator, arguments_of(operator))
-    results = results if isinstance(results, tuple) else (results,)
-    assert all(x is None or x.is_meta for x in results)
+@pytest.mark.filterwarnings("ignore:rope_ext")
+def test_no_value_is_waited_for():
+    for operator in OPERATORS:
+        with naming(operator.name):
+            results = on_a_cuda_device(operator, arguments_of(operator))
+            results = results if isinstance(results, tuple) else (results,)
+            assert all(x is None or x.is_meta for x in results)
 
 
 @without_cuda
 def test_a_device_is_announced_once_with_the_reason():
-    fallback.announced.discard("meta")
+    fallback.announced.discard("cuda")
     operator = OPERATORS[0]
-    with pytest.warns(UserWarning, match="no kernels for tensors on meta.*plain PyTorch"):
+    with pytest.warns(UserWarning, match="rope_ext: built without CUDA: .*as plain PyTorch"):
         on_a_cuda_device(operator, arguments_of(operator))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         on_a_cuda_device(operator, arguments_of(operator))
-    assert fallback.reason("cuda").startswith("built without CUDA: ")
 
 
-@EVERY
-def test_error_instead_of_the_fallback(operator, no_kernels, monkeypatch):
+def test_error_instead_of_the_fallback(no_kernels, monkeypatch):
     monkeypatch.setenv("ROPE_EXT_FALLBACK", "error")
-    given = arguments_of(operator)
-    kept = copies(given)
-    message = f"{operator.op}: no kernels for tensors on cpu (ROPE_EXT_FALLBACK=error)"
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        operator.overload(**given)
-    for name, x in tensors_of(given).items():
-        assert_same_bits(x, kept[name])
+    for operator in OPERATORS:
+        given = arguments_of(operator)
+        kept = copies(given)
+        message = f"{operator.op}: no kernels for tensors on cpu (ROPE_EXT_FALLBACK=error)"
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            operator.overload(**given)
+        for name, x in tensors_of(given).items():
+            assert_same_bits(x, kept[name])
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_unknown_value_of_the_variable_is_refused_at_import():
-    error = run("import rope_ext", ROPE_EXT_FALLBACK="errors").stderr
-    assert (
-        "ImportError: rope_ext: expected ROPE_EXT_FALLBACK to be 'error' or not set, got " in error
-    )
+def test_unknown_value_of_the_variable_is_refused_at_import(monkeypatch):
+    monkeypatch.setenv("ROPE_EXT_FALLBACK", "errors")
+    expected = "expected ROPE_EXT_FALLBACK to be 'error' or not set, got 'errors'"
+    with pytest.raises(ImportError, match=f"^rope_ext: {expected}$"):
+        fallback.register_fallback(OPERATORS)
 
 
 def test_info_lists_devices_without_kernels(capsys):
@@ -150,8 +152,29 @@ def test_info_lists_devices_without_kernels(capsys):
 )
 def test_on_a_device_of_its_own():
     """In a process of its own, as PyTorch keeps the device."""
-    done = run(Path(__file__).with_name("host_device.py").read_text())
+    program = Path(__file__).with_name("host_device.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "as on the CPU\n", done.stderr
+
+
+def test_angles_are_those_of_the_kernels_at_any_position():
+    """Float64: each is within 1 ulp. NaN where the kernels' reduction ends."""
+    inv_freq = random(64).abs()
+    positions = torch.tensor([0, -1, 12345, -(2**20) - 1, 2**31 - 1, 2**45 + 3, 2**53 - 1, 2**53])
+    for got, kernel in zip(
+        decompositions.cos_sin(inv_freq, positions), rope.cos_sin(inv_freq, positions), strict=True
+    ):
+        assert_same_bits(got, kernel)
+    double = inv_freq.double() / 3
+    for got, kernel in zip(
+        decompositions.cos_sin(double, positions), rope.cos_sin(double, positions), strict=True
+    ):
+        assert torch.equal(got.isnan(), kernel.isnan())
+        error = (got - kernel).abs().nan_to_num()
+        assert (error <= 2 * ulp(kernel.nan_to_num(), torch.float64)).all()
 
 
 # ---- indices of a device, whose values nobody checks

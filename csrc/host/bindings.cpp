@@ -9,7 +9,6 @@
 #include "cpu/capability.h"
 #include "host/compiler.h"
 #include "host/direct.h"
-#include "host/dispatcher_call.h"
 #include "registration.h"
 
 namespace py = pybind11;
@@ -50,8 +49,6 @@ PYBIND11_MODULE(_C, m) {
   rope::cpu::capability();
   m.def("register_operators", &rope::register_operators, py::arg("for_cuda"),
         "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
-  m.def("skip_next_kernel", &rope::DispatcherCall::skip_next_kernel,
-        "The next call of an operator in this thread only checks its arguments and makes results.");
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "call.h"
 
@@ -13,12 +12,9 @@ namespace rope {
 
 class DispatcherCall final : public Call {
  public:
-  // The next call of this thread runs no kernel.
-  static void skip_next_kernel() { skips_next_ = true; }
-
   // Owns the arguments on the stack, of which there are at most 64.
-  explicit DispatcherCall(StableIValue* values)
-      : values_(values), runs_kernel_(!std::exchange(skips_next_, false)) {}
+  explicit DispatcherCall(StableIValue* values, bool runs_kernel = true)
+      : values_(values), runs_kernel_(runs_kernel) {}
 
   // Takes it for nobody, if nobody has taken it.
   template <class T>
@@ -65,8 +61,6 @@ class DispatcherCall final : public Call {
     return torch::stable::detail::to<T>(values_[i]);
   }
   Tensor own(AtenTensorHandle handle);
-
-  static inline thread_local bool skips_next_ = false;
 
   StableIValue* values_;
   bool runs_kernel_;

@@ -20,17 +20,10 @@ from rope_ext.decompositions import PLAIN
 
 ENVIRONMENT_VARIABLE = "ROPE_EXT_FALLBACK"  # "error": raise an error instead
 
-# What torch calls the devices whose tensors have memory, by the dispatch key of their kernels.
-DEVICES = {
-    "CUDA": "cuda",
-    "HPU": "hpu",
-    "MPS": "mps",
-    "MTIA": "mtia",
-    "PrivateUse1": "privateuseone",
-    "XPU": "xpu",
-}
-# Here the C++ functions are registered in every build; they ask the tensors for their device.
-_CPP = keyset_of("QuantizedCPU")
+# The dispatch keys of devices whose tensors have memory.
+KEYS = ("CUDA", "HPU", "MPS", "MTIA", "PrivateUse1", "XPU")
+# Here the C++ functions are registered without kernels: for checks and results on every device.
+_WITHOUT_KERNEL = keyset_of("Undefined")
 _LIBRARY = torch.library.Library("rope", "IMPL")
 
 with_kernels = {"cpu", "cuda", "meta"}
@@ -50,15 +43,15 @@ def register_fallback(operators: Sequence[Operator]) -> None:
         _plain[operator.overload] = plain
         if operator.overload is packet.default:
             _plain[packet] = plain
-    for key in DEVICES:
+    for key in KEYS:
         if not has_kernel(operators[0].op, key):
             register_at(key, operators, _LIBRARY)
 
 
 def register_at(key: str, operators: Sequence[Operator], library: torch.library.Library) -> None:
-    with_kernels.discard(DEVICES.get(key, key.lower()))
+    with_kernels.discard(device_of(key))
     for operator in operators:
-        library.impl(operator.name, _kernel(operator), key)
+        library.impl(operator.name, _kernel(operator, key), key)
 
 
 def in_graph(operator: Any, device: str) -> Any:
@@ -89,15 +82,13 @@ def in_plain_pytorch(operator: Operator) -> Callable[..., Any]:
     return plain
 
 
-def _kernel(operator: Operator) -> Callable[..., Any]:
+def _kernel(operator: Operator, key: str) -> Callable[..., Any]:
     plain, redispatch = in_plain_pytorch(operator), operator.overload.redispatch
 
     def kernel(*args: Any, **options: Any) -> Any:
-        tensors = (x for x in (*args, *options.values()) if isinstance(x, Tensor))
-        _announce(operator, next(tensors).device.type)
+        _announce(operator, device_of(key))
         with below_versions():
-            _C.skip_next_kernel()
-            results = redispatch(_CPP, *args, **options)
+            results = redispatch(_WITHOUT_KERNEL, *args, **options)
             values = plain(*args, **options)
             if not operator.written:
                 for result, value in zip(_listed(results), _listed(values), strict=True):
@@ -124,6 +115,11 @@ def _announce(operator: Operator, device: str) -> None:
         )
 
 
+def device_of(key: str) -> str:
+    """What torch calls the device of a dispatch key."""
+    return privateuse1_name() if key == "PrivateUse1" else key.lower()
+
+
 def reason(device: str) -> str:
     """Why a type of device has no kernels."""
     if device != "cuda":
@@ -135,5 +131,5 @@ def reason(device: str) -> str:
 
 def reasons() -> dict[str, str]:
     """Of each type of device whose operators are plain PyTorch."""
-    names = {**DEVICES, "PrivateUse1": privateuse1_name()}.values()
-    return {name: reason(name) for name in names if name not in with_kernels}
+    devices = map(device_of, KEYS)
+    return {device: reason(device) for device in devices if device not in with_kernels}
