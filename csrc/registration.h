@@ -23,6 +23,7 @@ const std::vector<Operator>& operators();
 
 // Makes them torch.ops.rope.*, and returns true; false where this has been done. Throws where
 // another library has taken the namespace or a name in it: then nothing is registered.
-bool register_operators();
+// for_cuda: also for CUDA tensors, which a build without CUDA refuses.
+bool register_operators(bool for_cuda);
 
 }  // namespace rope

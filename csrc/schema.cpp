@@ -161,6 +161,12 @@ void implement(StableLibrary& m) {
   for (const Operator& op : operators()) m.impl(op.name, op.function);
 }
 
+// The part of the operators that is the same on every device: rope_ext/_engine/fallback.py calls
+// it.
+void implement_without_kernels(StableLibrary& m) {
+  for (const Operator& op : operators()) m.impl(op.name, op.without_kernel);
+}
+
 // StableLibrary does not check that it got the namespace, and crashes if it did not.
 void check_namespace_is_free() {
   TorchLibraryHandle handle;
@@ -188,7 +194,7 @@ const std::vector<Operator>& operators() {
 }
 
 // Not by the static initializers of STABLE_TORCH_LIBRARY: an exception in one ends the process.
-bool register_operators() {
+bool register_operators(bool for_cuda) {
   static bool registered = false;
   if (registered) return false;
   check_namespace_is_free();
@@ -196,9 +202,14 @@ bool register_operators() {
   static std::deque<StableTorchLibraryInit> libraries;  // registered for as long as they live
   libraries.emplace_back(Kind::DEF, &define, "rope", nullptr, __FILE__, __LINE__);
   // Quantized tensors too, so that the check of their dtype refuses them.
-  for (const char* key : {"CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA"}) {
+  std::vector<const char*> keys{"CPU", "QuantizedCPU", "QuantizedCUDA"};
+  if (for_cuda) keys.push_back("CUDA");
+  for (const char* key : keys) {
     libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
   }
+  // No tensor has this key.
+  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, "rope", "Undefined", __FILE__,
+                         __LINE__);
   return registered = true;
 }
 

@@ -40,7 +40,9 @@ def _load_compiled_part():
 def _register_operators():
     """Register the compiled part's operators with PyTorch. A process can do this only once."""
     try:
-        first = _C.register_operators()
+        # ROCm's tensors are of CUDA too, and have no kernels.
+        cuda = _C.build_info()["cuda"] and torch.version.hip is None
+        first = _C.register_operators(for_cuda=cuda)
     except RuntimeError as error:
         from rope_ext._registration_conflict import registered_by
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import works_with
-from support import CPU_CODE
+from support import CPU_CODE, cpu_without_kernels
 
 from rope_ext import _C
 from rope_ext.integrations.transformers import families
@@ -73,6 +73,13 @@ def one_thread(threads):
     threads(1)
 
 
+@pytest.fixture
+def no_kernels():
+    """The CPU as a device that rope_ext has no kernels for."""
+    with cpu_without_kernels():
+        yield
+
+
 # An emulator of the CUDA runtime (CONTRIBUTING.md) executes the kernels of rope_ext; torch's own
 # kernels run on the CPU instead. Tests for which that does not work wait for a GPU.
 EMULATED = "libfakegpu" in os.environ.get("LD_PRELOAD", "")
@@ -130,6 +137,11 @@ def pytest_addoption(parser):
         help="of the selected tests only each Nth: a sample, where each of them is slow",
     )
     parser.addoption(
+        "--plain",
+        action="store_true",
+        help="with the CPU as a device that has no kernels: the operators are plain PyTorch",
+    )
+    parser.addoption(
         "--works",
         choices=("print", "record"),
         help="the table of what works with what, in the docs: print it as the collected tests say, "
@@ -138,6 +150,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--plain"):
+        without_kernels = cpu_without_kernels()
+        without_kernels.__enter__()
+        config.add_cleanup(lambda: without_kernels.__exit__(None, None, None))
     if config.getoption("--record-families"):
         config.option.markexpr = config.option.keyword = ""  # a record needs all tests
     if works := config.getoption("--works"):

@@ -47,7 +47,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   // A wrong ROPE_EXT_CPU_CAPABILITY is refused at import, not at the first call.
   rope::cpu::capability();
-  m.def("register_operators", &rope::register_operators,
+  m.def("register_operators", &rope::register_operators, py::arg("for_cuda"),
         "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
