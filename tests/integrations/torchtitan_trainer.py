@@ -82,15 +82,17 @@ def write_assets(folder: Path):
 
 
 def train(folder: Path, flags: str, overrides: tuple[str, ...]) -> Run:
-    """Trains the debug model of a family in torchtitan for 10 steps; `flags` begin with its name."""
+    """Trains a debug model of torchtitan for 10 steps; flags begin with the name of its family."""
     torch._dynamo.config.disable = True  # the making of a mask would be compiled, for a minute
     model, *flags = flags.split()
-    arguments = f"--module {model} --config {model}_debugmodel --training.steps 10".split()
-    arguments += "--training.local-batch-size 2 --training.seq-len 128 --debug.seed 1".split()
-    arguments += "--training.disable-cuda-graphs".split()
-    arguments += ["--hf-assets-path", str(folder / "tokenizer"), "--dump-folder", str(folder)]
-    arguments += ["--dataloader.dataset-path", str(folder / "c4_test"), *flags]
-    arguments += ["--override.imports", f"{__name__}.masked_attention", *overrides]
+    command = f"""
+        --module {model} --config {model}_debugmodel --training.steps 10 --debug.seed 1
+        --training.local-batch-size 2 --training.seq-len 64 --training.disable-cuda-graphs
+        --hf-assets-path {folder}/tokenizer --dataloader.dataset-path {folder}/c4_test
+        --dump-folder {folder}
+    """
+    overrides = f"{__name__}.masked_attention", *overrides
+    arguments = [*command.split(), *flags, "--override.imports", *overrides]
     run = Run()
 
     def counted(*args, **kwargs):
@@ -113,11 +115,13 @@ def train(folder: Path, flags: str, overrides: tuple[str, ...]) -> Run:
     return run
 
 
-def train_as_rank(rank: int, ranks: int, port: int, folder: Path, cases: list[str]) -> list[Run]:
+def train_as_rank(
+    rank: int, ranks: int, port: int, folder: Path, cases: list[str]
+) -> list[tuple[Run, Run]]:
     """Each case with torchtitan's own rotation, then with rope_ext's."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    runs = [train(folder, case, each) for case in cases for each in ((), (OURS,))]
+    runs = [(train(folder, case, ()), train(folder, case, (OURS,))) for case in cases]
     torch.distributed.destroy_process_group()
     return runs
