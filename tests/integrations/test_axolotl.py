@@ -57,42 +57,26 @@ def test_other_kernels_and_unknown_rotations_are_refused(plugins):
         plugins.post_model_load({}, torch.nn.Linear(2, 2))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trainings without the plugin and with it, in one process: plugins stay registered in it."""
-    folder = tmp_path_factory.mktemp("axolotl")
-    axolotl_training.write_model(folder)
-    ours = {"plugins": [PLUGIN]}
-    cases = {"own": {}, "own, LoRA": LORA, "ours": ours, "ours, LoRA": LORA | ours}
-    configs = [axolotl_training.write_config(folder, name, **cases[name]) for name in cases]
+@pytest.mark.parametrize("case", [{}, LORA], ids=["whole model", "LoRA"])
+def test_command_trains_with_the_losses_and_gradients_of_axolotl(case, tmp_path):
+    """Without the plugin, then with it: it stays registered in the process."""
+    axolotl_training.write_model(tmp_path)
+    configs = [
+        axolotl_training.write_config(tmp_path, name, plugins, **case)
+        for name, plugins in (("own", ()), ("ours", (PLUGIN,)))
+    ]
+    paths = Path(__file__).parents[2], Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths))}
+    environment |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
     command = [sys.executable, axolotl_training.__file__, *configs]
-    root = Path(__file__).parents[2]
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "PYTHONPATH": f"{root}:{root}/tests/integrations",
-    }
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
+    done = subprocess.run(command, **options, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    results = dict(zip(cases, json.loads(line.removeprefix("RESULT ")), strict=True))
-    return results, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("case", ["", ", LoRA"], ids=["whole model", "LoRA"])
-def test_command_trains_with_the_losses_and_gradients_of_axolotl(case, trained):
-    results, output = trained
-    own, ours = results["own" + case], results["ours" + case]
+    own, ours = json.loads(line.removeprefix("RESULT "))
     assert own["calls"] == 0
     assert ours["calls"] >= 4 * LAYERS  # steps and layers
-    assert f"rope_ext rotates in {LAYERS} modules" in output
+    assert f"rope_ext rotates in {LAYERS} modules" in done.stdout + done.stderr
     for name in ("loss", "grad_norm"):
         expected, got = ([float(log[name]) for log in run["logs"]] for run in (own, ours))
         assert len(expected) == 4

@@ -10,8 +10,12 @@ import torch
 
 pytest.importorskip("torchtitan")
 
+import spmd_types as spmd
 import torchtitan_trainer as trainer
+from spmd_types.checker import typecheck
 from support import assert_same_bits, error_of, random
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE
 
 from rope_ext.integrations import torchtitan as integration
@@ -76,6 +80,15 @@ def test_modules_compute_what_those_of_torchtitan_compute(name, dtype):
                 assert_same_bits(got, want, name)
 
 
+def test_modules_compile_into_one_graph():
+    rope = integration.rope(CONFIGS["complex"]).build()
+    q, k, positions = random(2, 32, 4, 16), random(2, 32, 1, 16), POSITIONS["one row"]
+    compiled = torch.compile(rope, backend="aot_eager", fullgraph=True)
+    expected = rotated(rope, q, k, positions)
+    for got, want in zip(rotated(compiled, q, k, positions), expected, strict=True):
+        assert_same_bits(got, want)
+
+
 def test_only_known_rotations_shapes_and_releases_are_taken(monkeypatch):
     class Other(CosSinRoPE):
         @dataclass(kw_only=True, slots=True)
@@ -106,6 +119,27 @@ def test_tables_are_made_anew_after_to_empty_and_are_no_part_of_checkpoints():
         rope.to_empty(device="cpu").init_states()
         assert_same_bits(rope.cache, integration.rope(config).build().cache)
         assert not rope.state_dict()
+
+
+def test_results_have_the_types_that_torchtitan_checks():
+    """With --debug.spmd_typechecking: sharded by batch, sequence and heads, as q and k are."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "cp", "tp"))
+        table = dict.fromkeys(("dp", "cp", "tp"), spmd.R)
+        heads = {"dp": spmd.S(0), "cp": spmd.S(1), "tp": spmd.S(2)}
+        q, k, positions = random(2, 8, 4, 16), random(2, 8, 2, 16), torch.arange(16).view(2, 8)
+        for name in ("complex", "cos and sin"):
+            rope = integration.rope(CONFIGS[name]).build()
+            with spmd.set_current_mesh(mesh), typecheck():
+                for x, types in (q, heads), (k, heads), (positions, heads | {"tp": spmd.R}):
+                    spmd.assert_type(x, types)
+                spmd.assert_type(rope.cache, table)
+                for y in rope(q, k, positions):
+                    assert len(spmd.get_partition_spec(y)) == 4
+                    spmd.assert_type(y, heads)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import create_mask
+from torch.distributed.tensor.experimental._context_parallel import _attention as context_parallel
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 torch._utils._get_available_device_type = lambda: "cpu"
 
@@ -22,7 +24,7 @@ import torchtitan.trainer  # noqa: E402
 from torchtitan.components import metrics  # noqa: E402
 from torchtitan.config import ConfigManager, derive, override  # noqa: E402
 from torchtitan.distributed import utils as distributed  # noqa: E402
-from torchtitan.models.common.attention import FlexAttention  # noqa: E402
+from torchtitan.models.common import attention  # noqa: E402
 
 from rope_ext.integrations import torchtitan as integration  # noqa: E402
 
@@ -32,6 +34,8 @@ metrics.build_device_memory_monitor = lambda: SimpleNamespace(
     device_name="cpu", get_peak_stats=lambda: MEMORY, reset_peak_stats=lambda: None
 )
 distributed.set_pg_timeouts = lambda timeout, parallel_dims: None
+for module in attention, context_parallel:  # not compiled: a mask would take a minute
+    module._compiled_create_block_mask = create_block_mask
 torchtitan.trainer.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
 
 
@@ -43,11 +47,11 @@ class Run:
     distributed_calls: int = 0  # those with DTensors
 
 
-class MaskedAttention(FlexAttention):
+class MaskedAttention(attention.FlexAttention):
     """The attention of FlexAttention for a BlockMask, with the mask as a tensor."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(FlexAttention.Config):
+    class Config(attention.FlexAttention.Config):
         pass
 
     def forward(  # torchtitan shards arguments by these names
@@ -60,7 +64,7 @@ class MaskedAttention(FlexAttention):
         return y.transpose(1, 2)
 
 
-@override(target=FlexAttention.Config)
+@override(target=attention.FlexAttention.Config)
 def masked_attention(config):
     return derive(config, MaskedAttention.Config)
 
@@ -83,7 +87,6 @@ def write_assets(folder: Path):
 
 def train(folder: Path, flags: str, overrides: tuple[str, ...]) -> Run:
     """Trains a debug model of torchtitan for 10 steps; flags begin with the name of its family."""
-    torch._dynamo.config.disable = True  # the making of a mask would be compiled, for a minute
     model, *flags = flags.split()
     command = f"""
         --module {model} --config {model}_debugmodel --training.steps 10 --debug.seed 1
@@ -107,6 +110,9 @@ def train(folder: Path, flags: str, overrides: tuple[str, ...]) -> Run:
     rotate, integration.apply_rotary_qk = integration.apply_rotary_qk, counted
     trainer = ConfigManager().parse_args(arguments).build()
     trainer.metrics_processor.log = log
+    for module in trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
     try:
         trainer.train()
     finally:
