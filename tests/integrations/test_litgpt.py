@@ -177,7 +177,7 @@ def test_bfloat16_tables_round_once(name):
     got, theirs = (functions[name](x, cos, sin) for functions in (OURS, OWN))
     in_float32 = [t.float() for t in (x, cos, sin)]
     assert_same_bits(got, OWN[name](*in_float32).bfloat16())
-    # Theirs rounds two products and their sum, ours the sum: each by at most 2^-8 of |x1 c| + |x2 s|.
+    # Theirs rounds two products and the sum, ours the sum: each by up to 2^-8 of |x1 c| + |x2 s|.
     size, c, s = (t.abs() for t in in_float32)
     size = torch.maximum(OWN[name](size, c, s), OWN[name](size, c, -s))
     assert ((got - theirs).abs() <= 3 * 2**-8 * size).all()
