@@ -132,7 +132,7 @@ def result_of(case, called):
 
 
 def result_with_tables(model, exact_model, arguments, own, own_calls):
-    """ "passed", or why patch(model, tables=True) refuses the model."""
+    """Why patch(model, tables=True) refuses the model, or "passed"."""
     forwards = {name: inspect.unwrap(type(m).forward) for name, m in model.named_modules()}
     try:
         report = patch(model, tables=True)

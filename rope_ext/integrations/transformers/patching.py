@@ -68,7 +68,8 @@ class Report:
             where = sites[0].module or "the model"
             lines.append(f"  {convention}: {calls} ({len(sites)}, from {where})")
         if self.tables:
-            lines.append(f"  exact tables: {', '.join(self.tables)}")
+            names = ", ".join(name or "the module" for name in self.tables)
+            lines.append(f"  exact tables: {names}")
         return "\n".join(lines)
 
 
@@ -180,7 +181,7 @@ def _patch(
         _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
             changes.append((module, derived))
-    if not changes and not _report(model).sites:
+    if not changes and not before:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"

@@ -201,15 +201,15 @@ def _known(
 
 
 def _columns(cos: Tensor, sin: Tensor, places: Tensor, inv_freq: Tensor) -> Columns | None:
-    """cos, sin [T, W], places [A, T]; None if a column is of no pair."""
+    """cos, sin [T, W], places [A, T]; None if a column has no pair, or a pair no column."""
     angles = (places[:, :, None] * inv_freq).movedim(0, 1).flatten(1)  # [T, A * P]
     near = (cos[:, :, None] - angles.cos()[:, None]).abs() < _ANGLE_ERROR
     near &= (sin[:, :, None] - angles.sin()[:, None]).abs() < _ANGLE_ERROR
     match = near.all(0)  # [W, A * P]
-    if not bool((match.sum(-1) == 1).all()):
-        return None
     of = match.int().argmax(-1)
     pairs, coordinates = of % len(inv_freq), of // len(inv_freq)
+    if not bool((match.sum(-1) == 1).all()) or len(pairs.unique()) < len(inv_freq):
+        return None
     return Columns((*pairs.tolist(),), (*coordinates.tolist(),))
 
 

@@ -135,7 +135,7 @@ def exact_tables(
     device = position_ids.device
     pairs = getattr(self, table.added(f"pairs_{count}")).to(device)
     cos, sin = cos_sin(
-        _inv_freq(self, table, position_ids)[pairs],
+        frequencies(self, table, position_ids)[pairs],
         positions,
         axes=getattr(self, table.added(f"axes_{count}")).to(device) if several else None,
         attention_scaling=getattr(self, f"{table.prefix}attention_scaling", 1.0),
@@ -146,7 +146,7 @@ def exact_tables(
     return torch.complex(cos, sin) if form.is_complex else (cos, sin)
 
 
-def _inv_freq(module: ExactTables, table: Table, position_ids: Tensor) -> Tensor:
+def frequencies(module: ExactTables, table: Table, position_ids: Tensor) -> Tensor:
     """The frequencies [P] for these positions, without waiting for their values."""
     device = position_ids.device
     inv_freq: Tensor = getattr(module, f"{table.prefix}inv_freq").to(device)
