@@ -137,7 +137,7 @@ def result_with_tables(model, exact_model, arguments, own, own_calls):
     try:
         report = patch(model, tables=True)
     except UnrecognizedRotation as error:
-        return re.search(r"got (.*?)(: patch without|$)", str(error))[1]
+        return re.search(r"got (.*?)(: patch without|; nothing)", str(error))[1]
     with angles_in_float64(exact_model, report.tables):
         exact = run(exact_model, in_float64(arguments))
     new, calls = counted(lambda: run(model, arguments))

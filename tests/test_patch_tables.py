@@ -283,6 +283,7 @@ def counting(graphs):
     return count
 
 
+@pytest.mark.slow
 def test_a_model_whose_frequencies_depend_on_the_length_is_one_graph():
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config_of("dynamic", layers=1)).eval()
@@ -354,6 +355,10 @@ def test_other_frequencies_than_those_of_the_config_are_replaced_with_a_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         patch(model, tables=True)  # nothing is left to replace
+    sines = rotary(x(), TOKENS[:1])[1]
+    rotary.inv_freq.mul_(2)  # after patch it is read
+    assert torch.equal(rotary(x(), TOKENS[:1])[1], exact(2 * right, TOKENS[:1])[1].float())
+    assert not torch.equal(rotary(x(), TOKENS[:1])[1], sines)
 
 
 def test_a_module_that_has_grown_is_patched_without_a_warning():
@@ -518,7 +523,7 @@ REFUSED = {
     "phimoe": "PhimoeRotaryEmbedding, whose tables are not cos and sin of position_ids times",
     "mistral_large4": "TextRotaryEmbedding, whose tables depend on the parameters alpha",
     "dinov3_vit (DINOv3ViTModel)": r"forward\(pixel_values\) does not take x and position_ids",
-    "roformer": "tables=True for a model with modules .* got RoFormerForCausalLM without any",
+    "roformer": "tables=True for a model with .* got RoFormerForCausalLM, which has no such module",
 }
 
 

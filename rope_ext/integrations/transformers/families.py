@@ -85,7 +85,7 @@ def text(record: dict[str, Any]) -> str:
     for convention, names in by_convention(record).items():
         lines += ["", f"{convention} ({len(names)})"]
         lines += textwrap.wrap(", ".join(names), 96, initial_indent="  ", subsequent_indent="  ")
-    lines += ["", *exceptions(record), "", f"{with_tables(record)}; refused:"]
+    lines += ["", *exceptions(record), "", f"{with_tables(record)}, it refuses:"]
     return "\n".join([*lines, *without_tables(record)])
 
 
@@ -99,7 +99,7 @@ def markdown(record: dict[str, Any]) -> str:
     if left := exceptions(record):
         lines += ["", "Not among them:", "", *(f"- {line}" for line in left)]
     if left := without_tables(record):
-        lines += ["", f"{with_tables(record)}. Refused, with the reason:", ""]
+        lines += ["", f"{with_tables(record)}. It refuses the others:", ""]
         lines += [f"- {line}" for line in left]
     return "\n".join(lines)
 

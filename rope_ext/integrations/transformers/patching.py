@@ -189,7 +189,8 @@ def _patch(
     if tables and not rotary and not any(isinstance(module, ExactTables) for module in before):
         raise UnrecognizedRotation(
             "patch: expected tables=True for a model with modules that make cos and sin of "
-            f"position_ids times inv_freq, got {type(model).__name__} without any"
+            f"position_ids times inv_freq, got {type(model).__name__}, which has no such "
+            "module; nothing has been changed"
         )
     try:
         for derived in dict.fromkeys(derived for _, derived in changes):

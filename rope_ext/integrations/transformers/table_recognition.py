@@ -251,7 +251,9 @@ def _by_length(
     long = [at(length) for length in lengths]
     if torch.equal(long[0], short):
         return None, {}
-    rope_type = fresh.rope_type if layer_type is None else fresh.rope_type[layer_type]
+    rope_type = getattr(fresh, "rope_type", None)
+    if isinstance(rope_type, dict):
+        rope_type = rope_type.get(layer_type)
     if rope_type == "longrope" and torch.equal(*long) and original:
         return ByLength(original), {"long_inv_freq": long[0]}
     if rope_type == "dynamic":

@@ -135,7 +135,7 @@ def exact_tables(
     device = position_ids.device
     pairs = getattr(self, table.added(f"pairs_{count}")).to(device)
     cos, sin = cos_sin(
-        frequencies(self, table, position_ids)[pairs],
+        frequencies(self, table, position_ids).index_select(0, pairs),
         positions,
         axes=getattr(self, table.added(f"axes_{count}")).to(device) if several else None,
         attention_scaling=getattr(self, f"{table.prefix}attention_scaling", 1.0),
