@@ -25,6 +25,12 @@ from rope_ext.integrations.transformers.method_copies import (
     method_copies,
 )
 from rope_ext.integrations.transformers.recognition import Rotation
+from rope_ext.integrations.transformers.table_recognition import (
+    Recognized,
+    makes_tables,
+    recognize,
+)
+from rope_ext.integrations.transformers.tables import ExactTables, TableMethod, exact_tables
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Report:
     """The rotations of a patched model."""
 
     sites: tuple[Site, ...]
+    tables: tuple[str, ...] = ()  # the names of the modules that have exact tables of cos and sin
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -60,10 +67,13 @@ class Report:
             calls = ", ".join(dict.fromkeys(f"{site.method} -> {site.function}" for site in sites))
             where = sites[0].module or "the model"
             lines.append(f"  {convention}: {calls} ({len(sites)}, from {where})")
+        if self.tables:
+            names = ", ".join(name or "the module" for name in self.tables)
+            lines.append(f"  exact tables: {names}")
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, *, tables: bool = False) -> Report:
     """Replaces the rotation of queries and keys of a loaded transformers model by rope_ext's.
 
     Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
@@ -79,6 +89,11 @@ def patch(model: nn.Module) -> Report:
 
     Args:
         model: any module that holds transformers' attention modules, such as a model, or one layer.
+        tables: also replace the forward of the model's rotary modules, which make cos and sin. They
+            become those of the exact angles, in float32 for every dtype of the model but float64,
+            without waiting for the values of position_ids. inv_freq has the values of the config in
+            float32, also after ``.half()`` and to_empty(). So results change where the model's own
+            tables are inexact. See table_recognition.py.
 
     Returns:
         All rotations that are replaced now, including those of earlier calls.
@@ -88,7 +103,7 @@ def patch(model: nn.Module) -> Report:
             has been changed then.
         TypeError: unless model is a module: for the name of a model, its class, its config.
     """
-    _patch(model, _by_rope_ext, _UNTIL_UNPATCH)
+    _patch(model, _by_rope_ext, _UNTIL_UNPATCH, tables)
     return _report(model)
 
 
@@ -103,24 +118,24 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[Report]:
+def patched(model: nn.Module, *, tables: bool = False) -> Iterator[Report]:
     """A model that is patched within a ``with`` block. The block gets the report.
 
     Afterwards each module is unpatched, unless :func:`patch` was called for it or another such
     block, of a part or of the whole model, still contains it.
     """
-    with substituted(model, _by_rope_ext):
+    with substituted(model, _by_rope_ext, tables):
         yield _report(model)
 
 
 @contextlib.contextmanager
-def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
+def substituted(model: nn.Module, substitute: Substitute, tables: bool = False) -> Iterator[None]:
     """A model that rotates by other functions within a ``with`` block.
 
     substitute: makes the replacement from the model's own function and its rotation.
     """
     reason = object()
-    modules = _patch(model, substitute, reason)
+    modules = _patch(model, substitute, reason, tables)
     try:
         yield
     finally:
@@ -135,12 +150,15 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
     return rotation.replacement
 
 
-def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.Module]:
+def _patch(
+    model: nn.Module, substitute: Substitute, reason: object, tables: bool
+) -> list[nn.Module]:
     """Patches unpatched modules, and adds the reason to all patched modules, which it returns."""
     _check_is_loaded("patch", model)
     before: list[nn.Module] = []  # patched by earlier calls
     changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
+    rotary: dict[nn.Module, tuple[Recognized, str]] = {}
     for name, module in model.named_modules():
         own = type(module)
         if issubclass(own, _Patched):
@@ -154,14 +172,24 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
         if own not in classes:
             methods = method_copies(own, substitute)
             classes[own] = _derived(own, methods, substitute) if methods else None
+        if tables and classes[own] is None and makes_tables(module):
+            methods = {"forward": TableMethod(own.forward, exact_tables)}
+            classes[own] = _derived(own, methods, substitute, ExactTables)
+        if issubclass(classes[own] or own, ExactTables):
+            rotary[module] = recognize(module, name), name
         derived = classes[own]
         _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
             changes.append((module, derived))
-    if not changes and not _report(model).sites:
+    if not changes and not before:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
+        )
+    if tables and not rotary and not any(isinstance(module, ExactTables) for module in before):
+        raise UnrecognizedRotation(
+            "patch: expected tables=True for a model with modules that make cos and sin of "
+            f"position_ids times inv_freq, got {type(model).__name__} without any"
         )
     try:
         for derived in dict.fromkeys(derived for _, derived in changes):
@@ -172,6 +200,8 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             derived._rope_ext_reasons[module] = {reason}
             for method in derived._rope_ext_methods.values():
                 _rebind(module, method.original, method.function)
+            if module in rotary:
+                module._rope_ext_begin(*rotary[module])
     except BaseException:  # a module may refuse the change: change all of them or none
         for module, derived in changes:
             _unpatch(module)
@@ -200,6 +230,8 @@ def _unpatch(module: nn.Module) -> None:
             "unpatch: expected a module as patch left it, got one whose class has become "
             f"{patched_class.__name__} since: unpatch before that"
         )
+    if isinstance(module, ExactTables):
+        module._rope_ext_end()
     module.__class__ = patched_class._rope_ext_original
     for method in patched_class._rope_ext_methods.values():
         _rebind(module, method.function, method.original)
@@ -230,7 +262,8 @@ def _report(model: nn.Module) -> Report:
             if issubclass(type(module), _Patched)
             for method, copied in type(module)._rope_ext_methods.items()
             for function, rotation in sorted(copied.rotations.items())
-        )
+        ),
+        tuple(name for name, module in model.named_modules() if isinstance(module, ExactTables)),
     )
 
 
@@ -301,11 +334,11 @@ class _Patched:
         self._rope_ext_reasons[new] = {_UNTIL_UNPATCH}
         if memo is not None:
             memo[id(self)] = new
-        new.__setstate__(copied(self.__reduce_ex__(2)[2]))
+        new.__setstate__(copied(super().__reduce_ex__(2)[2]))
         return new
 
 
-def _derived(own: type, methods: dict[str, MethodCopy], substitute: Substitute) -> type:
+def _derived(own: type, methods: dict[str, Any], substitute: Substitute, *bases: type) -> type:
     """The class of patched instances of `own`."""
     namespace: dict[str, Any] = {
         "__module__": own.__module__,
@@ -318,4 +351,4 @@ def _derived(own: type, methods: dict[str, MethodCopy], substitute: Substitute) 
     }
     for name, copied in methods.items():
         namespace[name] = staticmethod(copied.function) if copied.static else copied.function
-    return type(own.__name__, (_Patched, own), namespace)
+    return type(own.__name__, (*bases, _Patched, own), namespace)
