@@ -14,7 +14,7 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes need the cores too
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 import torch
@@ -69,7 +69,7 @@ def results(arguments):
     if arguments.get("enforce_eager"):  # a compiled model does not call the module
         rotation.register_forward_pre_hook(before)
         rotation.register_forward_hook(after)
-        model.model.register_forward_hook(lambda *_: forwards.append(1))
+        model.register_forward_hook(lambda *_: forwards.append(1))
     with torch.profiler.profile() as profile:
         tokens = serve(llm.llm_engine)
     names = [event.key for event in profile.key_averages() for _ in range(event.count)]
