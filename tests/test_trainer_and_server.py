@@ -2,8 +2,8 @@
 
 The trainer is a patched transformers model: rows of cos and sin for a batch of sequences, one angle
 a channel, heads before tokens. The server has packed tokens of many requests at positions of their
-own, q and k side by side in one tensor, a table of all positions, and rotates in place, as vLLM does
-with the plugin (tests/integrations/test_vllm.py has it itself).
+own, q and k side by side in one tensor, a table of all positions, and rotates in place, as
+vLLM with the plugin does, which tests/integrations/test_vllm.py runs.
 """
 
 import pytest

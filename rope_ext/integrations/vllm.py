@@ -91,8 +91,9 @@ class _Replacement:
 
     def _become_vllms(self, *args: Any, **kwargs: Any) -> None:
         """Makes this object what it would be without rope_ext."""
-        self.__class__ = self.vllm_class
-        self.vllm_class.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        own = self.vllm_class
+        self.__class__ = own
+        own.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
 
 class _Left(_Replacement):

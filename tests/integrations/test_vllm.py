@@ -12,19 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from support import assert_same_bits, name_of, random, rounded_once
-from torch import nn
 
 pytest.importorskip("vllm")
 
-from trainers_rotation import trainers_rotation  # noqa: E402
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.model_executor import custom_op  # noqa: E402
-from vllm.model_executor.layers import rotary_embedding as package  # noqa: E402
-from vllm.model_executor.layers.rotary_embedding import base, ernie45_vl_rope  # noqa: E402
+from trainers_rotation import trainers_rotation
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import custom_op
+from vllm.model_executor.layers import rotary_embedding as package
+from vllm.model_executor.layers.rotary_embedding import base, ernie45_vl_rope
 
-import rope_ext  # noqa: E402
-from rope_ext.demo import models, weights  # noqa: E402
-from rope_ext.integrations import vllm as plugin  # noqa: E402
+import rope_ext
+from rope_ext.demo import models, weights
+from rope_ext.integrations import vllm as plugin
 
 HEAD_DIM, LONGEST = 64, 256
 BASE = 10000.0
@@ -286,7 +285,9 @@ def test_custom_ops_leave_a_class_to_vllm(vllm_of_one_test):
 def test_classes_that_keep_vllms_rotation_are_named_in_the_log(caplog):
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
-    fope = package.FourierRotaryEmbedding(64, 64, 16, BASE, True, torch.float32, False, 2, 8, True, 1)
+    fope = package.FourierRotaryEmbedding(
+        64, 64, 16, BASE, True, torch.float32, False, 2, 8, True, 1
+    )
     logger.removeHandler(caplog.handler)
     assert type(fope) is package.FourierRotaryEmbedding
     assert "leaves FourierRotaryEmbedding to vLLM: its table is learned" in caplog.text
@@ -302,13 +303,12 @@ def refused(expected, function, *args):
 def test_a_class_that_means_something_else_is_refused_by_name(monkeypatch):
     own = package.RotaryEmbedding
 
-    def other_pairs(self, positions, q, k):
-        self.is_neox_style = not self.is_neox_style
-        return own_forward(self, positions, q, k)
+    def other_order(self, positions, q, k):
+        return own_forward(self, positions.flip(0), q, k)
 
     own_forward = own.forward_native
     with monkeypatch.context() as patch:
-        patch.setattr(own, "forward_native", other_pairs)
+        patch.setattr(own, "forward_native", other_order)
         refused("RotaryEmbedding to have the rotation.*'-RotaryEmbedding'", made, "RotaryEmbedding")
     with monkeypatch.context() as patch:
         patch.setattr(own, "_compute_cos_sin_cache", lambda self: own_table(self) * 1.01)
@@ -407,7 +407,9 @@ def started(jobs, results, plugins=None):
     environment |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": str(results.with_suffix(".cache"))}
     log = open(results.with_suffix(".log"), "w+")  # noqa: SIM115
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=results.parent), log
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, cwd=results.parent
+    ), log
 
 
 def finished(process, log, results):
@@ -422,7 +424,9 @@ def served(folders):
     """What each engine gives, with the plugin and without."""
     installed = [x for x in entry_points(group="vllm.general_plugins") if x.name == "rope_ext"]
     assert installed, "rope_ext is not installed with its entry point: pip install --no-deps ."
-    scaled = {name: {"rope_parameters": rope_parameters} for name, rope_parameters in SCALED.items()}
+    scaled = {
+        name: {"rope_parameters": rope_parameters} for name, rope_parameters in SCALED.items()
+    }
     jobs = [["smollm2", {"model": str(folders / "smollm2"), "enforce_eager": True}]] + [
         [name, {"model": str(folders / "random"), "enforce_eager": True, "hf_overrides": overrides}]
         for name, overrides in scaled.items()
