@@ -69,9 +69,9 @@ def _classes(package: Any) -> dict[str, type]:
     for file in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{PACKAGE}.{file.name}")
         for name, value in vars(module).items():
-            if isinstance(value, type) and value.__module__ == module.__name__:
-                if issubclass(value, nn.Module) and name != "RotaryEmbeddingBase":
-                    found[name] = value
+            is_module = isinstance(value, type) and issubclass(value, nn.Module)
+            if is_module and value.__module__ == module.__name__ and name != "RotaryEmbeddingBase":
+                found[name] = value
     return found
 
 

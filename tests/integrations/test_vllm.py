@@ -27,7 +27,7 @@ from rope_ext.integrations import vllm as plugin
 
 HEAD_DIM, LONGEST = 64, 256
 BASE = 10000.0
-# rope_parameters of get_rope, by the class that it makes of them; 1 of them rotates some channels.
+# rope_parameters of get_rope, by the class that it makes of them.
 CLASSES = {
     "RotaryEmbedding": {"rope_type": "default", "partial_rotary_factor": 0.5},
     "Llama3RotaryEmbedding": {
@@ -91,7 +91,7 @@ CLASSES = {
 
 @pytest.fixture(autouse=True)
 def vllm_of_one_test(monkeypatch):
-    """vLLM with the plugin, and afterwards without, with a config whose max_model_len is LONGEST."""
+    """vLLM with the plugin, and afterwards without, with max_model_len LONGEST."""
     monkeypatch.setattr(package, "_ROPE_DICT", {})
     monkeypatch.setattr(custom_op, "op_registry_oot", dict(custom_op.op_registry_oot))
     longrope = "Phi3LongRoPEScaledRotaryEmbedding"

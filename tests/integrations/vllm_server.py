@@ -1,4 +1,4 @@
-"""Serves models by vLLM in a process of its own: python vllm_server.py JOBS RESULTS
+"""Serves models by vLLM in a process of its own, `python vllm_server.py JOBS RESULTS`.
 
 JOBS is a JSON list of engines: a name and the arguments of vllm.LLM. RESULTS gets, by torch.save,
 for each name the tokens of requests that come and go, the number of calls of rope_ext's operators
