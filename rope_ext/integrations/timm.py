@@ -14,9 +14,11 @@ Source: timm 1.0.31.
 """
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -55,17 +57,15 @@ def apply_rot_embed(x: Tensor, sin_emb: Tensor, cos_emb: Tensor, half: bool = Fa
     """
     _check(x, sin_emb, cos_emb)
     whole, cos, sin = (adjacent(t)[(None,) * (4 - t.dim())] for t in (x, cos_emb, sin_emb))
-    options = {"rotary_dim": x.shape[-1], "interleaved": not half}
+    rotate = functools.partial(apply_rotary, rotary_dim=x.shape[-1], interleaved=not half)
     batch, heads = cos.shape[:2]  # 1 or B, 1 or H
     if heads == 1:
-        rotated = apply_rotary(whole, cos[:, 0], sin[:, 0], layout="bhsd", **options)
+        rotated = rotate(whole, cos[:, 0], sin[:, 0], layout="bhsd")
     elif batch == 1:  # The operators' rows differ by batch: heads become the batch, images heads.
-        rotated = apply_rotary(whole.permute(1, 2, 0, 3), cos[0], sin[0], **options)
-        rotated = rotated.permute(2, 0, 1, 3)
+        rotated = rotate(whole.permute(1, 2, 0, 3), cos[0], sin[0]).permute(2, 0, 1, 3)
     else:
         cos, sin, tokens = (t.flatten(0, 1) for t in (cos, sin, whole))
-        cos, sin = (t.expand(len(tokens), -1, -1) for t in (cos, sin))
-        rotated = apply_rotary(tokens.unsqueeze(2), cos, sin, **options).view_as(whole)
+        rotated = rotate(tokens.unsqueeze(2), cos, sin).view_as(whole)
     return rotated[(0,) * (4 - x.dim())]
 
 
@@ -118,7 +118,7 @@ def patched() -> Iterator[None]:
             unpatch()
 
 
-def _own() -> Callable[..., Tensor] | None:
+def _own() -> Any:
     """The function that timm rotates with now."""
     from timm.layers import pos_embed_sincos
 
@@ -136,13 +136,12 @@ def _replacement(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rotates = own if isinstance(x, fx.Proxy) else apply_rot_embed
         return rotates(x, sin_emb, cos_emb, half)
 
-    rotate._rope_ext_own = own
-    # torch.jit.script raises an error with these words.
-    rotate.__script_unsupported = "expected timm as it is, got it patched by rope_ext: unpatch()"
+    refusal = "expected timm as it is, got it patched by rope_ext: unpatch()"
+    vars(rotate).update(_rope_ext_own=own, __script_unsupported=refusal)  # of torch.jit.script
     return rotate
 
 
-def _check_is_known(own: Callable[..., Tensor] | None) -> None:
+def _check_is_known(own: Any) -> None:
     import timm
     from timm.layers import apply_rot_embed_cat
 
