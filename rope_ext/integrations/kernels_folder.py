@@ -57,6 +57,7 @@ def write(wheels: list[Path], folder: Path) -> Path:
                 raise ValueError(
                     f"expected wheels of one version, got {wheel.name} with another {name}"
                 )
+    platform = _platform(wheels)
     info = _build_info(wheels, files)
     unique = hashlib.sha256(b"".join(n.encode() + files[n] for n in sorted(files))).hexdigest()[:7]
     backend = "cuda" if info["cuda"] else "cpu"
@@ -66,7 +67,7 @@ def write(wheels: list[Path], folder: Path) -> Path:
     out["__init__.py"] += b'\nfrom . import layers  # noqa: E402\n\n__all__ += ["layers"]\n'
     out["metadata.json"] = json.dumps(_metadata(build, info, out), indent=2).encode() + b"\n"
 
-    variant = folder / "build" / _variant(wheels, info)
+    variant = folder / "build" / _variant(platform, info)
     for old in sorted(variant.rglob("*"), reverse=True):
         old.rmdir() if old.is_dir() else old.unlink()
     for name, content in out.items():
@@ -99,6 +100,8 @@ def _build_info(wheels: list[Path], files: dict[str, bytes]) -> dict[str, Any]:
             f"expected a wheel of {python}, the Python that runs this, among those given, got "
             + ", ".join(wheel.name for wheel in wheels)
         )
+    if len({b".nv_fatbin" in files[name] for name in compiled}) != 1:
+        raise ValueError("expected wheels all with CUDA kernels or all without, got some of both")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             path = Path(folder, _PACKAGE, name)
@@ -110,23 +113,24 @@ def _build_info(wheels: list[Path], files: dict[str, bytes]) -> dict[str, Any]:
     if result.returncode != 0:
         reason = result.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"expected wheels that can be imported, got {wheels[0].name}: {reason}")
-    info = json.loads(result.stdout)
-    if any((b".nv_fatbin" in files[name]) != info["cuda"] for name in compiled):
-        raise ValueError("expected wheels all with CUDA kernels or all without, got some of both")
-    return info
+    return json.loads(result.stdout)
 
 
-def _variant(wheels: list[Path], info: dict[str, Any]) -> str:
-    """The name of a build variant, such as torch-stable-abi210-cu130-x86_64-linux."""
+def _platform(wheels: list[Path]) -> str:
     platforms = {re.sub(r".*linux_(?:\d+_\d+_)?(\w+)\.whl", r"\1", wheel.name) for wheel in wheels}
     if len(platforms) != 1 or not platforms <= {"x86_64", "aarch64"}:
         raise ValueError(
             "expected wheels of one platform, linux_x86_64 or linux_aarch64, got "
             + ", ".join(wheel.name for wheel in wheels)
         )
+    return platforms.pop()
+
+
+def _variant(platform: str, info: dict[str, Any]) -> str:
+    """The name of a build variant, such as torch-stable-abi210-cu130-x86_64-linux."""
     backend = f"cu{info['cuda_version'].replace('.', '')}" if info["cuda"] else "cpu"
     abi = info["stable_abi_target"].replace(".", "")
-    return f"torch-stable-abi{abi}-{backend}-{platforms.pop()}-linux"
+    return f"torch-stable-abi{abi}-{backend}-{platform}-linux"
 
 
 def _unique(name: str, content: bytes, build: str) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_same_bits, naming, random, random_table
+from support import assert_same_bits, naming, random, random_table, small_llama
 
 pytest.importorskip("kernels")
 
@@ -142,7 +142,8 @@ import sys, torch
 from pathlib import Path
 from kernels import get_local_kernel, get_kernel
 
-kernel = {load}
+kernel = get_local_kernel(Path({path!r}))
+assert get_kernel("me/rope", version=0) is kernel  # by LOCAL_KERNELS
 x, angle = torch.randn(2, 5, 3, 16, requires_grad=True), torch.randn(5, 8)
 cos, sin = angle.cos(), angle.sin()
 c, s, (x1, x2) = cos[:, None], sin[:, None], x.chunk(2, -1)
@@ -161,13 +162,10 @@ print(kernel.__name__, kernel.layers.RotaryPosEmb.has_backward)
 """
 
 
-@pytest.mark.parametrize(
-    "load", ["get_local_kernel(Path({path!r}))", "get_kernel('me/rope', version=0)"]
-)
-def test_works_alone_in_a_process(repository, variant, load, tmp_path):
+def test_works_alone_in_a_process(repository, variant, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"me/rope={repository}"}
-    code = ALONE.format(load=load.format(path=str(repository)))
+    code = ALONE.format(path=str(repository))
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
@@ -189,7 +187,7 @@ def test_runs_beside_rope_ext_and_beside_another_build(kernel, tmp_path):
         got, calls = calls_of(one, lambda one=one: one.apply_rotary(x, cos, sin))
         assert calls == 1
         assert_same_bits(got, expected)
-        with pytest.raises(RuntimeError, match="apply_rotary: expected cos"):
+        with pytest.raises(RuntimeError, match="apply_rotary: expected sin"):
             one.apply_rotary(x, cos[:, :3], sin)
     leaf = x.requires_grad_()
     with torch.profiler.profile() as profile:  # a kernel's backward is its own
@@ -205,7 +203,7 @@ class Attention(torch.nn.Module):
     """A module with the hook of transformers, of a rotation in plain PyTorch."""
 
     def forward(self, q, k, cos, sin):
-        return self._kernel_funcs["apply_rotary_pos_emb"](q, k, cos, sin)
+        return apply_rotary_pos_emb(q, k, cos, sin)
 
 
 @kernels.use_kernel_forward_from_hub("rotary_pos_emb")
@@ -267,37 +265,38 @@ def transformers():
     hook.__dict__.pop("forward", None)
 
 
-def test_transformers_takes_it_from_a_local_path(repository, kernel, transformers, tmp_path):
-    from support import small_llama
-
-    small_llama(2).save_pretrained(tmp_path)
-    tokens = torch.arange(12).view(1, 12)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    expected = model(tokens).logits
-    assert calls_of(kernel, lambda: model(tokens))[1] == 0
-    config = transformers.KernelConfig(
-        {"rotary_pos_emb": f"{repository}:RotaryPosEmb"}, use_local_kernel=True
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_a_model_of_transformers_rotates_with_it(repository, kernel, transformers, mode):
+    model, tokens = (
+        small_llama(2).train(kernels.Mode.TRAINING in mode),
+        torch.arange(12).view(1, 12),
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, use_kernels=True, kernel_config=config
-    ).eval()
-    logits, calls = calls_of(kernel, lambda: model(tokens).logits)
-    assert calls == 2
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    results = []
+    for layer in ({}, mapping(repository, mode)):
+        with kernels.use_kernel_mapping(layer, inherit_mapping=False):
+            kernels.kernelize(model, mode=mode, device="cpu")
+        model.zero_grad()
+        logits, calls = calls_of(kernel, lambda: model(tokens).logits)
+        assert calls == (2 if layer else 0)
+        logits.square().mean().backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    # Float32, from the same rotation: the gradients' products may be summed in another order.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 # ---- the command
 
 
-def test_wheels_of_several_pythons_share_a_folder(tmp_path):
-    wheels = [wheel_in(tmp_path, python) for python in (PYTHON, "cp39")]
-    folder = write(wheels, tmp_path / "kernel")
+def test_wheels_of_several_pythons_share_a_folder_and_replace_what_was_there(tmp_path):
+    build = tmp_path / "kernel/build"
+    stale, other = build / VARIANT / "old/file.py", build / "torch-stable-abi210-xpu-x86_64-linux/x"
+    for path in (stale, other):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    folder = write([wheel_in(tmp_path, python) for python in (PYTHON, "cp39")], tmp_path / "kernel")
+    assert folder == build / VARIANT
     assert len(list(folder.glob("_C.*.so"))) == 2
-    stale = folder / "integrations/stale.py"
-    stale.touch()
-    assert write(wheels[:1], tmp_path / "kernel") == folder
-    assert [path.name for path in folder.glob("_C.*.so")] == [COMPILED]
-    assert not stale.exists()
+    assert (stale.parent.exists(), other.exists()) == (False, True)
 
 
 def test_wheels_that_do_not_go_together_are_refused(tmp_path, capsys):
