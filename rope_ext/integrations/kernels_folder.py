@@ -17,6 +17,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,8 @@ def write(wheels: list[Path], folder: Path) -> Path:
     out["metadata.json"] = json.dumps(_metadata(build, info, out), indent=2).encode() + b"\n"
 
     variant = folder / "build" / _variant(platform, info)
-    for old in sorted(variant.rglob("*"), reverse=True):
-        old.rmdir() if old.is_dir() else old.unlink()
+    if variant.exists():
+        shutil.rmtree(variant)
     for name, content in out.items():
         path = variant / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +83,14 @@ def _package(wheel: Path) -> dict[str, bytes]:
     prefix = f"{_PACKAGE}/"
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.startswith(prefix)]
-            files = {name.removeprefix(prefix): archive.read(name) for name in names}
+            names = [n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)]
+            kept = [n for n in names if n and n[-1] != "/" and not _LEFT_OUT.match(n)]
+            files = {name: archive.read(prefix + name) for name in kept}
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"expected wheels of {_PACKAGE}, got {wheel}: {error}") from error
     if not any(name.startswith("_C.") for name in files):
         raise ValueError(f"expected wheels of {_PACKAGE}, got {wheel} without its compiled part")
-    return {n: c for n, c in files.items() if not n.endswith("/") and not _LEFT_OUT.match(n)}
+    return files
 
 
 def _build_info(wheels: list[Path], files: dict[str, bytes]) -> dict[str, Any]:
