@@ -306,7 +306,7 @@ import importlib.machinery, importlib.util, torch
 loader = importlib.machinery.ExtensionFileLoader("_C", {copy!r})
 first = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 loader.exec_module(first)
-assert first.register_operators(for_cuda=False)
+assert first.register_operators("rope", for_cuda=False)
 import rope_ext
 """
 AGAIN = """
