@@ -335,28 +335,28 @@ class BuildRope(BuildExtension):
 # ------------------------------------------------------------------------------- page on PyPI
 
 
-def repository() -> str:
-    """The address in pyproject.toml, or "" while it is unknown."""
+def of_project(name: str) -> str:
     text = Path("pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'^repository = "(.*)"', text, re.MULTILINE)[1]
+    return re.search(rf'^{name} = "(.*?)"', text, re.MULTILINE)[1]
 
 
 def project_urls() -> dict[str, str]:
-    address = repository()
+    """None while the address of the repository is unknown."""
+    address = of_project("repository")
     pages = {"Source": "", "Issues": "/issues", "Changelog": "/blob/main/CHANGELOG.md"}
     return {name: address + page for name, page in pages.items()} if address else {}
 
 
 def readme() -> str:
-    """README.md with links that lead somewhere from another site too, and with badges."""
+    """README.md as the page on PyPI needs it: links are absolute, and lead to the files of this version."""
     text = Path("README.md").read_text(encoding="utf-8")
-    address = repository()
+    address, tag = of_project("repository"), f"v{of_project('version')}"
     if not address:
         return text
     workflow = f"{address}/actions/workflows/tests.yml"
     badge = f"[![tests]({workflow}/badge.svg)]({workflow})"
-    text = re.sub(r'(!\[[^\]]*\]\(|src=")(?!https?:)', rf"\g<1>{address}/raw/main/", text)
-    text = re.sub(r"(\]\()(?!https?:|#)", rf"\g<1>{address}/blob/main/", text)
+    text = re.sub(r'(!\[[^\]]*\]\(|src=")(?!https?:)', rf"\g<1>{address}/raw/{tag}/", text)
+    text = re.sub(r"(\]\()(?!https?:|#)", rf"\g<1>{address}/blob/{tag}/", text)
     return re.sub(r"\A(# .*\n)", rf"\g<1>\n{badge}\n", text)
 
 
