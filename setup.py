@@ -348,7 +348,7 @@ def project_urls() -> dict[str, str]:
 
 
 def readme() -> str:
-    """README.md as the page on PyPI needs it: links are absolute, and lead to the files of this version."""
+    """README.md as the page on PyPI needs it: with absolute links to the files of this version."""
     text = Path("README.md").read_text(encoding="utf-8")
     address, tag = of_project("repository"), f"v{of_project('version')}"
     if not address:

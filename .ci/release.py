@@ -1,8 +1,12 @@
 """What a release says of itself.
 
-    python .ci/release.py check TAG ADDRESS   # TAG is the version, dated in CHANGELOG.md; ADDRESS is known
-    python .ci/release.py notes               # this version's part of CHANGELOG.md
-    python .ci/release.py site FOLDER         # makes one site of FOLDER/VERSION and FOLDER/dev
+    python .ci/release.py check TAG ADDRESS
+    python .ci/release.py notes
+    python .ci/release.py site FOLDER
+
+`check` ends the release unless TAG is that of the version, CHANGELOG.md dates the version, and the
+project's address is ADDRESS. `notes` prints the version's part of CHANGELOG.md. `site` adds to a folder
+of sites, one for each version and `dev`, their list and a way to the newest.
 """
 
 import json
@@ -11,7 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REDIRECT = '<!doctype html><meta http-equiv="refresh" content="0; url={0}/"><a href="{0}/">{0}</a>\n'
+REDIRECT = (
+    '<!doctype html><meta http-equiv="refresh" content="0; url={0}/"><a href="{0}/">{0}</a>\n'
+)
 
 
 def of_project(name: str) -> str:
@@ -30,7 +36,6 @@ def notes() -> str:
 
 
 def check(tag: str, address: str) -> None:
-    """Ends the release if the tag, the notes or the address of pyproject.toml are wrong."""
     notes()
     for what, expected, got in (
         ("tag", f"v{of_project('version')}", tag),
@@ -41,7 +46,6 @@ def check(tag: str, address: str) -> None:
 
 
 def site(folder: str) -> None:
-    """Beside the folders of the versions: their list, newest first, and a way to the newest."""
     released = [path.name for path in Path(folder).glob("[0-9]*")]
     released.sort(key=lambda version: [int(part) for part in version.split(".")], reverse=True)
     names = [*released, *(["dev"] if Path(folder, "dev").is_dir() else [])]
