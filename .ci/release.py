@@ -4,9 +4,9 @@
     python .ci/release.py notes
     python .ci/release.py site FOLDER
 
-`check` ends the release unless TAG is that of the version, CHANGELOG.md dates the version, and the
-project's address is ADDRESS. `notes` prints the version's part of CHANGELOG.md. `site` adds to a folder
-of sites, one for each version and `dev`, their list and a way to the newest.
+`check` ends the release unless TAG is that of the version, CHANGELOG.md dates the version, and
+the project's address is ADDRESS. `notes` prints the version's part of CHANGELOG.md. `site` adds to
+a folder of sites, one for each version and `dev`, their list and a way to the newest.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a release says of itself: one version, the same pins and Pythons everywhere, links, the site."""
+"""A release: one version, the same pins and Pythons everywhere, the address, the site."""
 
 import functools
 import http.server
@@ -16,7 +16,9 @@ import setuptools
 ROOT = Path(__file__).parents[1]
 SWITCH = ROOT / "docs" / "_static" / "versions.js"
 ADDRESS = "https://example.org/someone/rope_ext"
-PAGE = """<!doctype html><html data-content_root="{root}"><script src="{root}_static/versions.js"></script>
+PAGE = """<!doctype html>
+<html data-content_root="{root}">
+<script src="{root}_static/versions.js"></script>
 {label}</html>"""
 
 
@@ -30,7 +32,7 @@ def one(pattern: str, path: str) -> str:
 
 @pytest.fixture
 def release():
-    """.ci/release.py"""
+    """The module .ci/release.py."""
     spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -117,12 +119,12 @@ def test_release_of_another_tag_or_address_is_refused(release, monkeypatch, tmp_
     version = one(r'^version = "(.+)"', "pyproject.toml")
     pyproject.write_text(f'version = "{version}"\nrepository = "{ADDRESS}"\n')
     release.check(f"v{version}", ADDRESS)
-    with pytest.raises(SystemExit, match="expected the tag to be 'v.*', got 'v9.9.9'"):
+    with pytest.raises(SystemExit, match=r"expected the tag to be 'v.*', got 'v9\.9\.9'"):
         release.check("v9.9.9", ADDRESS)
     with pytest.raises(SystemExit, match=f"expected the repository .* got '{ADDRESS}'"):
         release.check(f"v{version}", f"{ADDRESS}_2")
     pyproject.write_text(f'version = "9.9.9"\nrepository = "{ADDRESS}"\n')
-    with pytest.raises(SystemExit, match="CHANGELOG.md: expected"):
+    with pytest.raises(SystemExit, match=r"CHANGELOG\.md: expected"):
         release.check("v9.9.9", ADDRESS)
 
 
@@ -170,18 +172,14 @@ def test_switch_leads_to_the_same_page_of_another_version_or_to_its_start(releas
     release.site(str(folder / "site"))
     browser = Browser()
 
-    def value(expression):
-        answer = browser.call("Runtime.evaluate", {"expression": expression, "returnByValue": True})
-        return answer["result"].get("value")
-
     def wait_for(expression, expected):
         limit = time.monotonic() + 60
-        while (got := value(expression)) != expected and time.monotonic() < limit:
+        while (got := browser.evaluate(expression)) != expected and time.monotonic() < limit:
             time.sleep(0.05)
         assert got == expected
 
     def choose(version):
-        value(f"""select = document.querySelector("select"); select.value = "{version}";
+        browser.evaluate(f"""select = document.querySelector("select"); select.value = "{version}";
                   select.dispatchEvent(new Event("change"))""")
 
     try:
@@ -198,6 +196,6 @@ def test_switch_leads_to_the_same_page_of_another_version_or_to_its_start(releas
         (folder / "site" / "versions.json").unlink()
         browser.call("Page.navigate", {"url": f"{address}/site/0.2.0/"})
         wait_for("document.readyState", "complete")
-        assert value('document.querySelector("label").hidden')
+        assert browser.evaluate('document.querySelector("label").hidden')
     finally:
         browser.close()
