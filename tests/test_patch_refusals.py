@@ -21,11 +21,8 @@ transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext
 from support import naming, small_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-from rope_ext.integrations.transformers import (  # noqa: E402
-    UnrecognizedRotation,
-    patch,
-    recognition,
-)
+from rope_ext.integrations.transformers import UnrecognizedRotation, patch  # noqa: E402
+from rope_ext.integrations.transformers.forms import recognize  # noqa: E402
 
 LAYERS = 2
 STANDARD = "half-split"
@@ -224,7 +221,7 @@ def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
 
     layer = Func()
     layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel replaced it
-    assert recognition.recognize(layer).convention == STANDARD
+    assert recognize(layer).convention == STANDARD
 
 
 def test_the_result_has_the_dtype_of_q_whatever_the_tables_have():

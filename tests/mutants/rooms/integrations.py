@@ -6,15 +6,18 @@ from rooms.mutant import mutants
 MUTANTS = [
     # Channels, tokens and angles of models that are rotated otherwise.
     *mutants(
-        "rope_ext/integrations/transformers/rotations.py", "test_rotations test_model_families",
+        "rope_ext/integrations/patching/pairs.py", "test_rotations test_model_families",
         ("last-channels-are-the-first", "head_dim - rotary_dim if self.last_channels else 0", "0"),
+        ("negated-angles-are-not", "return cos, -sin if self.negated else sin", "return cos, sin"),
+    ),
+    *mutants(
+        "rope_ext/integrations/transformers/rotations.py", "test_rotations test_model_families",
         ("tokens-before-the-table-become-0", "(0, 0, before, after), value=1.0)",
          "(0, 0, before, after), value=0.0)"),
-        ("negated-angles-are-not", "return cos, -sin if self.negated else sin", "return cos, sin"),
     ),
     # A function that computes something else is replaced.
     *mutants(
-        "rope_ext/integrations/transformers/recognition.py",
+        "rope_ext/integrations/patching/recognition.py",
         "test_patch_refusals test_rotations test_demo",
         ("any-result-agrees", "TOLERANCE = 8", "TOLERANCE = 8e9"),
         ("stopped-gradients-agree", "and _same_gradients(function, replacement, expected[0][0])",
@@ -22,14 +25,14 @@ MUTANTS = [
     ),
     # What is patched too long, too short, or without effect.
     *mutants(
-        "rope_ext/integrations/transformers/patching.py", "test_transformers_patch",
+        "rope_ext/integrations/patching/models.py", "test_transformers_patch",
         ("first-block-unpatches-for-all", "        if not reasons:", "        if True:"),
         ("pickled-as-patched", "return (original.__new__, (original, *arguments), *rest)",
          "return (original.__new__, (type(self), *arguments), *rest)"),
     ),
     # A rotation that has run before stays as it was.
     *mutants(
-        "rope_ext/integrations/transformers/method_copies.py",
+        "rope_ext/integrations/patching/method_copies.py",
         "test_patch_refusals test_patch_wrappers",
         ("rotations-kept-by-init-are-patched", 'name == "__init__":', 'name == "__new__":'),
     ),

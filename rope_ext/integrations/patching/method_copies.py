@@ -17,12 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext.integrations.transformers.function_copies import Key, bind, copied
-from rope_ext.integrations.transformers.recognition import (
-    Rotation,
-    recognize,
-    recognize_method,
-)
+from rope_ext.integrations.patching.function_copies import Key, bind, copied
+from rope_ext.integrations.patching.library import Library
+from rope_ext.integrations.patching.recognition import Rotation
 
 # Names that rotations have. The parameters and results then decide.
 _ROTATION = re.compile(r"(^|_)(rotary|rope|rotate)(_|$)")
@@ -36,7 +33,7 @@ class UnrecognizedRotation(ValueError):
     """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
 
-def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]":
+def method_copies(owner: type, library: Library, substitute: Substitute) -> "dict[str, MethodCopy]":
     """The methods of a class and its bases that rotate, with their rotations replaced.
 
     Nothing is changed before they are bound. Raises UnrecognizedRotation.
@@ -47,9 +44,9 @@ def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]
             continue
         for name, attribute in vars(defining).items():
             if name not in methods:
-                methods[name] = MethodCopy(defining, name, attribute, substitute)
+                methods[name] = MethodCopy(defining, name, attribute, library, substitute)
             elif methods[name].may_call_one_of(defining):
-                base = MethodCopy(defining, name, attribute, substitute)
+                base = MethodCopy(defining, name, attribute, library, substitute)
                 if base.function:
                     where = f"{owner.__name__}.{name}"
                     raise _refusal(f"{where} to rotate itself", f"{base.where}, too")
@@ -59,8 +56,11 @@ def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]
 class MethodCopy:
     """A copy of a method: `function`, with other rotations. None if the method does not rotate."""
 
-    def __init__(self, owner: type, name: str, attribute: Any, substitute: Substitute) -> None:
-        self.where, self.name, self.substitute = f"{owner.__name__}.{name}", name, substitute
+    def __init__(
+        self, owner: type, name: str, attribute: Any, library: Library, substitute: Substitute
+    ) -> None:
+        self.where, self.name = f"{owner.__name__}.{name}", name
+        self.library, self.substitute = library, substitute
         self.static = isinstance(attribute, staticmethod)
         self.original = attribute.__func__ if self.static else attribute
         self.rotations: dict[str, Rotation] = {}  # by the names in the method's code
@@ -99,7 +99,7 @@ class MethodCopy:
         for key, value in held.items():
             if self._is_rotation(key, value):
                 name = key if isinstance(key, str) else value.__name__
-                values[key] = self._substituted(value, name, recognize)
+                values[key] = self._substituted(value, name, self.library.recognize)
                 continue
             for inner in _functions_in(value):
                 if isinstance(key, str) and inner.__globals__ is not scope is self._file:
@@ -135,7 +135,7 @@ class MethodCopy:
             and (function is self.original or code.co_name == self.name)
             and code.co_argcount != 1  # a property has one argument
         ):
-            return self._substituted(function, self.name, recognize_method)
+            return self._substituted(function, self.name, self.library.recognize_method)
         return None
 
     def _is_rotation(self, key: Key, value: Any) -> bool:
@@ -145,7 +145,7 @@ class MethodCopy:
             type(value) is types.FunctionType
             and value.__name__ != self.name  # a wrapper's method has this name
             and bool(_ROTATION.search(value.__name__))
-            and recognize(value) is not None
+            and self.library.recognize(value) is not None
         )
 
     def _substituted(

@@ -1,4 +1,4 @@
-"""patch(model) replaces the rotation of one loaded model.
+"""The rotations of one loaded model are replaced.
 
 The methods of a module that call a rotation are copied with the replacement (method_copies.py).
 The copies become methods of a class that is derived from the module's own and has the same name,
@@ -8,7 +8,6 @@ nothing else uses, and other models of the family are not affected.
 
 import contextlib
 import copy
-import os
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ from typing import Any
 
 from torch import nn
 
-from rope_ext._argument_errors import describe, shown
-from rope_ext.integrations.transformers.method_copies import (
+from rope_ext.integrations.patching.library import Library
+from rope_ext.integrations.patching.method_copies import (
     MethodCopy,
     Substitute,
     UnrecognizedRotation,
     method_copies,
 )
-from rope_ext.integrations.transformers.recognition import Rotation
+from rope_ext.integrations.patching.recognition import Rotation
 
 
 @dataclass(frozen=True)
@@ -63,64 +62,37 @@ class Report:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> Report:
-    """Replaces the rotation of queries and keys of a loaded transformers model by rope_ext's.
+def patch(library: Library, model: Any) -> Report:
+    """Replaces the rotations of a model, until :func:`unpatch`. Returns all that are replaced now.
 
-    Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
-    form. A patched model trains, generates, compiles and is copied as before. A model that was
-    compiled earlier compiles again (before torch 2.12 it keeps its old rotation until
-    torch.compiler.reset()). A model that is saved as a whole and loaded again is unpatched. The
-    result has q's dtype, also where the model's own function would return float32 for a bfloat16 q
-    because its tables are float32.
-
-    Each rotation is recognized by the names of its parameters and by its results for a few numbers,
-    never by the model's name: see recognition.py. The model's own function is called only for that.
-    Afterwards its side effects, such as counting its calls, are missing.
-
-    Args:
-        model: any module that holds transformers' attention modules, such as a model, or one layer.
-
-    Returns:
-        All rotations that are replaced now, including those of earlier calls.
-
-    Raises:
-        UnrecognizedRotation: if the model has no rotation, or one that is not recognized. Nothing
-            has been changed then.
-        TypeError: unless model is a module: for the name of a model, its class, its config.
+    Raises UnrecognizedRotation, before anything is changed, for a model without any rotation or
+    with one that is not recognized.
     """
-    _patch(model, _by_rope_ext, _UNTIL_UNPATCH)
-    return _report(model)
+    _patch(library, model, _by_rope_ext, _UNTIL_UNPATCH)
+    return _report(library, model)
 
 
-def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch` and :func:`patched` for a model, or any part of one.
-
-    Modules that are not patched stay as they are.
-    """
-    _check_is_loaded("unpatch", model)
-    for module in model.modules():
-        _unpatch(module)
+def unpatch(library: Library, model: Any) -> None:
+    """Undoes :func:`patch` and :func:`patched` for a model or a part of one."""
+    for _, part in library.parts("unpatch", model):
+        _unpatch(part)
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[Report]:
-    """A model that is patched within a ``with`` block. The block gets the report.
-
-    Afterwards each module is unpatched, unless :func:`patch` was called for it or another such
-    block, of a part or of the whole model, still contains it.
-    """
-    with substituted(model, _by_rope_ext):
-        yield _report(model)
+def patched(library: Library, model: Any) -> Iterator[Report]:
+    """A model that is patched within a ``with`` block. The block gets the report."""
+    with substituted(library, model, _by_rope_ext):
+        yield _report(library, model)
 
 
 @contextlib.contextmanager
-def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
+def substituted(library: Library, model: Any, substitute: Substitute) -> Iterator[None]:
     """A model that rotates by other functions within a ``with`` block.
 
     substitute: makes the replacement from the model's own function and its rotation.
     """
     reason = object()
-    modules = _patch(model, substitute, reason)
+    modules = _patch(library, model, substitute, reason)
     try:
         yield
     finally:
@@ -135,13 +107,12 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
     return rotation.replacement
 
 
-def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.Module]:
+def _patch(library: Library, model: Any, substitute: Substitute, reason: object) -> list[nn.Module]:
     """Patches unpatched modules, and adds the reason to all patched modules, which it returns."""
-    _check_is_loaded("patch", model)
     before: list[nn.Module] = []  # patched by earlier calls
     changes: list[tuple[nn.Module, type]] = []
     classes: dict[type, type | None] = {}
-    for name, module in model.named_modules():
+    for name, module in library.parts("patch", model):
         own = type(module)
         if issubclass(own, _Patched):
             if own._rope_ext_substitute is not substitute:
@@ -152,13 +123,13 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             before.append(module)
             continue
         if own not in classes:
-            methods = method_copies(own, substitute)
+            methods = method_copies(own, library, substitute)
             classes[own] = _derived(own, methods, substitute) if methods else None
         derived = classes[own]
-        _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
+        _check_own_methods(library, module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
             changes.append((module, derived))
-    if not changes and not _report(model).sites:
+    if not changes and not _report(library, model).sites:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
@@ -222,11 +193,11 @@ def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., An
             setattr(module, name, types.MethodType(now, module))
 
 
-def _report(model: nn.Module) -> Report:
+def _report(library: Library, model: Any) -> Report:
     return Report(
         tuple(
             Site(name, method, function, rotation.convention)
-            for name, module in model.named_modules()
+            for name, module in library.parts("patch", model)
             if issubclass(type(module), _Patched)
             for method, copied in type(module)._rope_ext_methods.items()
             for function, rotation in sorted(copied.rotations.items())
@@ -234,7 +205,9 @@ def _report(model: nn.Module) -> Report:
     )
 
 
-def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: str) -> None:
+def _check_own_methods(
+    library: Library, module: nn.Module, methods: dict[str, MethodCopy], name: str
+) -> None:
     """Raises for a module with a method of its own that rotates, or that replaces one that does.
 
     methods: those of its class that rotate. A forward that accelerate's hooks keep is allowed.
@@ -247,7 +220,7 @@ def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: 
         else:
             function = getattr(own, "__func__", own)
             refused = hasattr(type(module), method) and bool(
-                MethodCopy(type(module), method, function, _by_rope_ext).function
+                MethodCopy(type(module), method, function, library, _by_rope_ext).function
             )
         if refused:
             raise UnrecognizedRotation(
@@ -255,23 +228,6 @@ def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: 
                 f"{type(module).__name__}, got one of its own: patch before whatever replaces it; "
                 "nothing has been changed"
             )
-
-
-def _check_is_loaded(function: str, model: Any) -> None:
-    """Raises for what a model is made from: a name, a path, a class, a config, weights."""
-    if isinstance(model, nn.Module):
-        return
-    loaded = "AutoModelForCausalLM.from_pretrained(...)"
-    if isinstance(model, (str, os.PathLike)):
-        loaded = f"AutoModelForCausalLM.from_pretrained({shown(os.fspath(model))})"
-    elif isinstance(model, type) and issubclass(model, nn.Module):
-        loaded = f"{model.__name__}.from_pretrained(...)"
-    elif hasattr(model, "model_type"):
-        loaded = "AutoModelForCausalLM.from_config(config)"
-    raise TypeError(
-        f"{function}: expected model to be a loaded model, got {describe(model)}: {loaded} makes "
-        "one"
-    )
 
 
 class _Patched:
