@@ -2,8 +2,9 @@
 
 The methods of a module that call a rotation are copied with the replacement (method_copies.py).
 The copies become methods of a class that is derived from the module's own and has the same name,
-and the module becomes an instance of that class. So no class changes, files get only globals that
-nothing else uses, and other models of the family are not affected.
+and the module becomes an instance of that class. Other objects that rotate for a module are treated
+likewise. So no class changes, files get only globals that nothing else uses, and other models of
+the family are not affected.
 """
 
 import contextlib
@@ -13,8 +14,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from rope_ext.integrations.patching.library import Library
 from rope_ext.integrations.patching.method_copies import (
@@ -107,10 +106,10 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
     return rotation.replacement
 
 
-def _patch(library: Library, model: Any, substitute: Substitute, reason: object) -> list[nn.Module]:
+def _patch(library: Library, model: Any, substitute: Substitute, reason: object) -> list[Any]:
     """Patches unpatched modules, and adds the reason to all patched modules, which it returns."""
-    before: list[nn.Module] = []  # patched by earlier calls
-    changes: list[tuple[nn.Module, type]] = []
+    before: list[Any] = []  # patched by earlier calls
+    changes: list[tuple[Any, type]] = []
     classes: dict[type, type | None] = {}
     for name, module in library.parts("patch", model):
         own = type(module)
@@ -153,7 +152,7 @@ def _patch(library: Library, model: Any, substitute: Substitute, reason: object)
     return [*before, *(module for module, _ in changes)]
 
 
-def _release(module: nn.Module, reason: object) -> None:
+def _release(module: Any, reason: object) -> None:
     """Removes a reason to be patched from a module, and unpatches it without any reason left."""
     reasons = getattr(type(module), "_rope_ext_reasons", {}).get(module, set())
     if reason in reasons:
@@ -162,7 +161,7 @@ def _release(module: nn.Module, reason: object) -> None:
             _unpatch(module)
 
 
-def _unpatch(module: nn.Module) -> None:
+def _unpatch(module: Any) -> None:
     patched_class = type(module)
     if not issubclass(patched_class, _Patched):
         return
@@ -186,7 +185,7 @@ def _retire_if_unused(patched_class: type) -> None:
         patched_class._rope_ext_methods.clear()
 
 
-def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., Any]) -> None:
+def _rebind(module: Any, before: Callable[..., Any], now: Callable[..., Any]) -> None:
     """Replaces bound methods that a module holds: accelerate's hooks keep the forward they wrap."""
     for name, value in list(vars(module).items()):
         if isinstance(value, types.MethodType) and value.__func__ is before:
@@ -206,7 +205,7 @@ def _report(library: Library, model: Any) -> Report:
 
 
 def _check_own_methods(
-    library: Library, module: nn.Module, methods: dict[str, MethodCopy], name: str
+    library: Library, module: Any, methods: dict[str, MethodCopy], name: str
 ) -> None:
     """Raises for a module with a method of its own that rotates, or that replaces one that does.
 
@@ -237,7 +236,7 @@ class _Patched:
     _rope_ext_methods: dict[str, MethodCopy]
     _rope_ext_substitute: Substitute
     # The modules of the class, each with its reasons: calls of patch and blocks.
-    _rope_ext_reasons: weakref.WeakKeyDictionary[nn.Module, set[object]]
+    _rope_ext_reasons: weakref.WeakKeyDictionary[Any, set[object]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original class, which needs no rope_ext to be loaded."""
@@ -257,7 +256,11 @@ class _Patched:
         self._rope_ext_reasons[new] = {_UNTIL_UNPATCH}
         if memo is not None:
             memo[id(self)] = new
-        new.__setstate__(copied(self.__reduce_ex__(2)[2]))
+        state = copied(self.__reduce_ex__(2)[2])
+        if hasattr(new, "__setstate__"):
+            new.__setstate__(state)
+        elif state:  # a plain object's, without __setstate__, are its attributes
+            vars(new).update(state)
         return new
 
 

@@ -21,7 +21,9 @@ class Pairs(NamedTuple):
     """Which channels are a pair, and which columns of cos and sin belong to it."""
 
     name: str  # for reports
-    columns: str  # "a channel", "a pair", or "first half" of columns that repeat themselves
+    # "a channel", "a pair"; of columns that repeat themselves "first half", or "even and odd": the
+    # even ones of cos and the odd ones of sin
+    columns: str
     interleaved: bool = False
     interleaved_out: bool | None = None  # None: as interleaved
     last_channels: bool = False  # rotate the last channels of a head instead of the first
@@ -32,6 +34,8 @@ class Pairs(NamedTuple):
         if self.columns == "first half":
             half = cos.shape[-1] // 2
             cos, sin = cos[..., :half], sin[..., :half]
+        elif self.columns == "even and odd":
+            cos, sin = cos[..., ::2], sin[..., 1::2]
         cos, sin = adjacent(cos), adjacent(sin)
         # Not inverse=True, the transpose: it differs if the two columns of a pair differ.
         return cos, -sin if self.negated else sin
@@ -39,7 +43,7 @@ class Pairs(NamedTuple):
     @property
     def takes_tables_as_they_are(self) -> bool:
         """Whether :meth:`rows` returns cos and sin themselves, if their last stride is 1."""
-        return self.columns != "first half" and not self.negated
+        return self.columns in ("a channel", "a pair") and not self.negated
 
     def channels(self, cos: Tensor, head_dim: int) -> tuple[int, int]:
         """rotary_dim and rotary_offset; cos as :meth:`rows` returns it."""
@@ -71,6 +75,7 @@ ALL_PAIRS = (
         interleaved=True,
         interleaved_out=False,
     ),
+    Pairs("interleaved, even and odd columns of the table", "even and odd", interleaved=True),
     Pairs("half-split, negative angle", "a channel", negated=True),
     Pairs("last channels, half-split", "a channel", last_channels=True),
     Pairs("last channels, interleaved", "a channel", interleaved=True, last_channels=True),

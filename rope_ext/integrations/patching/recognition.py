@@ -6,6 +6,7 @@ rotation. So nothing depends on a model's name or on how its code is written. A 
 anything else, such as using other columns of the tables, is not recognized.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -38,56 +39,73 @@ class Form(NamedTuple):
     label: str  # for reports; '': q and k
     fill: Callable[[Pairs], Callable[..., Any]]
     probes: Callable[[Numbers], Iterator[Probe]]
+    # Gradients to all tensors are compared, or to so many of the first arguments.
+    differentiated: int | None = None
 
 
 _known: WeakKeyDictionary[Callable[..., Any], Rotation | None] = WeakKeyDictionary()
 
 
-def recognized(
-    function: Callable[..., Any],
-    forms: Iterable[Form],
-    completed: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
+def remembered(
+    function: Callable[..., Any], recognize: Callable[[], Rotation | None]
 ) -> Rotation | None:
-    """The rotation of a function that has one of the forms; None if it computes anything else.
-
-    completed: makes the replacement from the function and a form that is filled with its pairs.
-    """
+    """What recognize() finds out about a function: asked once, in a thread of its own."""
     key = getattr(function, "__func__", function)
     if key not in _known:
         # A new thread has no transform, mode, autocast or tracing of the caller.
         with ThreadPoolExecutor(1) as thread:
-            _known[key] = thread.submit(_first_match, function, forms, completed).result()
+            _known[key] = thread.submit(recognize).result()
     return _known[key]
 
 
-def _first_match(
-    function: Callable[..., Any],
-    forms: Iterable[Form],
-    completed: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
-) -> Rotation | None:
-    for form in forms:
-        expected = [
-            (probe, result)
-            for dtype in (torch.float32, torch.bfloat16)
-            for probe in form.probes(Numbers(dtype))
-            if (result := _call(function, probe)) is not None
-        ]
-        for pairs in ALL_PAIRS:
-            replacement = completed(function, form.fill(pairs))
-            if (
-                expected
-                and all(_agree(_call(replacement, p), r, p) for p, r in expected)
-                and _same_gradients(function, replacement, expected[0][0])
-            ):
-                convention = f"{pairs.name}; {form.label}" if form.label else pairs.name
-                return Rotation(convention, replacement, form.fill, pairs)
-    return None
+@functools.cache
+def _made(probes: Callable[[Numbers], Iterator[Probe]], dtype: torch.dtype) -> list[Probe]:
+    return [*probes(Numbers(dtype))]
+
+
+class Recognition:
+    """Compares a function with forms."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._expected: dict[Any, list[tuple[Probe, Any]]] = {}  # by the probes
+
+    def results(self, form: Form) -> list[tuple[Probe, Any]]:
+        """The probes of a form that the function accepts, with its results."""
+        if form.probes not in self._expected:
+            expected = self._expected[form.probes] = []
+            for dtype in (torch.float32, torch.bfloat16):
+                called = ((p, _call(self.function, p)) for p in _made(form.probes, dtype))
+                expected += [(probe, result) for probe, result in called if result is not None]
+                if not expected:
+                    break
+        return self._expected[form.probes]
+
+    def first_match(
+        self,
+        forms: Iterable[Form],
+        completed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda filled: filled,
+    ) -> Rotation | None:
+        """The rotation of a function that has one of the forms; None if it computes anything else.
+
+        completed: makes the replacement from a form that is filled with its pairs.
+        """
+        for form in forms:
+            expected = self.results(form)
+            for pairs in ALL_PAIRS if expected else ():
+                replacement = completed(form.fill(pairs))
+                if all(_agree(_call(replacement, p), r, p) for p, r in expected) and (
+                    _same_gradients(self.function, replacement, expected[0], form.differentiated)
+                ):
+                    convention = f"{pairs.name}; {form.label}" if form.label else pairs.name
+                    return Rotation(convention, replacement, form.fill, pairs)
+        return None
 
 
 def _call(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ...] | None:
     """The results; None where the function can't be called with such arguments."""
     arguments, keywords = probe
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    copies = _mapped(arguments, Tensor.clone)
     try:
         with torch.no_grad():
             results = function(*copies, **keywords)
@@ -95,7 +113,7 @@ def _call(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ..
         return None
     results = results if isinstance(results, tuple) else (results,)
     unchanged = all(
-        torch.equal(a, b) for a, b in zip(arguments, copies, strict=True) if isinstance(a, Tensor)
+        torch.equal(a, b) for a, b in zip(_tensors(arguments), _tensors(copies), strict=True)
     )
     tensors = all(r is None or isinstance(r, Tensor) for r in results)
     return results if unchanged and tensors else None
@@ -108,9 +126,10 @@ def _agree(
 ) -> bool:
     if results is None or len(results) != len(expected):
         return False
-    inputs = [a for a in probe[0] if isinstance(a, Tensor) and a.dtype not in _INTEGERS]
+    inputs = [a for a in _tensors(probe[0]) if a.dtype not in _INTEGERS]
     largest = max(float(a.abs().max()) for a in inputs)
-    eps = max(torch.finfo(a.dtype).eps for a in inputs)
+    rounded = [*inputs, *(r for r in expected if r is not None)]
+    eps = max(torch.finfo(a.dtype).eps for a in rounded)
     for result, other in zip(results, expected, strict=True):
         if result is None or other is None:
             if result is not other:
@@ -124,34 +143,53 @@ def _agree(
 
 
 def _same_gradients(
-    function: Callable[..., Any], replacement: Callable[..., Any], probe: Probe
+    function: Callable[..., Any],
+    replacement: Callable[..., Any],
+    expected: tuple[Probe, tuple[Tensor | None, ...]],
+    count: int | None,
 ) -> bool:
-    """Whether the gradients to all inputs agree: a function may stop them."""
-    own, new = _gradients(function, probe), _gradients(replacement, probe)
+    """Whether the gradients to the first `count` inputs agree: a function may stop them."""
+    probe, results = expected
+    own, new = _gradients(function, probe, count), _gradients(replacement, probe, count)
     if own is None or new is None:
         return False
+    # sums over up to HEADS and BATCH terms, each with its own roundings
+    eps = max(torch.finfo(r.dtype).eps for r in results if r is not None)
+    tolerance = max(1e-5, 4 * eps)
     largest = max(float(g.abs().max()) for g in own if g is not None)
     for a, b in zip(own, new, strict=True):
         if a is None or b is None:
             if a is not b:
                 return False
-        # sums over up to HEADS and BATCH terms, each with its own roundings
-        elif not (a - b).abs().max() <= 1e-5 * largest:
+        elif not (a - b).abs().max() <= tolerance * largest:
             return False
     return True
 
 
-def _gradients(function: Callable[..., Any], probe: Probe) -> tuple[Tensor | None, ...] | None:
+def _gradients(
+    function: Callable[..., Any], probe: Probe, count: int | None
+) -> tuple[Tensor | None, ...] | None:
     """Gradients of a sum over the results to each floating tensor; None if there are none."""
-    leaves = [
-        a.clone().requires_grad_(a.dtype not in _INTEGERS) if isinstance(a, Tensor) else a
-        for a in probe[0]
-    ]
+    leaves = _mapped(probe[0], lambda a: a.clone().requires_grad_(a.dtype not in _INTEGERS))
     try:
         results = function(*leaves, **probe[1])
         results = results if isinstance(results, tuple) else (results,)
         total = sum(((i + 1) * r.square()).sum() for i, r in enumerate(results) if r is not None)
-        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        inputs = [a for a in _tensors(leaves[:count]) if a.requires_grad]
         return torch.autograd.grad(total, inputs, allow_unused=True)
     except Exception:  # a model's function may not be differentiable
         return None
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All tensors in lists and tuples."""
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return [values] if isinstance(values, Tensor) else []
+
+
+def _mapped(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Lists and tuples with function(tensor) for each tensor."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(_mapped(value, function) for value in values)
+    return function(values) if isinstance(values, Tensor) else values

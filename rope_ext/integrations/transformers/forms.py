@@ -4,6 +4,7 @@ The names of a function's parameters select the forms that it may have (rotation
 then decide.
 """
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rope_ext.integrations.patching.pairs import ALL_PAIRS
-from rope_ext.integrations.patching.recognition import Form, Rotation, recognized
+from rope_ext.integrations.patching.recognition import Form, Recognition, Rotation, remembered
 from rope_ext.integrations.transformers import probes, rotations
 
 
@@ -42,7 +43,8 @@ def _recognize_among(forms: tuple[Form, ...], function: Callable[..., Any]) -> R
     except (TypeError, ValueError):  # it has no signature
         return None
     fitting = [f for f in forms if _names_and_kinds(f.fill(ALL_PAIRS[0])) == parameters]
-    return recognized(function, fitting, _with_defaults_of)
+    completed = functools.partial(_with_defaults_of, function)
+    return remembered(function, lambda: Recognition(function).first_match(fitting, completed))
 
 
 def _names_and_kinds(function: Callable[..., Any]) -> list[tuple[str, Any]]:
