@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -213,11 +214,21 @@ def _held(function: types.FunctionType) -> dict[Key, Any]:
                     f"{code.co_name} in {_name(function)} to depend on its arguments alone",
                     f"one that uses {', '.join(code.co_freevars)}",
                 )
-            held[code] = types.FunctionType(code, function.__globals__)
+            held[code] = _inner(code, function)
     for index, cell in enumerate(function.__closure__ or ()):
         with contextlib.suppress(ValueError):  # an empty cell
             held[index] = cell.cell_contents
     return held
+
+
+_known: WeakKeyDictionary[types.CodeType, types.FunctionType] = WeakKeyDictionary()
+
+
+def _inner(code: types.CodeType, outer: types.FunctionType) -> types.FunctionType:
+    """The function that `outer` defines with the code: the same one for each look-up."""
+    if code not in _known or _known[code].__globals__ is not outer.__globals__:
+        _known[code] = types.FunctionType(code, outer.__globals__)
+    return _known[code]
 
 
 @functools.cache

@@ -20,8 +20,8 @@ MUTANTS = [
         "rope_ext/integrations/patching/recognition.py",
         "test_patch_refusals test_rotations test_demo",
         ("any-result-agrees", "TOLERANCE = 8", "TOLERANCE = 8e9"),
-        ("stopped-gradients-agree", "and _same_gradients(function, replacement, expected[0][0])",
-         "and True"),
+        ("stopped-gradients-agree",
+         "_same_gradients(self.function, replacement, expected[0], form.differentiated)", "True"),
     ),
     # What is patched too long, too short, or without effect.
     *mutants(
