@@ -162,8 +162,11 @@ HIDDEN_ROTATIONS = {
     "a method of the class": derived(
         RETURN_CALL, head="@classmethod\ndef turned(cls, q, k, cos, sin):"
     ),
-    "an import inside": derived(
-        "from transformers.models.llama.modeling_llama import apply_rotary_pos_emb", RETURN_CALL
+    "an import that fails": derived("from of_no_file import apply_rotary_pos_emb", RETURN_CALL),
+    "a function inside that depends on more than its arguments": derived(
+        "def rotate(q, k):",
+        "    return apply_rotary_pos_emb(q, k, cos, sin)",
+        "return rotate(q, k)",
     ),
     "a property": derived(
         "return apply_rotary_pos_emb(*self.arguments)", head="@property\ndef turned(self):"

@@ -7,6 +7,7 @@ anything else, such as using other columns of the tables, is not recognized.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -52,8 +53,9 @@ def remembered(
     """What recognize() finds out about a function: asked once, in a thread of its own."""
     key = getattr(function, "__func__", function)
     if key not in _known:
-        # A new thread has no transform, mode, autocast or tracing of the caller.
-        with ThreadPoolExecutor(1) as thread:
+        # A new thread has no transform, mode, autocast or tracing of the caller. A function may warn
+        # of arguments that no model gives to it.
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:
             _known[key] = thread.submit(recognize).result()
     return _known[key]
 
