@@ -168,7 +168,7 @@ def markdown(results):
     passed = [name for name, (result, _) in results.items() if result == "passed"]
     classes = len({name.partition(" ")[0] for name in passed})
     others = [result for result, _ in results.values() if result != "passed"]
-    counts = [f"{others.count(result)} {result}" for result in sorted({*others})]
+    counts = [f"{others.count(result)} {result}" for result in sorted({*others}, reverse=True)]
     lines = [
         f"diffusers {RELEASE}: {classes} classes passed, {', '.join(counts)}.",
         "",
@@ -178,9 +178,9 @@ def markdown(results):
     for pairs in dict.fromkeys(what for result, what in results.values() if result == "passed"):
         names = [name for name, result in results.items() if result == ("passed", pairs)]
         lines.append(f"| {pairs} | {', '.join(names)} |")
-    for name, (result, why) in results.items():
-        if result != "passed":
-            lines.append(f"| {result} | `{name}`: {why} |")
+    for other in sorted({*others}, reverse=True):
+        whys = [(name, why) for name, (result, why) in results.items() if result == other]
+        lines += [f"| {other} | `{name}`: {why} |" for name, why in whys]
     return "\n".join(lines)
 
 

@@ -234,7 +234,7 @@ def _inner(code: types.CodeType, outer: types.FunctionType) -> types.FunctionTyp
 @functools.cache
 def _loads(code: types.CodeType) -> list[tuple[str, str]]:
     """The look-ups of names in a function and its inner functions, in order: LOAD_GLOBAL etc."""
-    instructions = [*dis.get_instructions(code)]
+    instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
     loads = [
         # The number of dots of a relative import is loaded two instructions before.
         (i.opname, "." * instructions[n - 2].argval + i.argval)

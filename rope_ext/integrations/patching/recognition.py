@@ -55,7 +55,8 @@ def remembered(
     if key not in _known:
         # A new thread has no transform, mode, autocast or tracing of the caller. A function may warn
         # of arguments that no model gives to it.
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(1) as thread:
+        with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
+            warnings.simplefilter("ignore")
             _known[key] = thread.submit(recognize).result()
     return _known[key]
 
