@@ -98,11 +98,6 @@ def _choosing(
     return apply_rotary_emb
 
 
-def _label(tensors: int, holder: Callable[..., Any]) -> str:
-    held = {"two_tensors": "", "pair": ""}.get(holder.__name__, holder.__name__.replace("_", " "))
-    return held
-
-
 def _forms() -> list[tuple[int, Form]]:
     """Each form with its number of arguments."""
     forms = [
@@ -111,11 +106,13 @@ def _forms() -> list[tuple[int, Form]]:
     for tensors in (1, 2):
         for holder, count in rotations.HOLDERS.items():
             arguments = probes.probes(tensors, holder)
+            tables = holder in (rotations.two_tensors, rotations.pair)
+            label = "" if tables else holder.__name__.replace("_", " ")
             # Of a matrix, an own function may read entries that the operators do not need.
             differentiated = tensors if holder is rotations.matrices else None
             for placement in rotations.PLACEMENTS:
                 fill = rotations.form(tensors, holder, placement)
-                form = Form(_label(tensors, holder), fill, arguments, differentiated)
+                form = Form(label, fill, arguments, differentiated)
                 forms.append((tensors + count, form))
     return forms
 

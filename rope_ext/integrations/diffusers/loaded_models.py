@@ -18,8 +18,8 @@ def patch(model: Any) -> Report:
 
     Only this pipeline or model changes; its parameters, its tables of cos and sin and its outputs
     keep their form. A patched model trains, compiles and is copied as before. A model that is saved
-    as a whole and loaded again is unpatched. Processors that are set afterwards, by
-    ``set_attn_processor`` or ``fuse_qkv_projections``, are not patched: patch again.
+    as a whole and loaded again is unpatched. Processors that are set afterwards, as by
+    ``set_attn_processor``, are not patched: patch again.
 
     Each rotation is recognized by its results for a few numbers, never by the name of a model or of
     a parameter: see forms.py. The model's own function is called only for that.

@@ -53,8 +53,8 @@ def remembered(
     """What recognize() finds out about a function: asked once, in a thread of its own."""
     key = getattr(function, "__func__", function)
     if key not in _known:
-        # A new thread has no transform, mode, autocast or tracing of the caller. A function may warn
-        # of arguments that no model gives to it.
+        # A new thread has no transform, mode, autocast or tracing of the caller. A function may
+        # warn of arguments that no model gives to it.
         with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
             warnings.simplefilter("ignore")
             _known[key] = thread.submit(recognize).result()

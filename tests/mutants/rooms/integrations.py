@@ -30,6 +30,20 @@ MUTANTS = [
         ("pickled-as-patched", "return (original.__new__, (original, *arguments), *rest)",
          "return (original.__new__, (type(self), *arguments), *rest)"),
     ),
+    # Rotations of diffusers: other rows, other tables, other options.
+    *mutants(
+        "rope_ext/integrations/diffusers/rotations.py", "test_diffusers_rotations",
+        ("heads-of-a-table-are-broadcast", "if x.dim() == 4 and axes[-2] == 1:",
+         "if x.dim() == 4:"),
+        ("matrices-are-read-transposed", "freqs[..., 0, 0], freqs[..., 1, 0]",
+         "freqs[..., 0, 0], freqs[..., 0, 1]"),
+    ),
+    *mutants(
+        "rope_ext/integrations/diffusers/forms.py", "test_diffusers_rotations",
+        ("a-choice-that-is-no-rotation-is-left-out",
+         "elif any(recognition.results(form) for form in forms):", "elif False:"),
+        ("options-have-their-defaults", "keywords.get(name, options[name])", "options[name]"),
+    ),
     # A rotation that has run before stays as it was.
     *mutants(
         "rope_ext/integrations/patching/method_copies.py",
