@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_ext.frequencies.ntk_aware import stretched_by
-from rope_ext.integrations.transformers.method_copies import UnrecognizedRotation
+from rope_ext.integrations.patching.method_copies import UnrecognizedRotation
 
 _NAMED_ROTARY = re.compile(r"Ro(tary|[pP][eE])\w*Embedding")
 _PARAMETERS = ["x", "position_ids", "layer_type"]

@@ -103,6 +103,11 @@ class TableMethod(NamedTuple):
         """It needs no globals."""
 
 
+def table_methods(own: type) -> dict[str, TableMethod]:
+    """The methods of a rotary module's class that are replaced."""
+    return {"forward": TableMethod(own.forward, exact_tables)}  # type: ignore[attr-defined]
+
+
 def exact_tables(
     self: ExactTables, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> Any:
