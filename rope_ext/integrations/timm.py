@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
-from rope_ext.integrations.patching.probes import Numbers
 from rope_ext.integrations.patching.pairs import adjacent
+from rope_ext.integrations.patching.probes import Numbers
+from rope_ext.integrations.reference_apis._refusals import names_arguments, refuse
 from rope_ext.rotation import apply_rotary
 
 TESTED = "1.0.31"
