@@ -256,6 +256,12 @@ def test_patches_of_llama4():
         assert not torch.equal(y[:, :16], x[:, :16])
 
 
+def test_an_instance_on_the_meta_device_has_meta_tables():
+    with torch.device("meta"):
+        assert made("RotaryEmbedding").float32_table.is_meta
+        assert made("MRotaryEmbedding").float32_table.is_meta
+
+
 def test_position_past_the_table_raises_and_writes_nothing():
     q = random(1, HEAD_DIM)
     before = q.clone()
@@ -336,7 +342,10 @@ def test_another_plugin_and_another_vllm_are_refused(monkeypatch):
 
     custom_op.op_registry_oot["RotaryEmbedding"] = Theirs
     refused("RotaryEmbedding to be vLLM's own, got .*Theirs", plugin.register)
-    del custom_op.op_registry_oot["RotaryEmbedding"]
+    custom_op.op_registry_oot.clear()
+    custom_op.op_registry_oot["YaRNScalingRotaryEmbedding"] = Theirs
+    refused("YaRNScalingRotaryEmbedding to be vLLM's own", plugin.register)
+    assert custom_op.op_registry_oot.keys() == {"YaRNScalingRotaryEmbedding"}  # no other changed
     monkeypatch.delattr(custom_op.CustomOp, "register_oot")
     refused("CustomOp.register_oot, got .*register_oot", plugin.register)
 
