@@ -207,8 +207,8 @@ bool register_operators(bool for_cuda) {
   for (const char* key : keys) {
     libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
   }
-  // No tensor has this key.
-  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, "rope", "Undefined", __FILE__,
+  // Any key that no valid tensor has: quantized ones are refused.
+  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, "rope", "QuantizedXPU", __FILE__,
                          __LINE__);
   return registered = true;
 }
