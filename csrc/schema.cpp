@@ -208,8 +208,8 @@ bool register_operators(const std::string& name, bool for_cuda) {
   for (const char* key : keys) {
     libraries.emplace_back(Kind::IMPL, &implement, name.c_str(), key, __FILE__, __LINE__);
   }
-  // No tensor has this key.
-  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, name.c_str(), "Undefined",
+  // Any key that no valid tensor has: quantized ones are refused.
+  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, name.c_str(), "QuantizedXPU",
                          __FILE__, __LINE__);
   return registered = true;
 }

@@ -23,7 +23,7 @@ ENVIRONMENT_VARIABLE = "ROPE_EXT_FALLBACK"  # "error": raise an error instead
 # The dispatch keys of devices whose tensors have memory.
 KEYS = ("CUDA", "HPU", "MPS", "MTIA", "PrivateUse1", "XPU")
 # Here the C++ functions are registered without kernels: for checks and results on every device.
-_WITHOUT_KERNEL = keyset_of("Undefined")
+_WITHOUT_KERNEL = keyset_of("QuantizedXPU")
 _LIBRARY = torch.library.Library("rope", "IMPL")
 
 with_kernels = {"cpu", "cuda", "meta"}
