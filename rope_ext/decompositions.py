@@ -292,7 +292,8 @@ def cos_sin(
     """torch.ops.rope.cos_sin in plain PyTorch."""
     dtype = dtype or (torch.float64 if inv_freq.dtype == torch.float64 else torch.float32)
     cos, sin = _angles(inv_freq, position_ids, axes, attention_scaling)
-    return cos.to(dtype).to(inv_freq.device), sin.to(dtype).to(inv_freq.device)
+    cos, sin = (reference.narrowed(t, dtype).to(inv_freq.device) for t in (cos, sin))
+    return cos, sin
 
 
 def cos_sin_backward(
@@ -311,7 +312,8 @@ def cos_sin_backward(
     cos, sin = _angles(inv_freq, position_ids, axes, attention_scaling)
     slope = cos * _in_float64(grad_sin) - sin * _in_float64(grad_cos)
     terms = _of_pairs(_in_float64(position_ids), axes) * slope
-    return terms.reshape(-1, terms.shape[-1]).sum(0).to(inv_freq.dtype).to(inv_freq.device)
+    grad = terms.reshape(-1, terms.shape[-1]).sum(0)
+    return reference.narrowed(grad, inv_freq.dtype).to(inv_freq.device)
 
 
 def apply_rotary_qk_at(

@@ -323,7 +323,19 @@ def _rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     if dtype.itemsize == 1:  # as PyTorch rounds to a float8, but saturating
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
-    return x.to(dtype)
+    return narrowed(x, dtype)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as dtype, rounded once: PyTorch rounds float64 to 8 and 16 bits by way of float32. There it
+    is rounded to odd, so that the second rounding sees on which side of the float32 it was.
+    """
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
+        return x.to(dtype)
+    near = x.float()
+    bits, back = near.view(torch.int32), near.double()
+    odd = (bits - (back.abs() > x.abs()).int()) | 1
+    return torch.where((back == x) | x.isnan(), bits, odd).view(torch.float32).to(dtype)
 
 
 def shift_cached_k(

@@ -119,6 +119,16 @@ NOT_EMULATED = {
     r"test_frequencies_of_any_dtype_and_positions_and_frequencies_in_views\[": INSIDE,
 }
 
+# With --plain: what plain PyTorch does not promise.
+TRACED = "graphs are traced as plain PyTorch, whose errors and order of sums are others"
+NOT_PLAIN = {
+    r"test_nothing_is_allocated": "results are computed, then copied",
+    r"test_argument_of_another_type_beside_a_compiler": TRACED,
+    r"test_learned_frequencies_compile_with_their_gradient": TRACED,
+    r"test_rms_norm_rotary_transforms\.py::test_one_graph_for_all_lengths": TRACED,
+    r"test_negated_view_is_rotated_in_place_by_vmap_and_refused_in_a_graph": TRACED,
+}
+
 
 COMPATIBILITY = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
@@ -194,6 +204,10 @@ def pytest_collection_modifyitems(config, items):
     if (step := config.getoption("--every")) > 1:
         config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
         items[:] = items[::step]
+    for item in items if config.getoption("--plain") else ():
+        for pattern, reason in NOT_PLAIN.items():
+            if re.search(pattern, item.nodeid):
+                item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
         item.user_properties.append(("shows", works_with.claims(item.iter_markers("shows"))))
         if EMULATED and item.get_closest_marker("cuda"):
