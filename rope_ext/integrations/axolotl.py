@@ -16,7 +16,7 @@ from torch import nn
 
 from rope_ext.integrations.transformers import patch
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.rope_ext")  # Axolotl shows what loggers of this prefix inform about
 
 
 class RopeExtPlugin(BasePlugin):  # type: ignore[misc]
