@@ -224,13 +224,11 @@ class BuildRope(BuildExtension):
             f"-isystem{pybind11.get_include()}",
             f"-isystem{torch_dir / 'include'}",
         ]
-        # libtorch has no code of its own, but loads libtorch_cuda if torch has it: there is the
-        # stream symbol that csrc/host/device.h declares weak.
-        extension.extra_link_args = [
-            f"-L{torch_dir / 'lib'}",
-            "-Wl,--no-as-needed,-ltorch,--as-needed",
-            "-ltorch_cpu",
-        ]
+        extension.extra_link_args = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+        if sys.platform != "darwin":
+            # libtorch has no code of its own, but loads libtorch_cuda if torch has it: there is the
+            # stream symbol that csrc/host/device.h declares weak.
+            extension.extra_link_args += ["-Wl,--no-as-needed,-ltorch,--as-needed"]
         if cuda:
             extension.extra_objects = self.compile_cuda(cuda)
             extension.extra_link_args += [f"-L{folder}" for folder in cuda.library_dirs]
@@ -251,9 +249,12 @@ class BuildRope(BuildExtension):
                 output_of(*shlex.split(compiler), *probe, "-o", f"{folder}/o")
                 self.compiler.link_shared_object([f"{folder}/o"], f"{folder}/so", target_lang="c++")
             except (Missing, OSError, LinkError) as error:
+                packages = "g++ and python3-dev"
+                if sys.platform == "darwin":
+                    packages = "Apple's compiler (xcode-select --install)"
                 raise SystemExit(
-                    f"rope_ext: {compiler} can't build C++17 with Python.h: install g++ and "
-                    f"python3-dev, or name a compiler in CXX ({str(error).splitlines()[0]})"
+                    f"rope_ext: {compiler} can't build C++17 with Python.h: install {packages}, "
+                    f"or name a compiler in CXX ({str(error).splitlines()[0]})"
                 ) from None
 
     def decide_cuda(self) -> Cuda | None:
@@ -331,6 +332,34 @@ class BuildRope(BuildExtension):
         return objects
 
 
+# ------------------------------------------------------------------------------- page on PyPI
+
+
+def of_project(name: str) -> str:
+    text = Path("pyproject.toml").read_text(encoding="utf-8")
+    return re.search(rf'^{name} = "(.*?)"', text, re.MULTILINE)[1]
+
+
+def project_urls() -> dict[str, str]:
+    """None while the address of the repository is unknown."""
+    address = of_project("repository")
+    pages = {"Source": "", "Issues": "/issues", "Changelog": "/blob/main/CHANGELOG.md"}
+    return {name: address + page for name, page in pages.items()} if address else {}
+
+
+def readme() -> str:
+    """README.md as the page on PyPI needs it: with absolute links to the files of this version."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    address, tag = of_project("repository"), f"v{of_project('version')}"
+    if not address:
+        return text
+    workflow = f"{address}/actions/workflows/tests.yml"
+    badge = f"[![tests]({workflow}/badge.svg)]({workflow})"
+    text = re.sub(r'(!\[[^\]]*\]\(|src=")(?!https?:)', rf"\g<1>{address}/raw/{tag}/", text)
+    text = re.sub(r"(\]\()(?!https?:|#)", rf"\g<1>{address}/blob/{tag}/", text)
+    return re.sub(r"\A(# .*\n)", rf"\g<1>\n{badge}\n", text)
+
+
 def quoted(text: str) -> str:
     """A C string literal that is safe on a compiler's command line."""
     return '"' + re.sub(r"[^\w .,:;=+/()'-]", "?", text, flags=re.ASCII) + '"'
@@ -341,6 +370,9 @@ def ninja_path(path: Path | str) -> str:
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=project_urls(),
     ext_modules=[
         Extension(
             "rope_ext._C",

@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 
 import rope_ext
 from rope_ext.integrations import reference_apis
-from rope_ext.integrations.transformers.recognition import recognize
+from rope_ext.integrations.transformers.forms import recognize
 
 HEADS, KEY_HEADS, HEAD_DIM, CONTEXT = 32, 8, 128, 4096
 BLOCKS, BLOCK_SIZE, LATENT, LATENT_ROTARY = 64, 16, 512, 64

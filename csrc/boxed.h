@@ -26,6 +26,7 @@ using BoxedFunction = void (*)(StableIValue* stack, uint64_t arguments, uint64_t
 struct Operator {
   const char* name;
   BoxedFunction function;
+  BoxedFunction without_kernel;  // only checks its arguments and makes its results
   BoxedFunction refuse_negated;  // see Boxed; nullptr for an operator that writes to no argument
   // The same for any kind of call.
   void (*run)(Call& call);
@@ -98,13 +99,14 @@ struct Boxed<function> {
 
   static inline const char* name = "";  // of the operator
 
+  template <bool runs_kernel>
   static void call(StableIValue* values, uint64_t arguments, uint64_t results) {
     if (arguments != kArguments || results != kResults) {
       throw std::logic_error(text("rope::", name, ": its schema has ", arguments, " arguments and ",
                                   results, " results, its C++ function ", kArguments, " and ",
                                   kResults));
     }
-    DispatcherCall call(values);
+    DispatcherCall call(values, runs_kernel);
     try {
       run(call);
     } catch (...) {
@@ -155,8 +157,13 @@ template <auto function>
 Operator boxed(const char* name) {
   using Boxed = boxing::Boxed<function>;
   Boxed::name = name;
-  return {name,        &Boxed::call,      Boxed::kResults == 0 ? &Boxed::refuse_negated : nullptr,
-          &Boxed::run, Boxed::kArguments, Boxed::kResults};
+  return {name,
+          &Boxed::template call<true>,
+          &Boxed::template call<false>,
+          Boxed::kResults == 0 ? &Boxed::refuse_negated : nullptr,
+          &Boxed::run,
+          Boxed::kArguments,
+          Boxed::kResults};
 }
 
 }  // namespace rope

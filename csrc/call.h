@@ -57,6 +57,10 @@ class Call {
   virtual void* written_data(const TensorView& x) = 0;
   virtual void release(void* handle) noexcept = 0;
 
+  // Whether the operator runs a kernel. If not, it only checks its arguments and makes its results,
+  // which rope_ext/_engine/fallback.py computes.
+  virtual bool runs_kernel() const { return true; }
+
   // Around the kernel, which may take long.
   virtual void begin_kernel(bool is_long) = 0;
   virtual void end_kernel() noexcept = 0;

@@ -1,6 +1,7 @@
 // The operators of each family, listed at the bottom of its file, and their registration.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "boxed.h"
@@ -21,8 +22,10 @@ std::vector<Operator> rms_norm_operators();            // rms_norm.cpp
 // Of all families.
 const std::vector<Operator>& operators();
 
-// Makes them torch.ops.rope.*, and returns true; false where this has been done. Throws where
-// another library has taken the namespace or a name in it: then nothing is registered.
-bool register_operators();
+// Makes them torch.ops.rope.*, or torch.ops.NAME.* for a copy of this library beside another one,
+// and returns true; false where this has been done. Throws where another library has taken the
+// namespace or a name in it: then nothing is registered.
+// for_cuda: also for CUDA tensors, which a build without CUDA refuses.
+bool register_operators(const std::string& name, bool for_cuda);
 
 }  // namespace rope

@@ -161,11 +161,18 @@ void implement(StableLibrary& m) {
   for (const Operator& op : operators()) m.impl(op.name, op.function);
 }
 
+// The part of the operators that is the same on every device: rope_ext/_engine/fallback.py calls
+// it.
+void implement_without_kernels(StableLibrary& m) {
+  for (const Operator& op : operators()) m.impl(op.name, op.without_kernel);
+}
+
 // StableLibrary does not check that it got the namespace, and crashes if it did not.
-void check_namespace_is_free() {
+void check_is_free(const std::string& name) {
   TorchLibraryHandle handle;
-  if (aoti_torch_library_init_def("rope", __FILE__, __LINE__, &handle) != TORCH_SUCCESS) {
-    throw std::runtime_error("another library has registered the namespace rope of operators");
+  if (aoti_torch_library_init_def(name.c_str(), __FILE__, __LINE__, &handle) != TORCH_SUCCESS) {
+    throw std::runtime_error("another library has registered the namespace " + name +
+                             " of operators");
   }
   aoti_torch_delete_library_object(handle);
 }
@@ -188,17 +195,22 @@ const std::vector<Operator>& operators() {
 }
 
 // Not by the static initializers of STABLE_TORCH_LIBRARY: an exception in one ends the process.
-bool register_operators() {
+bool register_operators(const std::string& name, bool for_cuda) {
   static bool registered = false;
   if (registered) return false;
-  check_namespace_is_free();
+  check_is_free(name);
   using Kind = StableLibrary::Kind;
   static std::deque<StableTorchLibraryInit> libraries;  // registered for as long as they live
-  libraries.emplace_back(Kind::DEF, &define, "rope", nullptr, __FILE__, __LINE__);
+  libraries.emplace_back(Kind::DEF, &define, name.c_str(), nullptr, __FILE__, __LINE__);
   // Quantized tensors too, so that the check of their dtype refuses them.
-  for (const char* key : {"CPU", "CUDA", "QuantizedCPU", "QuantizedCUDA"}) {
-    libraries.emplace_back(Kind::IMPL, &implement, "rope", key, __FILE__, __LINE__);
+  std::vector<const char*> keys{"CPU", "QuantizedCPU", "QuantizedCUDA"};
+  if (for_cuda) keys.push_back("CUDA");
+  for (const char* key : keys) {
+    libraries.emplace_back(Kind::IMPL, &implement, name.c_str(), key, __FILE__, __LINE__);
   }
+  // Any key that no valid tensor has: quantized ones are refused.
+  libraries.emplace_back(Kind::IMPL, &implement_without_kernels, name.c_str(), "QuantizedXPU",
+                         __FILE__, __LINE__);
   return registered = true;
 }
 

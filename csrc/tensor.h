@@ -46,6 +46,7 @@ class TensorView {
     return read_.device_type == other.read_.device_type &&
            read_.device_index == other.read_.device_index;
   }
+  int32_t device_type() const { return read_.device_type; }
   int32_t get_device_index() const { return read_.device_index; }
 
   int64_t numel() const {

@@ -1,6 +1,7 @@
 """Sphinx: `sphinx-build -W docs build/docs` makes a site of these pages and of the docstrings."""
 
 import re
+from pathlib import Path
 
 import rope_ext
 
@@ -11,6 +12,26 @@ release = version = rope_ext.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"rope_ext {release}"
+html_static_path = ["_static"]
+html_js_files = ["versions.js"]
+templates_path = ["_templates"]
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+        "sidebar/versions.html",
+    ]
+}
+project_file = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+if repository := re.search(r'^repository = "(.*)"', project_file, re.M)[1]:
+    html_theme_options = {
+        "source_repository": repository,
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]

@@ -40,7 +40,9 @@ def _load_compiled_part():
 def _register_operators():
     """Register the compiled part's operators with PyTorch. A process can do this only once."""
     try:
-        first = _C.register_operators()
+        # ROCm's tensors are of CUDA too, and have no kernels.
+        cuda = _C.build_info()["cuda"] and torch.version.hip is None
+        first = _C.register_operators("rope", for_cuda=cuda)
     except RuntimeError as error:
         from rope_ext._registration_conflict import registered_by
 
@@ -49,7 +51,7 @@ def _register_operators():
             f"registered operators of that name: {registered_by(_C.__file__)}. A process can have "
             "one of the two: import only one, or start a new process"
         ) from error
-    registering = {"rope_ext._engine", "rope_ext._operators"}
+    registering = {f"{__name__}._engine", f"{__name__}._operators"}
     if not first and not registering <= sys.modules.keys():
         raise ImportError(
             f"rope_ext has been imported before in this process, with {_C.__file__}, and removed "

@@ -12,7 +12,7 @@ import torch
 import rope_ext
 from rope_ext import viz
 from rope_ext._argument_errors import shown
-from rope_ext._engine import direct
+from rope_ext._engine import direct, fallback
 from rope_ext.frequencies.bounds import LAST_POSITION
 from rope_ext.integrations.transformers import families
 
@@ -212,6 +212,7 @@ def run_info(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "torch CUDA": torch.version.cuda,
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "plain PyTorch": [f"{name} ({why})" for name, why in fallback.reasons().items()],
         "direct calls": f"off: {direct.why_off()}" if direct.why_off() else "on",
         "threads": torch.get_num_threads(),
     }

@@ -22,7 +22,12 @@ def registered_by(own: str) -> str:
 
 
 def _loaded_copies() -> set[str]:
-    """Libraries of this process with the file name of rope_ext's compiled part, or librope.so."""
+    """Libraries of this process with the file name of rope_ext's compiled part, or librope.so.
+
+    None on macOS, where a process can't read a list of its libraries from a file.
+    """
     maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return set()
     files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/" in line}
     return {file for file in files if re.search(r"/(rope_ext/_C\.[^/]*|librope)\.so", file)}

@@ -32,6 +32,8 @@ unpack_dual = torch._VF._unpack_dual
 is_zero_tensor = Tensor._is_zerotensor
 
 # Registrations of operators
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+privateuse1_name = torch._C._get_privateuse1_backend_name
 registered_operators = torch._C._dispatch_get_all_op_names
 registrations_of = torch._C._dispatch_dump
 define_namespace = torch._C._dispatch_library
@@ -67,6 +69,10 @@ version_of = Tensor._version
 def is_dual(*values: Any) -> bool:
     """Whether one of the tensors has a tangent of forward-mode differentiation."""
     return any(isinstance(x, Tensor) and unpack_dual(x, 0)[1] is not None for x in values)
+
+
+def keyset_of(dispatch_key: str) -> Any:
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
 
 def keys_after(dispatch_key: str) -> Any:

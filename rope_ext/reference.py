@@ -323,7 +323,19 @@ def _rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     if dtype.itemsize == 1:  # as PyTorch rounds to a float8, but saturating
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
-    return x.to(dtype)
+    return narrowed(x, dtype)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as dtype, rounded once: PyTorch rounds float64 to 8 and 16 bits by way of float32. There it
+    is rounded to odd, so that the second rounding sees on which side of the float32 it was.
+    """
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
+        return x.to(dtype)
+    near = x.float()
+    bits, back = near.view(torch.int32), near.double()
+    odd = (bits - (back.abs() > x.abs()).int()) | 1
+    return torch.where((back == x) | x.isnan(), bits, odd).view(torch.float32).to(dtype)
 
 
 def shift_cached_k(
@@ -351,7 +363,15 @@ def shift_cached_k(
         turns = c * old_c + s * old_s, s * old_c - c * old_s
     keys = k_cache.flatten(0, 1)[slot_mapping.clamp(min=0)]
     rotated = apply_rotary(keys.double(), *(t * attention_scaling for t in turns), **options)
-    return _stored(k_cache, rotated, slot_mapping, None)
+    stored = _stored(k_cache, rotated, slot_mapping, None)
+    return _rotated_channels(stored, k_cache, turns[0], options.get("rotary_offset", 0))
+
+
+def _rotated_channels(x: Tensor, others: Tensor, cos: Tensor, rotary_offset: int) -> Tensor:
+    """x where a row of cos [.., P] rotates, and `others` in the channels before and after."""
+    end = rotary_offset + 2 * cos.shape[-1]
+    parts = others[..., :rotary_offset], x[..., rotary_offset:end], others[..., end:]
+    return torch.cat(parts, -1)
 
 
 def _stored(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:

@@ -141,7 +141,8 @@ def norm_then_append(
     **options,
 ):  # fmt: skip
     """By the operator that normalises, on the device: sums are in another order on another one. v
-    is normalised as k is, with factors of 1, and not rotated: by cos = 1 and sin = 0.
+    is normalised as k is, with factors of 1, and not rotated: by cos = 1 and sin = 0. These would
+    spread the NaN of an infinite channel, whose root mean square makes the others of its row 0.
     """
     norm_and_rotate = torch.ops.rope.rms_norm_rotary_qk
     rotated = norm_and_rotate(q, k, q_weight, k_weight, cos, sin, position_ids, **options)
@@ -150,7 +151,8 @@ def norm_then_append(
         one, zero, factors = (torch.full(t.shape, x, dtype=t.dtype).to(t.device)
                               for t, x in ((cos, 1.0), (sin, 0.0), (k_weight, factor)))  # fmt: skip
         normed = norm_and_rotate(q, v, q_weight, factors, one, zero, position_ids, **options)[1]
-        v = normed.cpu().copysign(v.cpu())  # -0 - 0 is 0
+        infinite = v.isinf().any(-1, keepdim=True) & ~v.isnan().any(-1, keepdim=True)
+        v = (v * 0).where(infinite, normed).cpu().copysign(v.cpu())  # -0 - 0 is 0
     q, rotated_q, k = on_cpu((q, *rotated))
     v, *caches, slots = on_cpu((v, k_cache, v_cache, slot_mapping))
     scales = on_cpu((k_scale, v_scale))

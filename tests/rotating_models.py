@@ -13,10 +13,10 @@ TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1
 _numbers = itertools.count()
 
 
-def rotations_of_rope_ext(model, *args):
+def rotations_of_rope_ext(model, *args, **kwargs):
     """The number of calls of rope_ext's operators in a forward pass."""
     with torch.no_grad(), torch.profiler.profile() as profile:
-        model(*args)
+        model(*args, **kwargs)
     return sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
 
 

@@ -7,6 +7,7 @@ the CPU.
 
 import contextlib
 import platform
+import warnings
 from functools import partial
 from itertools import combinations, product
 
@@ -15,7 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rope_ext import reference
+from rope_ext import _C, reference
+from rope_ext._engine import fallback
+from rope_ext._operators import OPERATORS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -270,6 +273,22 @@ def naming(case):
         yield
     except (Exception, pytest.fail.Exception) as error:
         raise AssertionError(f"{case}: {error}") from error
+
+
+@contextlib.contextmanager
+def cpu_without_kernels():
+    """The CPU as a device that rope_ext has no kernels for."""
+    library = torch.library.Library("rope", "IMPL")
+    direct = _C.use_direct_calls(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        fallback.register_at("CPU", OPERATORS, library)
+    fallback.announced.add("cpu")
+    yield
+    library._destroy()
+    fallback.with_kernels.add("cpu")
+    fallback.announced.discard("cpu")
+    _C.use_direct_calls(direct)
 
 
 class LargeTensors(TorchDispatchMode):

@@ -426,8 +426,9 @@ def test_table_on_another_device_is_refused_by_the_kernel():
 
 
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="built with CUDA")
-def test_cuda_tensor_with_a_build_without_cuda_says_so():
+def test_cuda_tensor_with_a_build_without_cuda_says_so(monkeypatch):
     """The CUDA kernel is called directly: meta tensors replace CUDA tensors."""
+    monkeypatch.setenv("ROPE_EXT_FALLBACK", "error")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for operator in OPERATORS:
         given = arguments_of(operator)

@@ -17,6 +17,7 @@ from support import assert_same_bits, naming, random, random_table
 from torch import nn
 
 from rope_ext import reference
+from rope_ext.integrations.patching.pairs import ALL_PAIRS
 from rope_ext.integrations.transformers import kernel_mapping, register_kernels
 from rope_ext.integrations.transformers.kernels_hook import (
     HOOK,
@@ -25,7 +26,6 @@ from rope_ext.integrations.transformers.kernels_hook import (
     pairs_of,
     rotation_of,
 )
-from rope_ext.integrations.transformers.rotations import ALL_PAIRS
 
 B, S, HQ, HK, D = 2, 7, 4, 2, 16
 HALF_SPLIT = ALL_PAIRS[0]

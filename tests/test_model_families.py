@@ -4,9 +4,15 @@ Results are compared with float64. The error of rope_ext in float32 may be twice
 family's own float32 result, plus NOISE, for tensors that are only rounding errors (such as the
 gradient of a bias of keys, which is zero in exact arithmetic). If a model can't run in float64, the
 limit is NOISE alone. Sines with a factor of 1.0001 exceed the limit in all models but two.
+
+With tables=True the measure has angles in float64 too: those of the family's own rotary module, in
+which torch.float means float64 for that.
 """
 
+import contextlib
 import copy
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +28,7 @@ from torch.utils._pytree import tree_map_only  # noqa: E402
 from rope_ext.__main__ import main  # noqa: E402
 from rope_ext.integrations.transformers import UnrecognizedRotation, patch, unpatch  # noqa: E402
 from rope_ext.integrations.transformers import families as families_of_record  # noqa: E402
+from rope_ext.integrations.transformers.tables import exact_tables  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = 16 * torch.finfo(torch.float32).eps  # times the largest value of the compared tensors
@@ -88,7 +95,7 @@ def result_of(case, called):
         model = build(case)
         arguments = inputs(case, model)
         exact_model = copy.deepcopy(model).double() if case.float64 else None
-        own, calls = counted(lambda: run(model, arguments))
+        own, own_calls = counted(lambda: run(model, arguments))
         own_tokens = generated(model, arguments, case)
         exact = run(exact_model, in_float64(arguments)) if exact_model else own
         assert all(x.isfinite().all() for each in (own, exact) for x in each["outputs"].values())
@@ -96,8 +103,8 @@ def result_of(case, called):
         if IS_RECORDED:
             raise
         return {"result": "not run", "reason": repr(error)}
-    called |= {everything[code] for code in calls & everything.keys()}
-    assert calls & rotating, f"expected the model to call one of {[*everything.values()]}"
+    called |= {everything[code] for code in own_calls & everything.keys()}
+    assert own_calls & rotating, f"expected the model to call one of {[*everything.values()]}"
     try:
         report = patch(model)
     except UnrecognizedRotation as error:
@@ -120,7 +127,51 @@ def result_of(case, called):
         "convention": [*report.conventions],
         "sites": len(report.sites),
         "result": "passed",
+        "tables": result_with_tables(model, exact_model, arguments, own, own_calls),
     }
+
+
+def result_with_tables(model, exact_model, arguments, own, own_calls):
+    """Why patch(model, tables=True) refuses the model, or "passed"."""
+    forwards = {name: inspect.unwrap(type(m).forward) for name, m in model.named_modules()}
+    try:
+        report = patch(model, tables=True)
+    except UnrecognizedRotation as error:
+        return re.search(r"got (.*?)(: patch without|; nothing)", str(error))[1]
+    with angles_in_float64(exact_model, report.tables):
+        exact = run(exact_model, in_float64(arguments))
+    new, calls = counted(lambda: run(model, arguments))
+    replaced = {forwards[name].__code__ for name in report.tables}
+    assert not calls & replaced
+    assert (exact_tables.__code__ in calls) == bool(own_calls & replaced)
+    for what in ("outputs", "gradients"):
+        assert_as_close(new[what], own[what], exact[what], f"with tables, {what}")
+    unpatch(model)
+    again = outputs_of(model, arguments)
+    assert all(torch.equal(again[name], x) for name, x in own["outputs"].items())
+    return "passed" if own_calls & replaced else "not called"
+
+
+@contextlib.contextmanager
+def angles_in_float64(model, names):
+    """The modules of these names compute in float64 where their code says float."""
+    both = (torch, "float", torch.float32), (torch.Tensor, "float", torch.Tensor.float)
+
+    def before(*_):
+        torch.float, torch.Tensor.float = torch.float64, torch.Tensor.double
+
+    def after(*_):
+        for owner, name, value in both:
+            setattr(owner, name, value)
+
+    modules = [model.get_submodule(name) for name in names]
+    hooks = [module.register_forward_pre_hook(before) for module in modules]
+    hooks += [module.register_forward_hook(after, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def outputs_of(model, arguments) -> dict[int, torch.Tensor]:

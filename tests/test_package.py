@@ -51,6 +51,8 @@ LIBRARIES = re.compile(
 
 @pytest.fixture(scope="module")
 def elf():
+    if sys.platform != "linux":
+        pytest.skip("the lists of symbols are those of ELF")
     with open(_C.__file__, "rb") as file:
         yield ELFFile(file)
 
@@ -306,7 +308,7 @@ import importlib.machinery, importlib.util, torch
 loader = importlib.machinery.ExtensionFileLoader("_C", {copy!r})
 first = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 loader.exec_module(first)
-assert first.register_operators()
+assert first.register_operators("rope", for_cuda=False)
 import rope_ext
 """
 AGAIN = """

@@ -21,11 +21,8 @@ transformers = pytest.importorskip("transformers", reason="pip install 'rope_ext
 from support import naming, small_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-from rope_ext.integrations.transformers import (  # noqa: E402
-    UnrecognizedRotation,
-    patch,
-    recognition,
-)
+from rope_ext.integrations.transformers import UnrecognizedRotation, patch  # noqa: E402
+from rope_ext.integrations.transformers.forms import recognize  # noqa: E402
 
 LAYERS = 2
 STANDARD = "half-split"
@@ -165,8 +162,11 @@ HIDDEN_ROTATIONS = {
     "a method of the class": derived(
         RETURN_CALL, head="@classmethod\ndef turned(cls, q, k, cos, sin):"
     ),
-    "an import inside": derived(
-        "from transformers.models.llama.modeling_llama import apply_rotary_pos_emb", RETURN_CALL
+    "an import that fails": derived("from of_no_file import apply_rotary_pos_emb", RETURN_CALL),
+    "a function inside that depends on more than its arguments": derived(
+        "def rotate(q, k):",
+        "    return apply_rotary_pos_emb(q, k, cos, sin)",
+        "return rotate(q, k)",
     ),
     "a property": derived(
         "return apply_rotary_pos_emb(*self.arguments)", head="@property\ndef turned(self):"
@@ -224,7 +224,7 @@ def test_a_layer_of_the_kernels_package_is_recognized_by_its_own_forward():
 
     layer = Func()
     layer.forward = types.MethodType(lambda self, *args: None, layer)  # a kernel replaced it
-    assert recognition.recognize(layer).convention == STANDARD
+    assert recognize(layer).convention == STANDARD
 
 
 def test_the_result_has_the_dtype_of_q_whatever_the_tables_have():

@@ -429,6 +429,16 @@ def test_backward_refuses_gradients_that_do_not_fit():
             rope.apply_rotary_qkv_backward(**grads, **rows, **{**heads, **change})
 
 
+def test_backward_has_the_same_zeros_where_a_derivative_of_it_is_recorded():
+    cos, sin = random_table(S, 8)
+    grads = {"grad_q": None, "grad_k": random(B, S, 2, 16), "grad_v": None}
+    heads = {"q_heads": 4, "kv_heads": 2, "by_group": True}
+    given = {**grads, "cos": cos, "sin": -sin.abs(), **heads}
+    recorded = rope.apply_rotary_qkv_backward(**{**given, "cos": cos.clone().requires_grad_()})
+    assert recorded.requires_grad
+    assert_same_bits(recorded.detach(), rope.apply_rotary_qkv_backward(**given))
+
+
 def test_layouts_that_do_not_fit_are_named():
     cos, sin = random_table(L, 8)
     for function, more in (

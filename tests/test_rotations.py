@@ -6,10 +6,12 @@ from rotating_models import rotate_half
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="pip install 'rope_ext[test]'")
-from rope_ext.integrations.transformers import recognition
-from rope_ext.integrations.transformers.rotations import ALL_PAIRS
+from rope_ext.integrations.patching.pairs import ALL_PAIRS
+from rope_ext.integrations.patching.probes import Numbers
+from rope_ext.integrations.patching.recognition import _call
+from rope_ext.integrations.transformers import forms
 
-FORMS = (*recognition._FORMS, *recognition._METHOD_FORMS)
+FORMS = (*forms._FORMS, *forms._METHOD_FORMS)
 # The first of each kind of columns, on which the tables of a rotation depend.
 PAIRS = tuple({pairs.columns: pairs for pairs in reversed(ALL_PAIRS)}.values())
 
@@ -24,8 +26,8 @@ def test_strides_of_arguments_do_not_matter(form):
     compared = 0
     for pairs in PAIRS:
         rotate = form.fill(pairs)
-        for arguments, keywords in form.probes(recognition.Numbers(torch.float32)):
-            expected = recognition._call(rotate, (arguments, keywords))
+        for arguments, keywords in form.probes(Numbers(torch.float32)):
+            expected = _call(rotate, (arguments, keywords))
             if expected is None:  # these pairs need other tables
                 continue
             apart = [spread(a) if isinstance(a, Tensor) and a.dim() else a for a in arguments]
@@ -79,4 +81,4 @@ EARLIER = {
 
 @pytest.mark.parametrize("function", EARLIER, ids=lambda function: function.__name__)
 def test_rotations_of_earlier_releases_are_recognized(function):
-    assert recognition.recognize(function).convention == EARLIER[function]
+    assert forms.recognize(function).convention == EARLIER[function]

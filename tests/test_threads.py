@@ -1,7 +1,7 @@
 """Several Python threads call the operators at once: each gets the same bits as alone. And a thread
 changes the indices of a call during the call.
 
-ROPE_EXT_STRESS_SECONDS is their duration, by default 2 seconds; .ci/run sets 30.
+ROPE_EXT_STRESS_SECONDS is their duration, by default 2 seconds; .ci/run sets 10.
 """
 
 import os

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 import rope_ext  # noqa: E402
 from rope_ext.integrations.transformers import patch, patched, unpatch  # noqa: E402
-from rope_ext.integrations.transformers.patching import substituted  # noqa: E402
+from rope_ext.integrations.transformers.loaded_models import substituted  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 2

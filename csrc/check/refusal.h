@@ -65,8 +65,22 @@ inline std::string dtype_text(torch::headeronly::ScalarType type) {
 
 inline std::string device_text(const TensorView& t) {
   if (t.is_none()) return "None";
-  if (t.is_cpu()) return "cpu";
-  return text(t.is_cuda() ? "cuda:" : "another device:", t.get_device_index());
+  const auto name = [](int32_t type) {
+    using torch::headeronly::DeviceType;
+    switch (static_cast<DeviceType>(type)) {
+      case DeviceType::CPU: return "cpu";
+      case DeviceType::CUDA: return "cuda";
+      case DeviceType::HPU: return "hpu";
+      case DeviceType::Meta: return "meta";
+      case DeviceType::MPS: return "mps";
+      case DeviceType::MTIA: return "mtia";
+      case DeviceType::PrivateUse1: return "privateuseone";
+      case DeviceType::XPU: return "xpu";
+      default: return "another device";
+    }
+  }(t.device_type());
+  const int64_t index = t.is_cpu() ? -1 : t.get_device_index();
+  return index < 0 ? name : text(name, ":", index);
 }
 
 // rope::apply_rotary_qk: expected cos to have shape [L, 64], got [128, 32]

@@ -33,13 +33,13 @@ inline Footprint footprint_of(const TensorView& t) {
   return out;
 }
 
-// Of each tensor that has elements.
+// Of each tensor that has elements in memory.
 template <size_t kCount>
 std::array<std::optional<Footprint>, kCount> footprints_of(const Named (&tensors)[kCount]) {
   std::array<std::optional<Footprint>, kCount> out;
   for (size_t i = 0; i < kCount; ++i) {
     const TensorView* const t = tensors[i].t;
-    if (t != nullptr && t->numel() > 0) out[i] = footprint_of(*t);
+    if (t != nullptr && t->numel() > 0 && t->const_data_ptr() != nullptr) out[i] = footprint_of(*t);
   }
   return out;
 }

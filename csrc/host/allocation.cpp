@@ -33,13 +33,19 @@ struct TypeAndIndex {
 
 // at::_ops::new_empty::call. It is not part of the stable ABI: the loader looks up its name, which
 // holds the types of its parameters, and leaves it null in a PyTorch without it. A size as SymInt
-// is the number itself.
+// is the number itself. On macOS std::optional is that of libc++, and names begin with another
+// underscore.
 using NewEmpty = NewTensor(const void* like, Sizes sizes, std::optional<ScalarType> dtype,
                            std::optional<int8_t> layout, std::optional<TypeAndIndex> device,
                            std::optional<bool> pin_memory);
 __attribute__((weak)) NewEmpty torch_new_empty __asm__(
+#ifdef __APPLE__
+    "__ZN2at4_ops9new_empty4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEENSt3__18optionalINS5_"
+    "10ScalarTypeEEENSA_INS5_6LayoutEEENSA_INS5_6DeviceEEENSA_IbEE");
+#else
     "_ZN2at4_ops9new_empty4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEESt8optionalINS5_"
     "10ScalarTypeEES9_INS5_6LayoutEES9_INS5_6DeviceEES9_IbE");
+#endif
 
 namespace {
 

@@ -47,8 +47,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   // A wrong ROPE_EXT_CPU_CAPABILITY is refused at import, not at the first call.
   rope::cpu::capability();
-  m.def("register_operators", &rope::register_operators,
-        "Makes the operators torch.ops.rope.*; whether this call did. RuntimeError: taken.");
+  m.def("register_operators", &rope::register_operators, py::arg("name"), py::arg("for_cuda"),
+        "Makes the operators torch.ops.NAME.*; whether this call did. RuntimeError: taken.");
   m.def("build_info", &build_info,
         "What this build is: version, CUDA, CPU capability in use, stable-ABI target, compiler.");
   m.def("set_cpu_capability", &rope::cpu::set_capability, py::arg("name"),

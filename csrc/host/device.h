@@ -19,7 +19,7 @@ namespace rope {
 
 // Refuses a device that this build has no kernels for.
 inline void check_device_supported(const char* op, const TensorView& t) {
-  if (t.is_cpu()) return;
+  if (t.is_cpu() || !t.call().runs_kernel()) return;
   if constexpr (!kBuiltWithCuda) {
     throw std::runtime_error(text("rope::", op, ": built without CUDA: ", ROPE_EXT_NO_CUDA_REASON));
   }
@@ -47,6 +47,7 @@ class Running {
 // have to wait.
 template <class Args>
 void run(const TensorView& of, const Args& args) {
+  if (!of.call().runs_kernel()) return;
   const Running running(of, !of.is_cpu() || of.numel() > kShortWork);
   if (of.is_cpu()) return std::get<void (*)(const Args&)>(cpu::kKernels)(args);
   if constexpr (kBuiltWithCuda) {

@@ -13,7 +13,8 @@ namespace rope {
 class DispatcherCall final : public Call {
  public:
   // Owns the arguments on the stack, of which there are at most 64.
-  explicit DispatcherCall(StableIValue* values) : values_(values) {}
+  explicit DispatcherCall(StableIValue* values, bool runs_kernel = true)
+      : values_(values), runs_kernel_(runs_kernel) {}
 
   // Takes it for nobody, if nobody has taken it.
   template <class T>
@@ -35,6 +36,7 @@ class DispatcherCall final : public Call {
   void fill_zero(const TensorView& x) override;
   void* written_data(const TensorView& x) override;
   void release(void* handle) noexcept override;
+  bool runs_kernel() const override { return runs_kernel_; }
   void begin_kernel(bool) override {}
   void end_kernel() noexcept override {}
 
@@ -61,6 +63,7 @@ class DispatcherCall final : public Call {
   Tensor own(AtenTensorHandle handle);
 
   StableIValue* values_;
+  bool runs_kernel_;
   uint64_t taken_ = 0;  // a bit for each argument
 };
 

@@ -21,7 +21,7 @@ void refuse_negated(StableLibrary& m) {
 
 [[maybe_unused]] const bool registered = [] {
   try {
-    rope::register_operators();
+    rope::register_operators("rope", true);
     static const StableTorchLibraryInit negative(StableLibrary::Kind::IMPL, &refuse_negated, "rope",
                                                  "Negative", __FILE__, __LINE__);
     return true;

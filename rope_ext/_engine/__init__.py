@@ -14,6 +14,7 @@ dtensor.py      calls on local tensors; what placements decide is kept
 flops.py        formulas for torch.utils.flop_counter
 calls.py        calls that skip the Autograd kernels if nothing is differentiated
 direct.py       calls that skip the dispatcher
+fallback.py     devices without kernels: plain PyTorch
 import_hook.py  registration with modules of PyTorch that are imported later
 
 Only rope_ext/_torch_private.py uses private names of PyTorch.
@@ -24,6 +25,7 @@ from functools import cache
 
 from rope_ext._engine.autograd import register_autograd
 from rope_ext._engine.fakes import register_fakes
+from rope_ext._engine.fallback import register_fallback
 from rope_ext._engine.flops import register_flops
 from rope_ext._engine.import_hook import on_import
 from rope_ext._engine.negative_and_zero_tensors import register_negative_and_zero_tensors
@@ -35,6 +37,7 @@ from rope_ext._engine.writes import register_writes
 @cache  # PyTorch allows one registration
 def register(operators: Sequence[Operator]) -> None:
     """Registers the operators with every mechanism, when the package is imported."""
+    register_fallback(operators)
     register_fakes(operators)
     register_autograd(operators)
     register_writes(operators)

@@ -6,6 +6,7 @@ from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from rope_ext._engine.fallback import in_graph
 from rope_ext._engine.writes import check_may_be_written
 from rope_ext._torch_private import (
     any_requires_grad,
@@ -29,7 +30,7 @@ def call(
     that was made outside of inference mode.
     """
     if is_compiling():  # first: a graph must not depend on the modes below
-        return operator(*args, **options)
+        return in_graph(operator, args[0].device.type)(*args, **options)
     inference = is_inference_mode_enabled()
     if (
         (inference and not written)

@@ -136,8 +136,11 @@ def _composed_backward(
         like.new_zeros((*like.shape[:-2], count, like.shape[-1])) if grad is None else grad
         for grad, count in zip(grads, heads, strict=True)
     )
-    q, k = last_stride_one(q), last_stride_one(k)
-    q, k = rope.apply_rotary_qk(q, k, cos, sin, position_ids, **inverted(options))
+    q, k = (
+        x if grad is None  # the zeros stay +0, as in the operator
+        else rope.apply_rotary(last_stride_one(x), cos, sin, position_ids, **inverted(options))
+        for x, grad in zip((q, k), grads, strict=False)
+    )  # fmt: skip
     return packed(q, k, v, by_group)
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rope_ext.integrations.patching.pairs import ALL_PAIRS
+from rope_ext.integrations.patching.recognition import Rotation
 from rope_ext.integrations.transformers import UnrecognizedRotation
-from rope_ext.integrations.transformers.patching import substituted
-from rope_ext.integrations.transformers.recognition import Rotation, recognize
-from rope_ext.integrations.transformers.rotations import ALL_PAIRS, q_and_k
+from rope_ext.integrations.transformers.forms import recognize
+from rope_ext.integrations.transformers.loaded_models import substituted
+from rope_ext.integrations.transformers.rotations import q_and_k
 
 FLOAT32_EPS = 2.0**-23
 

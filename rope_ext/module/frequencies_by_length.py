@@ -50,11 +50,7 @@ class DynamicNtk(NamedTuple):
 
     def tables(self, positions: Tensor | int, length: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin of the positions, with the frequencies of length ([] or one a sequence)."""
-        original = self.original_max_position_embeddings
-        stretched = stretched_by(
-            length, self.exponents, factor=self.factor, original=original, base=self.base
-        )
-        inv_freq = torch.where((length > original).unsqueeze(-1), stretched, self.inv_freq)
+        inv_freq = self.frequencies(length)
         if length.dim() == 0:
             return tables(inv_freq, positions)
         if not isinstance(positions, Tensor):
@@ -62,6 +58,14 @@ class DynamicNtk(NamedTuple):
         # the operators take one inv_freq for all; float64 is as exact for positions below 2^29
         cos, sin = reference.cos_sin(_beside(inv_freq, positions), positions)
         return cos.float(), sin.float()
+
+    def frequencies(self, length: Tensor) -> Tensor:
+        """The frequencies [*length.shape, P] of sequences of that length."""
+        original = self.original_max_position_embeddings
+        stretched = stretched_by(
+            length, self.exponents, factor=self.factor, original=original, base=self.base
+        )
+        return torch.where((length > original).unsqueeze(-1), stretched, self.inv_freq)
 
     def longest_so_far(self, seen: Tensor, length: Tensor) -> Tensor:
         """The length that decides the frequencies, from the previous one, `seen`, and this call's.

@@ -3,6 +3,7 @@ numbers and the allowed error.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,11 +37,11 @@ class Expected:
                 return assert_same_bits(got, self.value)
             assert got.shape == self.value.shape, f"shape {list(got.shape)}"
             assert got.dtype == self.dtype, f"dtype {got.dtype}"
-            rounded = self.value.to(got.dtype)
-            finite = rounded.isfinite()
+            finite = self.value.to(got.dtype).double().isfinite()
+            got = got.double()
             assert not got[~finite].isfinite().any(), "a finite number where none can be"
-            error = (got.double() - self.value).abs()[finite]
-            allowed = (self.allowed + 0.5 * ulp(self.value.nan_to_num(), got.dtype))[finite]
+            error = (got - self.value).abs()[finite]
+            allowed = (self.allowed + 0.5 * ulp(self.value.nan_to_num(), self.dtype))[finite]
             assert (error <= allowed).all(), (
                 f"error {error.max().item():.3g}, allowed {allowed[error.argmax()].item():.3g}"
             )
@@ -172,21 +173,51 @@ def _at(a: Arguments) -> list[Expected]:
 
 def _shift(a: Arguments) -> list[Expected]:
     """The keys, read and rotated by the rows of their distances, or of their new positions where
-    the old ones are 0.
+    the old ones are 0. Else by the reference: an angle is off by an ulp of the larger one at most.
     """
     cache, new = a["k_cache"], a.get("new_inv_freq")
+    scaling = a.get("attention_scaling", 1.0)
+    ordinary = math.isfinite(scaling) and scaling != 0 and a["inv_freq"].isfinite().all()
+    if new is not None and (a["old_position_ids"].any() or not ordinary):
+        return [_shift_between(a, cache)]
     wide = F64 if cache.dtype == F64 else torch.float32
     distance = a["new_position_ids"].double() - a["old_position_ids"].double()
     rows = rope.cos_sin(
         a["inv_freq"] if new is None else new,
         distance,
-        attention_scaling=a.get("attention_scaling", 1.0),
+        attention_scaling=scaling,
         dtype=wide,
     )
     slots = a["slot_mapping"].long()
     keys = cache.flatten(0, 1).to(wide)[slots.clamp(min=0)]
     keys = reference.apply_rotary(keys, *rows, **rotation_of(a))
-    return [Expected(reference._stored(cache, keys, slots, None))]
+    stored = reference._stored(cache, keys, slots, None)
+    return [Expected(reference._rotated_channels(stored, cache, rows[0], a["rotary_offset"]))]
+
+
+def _shift_between(a: Arguments, cache: torch.Tensor) -> Expected:
+    """In float64. Cos, sin, two products and a sum each round once, and so does an angle of each
+    position.
+    """
+    slots = a["slot_mapping"].long()
+    stored = slots >= 0
+    new, old = (_angles(a | {"position_ids": a[f"{x}_position_ids"], "inv_freq": a[inv_freq]})[1]
+                for x, inv_freq in (("new", "new_inv_freq"), ("old", "inv_freq")))  # fmt: skip
+    scaling = a.get("attention_scaling", 1.0)
+    rows = (new - old).cos() * scaling, (new - old).sin() * scaling
+    exact = cache.flatten(0, 1).double()
+    keys = exact[slots.clamp(min=0)]
+    exact[slots[stored]] = reference.apply_rotary(keys, *rows, **rotation_of(a))[stored]
+    if cache.dtype.itemsize == 1:
+        limit = torch.finfo(cache.dtype).max
+        exact = exact.clamp(-limit, limit)
+    unit = 2.0**-53 if cache.dtype == F64 else 2.0**-24
+    off = 4 * unit + (new.abs() + old.abs() + 4).amax(-1) * 2.0**-52
+    allowed = torch.zeros_like(exact[..., :1])
+    allowed[slots[stored]] = (2 * abs(scaling) * keys.abs().amax(-1) * off[:, None])[
+        stored, :, None
+    ]
+    return Expected(exact.view(cache.shape), allowed.view(*cache.shape[:-1], 1), cache.dtype)
 
 
 def _angles(a: Arguments, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

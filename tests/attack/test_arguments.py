@@ -30,7 +30,7 @@ def test_every_operator_and_function_has_a_case():
 
 
 def test_an_error_before_any_write_or_the_right_numbers():
-    numbered_cases.run_in_a_process(__file__, 1000)
+    numbered_cases.run_in_a_process(__file__, 3000)
 
 
 def run_case(number, note):

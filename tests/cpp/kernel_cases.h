@@ -25,7 +25,7 @@ struct Case {
   bool any_bits;    // NaN, infinities and subnormals too
   bool outside;     // some indices are outside, as if they had changed after the checks
   const char* why;  // if the sizes come from a table: why these
-  int64_t rank;     // channels of a latent
+  int64_t rank;     // channels of a latent, or groups of heads
 
   int64_t dim() const { return before + 2 * pairs + after; }
   int64_t width() const { return full_width ? 2 * pairs : pairs; }
@@ -308,9 +308,12 @@ void for_each_size(const char* op, const Sizes (&table)[kCount], Random& random,
   }
 }
 
-// The cases of test_kernels_angles.cpp, test_kernels_append.cpp and test_kernels_rms_norm.cpp.
+// The cases of the files test_kernels_*.cpp.
 void test_angles(Random& random);
 void test_append(Random& random);
+void test_cached_keys(Random& random);
+void test_qkv(Random& random);
+void test_quantize(Random& random);
 void test_rms_norm(Random& random);
 
 }  // namespace kernel_cases

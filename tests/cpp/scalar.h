@@ -99,11 +99,11 @@ inline double computed(DType dtype, double value) {
   return dtype == DType::Float64 ? value : static_cast<double>(static_cast<float>(value));
 }
 
-// One of the eight-bit formats of caches, csrc/math/float8.h. largest: the bits of its largest
-// value.
+// One of the eight-bit formats of caches, csrc/math/float8.h.
 class Float8Format {
  public:
-  Float8Format(int mantissa_bits, int largest) {
+  explicit Float8Format(bool e5m2) : infinity_(e5m2 ? 0x7c : -1) {
+    const int mantissa_bits = e5m2 ? 2 : 3, largest = e5m2 ? 0x7b : 0x7e;
     const Format format{7 - mantissa_bits, mantissa_bits};
     for (int bits = 0; bits <= largest; ++bits) {
       const int exponent = bits >> mantissa_bits, mantissa = bits % (1 << mantissa_bits);
@@ -115,6 +115,13 @@ class Float8Format {
   // The values halfway between two neighbours.
   int64_t ties() const { return static_cast<int64_t>(values_.size()) - 1; }
   double tie(int64_t at) const { return (values_[at] + values_[at + 1]) / 2; }
+  float largest() const { return static_cast<float>(values_.back()); }
+  double value_of(uint8_t bits) const {
+    const size_t magnitude = bits & 0x7f;
+    const double above = static_cast<int>(magnitude) == infinity_ ? INFINITY : NAN;
+    return std::copysign(magnitude < values_.size() ? values_[magnitude] : above,
+                         bits & 0x80 ? -1.0 : 1.0);
+  }
   // The nearest, ties to even bits; saturating.
   uint8_t bits_of(double value) const {
     const double magnitude = std::fabs(value);
@@ -129,6 +136,7 @@ class Float8Format {
   }
 
  private:
+  int infinity_;                // its bits, if there are any
   std::vector<double> values_;  // of the bits 0, 1, 2, ...
 };
 

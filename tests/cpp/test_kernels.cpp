@@ -241,6 +241,9 @@ int main(int argc, char** argv) {
     for_each_case("rotary_table_grad", random, test_table_grad);
     test_angles(random);
     test_append(random);
+    test_cached_keys(random);
+    test_qkv(random);
+    test_quantize(random);
     test_rms_norm(random);
   });
   Random random(20210420);

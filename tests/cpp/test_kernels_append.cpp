@@ -1,8 +1,6 @@
-// The CPU kernels that rotate in place and append to a paged cache, part of test_kernels.cpp: the
-// rotation and the cache must have the exact bits, or those of the float8 nearest to the quotient.
-#include <numeric>
-
-#include "kernel_cases.h"
+// The CPU kernels that append to a paged cache, part of test_kernels.cpp: the rotation, the cache
+// and q as float8 must have the exact bits, or those of the float8 nearest to the quotient.
+#include "kernel_cache.h"
 #include "kernels.h"
 
 using namespace kernel_cases;
@@ -37,110 +35,39 @@ constexpr Sizes kLatents[] = {
     {"no sequence", 0, 3, 3, 1, 5, 16, 0, 8},
 };
 
-constexpr int64_t kNegative = 3;  // slots from -3 on
+// The weights of a norm of q and of k.
+struct Norm {
+  RmsNorm args{};
+  std::vector<Memory> weights;
 
-// A slot of the cache for each token, [B, S], each slot at most once. Some are negative or outside
-// the cache: those tokens are not stored.
-struct Slots {
-  int64_t capacity, stride;  // the entries between would store nothing
-  bool int64;
-  std::vector<int32_t> narrow;
-  std::vector<int64_t> wide;
-
-  Slots(const Case& c, int64_t capacity, Random& random)
-      : capacity(capacity), stride(1 + random.below(2)), int64(random.coin()) {
-    const int64_t tokens = c.batch * c.seq;
-    std::vector<int64_t> free(capacity);
-    std::iota(free.begin(), free.end(), 0);
-    wide.reserve(tokens * stride), narrow.reserve(tokens * stride);
-    for (int64_t i = 0; i < tokens * stride; ++i) {
-      const bool stored = i % stride == 0 && random.below(5) > 0;
-      wide.push_back(-1 - random.below(kNegative));
-      if (c.outside && random.coin()) wide.back() = index_outside(capacity, int64, random);
-      if (stored) {
-        std::swap(free[random.below(static_cast<int64_t>(free.size()))], free.back());
-        wide.back() = free.back();
-        free.pop_back();
-      }
-      narrow.push_back(static_cast<int32_t>(wide.back()));
+  Norm(const Case& c, Random& random) {
+    args.dtype = random.coin() ? c.dtype : DType::Float32;
+    args.eps = 0.25;
+    args.unit_offset = random.coin();
+    args.all_heads = random.coin();
+    args.q_stride_h = args.k_stride_h = args.all_heads ? c.dim() : 0;
+    for (const int64_t heads : {c.heads_q, c.heads_k}) {
+      const int64_t rows = args.all_heads ? std::max<int64_t>(heads, 1) : 1;
+      weights.emplace_back(args.dtype, rows * c.dim(), c.any_bits, random);
     }
-  }
-  int64_t of(int64_t token) const { return wide[token * stride]; }
-  bool stores(int64_t token) const { return of(token) >= 0 && of(token) < capacity; }
-  PositionIds ids(const Case& c) const {
-    if (int64) return {wide.data(), true, c.seq * stride, stride};
-    return {narrow.data(), false, c.seq * stride, stride};
+    args.q_weight = weights[0].data(c.before);
+    args.k_weight = weights[1].data(c.before);
   }
 };
 
-// A cache of k and v in one memory, with gaps, [blocks, block_size, ...]: in each block the keys,
-// then the values, by token or by head; latent: for each token the latent, then the key.
-struct Cache {
-  int64_t blocks, block_size, element;  // element: its bytes
-  int64_t stride_block, stride_offset, stride_h, first_k, first_v;
-  std::vector<uint8_t, Aligned<uint8_t>> bytes;
+// The heads of a tensor in memory, to be changed where they are.
+RotatedHeads in_place(const View& x, Memory& memory, int64_t first_channel) {
+  return {x.in<const void*>(memory, first_channel), x.in<void*>(memory, first_channel), x.heads};
+}
 
-  Cache(const View& k, const View& v, bool latent, int64_t tokens, int64_t element, Random& random)
-      : block_size(1 + random.below(6)), element(element) {
-    blocks = tokens / block_size + 2;
-    const auto with_gap = [&](int64_t channels) { return channels + random.below(3); };
-    const bool by_head = random.coin();
-    const int64_t row = with_gap(latent ? v.channels + k.channels : k.channels);
-    const int64_t rows = latent ? 1 : k.heads;
-    stride_offset = by_head ? row : rows * row;
-    stride_h = by_head ? block_size * row : row;
-    const int64_t part = with_gap(block_size * rows * row);
-    stride_block = with_gap(latent ? part : 2 * part);
-    const int64_t guard = kGuard + kNegative * stride_block;  // finds tokens stored there
-    first_k = guard + (latent ? v.channels : 0);
-    first_v = guard + (latent ? 0 : part);
-    bytes.resize((2 * guard + blocks * stride_block) * element);
-    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.any_bits());
-  }
-  int64_t index(int64_t first, int64_t slot, int64_t h, int64_t channel) const {
-    return first + slot / block_size * stride_block + slot % block_size * stride_offset +
-           h * stride_h + channel;
-  }
-  StoredHeads stored(const View& x, Memory& memory, int64_t first) {
-    return {x.in<const void*>(memory, 0),
-            x.heads,
-            x.channels,
-            bytes.data() + first * element,
-            stride_block,
-            stride_offset,
-            stride_h,
-            nullptr,
-            0};
-  }
-};
+enum class Kind { KeysAndValues, Latent, Normed };
 
-// One scale for each head, or for all. The quotients lie below, in and above the range of float8.
-struct Scales {
-  std::vector<float> values;
-  bool given, of_each;
-
-  Scales(int64_t heads, Random& random) : given(random.below(3) > 0), of_each(random.coin()) {
-    for (int64_t h = 0; h < std::max<int64_t>(heads, 1); ++h) {
-      const double mantissa = scalar::value_of(DType::Float32, random.ordinary(DType::Float32));
-      const int exponent = static_cast<int>(random.below(33)) - 16;
-      values.push_back(static_cast<float>(std::ldexp(std::fabs(mantissa), exponent)));
-    }
-    values.resize(of_each ? values.size() : 1);
-    values.shrink_to_fit();
-  }
-  double of(int64_t h) const { return given ? values[of_each ? h : 0] : 1; }
-  void set(StoredHeads& stored) const {
-    stored.scale = given ? values.data() : nullptr;
-    stored.scale_stride_h = of_each ? 1 : 0;
-  }
-};
-
-void test(const Case& c, bool latent, Random& random) {
+void test(const Case& c, Kind kind, Random& random) {
   ++cases;
+  const bool latent = kind == Kind::Latent, normed = kind == Kind::Normed;
   const auto cache_dtype = static_cast<CacheDType>(random.below(3));
   const bool float8 = cache_dtype != CacheDType::OfModel;
-  const bool e5m2 = cache_dtype == CacheDType::Float8E5M2;
-  const scalar::Float8Format format(e5m2 ? 2 : 3, e5m2 ? 0x7b : 0x7e);
+  const scalar::Float8Format format(cache_dtype == CacheDType::Float8E5M2);
   const int64_t channels = latent ? 2 * c.pairs : c.dim();
   Packed x = random_packed(
       c, {{c.heads_q, c.dim()}, {c.heads_k, channels}, {c.heads_k, latent ? c.rank : channels}},
@@ -164,75 +91,125 @@ void test(const Case& c, bool latent, Random& random) {
 
   Case of_k = c;  // latent: all channels of k rotate
   if (latent) of_k.before = of_k.after = 0;
-  Memory expected = x.memory;
-  for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t b = token / c.seq, s = token % c.seq;
-    for (const View* each : {&q, &k}) {
-      for (int64_t h = 0; h < each->heads; ++h) {
-        const int64_t at = each->index(b, s, h, 0);
-        rotate_head(each == &k ? of_k : c, rotation, b, s, x.memory, at, expected, at);
+  RmsNormAppendArgs args{};
+  AppendArgs& append = args.append;
+  append.rotary = rotation.args(c);
+  append.rotary.q = in_place(q, x.memory, c.before);
+  append.rotary.k = in_place(k, x.memory, of_k.before);
+  append.k = cache.stored(k, x.memory, cache.first_k);
+  append.v = cache.stored(v, x.memory, cache.first_v);
+  if (float8) k_scales.set(append.k), v_scales.set(append.v);
+  append.latent = latent;
+  append.cache_dtype = cache_dtype;
+  append.blocks = cache.blocks, append.block_size = cache.block_size;
+  append.slots = slots.ids(c);
+  append.slots_seq = c.seq;
+  append.slot_count = random.coin() ? tokens : random.below(tokens + 1);
+  const Norm norm(c, random);
+  args.norm = norm.args;
+  const bool norm_v = normed && random.coin();
+  if (norm_v) args.v = in_place(v, x.memory, c.before);
+
+  Memory changed = x.memory;  // q, k and v before they are stored
+  if (normed) {               // its own tests are in test_kernels_rms_norm.cpp
+    RmsNormRotaryArgs alone{};
+    alone.rotary = append.rotary;
+    alone.norm = norm.args;
+    alone.rotary.q = in_place(q, changed, c.before);
+    alone.rotary.k = in_place(k, changed, c.before);
+    cpu::rms_norm_rotary(alone);
+    alone.rotary.q = {};
+    alone.rotary.k = in_place(v, changed, c.before);
+    alone.rotary.rotary_dim = 0;
+    alone.norm.k_weight = nullptr;
+    if (norm_v) cpu::rms_norm_rotary(alone);
+  } else {
+    for (int64_t token = 0; token < tokens; ++token) {
+      const int64_t b = token / c.seq, s = token % c.seq;
+      for (const View* each : {&q, &k}) {
+        for (int64_t h = 0; h < each->heads; ++h) {
+          const int64_t at = each->index(b, s, h, 0);
+          rotate_head(each == &k ? of_k : c, rotation, b, s, x.memory, at, changed, at);
+        }
       }
     }
   }
-  auto expected_bytes = cache.bytes;
+  Memory expected = changed;
 
-  AppendArgs args{};
-  args.rotary = rotation.args(c);
-  args.rotary.q = {q.in<const void*>(x.memory, c.before), q.in<void*>(x.memory, c.before), q.heads};
-  args.rotary.k = {k.in<const void*>(x.memory, of_k.before), k.in<void*>(x.memory, of_k.before),
-                   k.heads};
-  args.k = cache.stored(k, x.memory, cache.first_k);
-  args.v = cache.stored(v, x.memory, cache.first_v);
-  if (float8) k_scales.set(args.k), v_scales.set(args.v);
-  args.latent = latent;
-  args.cache_dtype = cache_dtype;
-  args.blocks = cache.blocks, args.block_size = cache.block_size;
-  args.slots = slots.ids(c);
-  args.slots_seq = c.seq;
-  args.slot_count = random.coin() ? tokens : random.below(tokens + 1);
-  cpu::apply_rotary_append(args);
-  expect_same(expected, x.memory, text(c));
-
-  // k is stored as it is after the rotation.
-  const auto store = [&](const View& view, int64_t first, const Scales& scales, int64_t token) {
+  HeadsAsFloat8 float8_q(c, q.heads, random);
+  const Scales q_scales(q.heads, random);
+  WrittenScales own_scales(tokens * q.heads, random);
+  const bool q_to_float8 = random.coin(), own = random.coin();
+  if (q_to_float8) {
+    const int64_t stride_s = q.heads, stride_b = c.seq * q.heads;
+    append.float8_q = {float8_q.heads(), float8_q.dtype(), nullptr, 0, {}};
+    if (own) append.float8_q.own_scale = {own_scales.data(), stride_b, stride_s, 1};
+    if (!own && q_scales.given) {
+      append.float8_q.scale = q_scales.values.data();
+      append.float8_q.scale_stride_h = q_scales.of_each;
+    }
+    for (int64_t i = 0; i < tokens * q.heads; ++i) {
+      const int64_t b = i / stride_b, s = i / stride_s % c.seq, h = i % q.heads;
+      const int64_t first = q.index(b, s, h, 0);
+      float largest = 0;
+      for (int64_t at = first; at < first + c.dim(); ++at) {
+        largest = larger_magnitude(largest, changed.value(at));
+        expected.set(at, x.memory.bits(at));
+      }
+      const float computed = largest / float8_q.format().largest();
+      const float scale = own ? (computed == 0 ? 1 : computed) : static_cast<float>(q_scales.of(h));
+      if (own) own_scales.set(i, scale);
+      for (int64_t channel = 0; channel < c.dim(); ++channel) {
+        float8_q.expect(c.dtype, b, s, h, channel, changed.value(first + channel), scale);
+      }
+    }
+  }
+  const auto store = [&](const View& view, int64_t first, const Scales& scales, int64_t token,
+                         Bytes& bytes) {
     for (int64_t h = 0; h < view.heads; ++h) {
       for (int64_t i = 0; i < view.channels; ++i) {
         const int64_t from = view.index(token / c.seq, token % c.seq, h, i);
         const int64_t to = cache.index(first, slots.of(token), h, i);
         if (float8) {
-          const double quotient = scalar::computed(c.dtype, x.memory.value(from) / scales.of(h));
-          expected_bytes[to] = format.bits_of(quotient);
-          // A NaN of either sign.
-          if (std::isnan(quotient)) expected_bytes[to] |= cache.bytes[to] & 0x80;
+          bytes[to] = format.bits_of(scalar::computed(c.dtype, changed.value(from) / scales.of(h)));
         } else {
-          scalar::write_bits(c.dtype, expected_bytes.data(), to, x.memory.bits(from));
+          scalar::write_bits(c.dtype, bytes.data(), to, changed.bits(from));
         }
       }
     }
   };
+  Bytes expected_bytes = cache.bytes;
   for (int64_t token = 0; token < tokens; ++token) {
-    if (token >= args.slot_count || !slots.stores(token)) continue;
-    store(k, cache.first_k, k_scales, token);
-    store(v, cache.first_v, v_scales, token);
+    if (token >= append.slot_count || !slots.stores(token)) continue;
+    store(k, cache.first_k, k_scales, token, expected_bytes);
+    store(v, cache.first_v, v_scales, token, expected_bytes);
   }
-  const auto wrong = std::mismatch(cache.bytes.begin(), cache.bytes.end(), expected_bytes.begin());
-  if (wrong.first == cache.bytes.end()) return;
+
+  normed ? cpu::rms_norm_rotary_append(args) : cpu::apply_rotary_append(append);
   const char* const formats[] = {"its dtype", "float8_e4m3fn", "float8_e5m2"};
-  expect(false, text(c) + text(", a cache of %s: byte %d: expected %#x, got %#x",
-                               formats[static_cast<int>(cache_dtype)],
-                               int(wrong.first - cache.bytes.begin()), int(*wrong.second),
-                               int(*wrong.first)));
+  const std::string what =
+      text(c) + text(", a cache of %s%s", formats[static_cast<int>(cache_dtype)],
+                     q_to_float8 ? ", q as float8" : "");
+  expect_same(expected, x.memory, what);
+  expect_same(expected_bytes, cache.bytes, cache_dtype, c.dtype, what);
+  float8_q.check(what + ", q");
+  own_scales.check(what);
 }
 
 }  // namespace
 
 void kernel_cases::test_append(Random& random) {
-  for_each_size("apply_rotary_append_kv", kKeysAndValues, random, [](Case c, Random& random) {
-    c.interleaved_out = c.interleaved;
-    test(c, false, random);
-  });
+  const auto keys_and_values = [](Kind kind) {
+    return [kind](Case c, Random& random) {
+      c.interleaved_out = c.interleaved;
+      test(c, kind, random);
+    };
+  };
+  for_each_size("apply_rotary_append_kv", kKeysAndValues, random,
+                keys_and_values(Kind::KeysAndValues));
+  for_each_size("rms_norm_rotary_append_kv", kKeysAndValues, random, keys_and_values(Kind::Normed));
   for_each_size("apply_rotary_mla_append", kLatents, random, [](Case c, Random& random) {
     c.full_width = c.table_interleaved = false;
-    test(c, true, random);
+    test(c, Kind::Latent, random);
   });
 }

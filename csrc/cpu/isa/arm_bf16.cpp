@@ -3,14 +3,24 @@
 
 #if ROPE_ARM64_BF16
 #include <arm_neon.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
 #include <sys/auxv.h>
+#endif
 
 namespace rope::cpu {
 namespace {
 
 bool supported() {
+#ifdef __APPLE__
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, unknown to the headers of glibc 2.28
   return getauxval(AT_HWCAP2) & kBf16;
+#endif
 }
 
 }  // namespace

@@ -62,18 +62,34 @@ def apply_rotary_pos_emb(
     products are float32 and the result is rounded once, as with ``fused=True``. A position past
     freqs gives NaN on CUDA.
     """
+    angles = angles_of_tokens(
+        t, freqs, tensor_format, start_positions, cu_seqlens, cp_size, cp_rank
+    )
+    options = {"rotary_dim": freqs.shape[-1], "interleaved": interleaved}
+    return apply_rotary(t, angles.cos(), angles.sin(), layout=tensor_format, **options)
+
+
+def angles_of_tokens(
+    t: Tensor,
+    freqs: Tensor,
+    tensor_format: Literal["sbhd", "bshd", "thd"] = "sbhd",
+    start_positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Tensor:
+    """The angles of the rank's tokens, [S, R], [B, S, R] or [T, R].
+
+    Arguments and errors are those of :func:`apply_rotary_pos_emb`.
+    """
     tokens = _check(t, freqs, tensor_format, start_positions, cu_seqlens, cp_size, cp_rank)
     angles = freqs[:, 0, 0]  # [s2, R]
     if cu_seqlens is not None and tensor_format == "thd":
-        at = _packed_positions(tokens, start_positions, cu_seqlens, cp_size, cp_rank)
-        angles = _rows(angles, at)
-    elif start_positions is not None or cp_size > 1:
-        angles = _rows(angles, _positions(tokens, start_positions, cp_size, cp_rank, t.device))
-    else:
-        angles = angles[:tokens]
-    cos, sin = angles.cos(), angles.sin()
-    options = {"rotary_dim": freqs.shape[-1], "interleaved": interleaved}
-    return apply_rotary(t, cos, sin, layout=tensor_format, **options)
+        at = packed_positions(tokens, start_positions, cu_seqlens, cp_size, cp_rank)
+        return _rows(angles, at)
+    if start_positions is not None or cp_size > 1:
+        return _rows(angles, _positions(tokens, start_positions, cp_size, cp_rank, t.device))
+    return angles[:tokens]
 
 
 def _check(
@@ -129,10 +145,10 @@ def _positions(
     return at if start is None else start.long().unsqueeze(1) + at
 
 
-def _packed_positions(
+def packed_positions(
     tokens: int, start: Tensor | None, cu_seqlens: Tensor, cp_size: int, cp_rank: int
 ) -> Tensor:
-    """Positions in a packed batch, [T]."""
+    """Positions of a rank's tokens in a packed batch, [T], from `start` in each sequence."""
     if cp_size == 1:
         return positions.from_cu_seqlens(cu_seqlens, tokens, offsets=start, padding=0)
     whole = tokens * cp_size

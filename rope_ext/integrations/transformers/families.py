@@ -65,13 +65,28 @@ def exceptions(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def without_tables(record: dict[str, Any]) -> list[str]:
+    """The models that passed, but not with tables=True, each with the reason."""
+    return [
+        f"{name}: {model['tables']}"
+        for name, model in record["families"].items()
+        if model.get("tables", "passed") != "passed"
+    ]
+
+
+def with_tables(record: dict[str, Any]) -> str:
+    passed = [model.get("tables") for model in record["families"].values()].count("passed")
+    return f"With `tables=True` {passed} models passed"
+
+
 def text(record: dict[str, Any]) -> str:
     """The record for a terminal."""
     lines = [summary(record)]
     for convention, names in by_convention(record).items():
         lines += ["", f"{convention} ({len(names)})"]
         lines += textwrap.wrap(", ".join(names), 96, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join([*lines, "", *exceptions(record)])
+    lines += ["", *exceptions(record), "", f"{with_tables(record)}, it refuses:"]
+    return "\n".join([*lines, *without_tables(record)])
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -83,6 +98,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [summary(record) + ".", "", "| rotation | families |", "|---|---|", *rows]
     if left := exceptions(record):
         lines += ["", "Not among them:", "", *(f"- {line}" for line in left)]
+    if left := without_tables(record):
+        lines += ["", f"{with_tables(record)}. It refuses the others:", ""]
+        lines += [f"- {line}" for line in left]
     return "\n".join(lines)
 
 

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_ext.integrations.transformers.recognition import Rotation, recognize_hook
-from rope_ext.integrations.transformers.rotations import Pairs, q_and_k
+from rope_ext.integrations.patching.pairs import Pairs
+from rope_ext.integrations.patching.recognition import Rotation
+from rope_ext.integrations.transformers.forms import recognize_hook
+from rope_ext.integrations.transformers.rotations import q_and_k
 
 HOOK = "rotary_pos_emb"
 # Releases that were tested together; the extra `kernels` of pyproject.toml pins them.

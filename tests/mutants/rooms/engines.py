@@ -23,6 +23,15 @@ MUTANTS = [
         ("gradient-of-cos-is-skipped", "any_requires_grad(*args, *written, *options.values())",
          "any_requires_grad(args[0], *written, *options.values())"),
     ),
+    # A device without kernels is not announced, or not once; results stay empty.
+    *mutants(
+        "rope_ext/_engine/fallback.py", "test_fallback test_bad_input",
+        ("fallback-is-said-each-time", "announced.add(device)", "pass"),
+        ("fallback-is-not-refused", 'if os.environ.get(ENVIRONMENT_VARIABLE) == "error":',
+         "if False:"),
+        ("graphs-keep-operators", "return _plain.get(operator, operator)", "return operator"),
+        ("plain-results-are-empty", "result.copy_(value)", "pass"),
+    ),
     # The same for direct calls of the operators; gradients and tangents are lost.
     *mutants(
         "rope_ext/_engine/writes.py", "test_every_operator test_in_place test_appends",

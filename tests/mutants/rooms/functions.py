@@ -79,7 +79,22 @@ MUTANTS = [
         ("decomposed-position-before-the-table", "((ids >= 0) & (ids < cos.shape[0]))",
          "(ids < cos.shape[0])"),
         ("decomposed-arithmetic-of-x",
-         "torch.float64 if x.dtype == torch.float64 else torch.float32", "x.dtype"),
+         "torch.float64 if of.dtype == torch.float64 else torch.float32", "of.dtype"),
+    ),
+    # On devices without kernels a token without a slot writes one; angles are not exact.
+    *mutants(
+        "rope_ext/decompositions.py", "test_fallback",
+        ("plain-slots-past-the-end", "(slots >= 0) & (slots < cache.shape[0] * size)",
+         "slots >= 0"),
+        ("plain-tokens-without-slot-write-their-own", "inside.int().argmax()", "token"),
+        ("plain-cache-without-slots-is-written", "torch.where(inside.any(), rows, cache[at])",
+         "rows"),
+        ("plain-table-gradient-of-k-alone", "[total + each.sum(-2)", "[each.sum(-2)"),
+    ),
+    *mutants(
+        "rope_ext/_exact_angles.py", "test_fallback",
+        ("plain-product-is-rounded", "rest, lost = _sum(angle_tail, -turned_tail)",
+         "rest, lost = _sum(0 * angle_tail, -turned_tail)"),
     ),
     # What holds after a block is not what held before it.
     *mutants(

@@ -6,30 +6,47 @@ from rooms.mutant import mutants
 MUTANTS = [
     # Channels, tokens and angles of models that are rotated otherwise.
     *mutants(
-        "rope_ext/integrations/transformers/rotations.py", "test_rotations test_model_families",
+        "rope_ext/integrations/patching/pairs.py", "test_rotations test_model_families",
         ("last-channels-are-the-first", "head_dim - rotary_dim if self.last_channels else 0", "0"),
+        ("negated-angles-are-not", "return cos, -sin if self.negated else sin", "return cos, sin"),
+    ),
+    *mutants(
+        "rope_ext/integrations/transformers/rotations.py", "test_rotations test_model_families",
         ("tokens-before-the-table-become-0", "(0, 0, before, after), value=1.0)",
          "(0, 0, before, after), value=0.0)"),
-        ("negated-angles-are-not", "return cos, -sin if self.negated else sin", "return cos, sin"),
     ),
     # A function that computes something else is replaced.
     *mutants(
-        "rope_ext/integrations/transformers/recognition.py",
+        "rope_ext/integrations/patching/recognition.py",
         "test_patch_refusals test_rotations test_demo",
         ("any-result-agrees", "TOLERANCE = 8", "TOLERANCE = 8e9"),
-        ("stopped-gradients-agree", "and _same_gradients(function, replacement, expected[0][0])",
-         "and True"),
+        ("stopped-gradients-agree",
+         "_same_gradients(self.function, replacement, expected[0], form.differentiated)", "True"),
     ),
     # What is patched too long, too short, or without effect.
     *mutants(
-        "rope_ext/integrations/transformers/patching.py", "test_transformers_patch",
+        "rope_ext/integrations/patching/models.py", "test_transformers_patch",
         ("first-block-unpatches-for-all", "        if not reasons:", "        if True:"),
         ("pickled-as-patched", "return (original.__new__, (original, *arguments), *rest)",
          "return (original.__new__, (type(self), *arguments), *rest)"),
     ),
+    # Rotations of diffusers: other rows, other tables, other options.
+    *mutants(
+        "rope_ext/integrations/diffusers/rotations.py", "test_diffusers_rotations",
+        ("heads-of-a-table-are-broadcast", "if x.dim() == 4 and axes[-2] == 1:",
+         "if x.dim() == 4:"),
+        ("matrices-are-read-transposed", "freqs[..., 0, 0], freqs[..., 1, 0]",
+         "freqs[..., 0, 0], freqs[..., 0, 1]"),
+    ),
+    *mutants(
+        "rope_ext/integrations/diffusers/forms.py", "test_diffusers_rotations",
+        ("a-choice-that-is-no-rotation-is-left-out",
+         "elif any(recognition.results(form) for form in forms):", "elif False:"),
+        ("options-have-their-defaults", "keywords.get(name, options[name])", "options[name]"),
+    ),
     # A rotation that has run before stays as it was.
     *mutants(
-        "rope_ext/integrations/transformers/method_copies.py",
+        "rope_ext/integrations/patching/method_copies.py",
         "test_patch_refusals test_patch_wrappers",
         ("rotations-kept-by-init-are-patched", 'name == "__init__":', 'name == "__new__":'),
     ),

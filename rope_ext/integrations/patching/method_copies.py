@@ -2,27 +2,34 @@
 
 If a method is wrapped, by a decorator or by a library, the wrapper is copied too, and the copy of
 the wrapped function replaces the original in a cell or in a global of the wrapper. The same holds
-for a function of the model's file that a method calls to rotate.
+for a function of the model's file that a method calls to rotate. A rotation may also be imported or
+defined within the method.
 """
 
 import contextlib
 import dis
 import functools
+import importlib
 import inspect
 import re
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from rope_ext.integrations.transformers.function_copies import Key, bind, copied
-from rope_ext.integrations.transformers.recognition import (
-    Rotation,
-    recognize,
-    recognize_method,
+from rope_ext.integrations.patching.function_copies import (
+    Import,
+    Key,
+    Needed,
+    bind,
+    copied,
+    name_of,
 )
+from rope_ext.integrations.patching.library import Library
+from rope_ext.integrations.patching.recognition import Rotation
 
 # Names that rotations have. The parameters and results then decide.
 _ROTATION = re.compile(r"(^|_)(rotary|rope|rotate)(_|$)")
@@ -36,7 +43,7 @@ class UnrecognizedRotation(ValueError):
     """A model rotates in a way that rope_ext does not know. Nothing has been changed."""
 
 
-def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]":
+def method_copies(owner: type, library: Library, substitute: Substitute) -> "dict[str, MethodCopy]":
     """The methods of a class and its bases that rotate, with their rotations replaced.
 
     Nothing is changed before they are bound. Raises UnrecognizedRotation.
@@ -47,9 +54,9 @@ def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]
             continue
         for name, attribute in vars(defining).items():
             if name not in methods:
-                methods[name] = MethodCopy(defining, name, attribute, substitute)
+                methods[name] = MethodCopy(defining, name, attribute, library, substitute)
             elif methods[name].may_call_one_of(defining):
-                base = MethodCopy(defining, name, attribute, substitute)
+                base = MethodCopy(defining, name, attribute, library, substitute)
                 if base.function:
                     where = f"{owner.__name__}.{name}"
                     raise _refusal(f"{where} to rotate itself", f"{base.where}, too")
@@ -59,13 +66,16 @@ def method_copies(owner: type, substitute: Substitute) -> "dict[str, MethodCopy]
 class MethodCopy:
     """A copy of a method: `function`, with other rotations. None if the method does not rotate."""
 
-    def __init__(self, owner: type, name: str, attribute: Any, substitute: Substitute) -> None:
-        self.where, self.name, self.substitute = f"{owner.__name__}.{name}", name, substitute
+    def __init__(
+        self, owner: type, name: str, attribute: Any, library: Library, substitute: Substitute
+    ) -> None:
+        self.where, self.name = f"{owner.__name__}.{name}", name
+        self.library, self.substitute = library, substitute
         self.static = isinstance(attribute, staticmethod)
         self.original = attribute.__func__ if self.static else attribute
         self.rotations: dict[str, Rotation] = {}  # by the names in the method's code
         self._file = getattr(sys.modules.get(owner.__module__), "__dict__", None)
-        self._unbound: list[tuple[types.FunctionType, dict[str, Any]]] = []
+        self._unbound: list[tuple[types.FunctionType, Needed]] = []
         self._replacements: dict[types.FunctionType, Callable[..., Any] | None] = {}
         new = [self._replacement(function) for function in _functions_in(self.original)]
         self.function = next(filter(None, new), None)
@@ -98,8 +108,9 @@ class MethodCopy:
         unfit, scope, held = "", function.__globals__, _held(function)
         for key, value in held.items():
             if self._is_rotation(key, value):
-                name = key if isinstance(key, str) else value.__name__
-                values[key] = self._substituted(value, name, recognize)
+                name = name_of(key) or value.__name__
+                values[key] = self._substituted(value, name, self.library.recognize)
+            if isinstance(key, (Import, types.CodeType)) or key in values:
                 continue
             for inner in _functions_in(value):
                 if isinstance(key, str) and inner.__globals__ is not scope is self._file:
@@ -135,17 +146,22 @@ class MethodCopy:
             and (function is self.original or code.co_name == self.name)
             and code.co_argcount != 1  # a property has one argument
         ):
-            return self._substituted(function, self.name, recognize_method)
+            return self._substituted(function, self.name, self.library.recognize_method)
         return None
 
     def _is_rotation(self, key: Key, value: Any) -> bool:
-        if isinstance(key, str):
-            return bool(_ROTATION.search(key)) and callable(value) and not isinstance(value, type)
+        if (name := name_of(key)) is not None:
+            return (
+                bool(_ROTATION.search(name))
+                and callable(value)
+                and not isinstance(value, type)
+                and self.library.may_rotate(value)
+            )
         return (
             type(value) is types.FunctionType
             and value.__name__ != self.name  # a wrapper's method has this name
             and bool(_ROTATION.search(value.__name__))
-            and recognize(value) is not None
+            and self.library.recognize(value) is not None
         )
 
     def _substituted(
@@ -164,35 +180,75 @@ class MethodCopy:
 
 
 def _held(function: types.FunctionType) -> dict[Key, Any]:
-    """What a function may call: globals by their names, cells by index, the wrapped one by None.
+    """What a function may call: globals by their names, cells by index, the wrapped one by None;
+    what has a rotation's name also by its import, or by its code if it is defined inside.
 
-    Raises if it gets a rotation from elsewhere, by an import or as an attribute of a file.
+    Raises if it gets a rotation from elsewhere, as an attribute of a file.
     """
     held: dict[Key, Any] = {None: getattr(function, "__wrapped__", None)}
     attributes: dict[str, Any] = {}  # of the module loaded by the previous instruction
+    imported = ""  # the file that names are imported from
     for load, name in _loads(function.__code__):
+        value = attributes.get(name)
         if load == "LOAD_GLOBAL":
             value = held[name] = function.__globals__.get(name)
-        else:
-            value = attributes.get(name)
-            if _ROTATION.search(name) and (load == "IMPORT_FROM" or callable(value)):
-                raise _refusal(
-                    f"{_name(function)} to rotate with functions of its file",
-                    f"{name}, which it has from another",
-                )
+        elif load == "IMPORT_NAME":
+            imported = name
+        elif load == "IMPORT_FROM" and _ROTATION.search(name):
+            try:
+                file = importlib.import_module(imported, function.__globals__.get("__package__"))
+                held[Import(file, name)] = getattr(file, name)
+            except (ImportError, AttributeError) as error:
+                where = f"{_name(function)} to rotate with functions that can be imported"
+                raise _refusal(where, f"{name} from {imported}: {error}") from error
+        elif _ROTATION.search(name) and callable(value):
+            raise _refusal(
+                f"{_name(function)} to rotate with functions of its file",
+                f"{name}, which it has from another",
+            )
         attributes = vars(value) if isinstance(value, types.ModuleType) else {}
+    for code in _codes_in(function.__code__):
+        if _ROTATION.search(code.co_name):
+            if code.co_freevars:
+                raise _refusal(
+                    f"{code.co_name} in {_name(function)} to depend on its arguments alone",
+                    f"one that uses {', '.join(code.co_freevars)}",
+                )
+            held[code] = _inner(code, function)
     for index, cell in enumerate(function.__closure__ or ()):
         with contextlib.suppress(ValueError):  # an empty cell
             held[index] = cell.cell_contents
     return held
 
 
+_known: WeakKeyDictionary[types.CodeType, types.FunctionType] = WeakKeyDictionary()
+
+
+def _inner(code: types.CodeType, outer: types.FunctionType) -> types.FunctionType:
+    """The function that `outer` defines with the code: the same one for each look-up."""
+    if code not in _known or _known[code].__globals__ is not outer.__globals__:
+        _known[code] = types.FunctionType(code, outer.__globals__)
+    return _known[code]
+
+
 @functools.cache
 def _loads(code: types.CodeType) -> list[tuple[str, str]]:
     """The look-ups of names in a function and its inner functions, in order: LOAD_GLOBAL etc."""
-    loads = [(i.opname, i.argval) for i in dis.get_instructions(code) if i.opcode in dis.hasname]
-    inside = (_loads(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return [*loads, *(load for function in inside for load in function)]
+    instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
+    loads = [
+        # The number of dots of a relative import is loaded two instructions before.
+        (i.opname, "." * instructions[n - 2].argval + i.argval)
+        if i.opname == "IMPORT_NAME"
+        else (i.opname, i.argval)
+        for n, i in enumerate(instructions)
+        if i.opcode in dis.hasname
+    ]
+    return [*loads, *(load for inner in _codes_in(code) for load in _loads(inner))]
+
+
+def _codes_in(code: types.CodeType) -> list[types.CodeType]:
+    """The codes of the functions that a code defines."""
+    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 def _functions_in(value: Any, seen: tuple[int, ...] = ()) -> list[types.FunctionType]:

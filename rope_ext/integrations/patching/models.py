@@ -1,30 +1,28 @@
-"""patch(model) replaces the rotation of one loaded model.
+"""The rotations of one loaded model are replaced.
 
 The methods of a module that call a rotation are copied with the replacement (method_copies.py).
 The copies become methods of a class that is derived from the module's own and has the same name,
-and the module becomes an instance of that class. So no class changes, files get only globals that
-nothing else uses, and other models of the family are not affected.
+and the module becomes an instance of that class. Other objects that rotate for a module are treated
+likewise. So no class changes, files get only globals that nothing else uses, and other models of
+the family are not affected.
 """
 
 import contextlib
 import copy
-import os
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from rope_ext._argument_errors import describe, shown
-from rope_ext.integrations.transformers.method_copies import (
+from rope_ext.integrations.patching.library import Library
+from rope_ext.integrations.patching.method_copies import (
     MethodCopy,
     Substitute,
     UnrecognizedRotation,
     method_copies,
 )
-from rope_ext.integrations.transformers.recognition import Rotation
+from rope_ext.integrations.patching.recognition import Rotation
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Report:
     """The rotations of a patched model."""
 
     sites: tuple[Site, ...]
+    tables: tuple[str, ...] = ()  # the names of the modules that have exact tables of cos and sin
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -60,67 +59,47 @@ class Report:
             calls = ", ".join(dict.fromkeys(f"{site.method} -> {site.function}" for site in sites))
             where = sites[0].module or "the model"
             lines.append(f"  {convention}: {calls} ({len(sites)}, from {where})")
+        if self.tables:
+            names = ", ".join(name or "the module" for name in self.tables)
+            lines.append(f"  exact tables: {names}")
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> Report:
-    """Replaces the rotation of queries and keys of a loaded transformers model by rope_ext's.
+def patch(library: Library, model: Any, tables: bool = False) -> Report:
+    """Replaces the rotations of a model, until :func:`unpatch`. Returns all that are replaced now.
 
-    Only this model changes; its parameters, tables of cos and sin, cache and outputs keep their
-    form. A patched model trains, generates, compiles and is copied as before. A model that was
-    compiled earlier compiles again (before torch 2.12 it keeps its old rotation until
-    torch.compiler.reset()). A model that is saved as a whole and loaded again is unpatched. The
-    result has q's dtype, also where the model's own function would return float32 for a bfloat16 q
-    because its tables are float32.
+    tables: also gives exact tables to the modules that make cos and sin, as library.tables says.
 
-    Each rotation is recognized by the names of its parameters and by its results for a few numbers,
-    never by the model's name: see recognition.py. The model's own function is called only for that.
-    Afterwards its side effects, such as counting its calls, are missing.
-
-    Args:
-        model: any module that holds transformers' attention modules, such as a model, or one layer.
-
-    Returns:
-        All rotations that are replaced now, including those of earlier calls.
-
-    Raises:
-        UnrecognizedRotation: if the model has no rotation, or one that is not recognized. Nothing
-            has been changed then.
-        TypeError: unless model is a module: for the name of a model, its class, its config.
+    Raises UnrecognizedRotation, before anything is changed, for a model without any rotation or
+    with one that is not recognized.
     """
-    _patch(model, _by_rope_ext, _UNTIL_UNPATCH)
-    return _report(model)
+    _patch(library, model, _by_rope_ext, _UNTIL_UNPATCH, tables)
+    return _report(library, model)
 
 
-def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch` and :func:`patched` for a model, or any part of one.
-
-    Modules that are not patched stay as they are.
-    """
-    _check_is_loaded("unpatch", model)
-    for module in model.modules():
-        _unpatch(module)
+def unpatch(library: Library, model: Any) -> None:
+    """Undoes :func:`patch` and :func:`patched` for a model or a part of one."""
+    for _, part in library.parts("unpatch", model):
+        _unpatch(part)
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[Report]:
-    """A model that is patched within a ``with`` block. The block gets the report.
-
-    Afterwards each module is unpatched, unless :func:`patch` was called for it or another such
-    block, of a part or of the whole model, still contains it.
-    """
-    with substituted(model, _by_rope_ext):
-        yield _report(model)
+def patched(library: Library, model: Any, tables: bool = False) -> Iterator[Report]:
+    """A model that is patched within a ``with`` block. The block gets the report."""
+    with substituted(library, model, _by_rope_ext, tables):
+        yield _report(library, model)
 
 
 @contextlib.contextmanager
-def substituted(model: nn.Module, substitute: Substitute) -> Iterator[None]:
+def substituted(
+    library: Library, model: Any, substitute: Substitute, tables: bool = False
+) -> Iterator[None]:
     """A model that rotates by other functions within a ``with`` block.
 
     substitute: makes the replacement from the model's own function and its rotation.
     """
     reason = object()
-    modules = _patch(model, substitute, reason)
+    modules = _patch(library, model, substitute, reason, tables)
     try:
         yield
     finally:
@@ -135,13 +114,16 @@ def _by_rope_ext(function: Callable[..., Any], rotation: Rotation) -> Callable[.
     return rotation.replacement
 
 
-def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.Module]:
+def _patch(
+    library: Library, model: Any, substitute: Substitute, reason: object, tables: bool
+) -> list[Any]:
     """Patches unpatched modules, and adds the reason to all patched modules, which it returns."""
-    _check_is_loaded("patch", model)
-    before: list[nn.Module] = []  # patched by earlier calls
-    changes: list[tuple[nn.Module, type]] = []
+    before: list[Any] = []  # patched by earlier calls
+    changes: list[tuple[Any, type]] = []
     classes: dict[type, type | None] = {}
-    for name, module in model.named_modules():
+    rotary: dict[Any, tuple[Any, str]] = {}  # what makes tables: how, and its name
+    exact = library.tables if tables else None
+    for name, module in library.parts("patch", model):
         own = type(module)
         if issubclass(own, _Patched):
             if own._rope_ext_substitute is not substitute:
@@ -152,16 +134,26 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             before.append(module)
             continue
         if own not in classes:
-            methods = method_copies(own, substitute)
+            methods = method_copies(own, library, substitute)
             classes[own] = _derived(own, methods, substitute) if methods else None
+        if exact and classes[own] is None and exact.are_made_by(module):
+            classes[own] = _derived(own, exact.methods(own), substitute, exact.base)
+        if exact and issubclass(classes[own] or own, exact.base):
+            rotary[module] = exact.recognize(module, name), name
         derived = classes[own]
-        _check_own_methods(module, derived._rope_ext_methods if derived else {}, name)
+        _check_own_methods(library, module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
             changes.append((module, derived))
-    if not changes and not _report(model).sites:
+    if not changes and not _report(library, model).sites:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
+        )
+    if exact and not rotary and not any(isinstance(module, exact.base) for module in before):
+        raise UnrecognizedRotation(
+            "patch: expected tables=True for a model with modules that make cos and sin of "
+            f"position_ids times inv_freq, got {type(model).__name__}, which has no such "
+            "module; nothing has been changed"
         )
     try:
         for derived in dict.fromkeys(derived for _, derived in changes):
@@ -172,6 +164,8 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
             derived._rope_ext_reasons[module] = {reason}
             for method in derived._rope_ext_methods.values():
                 _rebind(module, method.original, method.function)
+            if module in rotary:
+                module._rope_ext_begin(*rotary[module])
     except BaseException:  # a module may refuse the change: change all of them or none
         for module, derived in changes:
             _unpatch(module)
@@ -182,7 +176,7 @@ def _patch(model: nn.Module, substitute: Substitute, reason: object) -> list[nn.
     return [*before, *(module for module, _ in changes)]
 
 
-def _release(module: nn.Module, reason: object) -> None:
+def _release(module: Any, reason: object) -> None:
     """Removes a reason to be patched from a module, and unpatches it without any reason left."""
     reasons = getattr(type(module), "_rope_ext_reasons", {}).get(module, set())
     if reason in reasons:
@@ -191,7 +185,7 @@ def _release(module: nn.Module, reason: object) -> None:
             _unpatch(module)
 
 
-def _unpatch(module: nn.Module) -> None:
+def _unpatch(module: Any) -> None:
     patched_class = type(module)
     if not issubclass(patched_class, _Patched):
         return
@@ -200,6 +194,7 @@ def _unpatch(module: nn.Module) -> None:
             "unpatch: expected a module as patch left it, got one whose class has become "
             f"{patched_class.__name__} since: unpatch before that"
         )
+    module._rope_ext_end()
     module.__class__ = patched_class._rope_ext_original
     for method in patched_class._rope_ext_methods.values():
         _rebind(module, method.function, method.original)
@@ -215,26 +210,33 @@ def _retire_if_unused(patched_class: type) -> None:
         patched_class._rope_ext_methods.clear()
 
 
-def _rebind(module: nn.Module, before: Callable[..., Any], now: Callable[..., Any]) -> None:
+def _rebind(module: Any, before: Callable[..., Any], now: Callable[..., Any]) -> None:
     """Replaces bound methods that a module holds: accelerate's hooks keep the forward they wrap."""
     for name, value in list(vars(module).items()):
         if isinstance(value, types.MethodType) and value.__func__ is before:
             setattr(module, name, types.MethodType(now, module))
 
 
-def _report(model: nn.Module) -> Report:
+def _report(library: Library, model: Any) -> Report:
+    changed = [
+        (name, module)
+        for name, module in library.parts("patch", model)
+        if issubclass(type(module), _Patched)
+    ]
     return Report(
         tuple(
             Site(name, method, function, rotation.convention)
-            for name, module in model.named_modules()
-            if issubclass(type(module), _Patched)
+            for name, module in changed
             for method, copied in type(module)._rope_ext_methods.items()
             for function, rotation in sorted(copied.rotations.items())
-        )
+        ),
+        tuple(n for n, x in changed if library.tables and isinstance(x, library.tables.base)),
     )
 
 
-def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: str) -> None:
+def _check_own_methods(
+    library: Library, module: Any, methods: dict[str, MethodCopy], name: str
+) -> None:
     """Raises for a module with a method of its own that rotates, or that replaces one that does.
 
     methods: those of its class that rotate. A forward that accelerate's hooks keep is allowed.
@@ -247,7 +249,7 @@ def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: 
         else:
             function = getattr(own, "__func__", own)
             refused = hasattr(type(module), method) and bool(
-                MethodCopy(type(module), method, function, _by_rope_ext).function
+                MethodCopy(type(module), method, function, library, _by_rope_ext).function
             )
         if refused:
             raise UnrecognizedRotation(
@@ -257,23 +259,6 @@ def _check_own_methods(module: nn.Module, methods: dict[str, MethodCopy], name: 
             )
 
 
-def _check_is_loaded(function: str, model: Any) -> None:
-    """Raises for what a model is made from: a name, a path, a class, a config, weights."""
-    if isinstance(model, nn.Module):
-        return
-    loaded = "AutoModelForCausalLM.from_pretrained(...)"
-    if isinstance(model, (str, os.PathLike)):
-        loaded = f"AutoModelForCausalLM.from_pretrained({shown(os.fspath(model))})"
-    elif isinstance(model, type) and issubclass(model, nn.Module):
-        loaded = f"{model.__name__}.from_pretrained(...)"
-    elif hasattr(model, "model_type"):
-        loaded = "AutoModelForCausalLM.from_config(config)"
-    raise TypeError(
-        f"{function}: expected model to be a loaded model, got {describe(model)}: {loaded} makes "
-        "one"
-    )
-
-
 class _Patched:
     """A base of the classes of patched modules."""
 
@@ -281,7 +266,10 @@ class _Patched:
     _rope_ext_methods: dict[str, MethodCopy]
     _rope_ext_substitute: Substitute
     # The modules of the class, each with its reasons: calls of patch and blocks.
-    _rope_ext_reasons: weakref.WeakKeyDictionary[nn.Module, set[object]]
+    _rope_ext_reasons: weakref.WeakKeyDictionary[Any, set[object]]
+
+    def _rope_ext_end(self) -> None:
+        """Called before the object gets its class back."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original class, which needs no rope_ext to be loaded."""
@@ -301,11 +289,15 @@ class _Patched:
         self._rope_ext_reasons[new] = {_UNTIL_UNPATCH}
         if memo is not None:
             memo[id(self)] = new
-        new.__setstate__(copied(self.__reduce_ex__(2)[2]))
+        state = copied(super().__reduce_ex__(2)[2])
+        if hasattr(new, "__setstate__"):
+            new.__setstate__(state)
+        elif state:  # a plain object's, without __setstate__, are its attributes
+            vars(new).update(state)
         return new
 
 
-def _derived(own: type, methods: dict[str, MethodCopy], substitute: Substitute) -> type:
+def _derived(own: type, methods: dict[str, Any], substitute: Substitute, *bases: type) -> type:
     """The class of patched instances of `own`."""
     namespace: dict[str, Any] = {
         "__module__": own.__module__,
@@ -318,4 +310,4 @@ def _derived(own: type, methods: dict[str, MethodCopy], substitute: Substitute) 
     }
     for name, copied in methods.items():
         namespace[name] = staticmethod(copied.function) if copied.static else copied.function
-    return type(own.__name__, (_Patched, own), namespace)
+    return type(own.__name__, (*bases, _Patched, own), namespace)
