@@ -1,16 +1,18 @@
-"""A training by Axolotl's command on the CPU, in a process of its own: for test_axolotl.py."""
+"""Trainings by Axolotl's command on the CPU, each pair in a process of its own: test_axolotl.py."""
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import torch
+import transformers
+from axolotl.cli.train import do_cli
 from axolotl.integrations.base import BasePlugin
+from axolotl.train import train as imported_before_the_fork  # noqa: F401
 
 
 def write_model(folder: Path) -> None:
     """A Llama with random weights, a tokenizer of words, and texts of different lengths."""
-    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: at for at, word in enumerate(("<unk>", "<s>", "</s>", *map(str, range(61))))}
@@ -68,27 +70,37 @@ def write_config(folder: Path, out: str, plugins: tuple[str, ...] = (), **more: 
 
 
 class Recorder(BasePlugin):
-    """A plugin that keeps the trainer."""
+    """A plugin that keeps the trainer, and counts the calls of rope_ext's operators."""
 
     trainer = None
+    calls = 0
 
     def post_trainer_create(self, cfg, trainer):
-        Recorder.trainer = trainer
+        def counted(*args, **kwargs):
+            with torch.profiler.profile() as profile:
+                loss = step(*args, **kwargs)
+            events = profile.key_averages()
+            Recorder.calls += sum(e.count for e in events if e.key.startswith("rope::"))
+            return loss
+
+        step, trainer.training_step = trainer.training_step, counted
+        Recorder.trainer, Recorder.calls = trainer, 0
 
 
-def train(config: str) -> dict:
+def train(config: Path) -> tuple[list[dict], int]:
     """What the trainer logs of each step, and the calls of rope_ext's operators."""
-    from axolotl.cli.train import do_cli
-
     torch.manual_seed(0)  # for the weights of adapters: only afterwards Axolotl seeds
-    with torch.profiler.profile() as profile:
-        do_cli(config)
-    logs = [log for log in Recorder.trainer.state.log_history if "loss" in log]
-    calls = sum(e.count for e in profile.key_averages() if e.key.startswith("rope::"))
-    return {"logs": logs, "calls": calls}
+    do_cli(str(config))
+    return [log for log in Recorder.trainer.state.log_history if "loss" in log], Recorder.calls
 
 
-if __name__ == "__main__":
-    from axolotl_training import train  # the module that Axolotl loads the plugin from
-
-    print("RESULT", json.dumps([train(config) for config in sys.argv[1:]]))
+def train_without_and_with(plugin: str, folder: Path, more: dict) -> tuple:
+    """Both trainings, and what they wrote. The plugin stays registered in the process."""
+    os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1")
+    with (folder / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    write_model(folder)
+    own = train(write_config(folder, "own", **more))
+    ours = train(write_config(folder, "ours", (plugin,), **more))
+    return own, ours, (folder / "output").read_text()

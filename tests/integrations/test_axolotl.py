@@ -1,10 +1,8 @@
 """The plugin of Axolotl: its plugin manager, and trainings by its command."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from rope_ext.integrations.transformers import UnrecognizedRotation
 
 PLUGIN = "rope_ext.integrations.axolotl.RopeExtPlugin"
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}
+CASES = {"whole model": {}, "LoRA": LORA}
 LAYERS = 2
 
 
@@ -57,27 +56,25 @@ def test_other_kernels_and_unknown_rotations_are_refused(plugins):
         plugins.post_model_load({}, torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("case", [{}, LORA], ids=["whole model", "LoRA"])
-def test_command_trains_with_the_losses_and_gradients_of_axolotl(case, tmp_path):
-    """Without the plugin, then with it: it stays registered in the process."""
-    axolotl_training.write_model(tmp_path)
-    configs = [
-        axolotl_training.write_config(tmp_path, name, plugins, **case)
-        for name, plugins in (("own", ()), ("ours", (PLUGIN,)))
-    ]
-    paths = Path(__file__).parents[2], Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths))}
-    environment |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
-    command = [sys.executable, axolotl_training.__file__, *configs]
-    done = subprocess.run(command, **options, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    own, ours = json.loads(line.removeprefix("RESULT "))
-    assert own["calls"] == 0
-    assert ours["calls"] >= 4 * LAYERS  # steps and layers
-    assert f"rope_ext rotates in {LAYERS} modules" in done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Without the plugin and with it, for each case in a new process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["axolotl_training"])
+    train = partial(axolotl_training.train_without_and_with, PLUGIN)
+    folders = [tmp_path_factory.mktemp("axolotl") for _ in CASES]
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+        runs = list(pool.map(train, folders, CASES.values()))
+    return dict(zip(CASES, runs, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_command_trains_with_the_losses_and_gradients_of_axolotl(case, trained):
+    (own, own_calls), (ours, calls), output = trained[case]
+    assert own_calls == 0
+    assert calls >= 4 * LAYERS  # steps and layers
+    assert f"rope_ext rotates in {LAYERS} modules" in output
+    assert len(own) == len(ours) == 4
     for name in ("loss", "grad_norm"):
-        expected, got = ([float(log[name]) for log in run["logs"]] for run in (own, ours))
-        assert len(expected) == 4
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+        expected, got = (torch.tensor([float(log[name]) for log in run]) for run in (own, ours))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

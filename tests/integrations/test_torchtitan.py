@@ -1,6 +1,8 @@
 """torchtitan's RoPE modules and its trainer, with the override of rope_ext and without."""
 
+import contextlib
 import importlib
+import itertools
 import multiprocessing
 import socket
 from dataclasses import dataclass
@@ -34,13 +36,16 @@ ALONE = {
     "halves": f"qwen3 {FLOAT32}",
     "latent attention": f"deepseek_v3 {FLOAT32}",
 }
-# Under torch 2.13 torchtitan trains on several ranks with this backend only: FSDP refuses the
-# parameters of the two others.
-DTENSORS = f"llama3 {FLOAT32} --parallelism.spmd-backend partial_dtensor"
+# FSDP of torch 2.13 refuses the parameters of torchtitan's third backend, spmd_types.
+BACKEND = f"llama3 {FLOAT32} --parallelism.spmd-backend"
+TENSOR = "--parallelism.tensor-parallel-degree 2"
+CONTEXT = "--parallelism.context-parallel-degree 2"
+CONTEXT += " --training.seq-len 256 --training.local-batch-size 1"  # a block of 128 for each rank
 TWO_RANKS = {
-    "tensor parallel": f"{DTENSORS} --parallelism.tensor-parallel-degree 2",
-    "context parallel": f"{DTENSORS} --parallelism.context-parallel-degree 2 "
-    "--training.seq-len 256 --training.local-batch-size 1",  # a block of 128 for each rank
+    "tensor parallel": f"{BACKEND} partial_dtensor {TENSOR}",
+    "tensor parallel, all DTensors": f"{BACKEND} full_dtensor {TENSOR}",
+    "context parallel": f"{BACKEND} partial_dtensor {CONTEXT}",
+    "context parallel, all DTensors": f"{BACKEND} full_dtensor {CONTEXT}",
 }
 POSITIONS = {
     "none": None,
@@ -142,26 +147,23 @@ def test_results_have_the_types_that_torchtitan_checks():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """For each case the runs of each rank, without rope_ext and with it. One rank and two ranks run
-    at the same time.
-    """
+    """For each case the runs of each rank, without rope_ext and with it, each in a new process."""
     folder = tmp_path_factory.mktemp("torchtitan")
     trainer.write_assets(folder)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchtitan_trainer"])
-    with context.Pool(3) as pool:
-        waiting = []
+    with context.Pool(3, maxtasksperchild=1) as pool, contextlib.ExitStack() as servers:
+        waiting = {}
         for ranks, cases in (1, ALONE), (2, TWO_RANKS):
-            with socket.create_server(("localhost", 0)) as server:
-                rest = ranks, server.getsockname()[1], folder, list(cases.values())
-            runs = [pool.apply_async(trainer.train_as_rank, (rank, *rest)) for rank in range(ranks)]
-            waiting.append((cases, runs))
-        results = {case: [] for cases, _ in waiting for case in cases}
-        for cases, runs in waiting:
-            for run in runs:
-                for case, both in zip(cases, run.get(1800), strict=True):
-                    results[case].append(both)
-    return results
+            for (case, flags), ours in itertools.product(cases.items(), (False, True)):
+                server = servers.enter_context(socket.create_server(("localhost", 0)))
+                rest = ranks, server.getsockname()[1], folder, flags, ours
+                waiting[case, ours] = [
+                    pool.apply_async(trainer.train_as_rank, (rank, *rest)) for rank in range(ranks)
+                ]
+        servers.close()  # their ports are different, and free now
+        runs = {which: [run.get(1800) for run in ranks] for which, ranks in waiting.items()}
+    return {case: list(zip(runs[case, False], runs[case, True], strict=True)) for case, _ in runs}
 
 
 @pytest.mark.parametrize("case", [*ALONE, *TWO_RANKS])
@@ -170,6 +172,7 @@ def test_trainer_has_the_losses_and_gradients_of_torchtitan(case, trained):
         assert len(own.losses) == 10
         assert own.calls == 0
         assert ours.calls >= 10 * 6  # steps and layers
-        assert ours.distributed_calls == (ours.calls if case == "tensor parallel" else 0)
+        plain = case in ALONE or case == "context parallel"
+        assert ours.distributed_calls == (0 if plain else ours.calls)
         assert ours.losses == own.losses
         assert ours.gradient_norms == own.gradient_norms

@@ -121,13 +121,8 @@ def train(folder: Path, flags: str, overrides: tuple[str, ...]) -> Run:
     return run
 
 
-def train_as_rank(
-    rank: int, ranks: int, port: int, folder: Path, cases: list[str]
-) -> list[tuple[Run, Run]]:
-    """Each case with torchtitan's own rotation, then with rope_ext's."""
+def train_as_rank(rank: int, ranks: int, port: int, folder: Path, flags: str, ours: bool) -> Run:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    runs = [(train(folder, case, ()), train(folder, case, (OURS,))) for case in cases]
-    torch.distributed.destroy_process_group()
-    return runs
+    return train(folder, flags, (OURS,) if ours else ())
