@@ -196,7 +196,7 @@ BUILDS = [  # GPUs that nvidia-smi prints, environment, architectures
 
 def test_a_build_is_for_the_gpus_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(REPOSITORY)
     cuda_archs = runpy.run_path(str(REPOSITORY / "setup.py"))["cuda_archs"]
     nvcc, nvidia_smi = tmp_path / "nvcc", tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
