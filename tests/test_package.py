@@ -35,7 +35,7 @@ STABLE_HEADERS = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 NEWEST_WITH_CUDART = {**NEWEST, "GLIBC": (2, 34)}
 # Limit for the import of rope_ext after torch. About half of it on an idle machine.
-IMPORT_SECONDS = 0.05
+IMPORT_SECONDS = 0.08
 # Bound only if torch has CUDA: libtorch_cuda is not linked.
 WEAK = {"aoti_torch_get_current_cuda_stream"}
 # Tells why an allocation failed (csrc/host/allocation.cpp): bound if torch has it.
