@@ -1,5 +1,7 @@
 """The folder that the package ``kernels`` of Hugging Face loads, from wheels of rope_ext.
 
+::
+
     python -m rope_ext.integrations.kernels_folder dist/*.whl FOLDER
 
 writes FOLDER/build/VARIANT: the package without its command line, ``layers.py`` and
