@@ -144,7 +144,8 @@ def _patch(
         _check_own_methods(library, module, derived._rope_ext_methods if derived else {}, name)
         if derived is not None:
             changes.append((module, derived))
-    if not changes and not _report(library, model).sites:
+    now = _report(library, model)
+    if not changes and not now.sites and not now.tables:
         raise UnrecognizedRotation(
             "patch: expected model to have modules that call a rotation, such as "
             f"apply_rotary_pos_emb, got {type(model).__name__} without any"
