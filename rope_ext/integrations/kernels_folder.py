@@ -30,7 +30,7 @@ from typing import Any
 TESTED = "0.17.2"  # kernels
 _PACKAGE = "rope_ext"
 _LEFT_OUT = re.compile(  # a kernel is no command, and is in the hooks of transformers alone
-    r"__main__\.py|demo/|viz/|integrations/(?!__init__\.py|transformers/)"
+    r"__main__\.py|demo/|viz/|integrations/(?!__init__\.py|transformers/|patching/)"
     r"|integrations/transformers/families\.|(.*/)?__pycache__/"
 )
 _LAYERS = '''"""The layers of this kernel, for kernels.kernelize."""

@@ -74,9 +74,23 @@ def variant(repository):
     return path
 
 
+def loadable(repository, variant):
+    """What to load.
+
+    `kernels` selects a variant of the torch that runs, so a build with CUDA beside a torch without
+    is given by its own folder.
+    """
+    return variant if INFO["cuda"] and not torch.version.cuda else repository
+
+
 @pytest.fixture(scope="module")
-def kernel(repository):
-    return kernels.get_local_kernel(repository)
+def location(repository, variant):
+    return loadable(repository, variant)
+
+
+@pytest.fixture(scope="module")
+def kernel(location):
+    return kernels.get_local_kernel(location)
 
 
 def calls_of(kernel, function):
@@ -89,8 +103,9 @@ def calls_of(kernel, function):
 # ---- the rules of the hub
 
 
-def test_the_variant_is_that_of_the_build_and_is_preferred(repository, variant):
+def test_the_variant_is_that_of_the_build_and_is_preferred(repository, variant, monkeypatch):
     assert variant.name == VARIANT
+    monkeypatch.setattr(torch.version, "cuda", INFO["cuda_version"])
     (decision,) = kernels.variants.resolve_variants(
         kernels.variants.get_variants_local(repository / "build")
     )[1]
@@ -162,10 +177,10 @@ print(kernel.__name__, kernel.layers.RotaryPosEmb.has_backward)
 """
 
 
-def test_works_alone_in_a_process(repository, variant, tmp_path):
+def test_works_alone_in_a_process(location, variant, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"me/rope={repository}"}
-    code = ALONE.format(path=str(repository))
+    environment |= {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"me/rope={location}"}
+    code = ALONE.format(path=str(location))
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
@@ -177,7 +192,7 @@ def test_works_alone_in_a_process(repository, variant, tmp_path):
 def test_runs_beside_rope_ext_and_beside_another_build(kernel, tmp_path):
     init = PACKAGE.joinpath("__init__.py").read_bytes() + b"\n# another build\n"
     other_variant = write([wheel_in(tmp_path, **{"__init__.py": init})], tmp_path)
-    other = kernels.get_local_kernel(tmp_path)
+    other = kernels.get_local_kernel(loadable(tmp_path, other_variant))
     assert len({kernel.__name__, other.__name__, "rope_ext"}) == 3
     assert Path(other.__file__).parent == other_variant
     assert other._C is not kernel._C is not rope_ext._C
@@ -216,8 +231,8 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
 kernels.use_kernelized_func(apply_rotary_pos_emb)(Attention)
 
 
-def mapping(repository, mode):
-    layer = kernels.LocalLayerRepository(repository, layer_name="RotaryPosEmb")
+def mapping(location, mode):
+    layer = kernels.LocalLayerRepository(location, layer_name="RotaryPosEmb")
     return {"rotary_pos_emb": {"cpu": {mode: layer}}}
 
 
@@ -226,10 +241,10 @@ def inputs():
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_the_layer_computes_and_learns_as_the_function_in_its_place(repository, kernel, mode):
+def test_the_layer_computes_and_learns_as_the_function_in_its_place(location, kernel, mode):
     model = Attention()
     expected = model(*inputs())
-    with kernels.use_kernel_mapping(mapping(repository, mode), inherit_mapping=False):
+    with kernels.use_kernel_mapping(mapping(location, mode), inherit_mapping=False):
         kernels.kernelize(
             model, mode=mode, device="cpu", use_fallback=kernels.KernelizeFallback.NONE
         )
@@ -266,13 +281,13 @@ def transformers():
 
 
 @pytest.mark.parametrize("mode", MODES[:2], ids=str)
-def test_a_model_of_transformers_rotates_with_it(repository, kernel, transformers, mode):
+def test_a_model_of_transformers_rotates_with_it(location, kernel, transformers, mode):
     model, tokens = (
         small_llama(2).train(kernels.Mode.TRAINING in mode),
         torch.arange(12).view(1, 12),
     )
     results = []
-    for layer in ({}, mapping(repository, mode)):
+    for layer in ({}, mapping(location, mode)):
         with kernels.use_kernel_mapping(layer, inherit_mapping=False):
             kernels.kernelize(model, mode=mode, device="cpu")
         model.zero_grad()
