@@ -47,6 +47,8 @@ TWO_RANKS = {
     "context parallel": f"{BACKEND} partial_dtensor {CONTEXT}",
     "context parallel, all DTensors": f"{BACKEND} full_dtensor {CONTEXT}",
 }
+# The others differ from these in one thing each.
+QUICK = "halves", "tensor parallel, all DTensors", "context parallel"
 POSITIONS = {
     "none": None,
     "one row": torch.arange(5, 37)[None],
@@ -146,8 +148,13 @@ def test_results_have_the_types_that_torchtitan_checks():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """For each case the runs of each rank, without rope_ext and with it, each in a new process."""
+def trained(request, tmp_path_factory):
+    """For each selected case the runs of each rank, without rope_ext and with it, each in a new
+    process.
+    """
+    test = "test_trainer_has_the_losses_and_gradients_of_torchtitan"
+    selected = [x for x in request.session.items if x.name.startswith(test)]
+    selected = {item.callspec.params["case"] for item in selected}
     folder = tmp_path_factory.mktemp("torchtitan")
     trainer.write_assets(folder)
     context = multiprocessing.get_context("forkserver")
@@ -155,9 +162,9 @@ def trained(tmp_path_factory):
     with context.Pool(3, maxtasksperchild=1) as pool, contextlib.ExitStack() as servers:
         waiting = {}
         for ranks, cases in (1, ALONE), (2, TWO_RANKS):
-            for (case, flags), ours in itertools.product(cases.items(), (False, True)):
+            for case, ours in itertools.product(selected & cases.keys(), (False, True)):
                 server = servers.enter_context(socket.create_server(("localhost", 0)))
-                rest = ranks, server.getsockname()[1], folder, flags, ours
+                rest = ranks, server.getsockname()[1], folder, cases[case], ours
                 waiting[case, ours] = [
                     pool.apply_async(trainer.train_as_rank, (rank, *rest)) for rank in range(ranks)
                 ]
@@ -166,7 +173,13 @@ def trained(tmp_path_factory):
     return {case: list(zip(runs[case, False], runs[case, True], strict=True)) for case, _ in runs}
 
 
-@pytest.mark.parametrize("case", [*ALONE, *TWO_RANKS])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in (*ALONE, *TWO_RANKS)
+    ],
+)
 def test_trainer_has_the_losses_and_gradients_of_torchtitan(case, trained):
     for own, ours in trained[case]:
         assert len(own.losses) == 10
