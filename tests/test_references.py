@@ -15,6 +15,12 @@ ELSEWHERE = {
     "flash_attn/layers/rotary.py", "flash_attn/ops/triton/rotary.py",  # flash-attention
     "fusedQKNormRopeKernel.cu",  # TensorRT-LLM
     "integrations/hub_kernels.py", "layer/layer.py",  # transformers and kernels
+    "layers.py", "metadata.json",  # of a folder for kernels
+    "config/override.py", "models/common/rope.py",  # torchtitan
+    "integrations/base.py", "loaders/model.py",  # Axolotl
+    "litgpt/model.py", "timm/layers/pos_embed_sincos.py",
+    "megatron/core/fusions/fused_mla_yarn_rope_apply.py",
+    "megatron/core/models/common/embeddings/rope_utils.py",
     "llama.cpp", "ggml/src/ggml-cpu/ops.cpp",
     "llama/model.py", "models/llama3/model.py",  # Meta's
     "modeling_hunyuan_v1_dense.py", "modeling_rope_utils.py",  # transformers

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -132,7 +133,7 @@ def locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     # The first name that is not a folder, link or pipe. Nothing is removed here: another process
     # may just have put its lock there.
     names = (cache / f"{LOCK}{number or ''}" for number in itertools.count())
-    lock = FileLock(next(path for path in names if is_regular(path) or not os.path.lexists(path)))
+    lock = FileLock(next(path for path in names if is_regular_or_free(path)))
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -164,8 +165,12 @@ def remove_own_files(cache: Path) -> list[str]:
     return sorted(path.name for path in own)
 
 
-def is_regular(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def is_regular_or_free(path: Path) -> bool:
+    """By one look: after a second one, another process may have made the file that was not there."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def remove(path: Path) -> None:

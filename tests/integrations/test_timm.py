@@ -354,7 +354,9 @@ def another_signature(x, cos_emb, sin_emb, half=False):
     return OWN(x, sin_emb, cos_emb, half)
 
 
-@pytest.mark.parametrize("function", [another_rotation, another_signature, None], ids=str)
+@pytest.mark.parametrize(
+    "function", [another_rotation, another_signature, None], ids=["rotation", "signature", "none"]
+)
 def test_a_timm_that_rotates_otherwise_is_refused(function, monkeypatch):
     monkeypatch.setattr(sincos, "apply_rot_embed", function)
     releases = rf"as timm {integration.TESTED}, got timm {timm.__version__}"
