@@ -166,7 +166,7 @@ def remove_own_files(cache: Path) -> list[str]:
 
 
 def is_regular_or_free(path: Path) -> bool:
-    """By one look: after a second one, another process may have made the file that was not there."""
+    """By one look: before a second one another process may make the file that was not there."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
