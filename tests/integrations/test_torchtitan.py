@@ -1,8 +1,6 @@
 """torchtitan's RoPE modules and its trainer, with the override of rope_ext and without."""
 
-import contextlib
 import importlib
-import itertools
 import multiprocessing
 import socket
 from dataclasses import dataclass
@@ -147,30 +145,21 @@ def test_results_have_the_types_that_torchtitan_checks():
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def trained(request, tmp_path_factory):
-    """For each selected case the runs of each rank, without rope_ext and with it, each in a new
-    process.
-    """
-    test = "test_trainer_has_the_losses_and_gradients_of_torchtitan"
-    selected = [x for x in request.session.items if x.name.startswith(test)]
-    selected = {item.callspec.params["case"] for item in selected}
-    folder = tmp_path_factory.mktemp("torchtitan")
-    trainer.write_assets(folder)
+@pytest.fixture
+def trained(case, tmp_path):
+    """Of each rank the runs without rope_ext and with it, each run in a new process."""
+    trainer.write_assets(tmp_path)
+    ranks, flags = (1, ALONE[case]) if case in ALONE else (2, TWO_RANKS[case])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchtitan_trainer"])
-    with context.Pool(3, maxtasksperchild=1) as pool, contextlib.ExitStack() as servers:
-        waiting = {}
-        for ranks, cases in (1, ALONE), (2, TWO_RANKS):
-            for case, ours in itertools.product(selected & cases.keys(), (False, True)):
-                server = servers.enter_context(socket.create_server(("localhost", 0)))
-                rest = ranks, server.getsockname()[1], folder, cases[case], ours
-                waiting[case, ours] = [
-                    pool.apply_async(trainer.train_as_rank, (rank, *rest)) for rank in range(ranks)
-                ]
-        servers.close()  # their ports are different, and free now
-        runs = {which: [run.get(1800) for run in ranks] for which, ranks in waiting.items()}
-    return {case: list(zip(runs[case, False], runs[case, True], strict=True)) for case, _ in runs}
+    with context.Pool(ranks, maxtasksperchild=1) as pool:
+        runs = []
+        for ours in (False, True):
+            with socket.create_server(("localhost", 0)) as server:
+                port = server.getsockname()[1]  # free again when the trainings start
+            rest = ranks, port, tmp_path, flags, ours
+            runs.append(pool.starmap(trainer.train_as_rank, [(r, *rest) for r in range(ranks)], 1))
+    return zip(*runs, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +170,7 @@ def trained(request, tmp_path_factory):
     ],
 )
 def test_trainer_has_the_losses_and_gradients_of_torchtitan(case, trained):
-    for own, ours in trained[case]:
+    for own, ours in trained:
         assert len(own.losses) == 10
         assert own.calls == 0
         assert ours.calls >= 10 * 6  # steps and layers
